@@ -1,0 +1,69 @@
+# `make` lists the targets. Everything is installed into .venv, on first use.
+
+.DEFAULT_GOAL := help
+.PHONY: help demo lab test lint clean
+
+# python3.11 where it runs, python3 otherwise; `make PY=/path/to/python ...` chooses another.
+PY ?= $(shell for p in python3.11 python3; do if $$p -c '' 2>/dev/null; then echo $$p; break; fi; done)
+BIN := .venv/bin
+
+# The tested versions. An environment variable and not `pip install -c`, since it takes precedence
+# over a pip.conf, which on some machines caps versions. Relative, since pip splits it at spaces.
+export PIP_CONSTRAINT := constraints.txt
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+# One thread per process: results do not depend on the machine, and two workers do not compete.
+ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
+NOTEBOOKS := find notebooks -name '*.ipynb' -not -path '*/.ipynb_checkpoints/*'
+
+comma := ,
+INSTALL = echo "Installing $(1) into .venv; the first time this fetches several GB and takes minutes." \
+	&& $(BIN)/python -m pip install --quiet --editable "$(1)"
+
+help: ## list the targets
+	@echo "make TARGET, where TARGET is one of"
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  %-6s %s\n", $$1, $$2}' Makefile
+
+demo: .venv/.stamp-run ## train the agent on the pair that ships, into a fresh folder under runs/
+	$(BIN)/python -m rmm_lab.ppo --run-dir "runs/demo-$$(date +%Y%m%d-%H%M%S)"
+
+lab: .venv/.stamp-lab ## open the notebooks in JupyterLab
+	$(BIN)/jupyter lab notebooks
+
+test: lint ## lint, run the tests, run the notebooks
+	$(ONE_THREAD) $(BIN)/python -m pytest -n 2
+	@if [ -n "$$($(NOTEBOOKS) 2>/dev/null)" ]; then set -x; \
+	$(ONE_THREAD) $(BIN)/python -m pytest -n 2 --nbmake --nbmake-timeout=120 notebooks; fi
+
+lint: .venv/.stamp-test ## check style, types, and that no notebook holds outputs
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy rmm_lab
+	@if [ -d notebooks ]; then set -x; $(NOTEBOOKS) -exec $(BIN)/nbstripout --keep-id --verify {} +; fi
+
+clean: ## delete caches and build products; .venv and runs/ stay
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -path ./.venv -prune -o -path ./runs -prune -o -type d \
+		\( -name __pycache__ -o -name .ipynb_checkpoints \) -exec rm -rf {} +
+
+# Plumbing: a stamp stands for an installation that succeeded, and is older than what it depends on
+# as soon as a range or a pin changes.
+
+.venv/.stamp-venv:
+	@"$(PY)" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
+	echo "rmm_lab needs Python 3.11 or newer, which '$(PY)' is not: install one, or name it with 'make PY=/path/to/python'." >&2; \
+	exit 1; }
+	"$(PY)" -m venv .venv
+	@touch $@
+
+.venv/.stamp-run: pyproject.toml constraints.txt | .venv/.stamp-venv
+	@$(call INSTALL,.)
+	@touch $@
+
+.venv/.stamp-lab: pyproject.toml constraints.txt | .venv/.stamp-venv
+	@$(call INSTALL,.[lab$(comma)search])
+	@touch .venv/.stamp-run $@
+
+.venv/.stamp-test: pyproject.toml constraints.txt | .venv/.stamp-venv
+	@$(call INSTALL,.[lab$(comma)search$(comma)test$(comma)dev])
+	@touch .venv/.stamp-run .venv/.stamp-lab $@
