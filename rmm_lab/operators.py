@@ -1,0 +1,333 @@
+"""Merging operators: pure functions that turn one layer's experts into one merged layer (Eq. 4).
+
+    task vectors        delta_i = theta_i - theta_base                 Ilharco et al. 2022
+    weight average      theta = mean_i theta_i                         Wortsman et al. 2022
+    weighted average    theta = theta_base + scale * sum_i w_i delta_i, sum_i w_i = 1
+    task arithmetic     theta = theta_base + scale * sum_i delta_i     Ilharco et al. 2022
+    TIES                trim -> elect sign -> disjoint merge           Yadav et al. 2023
+    DARE                drop and rescale -> task arithmetic            Yu et al. 2024
+    DARE-TIES           drop and rescale -> elect sign -> disjoint merge
+
+An operator takes ``base: (*shape)``, one weight of the base model, and ``experts: (N, *shape)``,
+the same weight of N fine-tuned models, and returns ``(*shape)`` in the dtype of ``base``; half
+precision is computed in float32. It merges one tensor, so trimming is per tensor, not per model.
+A NaN is multiplied, never selected away, so that it stays visible. Inputs stay as they are.
+"""
+
+import inspect
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from rmm_lab.errors import InputError
+
+Option = float | str
+Rng = torch.Generator | None
+
+# ---------------------------------------------------------------- steps of the papers
+
+
+def task_vectors(base: Tensor, experts: Tensor) -> Tensor:
+    """What each expert learned: ``delta_i = theta_i - theta_base`` (Ilharco et al. 2022, Sec. 2).
+
+    base: (*shape), experts: (N, *shape), both floating. Returns deltas: (N, *shape) in float32, or
+    float64 if an input is. Raises InputError on other shapes or dtypes.
+    """
+    base, experts = _checked(base, experts)
+    return experts - base  # (N, *shape) - (*shape) -> (N, *shape)
+
+
+def trim(deltas: Tensor, density: float) -> Tensor:
+    """Keep each expert's largest entries, set the rest to 0 (Yadav et al. 2023, Alg. 1, step 1).
+
+    deltas: (N, *shape) task vectors; density: kept fraction in (0, 1]. Exactly
+    ``k = max(1, int(density * numel))`` entries per expert are kept, by magnitude over its whole
+    tensor; among equal magnitudes the lower index is kept. Returns (N, *shape). Raises InputError.
+    """
+    _check_stack("deltas", deltas)
+    _check_options(density=density)
+    magnitude = deltas.abs().reshape(len(deltas), -1)  # (N, *shape) -> (N, numel)
+    k = max(1, int(density * magnitude.shape[1]))
+    top = magnitude.topk(k, dim=1, sorted=False).values  # (N, numel) -> (N, k)
+    threshold = top.amin(dim=1, keepdim=True)  # (N, k) -> (N, 1)
+    above, tied = magnitude > threshold, magnitude == threshold
+    # Entries tied at the threshold share the places that the larger ones leave, in index order.
+    places = k - above.sum(dim=1, keepdim=True)  # (N, numel) -> (N, 1)
+    keep = above | (tied & (tied.cumsum(dim=1) <= places))  # (N, numel)
+    return deltas * keep.reshape(deltas.shape)  # (N, numel) -> (N, *shape)
+
+
+def elect_sign(deltas: Tensor) -> Tensor:
+    """The sign with the larger total magnitude over experts (Yadav et al. 2023, Alg. 1, step 2).
+
+    deltas: (N, *shape) task vectors. Returns (*shape) in {-1, 0, 1}: ``sgn(sum_i delta_i)``, and 0
+    where the sum is 0. Raises InputError.
+    """
+    _check_stack("deltas", deltas)
+    return deltas.sum(dim=0).sign()  # (N, *shape) -> (*shape)
+
+
+def disjoint_merge(deltas: Tensor, sign: Tensor, how: str = "mean") -> Tensor:
+    """Merge the experts that agree with the elected sign (Yadav et al. 2023, Alg. 1, step 3).
+
+    deltas: (N, *shape) task vectors; sign: (*shape) in {-1, 0, 1}; how: "mean" over the agreeing
+    nonzero entries (the TIES paper's disjoint mean) or their "sum". Returns (*shape), 0 where none
+    agrees. Raises InputError.
+    """
+    _check_stack("deltas", deltas, sign.shape)
+    _check_options(merge=how)
+    agrees = deltas * sign > 0  # (N, *shape), False where either one is 0
+    total = (deltas * agrees).sum(dim=0)  # (N, *shape) -> (*shape)
+    if how == "sum":
+        return total
+    return total / agrees.sum(dim=0).clamp(min=1)  # (N, *shape) -> (*shape)
+
+
+def drop_and_rescale(deltas: Tensor, drop_rate: float, generator: Rng = None) -> Tensor:
+    """Drop entries at random, rescale the rest so that the mean stays: DARE (Yu et al. 2024).
+
+    ``m ~ Bernoulli(p)`` per entry and expert, then ``(1 - m) * delta / (1 - p)``.
+    deltas: (N, *shape) task vectors; drop_rate: p in [0, 1), 0 is the identity; generator: seeded,
+    its state advances; a CPU generator gives the same mask whatever device the deltas are on.
+    Returns (N, *shape). Raises InputError, also if a mask is to be drawn without a generator.
+    """
+    _check_stack("deltas", deltas)
+    _check_options(drop_rate=drop_rate)
+    if drop_rate == 0:
+        return deltas.clone()
+    if not isinstance(generator, torch.Generator):
+        raise InputError(
+            "A random operator needs a seeded generator so that the tested model is the searched "
+            f"one, but generator is {generator!r}: pass torch.Generator().manual_seed(seed)."
+        )
+    # torch.rand, not bernoulli_: its stream of numbers does not depend on how torch was built.
+    uniform = torch.rand(
+        deltas.shape, generator=generator, device=generator.device, dtype=torch.float64
+    )  # (N, *shape) in [0, 1)
+    keep = (uniform >= drop_rate).to(deltas.device)
+    return deltas * keep / (1 - drop_rate)
+
+
+# ---------------------------------------------------------------- the six operators
+
+
+def weight_average(base: Tensor, experts: Tensor, *, generator: Rng = None) -> Tensor:
+    """Mean of the experts, the uniform soup; base and generator are ignored (Wortsman et al. 2022).
+
+    base: (*shape), experts: (N, *shape). Returns (*shape). Raises InputError.
+    """
+    average = _checked(base, experts)[1].mean(dim=0)  # (N, *shape) -> (*shape)
+    return average.to(base.dtype)
+
+
+def weighted_average(
+    base: Tensor,
+    experts: Tensor,
+    *,
+    expert: float = 1,
+    share: float = 0.75,
+    scale: float = 1.0,
+    generator: Rng = None,
+) -> Tensor:
+    """Task arithmetic with a weight per expert, leaning to one of them (Ilharco et al. 2022, Sec. 2).
+
+    ``theta_base + scale * sum_i w_i delta_i`` with ``w = share`` for the expert that leads and
+    ``(1 - share) / (N - 1)`` for each other one; at scale 1 this is the weighted average of the experts.
+    base: (*shape), experts: (N, *shape); expert: which one leads, a whole number from 1 to N; share in
+    [0, 1]; scale: finite; generator is ignored. Returns (*shape). Raises InputError.
+    """
+    deltas = task_vectors(base, experts)
+    _check_options(expert=expert, share=share)
+    n = len(deltas)
+    if expert > n:
+        raise InputError(f"Option expert must be 1 to {n}, but is {expert:g}: change expert.")
+    weights = deltas.new_full((n,), (1 - share) / max(1, n - 1))
+    weights[int(expert) - 1] = share if n > 1 else 1.0
+    return _add(base, torch.tensordot(weights, deltas, dims=1), scale)  # (N, *shape) -> (*shape)
+
+
+def task_arithmetic(
+    base: Tensor, experts: Tensor, *, scale: float = 1.0, generator: Rng = None
+) -> Tensor:
+    """``theta_base + scale * sum_i delta_i``; generator is ignored (Ilharco et al. 2022, Sec. 2).
+
+    base: (*shape), experts: (N, *shape); scale: finite. Returns (*shape). Raises InputError.
+    """
+    merged = task_vectors(base, experts).sum(dim=0)  # (N, *shape) -> (*shape)
+    return _add(base, merged, scale)
+
+
+def ties(
+    base: Tensor,
+    experts: Tensor,
+    *,
+    density: float = 0.3,
+    scale: float = 1.0,
+    merge: str = "mean",
+    generator: Rng = None,
+) -> Tensor:
+    """TIES: trim, elect sign, disjoint merge; generator is ignored (Yadav et al. 2023, Alg. 1).
+
+    base: (*shape), experts: (N, *shape); density: kept fraction in (0, 1]; scale: finite;
+    merge: "mean" (the TIES paper) or "sum". Returns (*shape). Raises InputError.
+    """
+    deltas = trim(task_vectors(base, experts), density)
+    return _add(base, disjoint_merge(deltas, elect_sign(deltas), merge), scale)
+
+
+def dare(
+    base: Tensor,
+    experts: Tensor,
+    *,
+    drop_rate: float = 0.34,
+    scale: float = 1.0,
+    generator: Rng = None,
+) -> Tensor:
+    """DARE: task arithmetic on randomly dropped and rescaled task vectors (Yu et al. 2024).
+
+    base: (*shape), experts: (N, *shape); drop_rate in [0, 1); scale: finite; generator: seeded,
+    needed unless drop_rate is 0. Returns (*shape). Raises InputError.
+    """
+    deltas = drop_and_rescale(task_vectors(base, experts), drop_rate, generator)
+    return _add(base, deltas.sum(dim=0), scale)  # (N, *shape) -> (*shape)
+
+
+def dare_ties(
+    base: Tensor,
+    experts: Tensor,
+    *,
+    drop_rate: float = 0.34,
+    scale: float = 1.0,
+    merge: str = "mean",
+    generator: Rng = None,
+) -> Tensor:
+    """DARE-TIES: TIES with DARE's random drop in place of the trim (Yu et al. 2024).
+
+    base: (*shape), experts: (N, *shape); drop_rate in [0, 1); scale: finite; merge: "mean" or
+    "sum"; generator: seeded, needed unless drop_rate is 0. Returns (*shape). Raises InputError.
+    """
+    deltas = drop_and_rescale(task_vectors(base, experts), drop_rate, generator)
+    return _add(base, disjoint_merge(deltas, elect_sign(deltas), merge), scale)
+
+
+OPERATORS: dict[str, Callable[..., Tensor]] = {
+    operator.__name__: operator
+    for operator in (weight_average, weighted_average, task_arithmetic, ties, dare, dare_ties)
+}
+RANDOM = frozenset({"dare", "dare_ties"})  # these need a seeded generator
+
+# ---------------------------------------------------------------- plumbing: text, checks, dtypes
+
+
+@dataclass(frozen=True)
+class OperatorSpec:
+    """An operator with its options; ``parse_operator(spec.name) == spec``."""
+
+    name: str  # normalised text, such as "ties:density=0.3,scale=1"
+    function: str  # key of OPERATORS
+    options: tuple[tuple[str, Option], ...] = ()  # sorted by key
+
+    def __call__(self, base: Tensor, experts: Tensor, generator: Rng = None) -> Tensor:
+        """Apply it to base: (*shape) and experts: (N, *shape); returns (*shape)."""
+        return OPERATORS[self.function](base, experts, generator=generator, **dict(self.options))
+
+
+def parse_operator(spec: str) -> OperatorSpec:
+    """Read text such as "ties", "ties:density=0.3,scale=1" or "task_arithmetic:scale=0.5".
+
+    Options not given keep the function's defaults. Raises InputError on an unknown operator, an
+    unknown or repeated option, or a value out of range.
+    """
+    function, colon, text = (part.strip() for part in spec.partition(":"))
+    if function not in OPERATORS:
+        raise InputError(
+            f"Unknown operator {function!r} in {spec!r}: choose one of {', '.join(OPERATORS)}."
+        )
+    known = [key for key in inspect.signature(OPERATORS[function]).parameters if key in _OPTIONS]
+    options: dict[str, Option] = {}
+    for item in text.split(",") if colon else []:
+        key, _, value = (part.strip() for part in item.partition("="))
+        if key not in known or key in options:
+            problem = "Repeated" if key in options else "Unknown"
+            raise InputError(
+                f"{problem} option {key!r} in {spec!r}: write {function}:key=value,... with each "
+                f"key at most once, out of {', '.join(known) or 'none, it takes no option'}."
+            )
+        try:
+            options[key] = float(value)
+        except ValueError:
+            options[key] = value  # right for merge; for a number refused in the next line
+    _check_options(**options)
+    ordered = tuple(sorted(options.items()))
+    name = function + (":" if ordered else "") + ",".join(f"{k}={_text(v)}" for k, v in ordered)
+    return OperatorSpec(name, function, ordered)
+
+
+def expand_operators(specs: Sequence[str], n: int) -> list[str]:
+    """Specifications as ``parse_operator`` names them, for n experts.
+
+    A ``weighted_average`` that names no expert stands for n operators, one leaning to each.
+    """
+    names = []
+    for text in specs:
+        spec = parse_operator(text)
+        if spec.function == "weighted_average" and "expert" not in dict(spec.options):
+            tail = spec.name.partition(":")[2]
+            each = [f"{spec.function}:expert={i + 1}" + ("," + tail) * bool(tail) for i in range(n)]
+            names += [parse_operator(one).name for one in each]
+        else:
+            names.append(spec.name)
+    return names
+
+
+def _text(value: Option) -> str:
+    """%g, with more digits only where %g would name another number."""
+    if isinstance(value, str):
+        return value
+    return f"{value:g}" if float(f"{value:g}") == value else repr(value)
+
+
+_OPTIONS: dict[str, tuple[str, Callable[[float], bool]]] = {
+    "density": ("a number in (0, 1]", lambda value: 0 < value <= 1),
+    "drop_rate": ("a number in [0, 1)", lambda value: 0 <= value < 1),
+    "scale": ("a finite number", math.isfinite),
+    "expert": ("a whole number from 1", lambda value: value >= 1 and value == int(value)),
+    "share": ("a number in [0, 1]", lambda value: 0 <= value <= 1),
+    "merge": ("'mean' or 'sum'", lambda value: value in ("mean", "sum")),
+}
+
+
+def _check_options(**options: Option) -> None:
+    for key, value in options.items():
+        expected, is_valid = _OPTIONS[key]
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        if (key != "merge" and not is_number) or not is_valid(value):  # type: ignore[arg-type]
+            raise InputError(f"Option {key} must be {expected}, but is {value!r}: give another.")
+
+
+def _check_stack(name: str, stack: Tensor, shape: torch.Size | None = None) -> None:
+    fits = stack.dim() > 0 and stack.numel() > 0 and shape in (None, stack.shape[1:])
+    if not (fits and stack.is_floating_point()):
+        one = "any shape" if shape is None else f"shape {tuple(shape)}"
+        raise InputError(
+            f"{name} must be N >= 1 floating tensors of {one} stacked on axis 0, but has shape "
+            f"{tuple(stack.shape)} and {stack.dtype}: use torch.stack([expert_1, ...]).float()."
+        )
+
+
+def _checked(base: Tensor, experts: Tensor) -> tuple[Tensor, Tensor]:
+    """Both inputs in the dtype to compute in: float32, or float64 if one of them is."""
+    if not base.is_floating_point():
+        raise InputError(f"base must be floating, but is {base.dtype}: use base.float().")
+    _check_stack("experts", experts, base.shape)
+    dtype = torch.promote_types(torch.promote_types(base.dtype, experts.dtype), torch.float32)
+    return base.to(dtype), experts.to(dtype)
+
+
+def _add(base: Tensor, merged: Tensor, scale: float) -> Tensor:
+    """``base + scale * merged``, both (*shape), in the dtype of base (all papers' last step)."""
+    _check_options(scale=scale)
+    return (base.to(merged.dtype) + scale * merged).to(base.dtype)
