@@ -1,0 +1,148 @@
+"""Tiny models and images, built in the process: ViTs of 3 layers and width 16 on 8 px images."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from rmm_lab import models
+
+N_CLASSES = 3
+TINY = {
+    "architecture": "vit_tiny_patch16_224",
+    "model_args": {
+        "img_size": 8,
+        "patch_size": 4,
+        "in_chans": 1,
+        "embed_dim": 16,
+        "depth": 3,
+        "num_heads": 2,
+    },
+    "pretrained_cfg": {"input_size": [1, 8, 8], "mean": [0.5], "std": [0.5], "crop_pct": 1.0},
+}
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+def random_weights(seed: int, *, num_classes: int = N_CLASSES, depth: int = 3) -> models.Weights:
+    """Weights of a tiny ViT, large enough that layers and sources make a difference."""
+    model = models.create(TINY, depth=depth, num_classes=num_classes)
+    g = torch.Generator().manual_seed(seed)
+    return {k: v + 0.3 * torch.randn(v.shape, generator=g) for k, v in model.state_dict().items()}
+
+
+def write_model(folder: Path, seed: int, *, near: models.Weights | None = None, **kwargs) -> Path:
+    """A tiny ViT as a timm folder; ``near`` gives weights that this one is a fine-tuned copy of."""
+    num_classes, depth = kwargs.get("num_classes", N_CLASSES), kwargs.get("depth", 3)
+    weights = random_weights(seed, num_classes=num_classes, depth=depth)
+    if near is not None:
+        weights = {k: near[k] + 0.5 * v if k in near else v for k, v in weights.items()}
+    config = models.model_config(TINY, depth=depth, num_classes=num_classes)
+    config["label_names"] = [f"class{i}" for i in range(num_classes)]
+    models.write_checkpoint(folder, config, weights)
+    return folder
+
+
+def write_images(
+    folder: Path, seed: int, *, per_class: int = 12, splits=("train", "reward", "test")
+) -> Path:
+    """An ImageFolder of random pictures, ``SPLIT/CLASS/N.png``; no splits: ``CLASS/N.png``."""
+    rng = np.random.default_rng(seed)
+    for split in splits or [""]:
+        for c in range(N_CLASSES):
+            (folder / split / f"class{c}").mkdir(parents=True)
+            for n in range(per_class):
+                pixels = rng.integers(0, 256, (8, 8), dtype=np.uint8)
+                Image.fromarray(pixels).save(folder / split / f"class{c}" / f"{n}.png")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory) -> dict:
+    """Folders of a base, two experts and their images: arguments for ``load_problem``."""
+    root = tmp_path_factory.mktemp("tiny")
+    base = write_model(root / "base", 0)
+    weights = models.read_checkpoint(base).weights
+    experts = [write_model(root / f"e{i}", i, near=weights) for i in (1, 2)]
+    images = [write_images(root / f"i{i}", i) for i in (1, 2)]
+    return {
+        "base": str(base),
+        "experts": tuple(map(str, experts)),
+        "images": tuple(map(str, images)),
+    }
+
+
+@pytest.fixture
+def problem(tiny):
+    """The tiny problem, freshly loaded: N = 2 experts, M = 2 operators, L = 3 layers."""
+    from rmm_lab.problem import load_problem
+
+    return load_problem(**tiny, operators=("task_arithmetic:scale=0.5", "ties"), stem="base")
+
+
+class TensorTask:
+    """A task given as tensors: what ``Task`` is, without files."""
+
+    def __init__(self, name: str, seed: int, classes: int, draw) -> None:
+        from rmm_lab.tasks import InputFormat, Split
+
+        self.name, self.source = name, name
+        self.classes = [f"{name}{c}" for c in range(classes)]
+        self.format = InputFormat((1, 8, 8), (0.5,), (0.5,))
+        self._splits = {}
+        for i, (split, n) in enumerate((("train", 100), ("reward", 60), ("test", 60))):
+            g = torch.Generator().manual_seed(100 * seed + i)
+            labels = torch.arange(classes).repeat_interleave(n)
+            images = draw(labels, g) + 0.25 * torch.randn(len(labels), 8, 8, generator=g)
+            pixels = (images.clamp(0, 1) * 255).to(torch.uint8)[:, None]
+            self._splits[split] = Split(pixels, labels)
+
+    def split(self, name: str):
+        return self._splits[name]
+
+
+def quadrant(labels, g):
+    """Which corner is bright."""
+    images = torch.full((len(labels), 8, 8), 0.3)
+    for n, c in enumerate(labels.tolist()):
+        y, x = 4 * (c // 2), 4 * (c % 2)
+        images[n, y : y + 4, x : x + 4] += 0.25
+    return images
+
+
+def stripes(labels, g):
+    """Bars along, across, or both ways, at a random phase."""
+    phase = torch.rand(len(labels), 1, 1, generator=g) * 6.3
+    x = torch.arange(8).float()
+    across, along = torch.sin(1.6 * x + phase), torch.sin(1.6 * x[:, None] + phase)
+    waves = torch.stack([(across + 0 * along), (along + 0 * across), across * along], 1)
+    return 0.5 + 0.4 * waves[torch.arange(len(labels)), labels]
+
+
+@pytest.fixture(scope="session")
+def trained():
+    """A small but real merging problem, N = 2, M = 2, L = 3: experts trained here in a few seconds."""
+    from rmm_lab.pool import LayerPool
+    from rmm_lab.problem import Problem
+    from rmm_lab.zoo import fine_tune
+
+    tasks = [TensorTask("quadrant", 1, 4, quadrant), TensorTask("stripes", 2, 3, stripes)]
+    config = models.model_config(TINY, depth=3, num_classes=4)
+    torch.manual_seed(0)
+    start = models.create(TINY, depth=None, num_classes=4).state_dict()
+    base = models.Checkpoint("base", Path("."), config, dict(start), "0")
+    experts = []
+    for task in tasks:
+        config, weights = fine_tune(
+            base, [task], steps=150, learning_rate=5e-3, seed=0, batch_size=64, augment=False
+        )
+        experts.append(models.Checkpoint(task.name, Path("."), config, weights, task.name))
+    pool = LayerPool(base, experts, [t.name for t in tasks], ("task_arithmetic:scale=0.5", "ties"))
+    return Problem(pool, tasks, "task_arithmetic:scale=0.5")
