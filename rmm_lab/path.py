@@ -1,0 +1,139 @@
+"""What the agent chose, as data: a ``LayerPath`` is JSON that turns into a real timm model."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from rmm_lab.errors import InputError
+from rmm_lab.models import model_config, read_checkpoint, write_checkpoint
+from rmm_lab.pool import LayerPool
+from rmm_lab.zoo import locate
+
+SCHEMA = "rmm_lab/layer-path/1"
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where a model came from: its name in the path, the name it ships under, its folder (absolute) or
+    hub name, and its weights' SHA-256."""
+
+    name: str
+    source: str
+    sha256: str
+
+
+@dataclass(frozen=True)
+class LayerPath:
+    """F_M = F*_1 o F*_2 o ... o F*_T (Eq. 6) with everything needed to build it again.
+
+    ``steps``: (source, layer) in the order in which the layers are run; a source is an expert's name
+    or an operator's specification. ``stem``: the source of all weights outside layers and heads.
+    ``seed`` and ``scope``: those of the pool, so that random operators draw the same masks.
+    """
+
+    steps: tuple[tuple[str, int], ...]
+    base: Origin
+    experts: tuple[Origin, ...]
+    operators: tuple[str, ...]
+    scope: str
+    seed: int
+    stem: str
+
+    @classmethod
+    def of(cls, pool: LayerPool, steps: Sequence[tuple[str, int]], stem: str) -> LayerPath:
+        """The path of (source, layer) through a pool."""
+        return cls(
+            steps=tuple((source, int(k)) for source, k in steps),
+            base=Origin("base", str(pool.base.source), pool.base.sha256),
+            experts=tuple(
+                Origin(name, str(e.source), e.sha256)
+                for name, e in zip(pool.names, pool.experts, strict=True)
+            ),
+            operators=tuple(pool.operators),
+            scope=pool.scope,
+            seed=pool.seed,
+            stem=stem,
+        )
+
+    def to_json(self) -> str:
+        """The path as JSON text with a schema; steps read ``{"layer": 0, "source": "ties"}``."""
+        data = {"schema": SCHEMA} | asdict(self)
+        data["steps"] = [{"layer": k, "source": source} for source, k in self.steps]
+        return json.dumps(data, indent=2, ensure_ascii=False) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> LayerPath:
+        """The inverse of ``to_json``; InputError for anything else."""
+        try:
+            data: dict[str, Any] = json.loads(text)
+            if data.pop("schema") != SCHEMA:
+                raise ValueError(f"the schema is not {SCHEMA}")
+            for s in data["steps"]:
+                if type(s["layer"]) is not int or s["layer"] < 0 or type(s["source"]) is not str:
+                    raise ValueError(f"the step {s} is not a source and a layer's number")
+            for key, kind in (("seed", int), ("stem", str), ("scope", str), ("operators", list)):
+                if type(data[key]) is not kind:
+                    raise ValueError(f"{key} is no {kind.__name__}")
+            data["steps"] = tuple((s["source"], s["layer"]) for s in data["steps"])
+            data["base"] = Origin(**data["base"])
+            data["experts"] = tuple(Origin(**e) for e in data["experts"])
+            data["operators"] = tuple(data["operators"])
+            return cls(**data)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise InputError(
+                f"layer path: expected JSON of schema {SCHEMA}, found something else ({error!r}); "
+                "take path.json of a run folder"
+            ) from error
+
+    def load_pool(self) -> LayerPool:
+        """Read the models that the path names; InputError if their weights have changed since."""
+        checkpoints = []
+        for origin in (self.base, *self.experts):
+            checkpoint = read_checkpoint(locate(origin.source))
+            if checkpoint.sha256 != origin.sha256:
+                raise InputError(
+                    f"model {origin.source!r}: expected weights of SHA-256 {origin.sha256[:12]}..., "
+                    f"found {checkpoint.sha256[:12]}...; it has changed since the search, so put the "
+                    "old one back or search again"
+                )
+            checkpoints.append(checkpoint)
+        names = [e.name for e in self.experts]
+        return LayerPool(
+            checkpoints[0], checkpoints[1:], names, self.operators, scope=self.scope, seed=self.seed
+        )
+
+    def build(self, pool: LayerPool | None = None) -> Any:
+        """A timm VisionTransformer of the path's own depth, in evaluation mode.
+
+        Its classifier holds the heads of all tasks one after another; ``head_slices`` of the pool, or
+        ``config.json`` of the saved folder, tells whose logits stand where.
+        """
+        return (pool or self.load_pool()).assemble(self.steps, self.stem)
+
+    def save_pretrained(self, folder: str | Path, pool: LayerPool | None = None) -> Path:
+        """Write the merged model as a timm folder; load it with ``timm.create_model("local-dir:...")``.
+
+        config.json carries the heads' slices and the path; a repeated layer is stored as a copy.
+        """
+        pool, folder = pool or self.load_pool(), Path(folder)
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise InputError(f"folder {folder}: expected a new or empty one; name another")
+        model = self.build(pool)
+        config = model_config(
+            pool.base.config, depth=len(self.steps), num_classes=int(model.num_classes)
+        )
+        config["label_names"] = [
+            f"{name}/{label}"
+            for name, e in zip(pool.names, pool.experts, strict=True)
+            for label in (e.label_names or range(e.num_classes))
+        ]
+        config["rmm_lab"] = {
+            "heads": {name: list(part) for name, part in pool.head_slices.items()},
+            "path": json.loads(self.to_json()),
+        }
+        write_checkpoint(folder, config, model.state_dict())
+        return folder

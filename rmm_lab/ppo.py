@@ -1,0 +1,610 @@
+"""Reinforced Model Merging: a PPO agent that composes a model layer by layer, in one file.
+
+    python -m rmm_lab.ppo                                 the demo: digits and textures, as they ship
+    python -m rmm_lab.ppo --preset paper                  with the published hyper-parameters
+    python -m rmm_lab.ppo --base B --experts E1 E2 --images D1 D2      your own models and images
+
+Read it from top to bottom: arguments, agent, rollout, update (Eq. 8 and 9), search, result.
+Sources: Han et al. 2025 (RMM); Schulman et al. 2017 (PPO). Style after CleanRL.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from rmm_lab import report
+from rmm_lab.errors import InputError
+from rmm_lab.path import LayerPath
+from rmm_lab.problem import OPERATORS, STEM, Problem, load_problem
+from rmm_lab.runs import Row, RunFolder, check_new, optimiser_tensors, restore_optimiser
+from rmm_lab.scoring import Path as Steps
+
+# =============================================================================================
+# Arguments
+# =============================================================================================
+
+FROM_PRESET: Any = None  # a field left at this takes its preset's value
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "paper": {  # as published with the paper, but for the bounds on an episode
+        "operators": ("task_arithmetic", "ties", "dare"),
+        "stem": "task_arithmetic",
+        "observation": "map",
+        "mask_actions": False,
+        "episodes_per_update": 4,
+        "episodes_per_subset": 1,
+        "update_epochs": 40,
+        "learning_rate": 3e-4,
+        "critic_learning_rate": 1e-3,
+        "gamma": 0.99,
+        "clip": 0.2,
+        "value_coef": 0.5,
+        "entropy": 0.0001,
+        "entropy_end": 0.0001,
+        "target_kl": 0.0,
+        "dar": 0.8,
+    },
+    "default": {  # what measured best on the reward split: see the README
+        "operators": OPERATORS,
+        "stem": STEM,
+        "observation": "map+cursor",
+        "mask_actions": True,
+        "episodes_per_update": 20,
+        "episodes_per_subset": 20,
+        "update_epochs": 20,
+        "learning_rate": 3e-3,
+        "critic_learning_rate": 3e-3,
+        "gamma": 1.0,
+        "clip": 0.2,
+        "value_coef": 0.5,
+        "entropy": 0.1,
+        "entropy_end": 0.0,
+        "target_kl": 0.05,
+        "dar": 0.0,
+    },
+}
+
+
+@dataclass
+class Args:
+    """Search a merged model with PPO and report it on the test split."""
+
+    # --- what is merged
+    experts: tuple[str, ...] = ("demo",)
+    """Models to merge: a group that ships (demo, glyphs, vision), names, timm folders or hf-hub: names."""
+    base: str | None = None
+    """The model they were fine-tuned from: a timm folder or hf-hub: name; needed for your own experts."""
+    images: tuple[str, ...] = ()
+    """An image folder per expert, in the experts' order; needed for your own experts."""
+    multi_task: str | None = None
+    """Folder of a multi-task model to compare with; those that ship are found by themselves."""
+    operators: tuple[str, ...] = FROM_PRESET
+    """Merging actions, such as ties, task_arithmetic:scale=0.5 or dare:drop_rate=0.5,scale=1."""
+    scope: Literal["layer", "tensor", "global"] = "layer"
+    """What an operator trims over: each layer, each tensor, or the whole model."""
+    stem: str = FROM_PRESET
+    """Source of the weights outside the layers: base, an expert's name, an operator, or agent: the agent
+    chooses it first."""
+
+    # --- the search
+    preset: Literal["default", "paper"] = "default"
+    """default: what measures best here; paper: the published hyper-parameters. Both set what follows."""
+    episodes: int = 700
+    """Merged models to evaluate, T_max of Eq. 10."""
+    data_fraction: float = 0.1
+    """Share of each task's reward split that scores an episode, in (0, 1]."""
+    seed: int = 1
+    """Seed of the policy, the rollouts, the data subsets and the random operators."""
+    dar: float = FROM_PRESET
+    """Lambda of the Dynamic Average Reward, Eq. 10, in [0, 1]; 0 switches it off."""
+    observation: Literal["map", "map+cursor"] = FROM_PRESET
+    """What the agent sees: the merging map of Eq. 5, or the map and its own position."""
+    mask_actions: bool = FROM_PRESET
+    """Give illegal actions no probability, rather than a penalty."""
+    penalty: float = -0.1
+    """Reward of an illegal move, at most 0; rewards are in [0, 1]."""
+    max_steps: int | None = None
+    """Longest episode in actions; by default four times the layers, and one."""
+    max_depth: int | None = None
+    """Most layers of a merged model; by default twice the layers."""
+    finalists: int = 10
+    """Best paths, besides the greedy one, that are scored on the whole reward split at the end."""
+
+    # --- PPO
+    episodes_per_update: int = FROM_PRESET
+    """Episodes of one policy per update."""
+    episodes_per_subset: int = FROM_PRESET
+    """Episodes in a row that are scored on the same data subset."""
+    update_epochs: int = FROM_PRESET
+    """Gradient steps on each rollout, each on all of it."""
+    learning_rate: float = FROM_PRESET
+    """Adam's learning rate of the actor."""
+    critic_learning_rate: float = FROM_PRESET
+    """Adam's learning rate of the critic."""
+    gamma: float = FROM_PRESET
+    """Discount of the return per step, in (0, 1]."""
+    clip: float = FROM_PRESET
+    """Epsilon of the clipped objective, Eq. 8."""
+    value_coef: float = FROM_PRESET
+    """Weight of the critic's loss."""
+    entropy: float = FROM_PRESET
+    """Weight of the entropy bonus at the start."""
+    entropy_end: float = FROM_PRESET
+    """Weight of the entropy bonus at the end; it changes linearly."""
+    target_kl: float = FROM_PRESET
+    """Stop an update once the policy has moved this far (approximate KL); 0 never stops."""
+
+    # --- the run
+    run_dir: Path | None = None
+    """New folder for the results; the command line makes runs/ppo-DATE-TIME by default."""
+    resume: Path | None = None
+    """Folder of a stopped run to go on with, to the same result as an unbroken one."""
+    threads: int = 1
+    """CPU threads for torch; with more than one, small models are often slower. 0: torch's choice."""
+    cache_mb: float = 256.0
+    """Memory for activations that are used again, in MiB; it changes no reward."""
+    quiet: bool = False
+    """Print nothing while searching."""
+
+    def __post_init__(self) -> None:
+        if self.preset not in PRESETS:
+            raise InputError(f"--preset: expected {' or '.join(PRESETS)}, found {self.preset!r}")
+        for name, value in PRESETS[self.preset].items():
+            if getattr(self, name) is FROM_PRESET:
+                setattr(self, name, value)
+
+    def check(self) -> None:
+        """Raise InputError for the first value out of range."""
+        for names, expected, ok in (
+            ("episodes episodes_per_update episodes_per_subset", "at least 1", lambda v: v >= 1),
+            ("update_epochs", "at least 1", lambda v: v >= 1),
+            ("max_steps max_depth", "at least 1", lambda v: v is None or v >= 1),
+            ("seed", "0 or more and below 2**63", lambda v: 0 <= v < 2**63),
+            ("threads", "0 to 1024", lambda v: 0 <= v <= 1024),
+            ("data_fraction", "at least 1e-6", lambda v: not 0 < v < 1e-6),
+            ("data_fraction gamma", "more than 0 and at most 1", lambda v: 0 < v <= 1),
+            ("dar", "0 to 1", lambda v: 0 <= v <= 1),
+            ("learning_rate critic_learning_rate clip", "more than 0", lambda v: 0 < v < np.inf),
+            ("entropy entropy_end value_coef target_kl", "0 or more", lambda v: 0 <= v < np.inf),
+            ("finalists cache_mb", "0 or more", lambda v: 0 <= v < np.inf),
+            ("penalty", "0 or less", lambda v: -np.inf < v <= 0),
+        ):
+            for name in names.split():
+                value = getattr(self, name)
+                if isinstance(value, str) or not ok(value):
+                    raise InputError(
+                        f"--{name.replace('_', '-')}: expected {expected}, found "
+                        f"{getattr(self, name)}; correct it"
+                    )
+
+    def config(self) -> dict[str, Any]:
+        """What determines the result, as JSON; where and how loudly it runs is left out."""
+        data = dataclasses.asdict(self)
+        for name in ("run_dir", "resume", "quiet", "threads", "cache_mb"):
+            del data[name]
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in data.items()}
+
+
+@dataclass
+class Result:
+    """What a search found.
+
+    ``path``: the chosen layer path. ``reward``: its mean score on the whole reward split.
+    ``episodes``, ``updates``: one row each, as in the run folder. ``scores``: method -> task -> test
+    accuracy in [0, 1]; empty if ``train`` was told not to report. ``agent``: the trained policy.
+    """
+
+    path: LayerPath
+    reward: float
+    episodes: list[Row]
+    updates: list[Row]
+    scores: dict[str, dict[str, float]]
+    agent: Agent
+    folder: Path | None = None
+    finalists: list[Row] = field(default_factory=list)
+
+
+# =============================================================================================
+# The agent: actor pi(a|s) and critic V(s)
+# =============================================================================================
+
+
+def mlp(n_in: int, n_out: int, last_gain: float) -> nn.Sequential:
+    """D-64-64-n with tanh and orthogonal weights; a small last gain starts close to uniform."""
+    layers: list[nn.Module] = []
+    for i, o, gain in ((n_in, 64, 2**0.5), (64, 64, 2**0.5), (64, n_out, last_gain)):
+        linear = nn.Linear(i, o)
+        nn.init.orthogonal_(linear.weight, gain)
+        nn.init.zeros_(linear.bias)
+        layers += [linear, nn.Tanh()]
+    return nn.Sequential(*layers[:-1])
+
+
+class Agent(nn.Module):
+    """Separate actor and critic over the flattened observation. obs: (..., D) float."""
+
+    def __init__(self, n_observation: int, n_actions: int) -> None:
+        super().__init__()
+        self.actor = mlp(n_observation, n_actions, 0.01)
+        self.critic = mlp(n_observation, 1, 1.0)
+
+    def log_probs(self, obs: Tensor, mask: Tensor) -> Tensor:
+        """log pi(a|s): (B, D), mask (B, A) bool -> (B, A); masked actions get a probability of 0."""
+        return self.actor(obs).masked_fill(~mask, -1e9).log_softmax(-1)
+
+    def value(self, obs: Tensor) -> Tensor:
+        """V(s): (B, D) -> (B,)."""
+        return self.critic(obs).squeeze(-1)  # (B, 1) -> (B,)
+
+
+# =============================================================================================
+# Algorithm: rollout, returns, advantage (Eq. 9), clipped objective (Eq. 8)
+# =============================================================================================
+
+
+def discounted_returns(rewards: Tensor, gamma: float) -> Tensor:
+    """Monte-Carlo returns of one episode. rewards: (T,) -> (T,), G_t = r_t + gamma G_{t+1}."""
+    returns, future = torch.zeros_like(rewards), 0.0
+    for t in reversed(range(len(rewards))):
+        future = float(rewards[t]) + gamma * future
+        returns[t] = future
+    return returns
+
+
+def normalise(x: Tensor) -> Tensor:
+    """Zero mean and unit (population) deviation over the batch: (B,) -> (B,); one element gives 0."""
+    return (x - x.mean()) / (x.std(correction=0) + 1e-8)
+
+
+def advantage(returns: Tensor, values: Tensor) -> Tensor:
+    """A(s, a) = R - V(s), Eq. 9. Both (B,) -> (B,)."""
+    return returns - values
+
+
+def clipped_objective(ratio: Tensor, adv: Tensor, clip: float) -> Tensor:
+    """J of Eq. 8, as a mean, to be maximised. ratio: pi/pi_old (B,); adv: (B,) -> scalar."""
+    return torch.min(ratio * adv, ratio.clamp(1 - clip, 1 + clip) * adv).mean()
+
+
+@dataclass
+class Rollout:
+    """Steps of whole episodes under one policy; B steps in all."""
+
+    obs: Tensor  # (B, D)
+    masks: Tensor  # (B, A) bool
+    actions: Tensor  # (B,)
+    log_probs: Tensor  # (B,) under the policy that acted
+    returns: Tensor  # (B,)
+
+
+def play(
+    env: Any,
+    agent: Agent,
+    generator: torch.Generator | None,
+    *,
+    masked: bool,
+    options: dict[str, Any] | None = None,
+) -> tuple[dict[str, list[Any]], dict[str, Any]]:
+    """One episode; actions are sampled, or the most probable where ``generator`` is None (Eq. 1)."""
+    steps: dict[str, list[Any]] = {k: [] for k in ("obs", "mask", "action", "log_prob", "reward")}
+    obs, info = env.reset(options=options)
+    done = False
+    while not done:
+        x = torch.from_numpy(obs).flatten()  # (rows, L) -> (D,)
+        mask = torch.from_numpy(info["action_mask"]).bool()  # (A,)
+        if not masked:
+            mask = torch.ones_like(mask)
+        with torch.no_grad():
+            log_probs = agent.log_probs(x[None], mask[None])[0]  # (A,)
+        if generator is None:
+            action = int(log_probs.argmax())
+        else:
+            action = int(torch.multinomial(log_probs.exp(), 1, generator=generator))
+        obs, reward, terminated, truncated, info = env.step(action)
+        done = terminated or truncated
+        for name, value in zip(
+            steps, (x, mask, action, log_probs[action], float(reward)), strict=True
+        ):
+            steps[name].append(value)
+    return steps, info
+
+
+def collect(episodes: Sequence[dict[str, list[Any]]], gamma: float) -> Rollout:
+    """Stack the steps of several episodes."""
+    flat = {k: [v for e in episodes for v in e[k]] for k in ("obs", "mask", "action", "log_prob")}
+    returns = [discounted_returns(torch.tensor(e["reward"]), gamma) for e in episodes]
+    return Rollout(
+        obs=torch.stack(flat["obs"]),
+        masks=torch.stack(flat["mask"]),
+        actions=torch.tensor(flat["action"]),
+        log_probs=torch.stack(flat["log_prob"]),
+        returns=torch.cat(returns),
+    )
+
+
+def update(
+    agent: Agent, optimiser: torch.optim.Optimizer, batch: Rollout, args: Args, progress: float
+) -> Row:
+    """Several full-batch epochs of PPO on one rollout; ``progress`` in [0, 1] anneals the entropy.
+
+    Returns the diagnostics: losses, entropy, approximate KL, clip fraction, explained variance.
+    """
+    returns = normalise(batch.returns)
+    with torch.no_grad():
+        values = agent.value(batch.obs)
+        adv = advantage(returns, values)  # Eq. 9
+    entropy_coef = args.entropy + (args.entropy_end - args.entropy) * progress
+    spread = returns.var(correction=0)
+    explained = float(1 - (returns - values).var(correction=0) / spread) if spread > 0 else 0.0
+    kl, epoch = 0.0, 0
+    while epoch < args.update_epochs and (epoch == 0 or not args.target_kl or kl <= args.target_kl):
+        epoch += 1
+        all_log_probs = agent.log_probs(batch.obs, batch.masks)  # (B, A)
+        log_probs = all_log_probs.gather(1, batch.actions[:, None]).squeeze(1)  # (B,)
+        log_ratio = log_probs - batch.log_probs
+        ratio = log_ratio.exp()
+        policy = clipped_objective(ratio, adv, args.clip)  # Eq. 8
+        entropy = -(all_log_probs.exp() * all_log_probs).sum(-1).mean()
+        value_loss = (agent.value(batch.obs) - returns).pow(2).mean()
+        loss = -policy + args.value_coef * value_loss - entropy_coef * entropy
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+        with torch.no_grad():
+            kl = float((ratio - 1 - log_ratio).mean())  # Schulman's estimator k3, never negative
+            clipped = float(((ratio - 1).abs() > args.clip).float().mean())
+    return {
+        "policy_objective": float(policy.detach()),
+        "value_loss": float(value_loss.detach()),
+        "entropy": float(entropy.detach()),
+        "entropy_coef": entropy_coef,
+        "approx_kl": kl,
+        "clip_fraction": clipped,
+        "explained_variance": explained,
+        "epochs": epoch,
+    }
+
+
+# =============================================================================================
+# The search
+# =============================================================================================
+
+
+def make_env(problem: Problem, args: Args) -> Any:
+    """The environment of a problem, by Gymnasium's own way, under the DAR wrapper."""
+    import gymnasium as gym
+
+    from rmm_lab.env import DynamicAverageReward
+
+    scorer = problem.scorer(fraction=args.data_fraction, seed=args.seed, cache_mb=args.cache_mb)
+    env = gym.make(
+        "rmm_lab/Merging-v0",
+        scorer=scorer,
+        observation=args.observation,
+        penalty=args.penalty,
+        max_steps=args.max_steps,
+        max_depth=args.max_depth,
+        episodes_per_subset=args.episodes_per_subset,
+    )
+    return DynamicAverageReward(env, scale=args.dar, max_episodes=args.episodes)
+
+
+def search(env: Any, args: Args, folder: RunFolder) -> tuple[Agent, list[Row], list[Row]]:
+    """PPO over ``args.episodes`` episodes, from the folder's checkpoint if it has one.
+
+    Returns the agent, the episodes and the updates. After each update all state is on disk.
+    """
+    torch.manual_seed(args.seed)  # the agent's initial weights
+    agent = Agent(int(np.prod(env.observation_space.shape)), int(env.action_space.n))
+    optimiser = torch.optim.Adam(
+        [
+            {"params": agent.actor.parameters(), "lr": args.learning_rate},
+            {"params": agent.critic.parameters(), "lr": args.critic_learning_rate},
+        ]
+    )
+    generator = torch.Generator().manual_seed(args.seed)
+    episodes: list[Row] = []
+    updates: list[Row] = []
+    if (stored := folder.load_checkpoint()) is not None:
+        tensors, counters, episodes, updates = stored
+        try:
+            agent.load_state_dict({k: tensors[f"agent.{k}"] for k in agent.state_dict()})
+            restore_optimiser(optimiser, tensors, "adam")
+            generator.set_state(tensors["generator"])
+            env.episode, env.previous = counters["dar_episode"], counters["dar_previous"]
+        except (KeyError, RuntimeError, ValueError, TypeError) as error:
+            raise InputError(
+                f"--resume: expected this search's checkpoint in "
+                f"{folder.file('checkpoint.safetensors')}, found another one ({error}); start the "
+                "search anew in another folder"
+            ) from error
+    progress = report.Progress(args.episodes, len(episodes), quiet=args.quiet)
+    options: dict[str, Any] | None = {
+        "episode": len(episodes)
+    }  # whose turn it is, also after a resume
+    while len(episodes) < args.episodes:
+        played = []
+        for _ in range(min(args.episodes_per_update, args.episodes - len(episodes))):
+            steps, info = play(env, agent, generator, masked=args.mask_actions, options=options)
+            options = None
+            played.append(steps)
+            episodes.append(report.episode_row(len(episodes), len(updates), steps, info, env))
+            progress.show(episodes)
+        done = len(episodes) / args.episodes
+        diagnostics = update(agent, optimiser, collect(played, args.gamma), args, done)
+        updates.append({"update": len(updates), "episodes": len(episodes)} | diagnostics)
+        folder.save_checkpoint(
+            {f"agent.{k}": v for k, v in agent.state_dict().items()}
+            | optimiser_tensors(optimiser, "adam")
+            | {"generator": generator.get_state()},
+            {"dar_episode": env.episode, "dar_previous": env.previous},
+            episodes,
+            updates,
+        )
+    progress.end()
+    return agent, episodes, updates
+
+
+def choose(env: Any, agent: Agent, episodes: Sequence[Row], args: Args) -> list[Row]:
+    """Candidates for the final path, scored on the whole reward split, the best first.
+
+    They are the greedy rollout (Eq. 1) and the ``finalists`` paths with the best mean raw reward over
+    their episodes, drawn towards the mean of all episodes as if two more had that reward: a path that
+    was lucky on one subset must not displace one that was good on ten. The test split is not used.
+    """
+    scorer = env.unwrapped.scorer
+    fair = [e for e in episodes if not e["penalised"]]
+    prior = float(np.mean([e["raw_reward"] for e in fair])) if fair else 0.0
+    seen: dict[str, list[float]] = {}
+    for e in fair:
+        seen.setdefault(e["path"], []).append(e["raw_reward"])
+    ranked = sorted(seen, key=lambda p: (-(sum(seen[p]) + 2 * prior) / (len(seen[p]) + 2), p))
+    candidates = {report.steps_of(p, scorer.sources): "best" for p in ranked[: args.finalists]}
+    dar = (env.episode, env.previous)
+    _, info = play(env, agent, None, masked=args.mask_actions, options={"subset": None})
+    env.episode, env.previous = dar  # the greedy rollout is no episode of the search
+    if not info["penalised"]:
+        candidates[info["path"]] = "greedy"
+    if not candidates:
+        raise InputError(
+            f"search: expected at least one legal episode in {args.episodes}, found none; raise "
+            "--episodes or use --mask-actions"
+        )
+    rows = [
+        {"path": path, "found": how, "reward": float(scorer.score(path, None).mean())}
+        for path, how in candidates.items()
+    ]
+    return sorted(rows, key=lambda r: (-r["reward"], len(r["path"]), r["path"]))
+
+
+def check_same_config(args: Args, stored: dict[str, Any]) -> None:
+    """InputError unless a run that is resumed has the arguments that it had before."""
+    for name, value in args.config().items():
+        if stored.get(name) != value:
+            raise InputError(
+                f"--resume: expected --{name.replace('_', '-')} {stored.get(name)} as in "
+                f"{args.resume}/config.json, found {value}; leave the option out, or start a new run"
+            )
+
+
+def train(args: Args, *, problem: Problem | None = None, table: bool = True) -> Result:
+    """The main job: load, search, choose a path on the reward split, report on the test split once.
+
+    Args:
+        args: see ``Args``. problem: one made before, in place of the models that ``args`` names.
+        table: whether to score the test split at all.
+
+    Raises InputError for bad input, before anything is written. Ctrl-C leaves a folder to resume.
+    """
+    if args.resume is not None:
+        check_same_config(args, RunFolder.read_config(args.resume))
+    args.check()
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    if args.resume is None and args.run_dir is not None:
+        check_new(args.run_dir)
+    if problem is None:
+        problem = load_problem(
+            args.experts,
+            base=args.base,
+            images=args.images,
+            operators=args.operators,
+            stem=args.stem,
+            scope=args.scope,
+            seed=args.seed,
+            multi_task=args.multi_task,
+        )
+    for task in problem.tasks:  # a broken image must show before anything is written
+        for split in ("reward", "test") if table else ("reward",):
+            task.split(split)
+    env = make_env(problem, args)
+    if args.resume is not None:
+        folder = RunFolder(args.resume)
+    else:
+        folder = RunFolder.create(args.run_dir, args.config())
+    agent, episodes, updates = search(env, args, folder)
+    finalists = choose(env, agent, episodes, args)
+    best: Steps = finalists[0]["path"]
+    sources = problem.pool.sources
+    steps = [(sources[a], k) for a, k in best]
+    stem = "base" if problem.stem == "agent" else problem.stem
+    if steps and steps[0][1] < 0:
+        stem = steps.pop(0)[0]
+    path = LayerPath.of(problem.pool, steps, stem)
+    result = Result(path, finalists[0]["reward"], episodes, updates, {}, agent, folder.path)
+    result.finalists = [r | {"path": report.text_of(r["path"], sources)} for r in finalists]
+    report.finish(result, problem, folder, table=table, quiet=args.quiet)
+    return result
+
+
+# =============================================================================================
+# Command line
+# =============================================================================================
+
+
+def parse(argv: Sequence[str]) -> Args:
+    """Arguments from the command line; a resumed run starts from its own config."""
+    import tyro
+
+    early = {}  # these two decide what the other options' defaults are
+    for i, word in enumerate(argv):
+        name, _, value = word.partition("=")
+        if name in ("--preset", "--resume"):
+            early[name] = value or (argv[i + 1] if i + 1 < len(argv) else "")
+    default = Args(preset="paper") if early.get("--preset") == "paper" else Args()
+    stored = None
+    if early.get("--resume"):
+        stored = RunFolder.read_config(Path(early["--resume"]))
+        known = {f.name for f in dataclasses.fields(Args)}
+        if set(stored) - known:
+            raise InputError(
+                f"--resume: expected the config of this version, found {sorted(set(stored) - known)}"
+            )
+        values: dict[str, Any] = {
+            k: tuple(v) if isinstance(v, list) else v for k, v in stored.items()
+        }
+        default = Args(**values)
+    args = tyro.cli(Args, args=list(argv), default=default, prog="python -m rmm_lab.ppo")
+    if stored is not None:
+        if args.run_dir is not None:
+            raise InputError("--run-dir: expected none beside --resume, which names the folder")
+        check_same_config(args, stored)
+    elif args.run_dir is None:
+        args.run_dir = Path("runs") / time.strftime("ppo-%Y%m%d-%H%M%S")
+    return args
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Command line; returns the exit code: 0, 2 for bad input, 130 after Ctrl-C."""
+    args = None
+    try:
+        args = parse(sys.argv[1:] if argv is None else argv)
+        train(args)
+    except (InputError, OSError) as error:
+        print(f"\nerror: {report.one_sentence(error)}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        folder = (args.resume or args.run_dir) if args else None
+        known = folder is not None and (folder / "config.json").is_file()
+        how = (
+            f"go on with: python -m rmm_lab.ppo --resume {folder}"
+            if known
+            else "nothing is written"
+        )
+        print(f"\nstopped; {how}", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

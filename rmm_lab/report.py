@@ -1,0 +1,172 @@
+"""What a search shows and leaves behind: the progress line, the result table, files of the run folder."""
+
+from __future__ import annotations
+
+import errno
+import json
+import shutil
+import sys
+import time
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from rmm_lab import baselines
+from rmm_lab.baselines import Row
+from rmm_lab.problem import Problem
+from rmm_lab.runs import RunFolder
+from rmm_lab.scoring import Path, evaluate
+
+if TYPE_CHECKING:
+    from rmm_lab.ppo import Result
+
+
+# ------------------------------------------------------------------------------- paths and episodes
+
+
+def text_of(path: Path, sources: Sequence[str]) -> str:
+    """A path as text, ``digits@0 ties@1``: source and layer in the order in which they run."""
+    return " ".join(f"{sources[a]}@{k}" for a, k in path)
+
+
+def steps_of(text: str, sources: Sequence[str]) -> Path:
+    """The inverse of ``text_of``."""
+    numbers = {name: a for a, name in enumerate(sources)}
+    return tuple(
+        (numbers[source], int(k)) for source, _, k in (s.rpartition("@") for s in text.split())
+    )
+
+
+def episode_row(
+    episode: int, update: int, steps: dict[str, list[Any]], info: dict[str, Any], env: Any
+) -> dict[str, Any]:
+    """One line of episodes.csv: what was done, raw scores per task, raw and DAR reward apart."""
+    scorer = env.unwrapped.scorer
+    scores = info.get("scores") or dict.fromkeys(scorer.task_names, "")
+    return {
+        "episode": episode,
+        "update": update,
+        "subset": info["subset"],
+        "raw_reward": info["raw_reward"],
+        "dar_reward": info["dar_reward"],
+        "penalised": int(info["penalised"]),
+        **{f"score_{name}": value for name, value in scores.items()},
+        "depth": sum(k >= 0 for _, k in info["path"]),
+        "actions": " ".join(map(str, steps["action"])),
+        "path": text_of(info["path"], scorer.sources),
+    }
+
+
+class Progress:
+    """A live line: episode, rewards, best path so far, time left. On a terminal it rewrites itself."""
+
+    def __init__(self, total: int, start: int, *, quiet: bool) -> None:
+        self.total, self.start, self.quiet = total, start, quiet
+        self.began = self.shown = time.perf_counter()
+        self.best: tuple[float, str] = (-1.0, "")
+        self.live = sys.stdout.isatty()
+
+    def show(self, episodes: Sequence[dict[str, Any]]) -> None:
+        """Show the newest episode, at most five times a second (every 10 s where nobody watches)."""
+        last, now = episodes[-1], time.perf_counter()
+        if not last["penalised"]:
+            self.best = max(self.best, (last["raw_reward"], last["path"]))
+        if self.quiet or (
+            now - self.shown < (0.2 if self.live else 10) and len(episodes) < self.total
+        ):
+            return
+        self.shown = now
+        recent = [e["raw_reward"] for e in episodes[-50:]]
+        left = (now - self.began) / (len(episodes) - self.start) * (self.total - len(episodes))
+        line = (
+            f"episode {len(episodes)}/{self.total}  reward {100 * last['raw_reward']:.1f}  "
+            f"DAR {100 * last['dar_reward']:.1f}  last 50 {100 * sum(recent) / len(recent):.1f}  "
+            f"best {100 * self.best[0]:.1f} ({self.best[1]})  {left:.0f} s left"
+        )
+        print(f"\r\x1b[K{line}" if self.live else line, end="" if self.live else "\n", flush=True)
+
+    def end(self) -> None:
+        """Leave the live line."""
+        if not self.quiet and self.live:
+            print()
+
+
+# ----------------------------------------------------------------------------------------- results
+
+
+def markdown(rows: Sequence[Row], tasks: Sequence[str]) -> str:
+    """A result table in Markdown; percent of the test split."""
+    head = ["method", *tasks, "mean", "setting"]
+    lines = ["| " + " | ".join(head) + " |", "|---|" + "---:|" * (len(tasks) + 1) + "---|"]
+    for row in rows:
+        cells = [f"{100 * s:.1f}" for s in (*row.scores, row.mean)]
+        lines.append("| " + " | ".join([row.name, *cells, row.setting]) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def plain(rows: Sequence[Row], tasks: Sequence[str]) -> str:
+    """The same table for a terminal, columns aligned."""
+    body = [[r.name, *(f"{100 * s:.1f}" for s in (*r.scores, r.mean)), r.setting] for r in rows]
+    table = [["method", *tasks, "mean", "setting"], *body]
+    widths = [max(len(line[i]) for line in table) for i in range(len(table[0]))]
+    last = len(widths) - 1
+    return "\n".join(
+        "  ".join(
+            cell.ljust(w) if i in (0, last) else cell.rjust(w)
+            for i, (cell, w) in enumerate(zip(line, widths, strict=True))
+        ).rstrip()
+        for line in table
+    )
+
+
+def finish(
+    result: Result, problem: Problem, folder: RunFolder, *, table: bool, quiet: bool
+) -> None:
+    """Score the test split once, print the table, write the run folder's result."""
+    pool, names = problem.pool, [task.name for task in problem.tasks]
+    path_text = " ".join(f"{source}@{k}" for source, k in result.path.steps)
+    say = (lambda *a: None) if quiet else print
+    say(f"path: {path_text or '(no layer)'}   stem: {result.path.stem}")
+    say(
+        f"reward: {100 * result.reward:.2f} % on the whole reward split, best of {len(result.finalists)}"
+    )
+    rows: list[Row] = []
+    if table:
+        rows = list(baselines.rows(problem))
+        scores = evaluate(pool, problem.tasks, result.path.steps, result.path.stem, "test")
+        rows.append(Row("RMM", f"{len(result.episodes)} episodes", tuple(scores.tolist())))
+        result.scores = {r.name: dict(zip(names, r.scores, strict=True)) for r in rows}
+        say(f"\naccuracy on the test split, %\n{plain(rows, names)}")
+    if folder.path is None:
+        return
+    from safetensors.torch import save
+
+    from rmm_lab import plots
+
+    folder.write("policy.safetensors", save(result.agent.state_dict()))
+    folder.write("path.json", result.path.to_json())
+    folder.write("finalists.json", json.dumps(result.finalists, indent=2) + "\n")
+    if rows:
+        folder.write("table.md", markdown(rows, names))
+        data = [
+            {"method": r.name, "setting": r.setting, "test": result.scores[r.name]} for r in rows
+        ]
+        folder.write("table.json", json.dumps(data, indent=2) + "\n")
+    folder.write("rewards.png", plots.png(plots.reward_curve(result.episodes)))
+    folder.write(
+        "path.png", plots.png(plots.path_picture(result.path.steps, pool.sources, pool.n_layers))
+    )
+    merged = folder.path / "merged"
+    if not (merged / "config.json").is_file():  # the file that is written last
+        shutil.rmtree(merged, ignore_errors=True)
+        result.path.save_pretrained(folder.path / "merged", pool)
+    say(f"\nwritten: {folder.path} (the merged model: {merged})")
+
+
+def one_sentence(error: Exception) -> str:
+    """An error as one sentence; a full disk says so."""
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        where = error.filename or "the run folder"
+        return (
+            f"{where}: expected space on the device, found none left; free some, then use --resume"
+        )
+    return " ".join(str(error).split())

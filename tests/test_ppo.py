@@ -1,0 +1,407 @@
+"""The agent: its formulas by hand and against torch.distributions, a probe, a brute-forced optimum."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from torch.distributions import Categorical
+
+from rmm_lab import ppo
+from rmm_lab.env import MergingEnv
+from rmm_lab.path import LayerPath
+from rmm_lab.ppo import PRESETS, Args, train
+from rmm_lab.runs import from_csv
+
+# ------------------------------------------------------------------------------- formulas by hand
+
+
+def test_returns_by_hand():
+    rewards = torch.tensor([1.0, 0.0, 4.0])
+    assert ppo.discounted_returns(rewards, 0.5).tolist() == [2.0, 2.0, 4.0]
+    assert ppo.discounted_returns(rewards, 1.0).tolist() == [5.0, 4.0, 4.0]
+
+
+def test_advantage_is_return_minus_value():
+    assert ppo.advantage(torch.tensor([1.0, 0.5]), torch.tensor([0.25, 1.0])).tolist() == [
+        0.75,
+        -0.5,
+    ]
+
+
+def test_clipped_objective_by_hand():
+    """Eq. 8: a ratio outside [0.8, 1.2] earns no more, but a loss is never clipped away."""
+    ratio = torch.tensor([1.5, 0.5, 1.5, 0.5, 1.1])
+    adv = torch.tensor([1.0, 1.0, -1.0, -1.0, 2.0])
+    terms = [1.2, 0.5, -1.5, -0.8, 2.2]
+    assert float(ppo.clipped_objective(ratio, adv, 0.2)) == pytest.approx(sum(terms) / 5)
+
+
+def test_the_clip_stops_the_gradient_only_where_the_ratio_has_gone_too_far():
+    ratio = torch.tensor([1.5, 0.5, 1.5, 0.5, 1.0], requires_grad=True)
+    adv = torch.tensor([1.0, 1.0, -1.0, -1.0, 3.0])
+    ppo.clipped_objective(ratio, adv, 0.2).backward()
+    assert ratio.grad.tolist() == pytest.approx([0, 0.2, -0.2, 0, 0.6])
+
+
+def test_normalise_by_hand_and_with_one_element():
+    assert ppo.normalise(torch.tensor([1.0, 3.0])).tolist() == pytest.approx([-1, 1])
+    assert ppo.normalise(torch.tensor([7.0])).tolist() == [0.0]  # not NaN
+
+
+def test_log_probs_are_a_masked_categorical():
+    torch.manual_seed(0)
+    agent = ppo.Agent(6, 4)
+    torch.nn.init.normal_(agent.actor[-1].weight)
+    obs = torch.randn(5, 6)
+    mask = torch.tensor([[1, 1, 0, 1]] * 5).bool()
+    found = agent.log_probs(obs, mask)
+    logits = agent.actor(obs)[:, [0, 1, 3]]
+    assert torch.allclose(found[:, [0, 1, 3]], Categorical(logits=logits).logits, atol=1e-6)
+    assert (found[:, 2].exp() == 0).all()
+
+
+def batch(n=8, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    torch.manual_seed(seed)
+    agent = ppo.Agent(6, 4)
+    obs = torch.randn(n, 6, generator=g)
+    masks = torch.ones(n, 4).bool()
+    actions = torch.randint(4, (n,), generator=g)
+    with torch.no_grad():
+        log_probs = Categorical(logits=agent.actor(obs)).log_prob(actions)
+    returns = torch.rand(n, generator=g)
+    return agent, ppo.Rollout(obs, masks, actions, log_probs, returns)
+
+
+def test_the_first_gradient_is_the_policy_gradient():
+    """At ratio 1, Eq. 8's gradient is that of mean(A log pi), the oracle from torch.distributions."""
+    agent, data = batch()
+    twin, _ = batch()
+    args = Args(learning_rate=1.0, update_epochs=1, entropy=0.0, entropy_end=0.0, value_coef=0.0)
+    ppo.update(agent, torch.optim.SGD(agent.actor.parameters(), lr=1.0), data, args, 0.5)
+    returns = (data.returns - data.returns.mean()) / data.returns.std(correction=0)
+    adv = returns - twin.critic(data.obs).squeeze(-1).detach()
+    objective = (adv * Categorical(logits=twin.actor(data.obs)).log_prob(data.actions)).mean()
+    objective.backward()
+    for moved, start in zip(agent.actor.parameters(), twin.actor.parameters(), strict=True):
+        assert torch.allclose(moved - start, start.grad, atol=1e-5)
+
+
+def test_diagnostics_match_torch_distributions():
+    agent, data = batch()
+    old = Categorical(logits=agent.actor(data.obs).detach())
+    args = Args(update_epochs=1, clip=0.2, entropy=0.3, entropy_end=0.1, target_kl=0.0)
+    sgd = torch.optim.SGD(agent.parameters(), lr=0.0)
+    row = ppo.update(agent, sgd, data, args, 0.5)
+    assert row["entropy"] == pytest.approx(float(old.entropy().mean()), rel=1e-5)
+    assert row["entropy_coef"] == pytest.approx(0.2)  # half way from 0.3 to 0.1
+    assert (row["approx_kl"], row["clip_fraction"]) == (0.0, 0.0)
+    returns = (data.returns - data.returns.mean()) / data.returns.std(correction=0)
+    residual = returns - agent.value(data.obs).detach()
+    assert row["explained_variance"] == pytest.approx(
+        1 - float(residual.var(correction=0)), rel=1e-4
+    )
+    assert row["value_loss"] == pytest.approx(float(residual.pow(2).mean()), rel=1e-4)
+
+
+def test_approximate_kl_and_the_stop():
+    """KL(old || new) over many samples is close to k3's estimate, and an update stops beyond it."""
+    agent, data = batch(4000)
+    old = Categorical(logits=agent.actor(data.obs).detach())
+    adam = torch.optim.Adam(agent.parameters(), lr=3e-3)
+    args = Args(update_epochs=60, target_kl=0.01, entropy=0.0, entropy_end=0.0)
+    row = ppo.update(agent, adam, data, args, 0.0)
+    assert row["epochs"] < 60
+    assert 0.01 < row["approx_kl"] < 0.03
+    new = Categorical(logits=agent.actor(data.obs).detach())
+    exact = torch.distributions.kl_divergence(old, new).mean()
+    # The diagnostic is from before the last step; the exact value has moved on by one more.
+    assert 0.5 * row["approx_kl"] < float(exact) < 2 * row["approx_kl"]
+
+
+def test_the_agent_solves_a_probe():
+    """One right action among four at each of three layers; nothing else pays."""
+
+    class Probe:
+        sources, n_models, n_layers, n_subsets = ("a", "b", "c", "d"), 1, 3, 1
+        stacks, task_names, chooses_stem = (range(3),), ["t"], False
+
+        def score(self, path, subset=None):
+            import numpy as np
+
+            return np.array([sum(a == (k + 1) for a, k in path if len(path) == 3) / 3])
+
+    args = Args(episodes=400, quiet=True, seed=3)
+    env = ppo.make_env(_Fixed(Probe()), args)
+    agent, episodes, _ = ppo.search(env, args, ppo.RunFolder(None))
+    _, info = ppo.play(env, agent, None, masked=True)
+    assert info["path"] == ((1, 0), (2, 1), (3, 2))
+    early = sum(e["raw_reward"] for e in episodes[:50]) / 50
+    late = sum(e["raw_reward"] for e in episodes[-50:]) / 50
+    assert late > 0.9 > 0.5 > early
+
+
+class _Fixed:
+    """A problem that is its scorer."""
+
+    def __init__(self, scorer):
+        self._scorer = scorer
+
+    def scorer(self, **options):
+        return self._scorer
+
+
+# ------------------------------------------------------------------------------------- arguments
+
+
+def test_presets_fill_what_is_not_given():
+    paper = Args(preset="paper", gamma=0.5)
+    assert paper.gamma == 0.5
+    assert paper.episodes_per_update == 4
+    assert (paper.update_epochs, paper.clip, paper.dar, paper.entropy) == (40, 0.2, 0.8, 0.0001)
+    assert (paper.learning_rate, paper.critic_learning_rate) == (3e-4, 1e-3)
+    assert (paper.observation, paper.mask_actions, paper.value_coef) == ("map", False, 0.5)
+    assert Args().episodes == paper.episodes == 700
+    for name in PRESETS["paper"]:
+        assert getattr(Args(), name) == PRESETS["default"][name]
+
+
+def test_presets_speak_of_the_same_fields_and_each_is_documented():
+    names = {f.name for f in dataclasses.fields(Args)}
+    assert set(PRESETS["paper"]) == set(PRESETS["default"]) < names
+    source = Path(ppo.__file__).read_text("utf-8")
+    body = source[source.index("class Args") : source.index("def __post_init__")]
+    for name in names:
+        assert f"    {name}: " in body
+        after = body[body.index(f"    {name}: ") :].split("\n")[1]
+        assert after.strip().startswith('"""'), name
+        assert after.strip().endswith('"""'), name
+
+
+def test_the_command_line_reads_a_preset_and_overrides_it():
+    args = ppo.parse(["--preset", "paper", "--episodes", "9", "--no-mask-actions", "--dar", "0.5"])
+    assert (args.preset, args.episodes, args.gamma, args.dar) == ("paper", 9, 0.99, 0.5)
+    args = ppo.parse(["--preset=paper"])
+    assert args.update_epochs == 40
+    assert ppo.parse([]).update_epochs == PRESETS["default"]["update_epochs"]
+
+
+# ------------------------------------------------------------------------------------- the search
+
+
+def reachable(n_layers, n_sources, depth):
+    """Every path that actions can compose, by exhaustive walk: skips, backs and stacks included."""
+    out, seen, stack = set(), set(), [(0, ())]
+    while stack:
+        k, path = stack.pop()
+        if (k, path) in seen:
+            continue
+        seen.add((k, path))
+        if k == n_layers:
+            out.add(path)
+            continue
+        if len(path) < depth:
+            stack += [(k + 1, (*path, (a, k))) for a in range(n_sources)]
+        stack += [(k + 1, path)] + ([(k - 1, path)] if k else [])
+    return out
+
+
+def test_the_walk_that_the_brute_force_makes_is_the_environments(trained):
+    scorer = trained.scorer(fraction=1.0)
+    env = MergingEnv(scorer, max_depth=3)
+    paths = reachable(3, 4, 3)
+    generator = torch.Generator().manual_seed(0)
+    agent = ppo.Agent(env.observation_space.shape[0] * 3, 6)
+    for _ in range(200):
+        _, info = ppo.play(env_with_dar(env), agent, generator, masked=True)
+        assert info["path"] in paths
+
+
+def env_with_dar(env):
+    from rmm_lab.env import DynamicAverageReward
+
+    return DynamicAverageReward(env, scale=0.0, max_episodes=1)
+
+
+def test_a_run_is_determined_by_its_seed(trained):
+    first, again, other = (
+        train(Args(episodes=60, seed=s, quiet=True), problem=trained, table=False)
+        for s in (1, 1, 2)
+    )
+    assert first.episodes == again.episodes
+    assert first.updates == again.updates
+    assert first.path == again.path
+    assert first.episodes != other.episodes
+
+
+def test_the_paper_preset_runs_and_penalises_without_a_mask(trained):
+    result = train(Args(preset="paper", episodes=40, quiet=True), problem=trained, table=False)
+    penalised = [e for e in result.episodes if e["penalised"]]
+    assert penalised  # an untrained agent goes back at layer 0 now and then
+    assert all(e["raw_reward"] == e["dar_reward"] == -0.1 for e in penalised)
+    assert len(result.updates) == 10
+    assert all(row["epochs"] == 40 for row in result.updates)
+
+
+def test_the_final_path_is_the_best_candidate_on_the_whole_reward_split(trained):
+    result = train(Args(episodes=100, quiet=True), problem=trained, table=False)
+    scorer = trained.scorer(fraction=1.0)
+    numbers = {s: i for i, s in enumerate(trained.pool.sources)}
+    scores = [
+        scorer.score(
+            tuple((numbers[s], int(k)) for s, k in (x.split("@") for x in f["path"].split()))
+        ).mean()
+        for f in result.finalists
+    ]
+    assert scores == pytest.approx([f["reward"] for f in result.finalists])
+    assert result.reward == pytest.approx(max(scores))
+    assert any(f["found"] == "greedy" for f in result.finalists)
+
+
+def test_the_search_never_reads_the_test_split(trained, monkeypatch):
+    """Another test split changes nothing but the test scores."""
+    plain = train(Args(episodes=40, quiet=True), problem=trained, table=False)
+    for task in trained.tasks:
+        split = task.split("test")
+        altered = dataclasses.replace(split, labels=(split.labels + 1) % len(task.classes))
+        monkeypatch.setitem(task._splits, "test", altered)
+    again = train(Args(episodes=40, quiet=True), problem=trained)
+    assert again.path == plain.path
+    assert again.episodes == plain.episodes
+    assert again.scores["fine-tuned"]["stripes"] < 0.5  # the altered split was what was reported
+
+
+def test_an_agent_that_chooses_the_stem_leaves_it_in_the_path(trained):
+    trained.stem = "agent"
+    try:
+        result = train(Args(episodes=60, quiet=True), problem=trained, table=False)
+    finally:
+        trained.stem = "task_arithmetic:scale=0.5"
+    stems = {e["path"].split("@-1")[0] if "@-1" in e["path"] else "base" for e in result.episodes}
+    assert len(stems) > 2
+    assert result.path.stem in {*trained.pool.sources, "base"}
+    assert all(k >= 0 for _, k in result.path.steps)
+    from rmm_lab.scoring import evaluate
+
+    path = result.path
+    scores = evaluate(trained.pool, trained.tasks, path.steps, path.stem, "reward")
+    assert scores.mean() == pytest.approx(result.reward)
+
+
+# ----------------------------------------------------------------------------- run folder, resume
+
+
+def arguments(tiny, folder, episodes):
+    return [
+        *("--base", tiny["base"], "--experts", *tiny["experts"], "--images", *tiny["images"]),
+        *("--episodes", str(episodes), "--data-fraction", "0.5", "--run-dir", str(folder)),
+        *("--preset", "paper"),
+    ]
+
+
+def files(folder: Path):
+    return {p.name for p in folder.iterdir()}
+
+
+def test_a_run_folder_holds_what_the_readme_says(tiny, tmp_path, capsys):
+    folder = tmp_path / "run"
+    assert ppo.main(arguments(tiny, folder, 24)) == 0
+    printed = capsys.readouterr().out
+    assert files(folder) == {
+        *("config.json", "episodes.csv", "updates.csv", "checkpoint.safetensors"),
+        *("policy.safetensors", "path.json", "finalists.json", "table.md", "table.json"),
+        *("rewards.png", "path.png", "merged"),
+    }
+    episodes = from_csv((folder / "episodes.csv").read_text())
+    assert [e["episode"] for e in episodes] == list(range(24))
+    for e in episodes:
+        if not e["penalised"]:
+            assert (e["score_i1"] + e["score_i2"]) / 2 == pytest.approx(e["raw_reward"])
+    for row in ("base", "fine-tuned", "TIES, tuned", "RMM"):
+        assert row in printed
+        assert row in (folder / "table.md").read_text()
+    assert (folder / "rewards.png").read_bytes().startswith(b"\x89PNG")
+    # Three ways to the same model: built from the JSON, loaded by timm, scored in the table.
+    import timm
+
+    path = LayerPath.from_json((folder / "path.json").read_text())
+    built = path.build()
+    loaded = timm.create_model(f"local-dir:{folder / 'merged'}", pretrained=True).eval()
+    images = torch.randn(4, 1, 8, 8)
+    with torch.inference_mode():
+        assert torch.equal(built(images), loaded(images))
+
+
+def test_resume_after_kill_ends_as_an_unbroken_run(tiny, tmp_path):
+    """kill -9 in mid-run; the rest gives the same episodes, path, policy and model, to the byte."""
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    command = [sys.executable, "-m", "rmm_lab.ppo"]
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(
+        command + arguments(tiny, broken, 400), env=env, stdout=subprocess.DEVNULL
+    )
+    deadline = time.monotonic() + 120
+    while not (broken / "checkpoint.safetensors").exists():
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    partial = len(from_csv((broken / "episodes.csv").read_text()))
+    assert 0 < partial < 400
+    assert not (broken / "path.json").exists()
+    assert ppo.main(["--resume", str(broken)]) == 0
+    assert ppo.main(arguments(tiny, whole, 400)) == 0
+    for name in ("episodes.csv", "updates.csv", "path.json", "table.json", "policy.safetensors"):
+        assert (whole / name).read_bytes() == (broken / name).read_bytes(), name
+    model = Path("merged") / "model.safetensors"
+    assert (whole / model).read_bytes() == (broken / model).read_bytes()
+
+
+def test_ctrl_c_says_how_to_go_on(tiny, tmp_path, monkeypatch, capsys):
+    folder = tmp_path / "run"
+    original, calls = ppo.update, []
+
+    def interrupted(*args):
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return original(*args)
+
+    monkeypatch.setattr(ppo, "update", interrupted)
+    assert ppo.main(arguments(tiny, folder, 40)) == 130
+    assert f"--resume {folder}" in capsys.readouterr().err
+    assert len(from_csv((folder / "episodes.csv").read_text())) == 8  # two updates of four
+    monkeypatch.setattr(ppo, "update", original)
+    assert ppo.main(["--resume", str(folder)]) == 0
+    assert len(from_csv((folder / "episodes.csv").read_text())) == 40
+
+
+def test_a_checkpoint_cut_off_between_its_files_is_still_good(tiny, tmp_path):
+    """Tables are written before the checkpoint: rows that it does not know of are dropped."""
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    assert ppo.main(arguments(tiny, whole, 16)) == 0
+    assert ppo.main(arguments(tiny, broken, 16)) == 0
+    table = broken / "episodes.csv"
+    lines = table.read_text().splitlines(keepends=True)
+    table.write_text("".join([*lines, lines[-1].replace("15,", "16,", 1)]))
+    assert ppo.main(["--resume", str(broken)]) == 0
+    assert len(from_csv((broken / "episodes.csv").read_text())) in (16, 17)
+    assert (whole / "path.json").read_text() == (broken / "path.json").read_text()
+
+
+def test_losses_stay_finite_with_one_step_in_a_batch():
+    """One episode of one action: the deviation of one return is 0, and nothing may become NaN."""
+    agent, data = batch(1)
+    row = ppo.update(agent, torch.optim.Adam(agent.parameters()), data, Args(), 0.0)
+    assert all(math.isfinite(v) for v in row.values())
+    assert all(torch.isfinite(p).all() for p in agent.parameters())

@@ -1,0 +1,154 @@
+"""What ships keeps its promises, and a user's own models and pictures go all the way."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from rmm_lab import baselines, models, ppo, render, zoo
+from rmm_lab.errors import InputError
+from rmm_lab.problem import load_problem
+from rmm_lab.tasks import SMALL, InputFormat, Task, data_folder
+
+REAL = Path(__file__).parents[2] / "shared" / "data"
+
+
+@pytest.fixture(scope="module")
+def demo():
+    return load_problem(("demo",))
+
+
+def test_data_stay_under_their_limit():
+    size = sum(p.stat().st_size for p in data_folder().rglob("*") if p.is_file())
+    assert size < 12 * 2**20
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_each_expert_is_at_least_90_percent_on_its_own_test_split(name):
+    """By timm alone: create_model on the folder, the whole test split."""
+    import timm
+
+    model = timm.create_model(f"local-dir:{zoo.model_folder(name)}", pretrained=True).eval()
+    config = json.loads((zoo.model_folder(name) / "config.json").read_text())
+    task = Task(name, InputFormat.of(config))
+    assert config["label_names"] == task.classes
+    data = task.split("test")
+    with torch.inference_mode():
+        found = model((data.images.float() / 255 - 0.5) / 0.5).argmax(-1)
+    assert float((found == data.labels).float().mean()) >= 0.90
+
+
+def test_the_best_uniform_merge_of_the_demo_is_20_points_under_the_experts(demo):
+    """The gap that leaves room to search; it is fixed by experts and uniform merges alone."""
+    own = [baselines.uniform(demo, n, "test")[i] for i, n in enumerate(demo.pool.names)]
+    merges = [
+        baselines.uniform(demo, s, "test").mean()
+        for s in (
+            "weight_average",
+            "task_arithmetic:scale=0.6",
+            "ties",
+            "ties:density=1",
+            "dare:scale=0.6",
+        )
+    ]
+    assert max(merges) < np.mean(own) - 0.20
+    assert max(merges) > 0.5  # and yet they are no noise
+
+
+def test_the_multi_task_models_hold_every_task_of_their_pair():
+    for pair in zoo.PAIRS:
+        problem = load_problem(pair)
+        rows = {r.name: r.scores for r in _rows_without_tuning(problem)}
+        assert min(rows["multi-task"]) >= 0.90
+
+
+def _rows_without_tuning(problem):
+    for row in baselines.rows(problem):
+        yield row
+        if row.name == "multi-task":
+            return
+
+
+def test_no_task_has_a_glyph_that_the_base_was_trained_on():
+    assert not set(render.BASE_GLYPHS) & set(render.LETTERS + render.SYMBOLS + "0123456789")
+    config = json.loads((zoo.model_folder("base") / "config.json").read_text())
+    assert config["label_names"] == list(render.BASE_GLYPHS)
+
+
+def test_the_base_has_six_layers_of_about_300_000_weights_in_fp16():
+    file = zoo.model_folder("base") / "model.safetensors"
+    from safetensors import safe_open
+
+    with safe_open(file, "pt") as stored:
+        assert {stored.get_tensor(k).dtype for k in stored.keys()} == {torch.float16}  # noqa: SIM118
+    parts = models.split(models.read_checkpoint(zoo.model_folder("base")).weights)
+    assert len(parts.layers) == 6
+    n = sum(t.numel() for w in (parts.stem, *parts.layers) for t in w.values())
+    assert 250_000 < n < 350_000
+
+
+def test_a_fine_tuned_model_learns_and_leaves_its_base_alone(trained):
+    """The fixture's experts were trained by fine_tune: far above chance on their own task only."""
+    for i, name in enumerate(trained.pool.names):
+        scores = baselines.uniform(trained, name, "test")
+        assert scores[i] > 1.5 / len(trained.tasks[i].classes)
+    start = trained.pool.base.weights
+    again = models.create(trained.pool.base.config, depth=None, num_classes=4)
+    torch.manual_seed(0)
+    again = models.create(trained.pool.base.config, depth=None, num_classes=4).state_dict()
+    assert all(torch.equal(start[k], again[k]) for k in start)
+
+
+def test_rebuilding_only_an_unknown_model_is_refused():
+    with pytest.raises(InputError, match="found 'rigits'"):
+        zoo.Build(only=("rigits",)).run()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not REAL.is_dir(), reason=f"no real pictures in {REAL}")
+def test_real_pictures_from_fine_tuning_to_a_merged_model(tmp_path, capsys):
+    """MNIST and CIFAR-10 as image folders: two experts by our own command, merged and reported."""
+    sets = [str(REAL / "mnist_png"), str(REAL / "cifar10_jpg")]
+    experts = []
+    for name, images, steps in (("mnist", sets[0], 150), ("cifar", sets[1], 200)):
+        out = tmp_path / name
+        argv = [
+            "finetune",
+            "--base",
+            "base",
+            "--images",
+            images,
+            "--out",
+            str(out),
+            "--threads",
+            "1",
+        ]
+        assert zoo.main([*argv, "--steps", str(steps), "--seed", "1"]) == 0
+        experts.append(str(out))
+    printed = capsys.readouterr().out
+    own = [float(line.split()[1]) for line in printed.splitlines() if "of the test split" in line]
+    assert own[0] > 85  # handwritten digits, from 2,400 pictures
+    assert own[1] > 25  # ten classes of grey 28 px photographs: well above chance
+    run = tmp_path / "run"
+    argv = ["--base", "base", "--experts", *experts, "--images", *sets, "--run-dir", str(run)]
+    assert ppo.main([*argv, "--episodes", "60", "--finalists", "3"]) == 0
+    table = {r["method"]: r["test"] for r in json.loads((run / "table.json").read_text())}
+    assert table["fine-tuned"]["mnist_png"] == pytest.approx(own[0] / 100, abs=0.0006)
+    assert table["fine-tuned"]["cifar10_jpg"] == pytest.approx(own[1] / 100, abs=0.0006)
+    assert set(table["RMM"]) == {"mnist_png", "cifar10_jpg"}
+    import timm
+
+    merged = timm.create_model(f"local-dir:{run / 'merged'}", pretrained=True).eval()
+    heads = json.loads((run / "merged" / "config.json").read_text())["rmm_lab"]["heads"]
+    assert list(heads.values()) == [[0, 10], [10, 20]]
+    # The exported model by timm alone gives the table's number.
+    task = Task(sets[0], InputFormat.of(json.loads((run / "merged" / "config.json").read_text())))
+    data = task.split("test")
+    with torch.inference_mode():
+        found = merged((data.images.float() / 255 - 0.5) / 0.5)[:, :10].argmax(-1)
+    accuracy = float((found == data.labels).float().mean())
+    assert accuracy == pytest.approx(table["RMM"]["mnist_png"], abs=0.0021)
