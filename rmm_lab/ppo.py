@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from rmm_lab import report
-from rmm_lab.errors import InputError
+from rmm_lab.errors import InputError, one_sentence
 from rmm_lab.path import LayerPath
 from rmm_lab.problem import OPERATORS, STEM, Problem, load_problem
 from rmm_lab.runs import Row, RunFolder, check_new, optimiser_tensors, restore_optimiser
@@ -591,7 +591,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         args = parse(sys.argv[1:] if argv is None else argv)
         train(args)
     except (InputError, OSError) as error:
-        print(f"\nerror: {report.one_sentence(error)}", file=sys.stderr)
+        print(f"\nerror: {one_sentence(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         folder = (args.resume or args.run_dir) if args else None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import shutil
 import sys
@@ -160,13 +159,3 @@ def finish(
         shutil.rmtree(merged, ignore_errors=True)
         result.path.save_pretrained(folder.path / "merged", pool)
     say(f"\nwritten: {folder.path} (the merged model: {merged})")
-
-
-def one_sentence(error: Exception) -> str:
-    """An error as one sentence; a full disk says so."""
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-        where = error.filename or "the run folder"
-        return (
-            f"{where}: expected space on the device, found none left; free some, then use --resume"
-        )
-    return " ".join(str(error).split())

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from rmm_lab import models, render, tasks
-from rmm_lab.errors import InputError
+from rmm_lab.errors import InputError, one_sentence
 from rmm_lab.models import Checkpoint
 
 # A ViT of 6 layers, width 64 and 16 patches of 7 x 7 pixels: about 0.3 M parameters.
@@ -340,8 +340,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         else:
             tyro.cli(Build, args=argv, prog="python -m rmm_lab.zoo", description=__doc__).run()
     except (InputError, OSError) as error:
-        from rmm_lab.report import one_sentence
-
         print(f"error: {one_sentence(error)}", file=sys.stderr)
         return 2
     return 0

@@ -1,0 +1,131 @@
+"""What a search shows and stores: tables by hand, round trips, figures that hold what they should."""
+
+from __future__ import annotations
+
+import errno
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from rmm_lab import plots, report
+from rmm_lab.baselines import Row
+from rmm_lab.errors import InputError, one_sentence
+from rmm_lab.runs import check_new, from_csv, to_csv, write
+
+ROWS = [Row("base", "as it is", (0.25, 0.5)), Row("RMM", "9 episodes", (0.875, 0.625))]
+
+
+def test_markdown_by_hand():
+    assert report.markdown(ROWS, ["a", "b"]) == (
+        "| method | a | b | mean | setting |\n"
+        "|---|---:|---:|---:|---|\n"
+        "| base | 25.0 | 50.0 | 37.5 | as it is |\n"
+        "| RMM | 87.5 | 62.5 | 75.0 | 9 episodes |\n"
+    )
+
+
+def test_plain_table_by_hand():
+    assert report.plain(ROWS, ["a", "b"]).splitlines() == [
+        "method     a     b  mean  setting",
+        "base    25.0  50.0  37.5  as it is",
+        "RMM     87.5  62.5  75.0  9 episodes",
+    ]
+
+
+SOURCES = ("digits", "ties:density=0.3,scale=1", "odd@name")
+
+
+@given(st.lists(st.tuples(st.integers(0, 2), st.integers(-1, 20)), max_size=8))
+def test_a_path_as_text_and_back(steps):
+    path = tuple(steps)
+    assert report.steps_of(report.text_of(path, SOURCES), SOURCES) == path
+
+
+def test_a_path_as_text_by_hand():
+    assert report.text_of(((0, 0), (1, 2)), SOURCES) == "digits@0 ties:density=0.3,scale=1@2"
+
+
+numbers = st.one_of(st.integers(-(10**12), 10**12), st.floats(allow_nan=False))
+
+
+@given(
+    st.lists(st.fixed_dictionaries({"n": numbers, "path": st.sampled_from(SOURCES)}), min_size=1)
+)
+def test_tables_come_back_from_csv_as_they_were(rows):
+    assert from_csv(to_csv(rows)) == rows
+
+
+def test_write_replaces_whole_files_only(tmp_path, monkeypatch):
+    file = tmp_path / "table.csv"
+    write(file, "old")
+
+    def full(self, content):
+        raise OSError(errno.ENOSPC, "No space left on device", str(self))
+
+    monkeypatch.setattr("pathlib.Path.write_bytes", full)
+    with pytest.raises(OSError, match="No space") as caught:
+        write(file, "new")
+    assert file.read_text() == "old"
+    assert [p.name for p in tmp_path.iterdir()] == ["table.csv"]
+    assert "expected space on the device" in one_sentence(caught.value)
+
+
+def test_a_new_folder_is_absent_or_empty(tmp_path):
+    check_new(tmp_path)
+    check_new(tmp_path / "new" / "below")
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(InputError, match="found files"):
+        check_new(tmp_path)
+    with pytest.raises(InputError, match="is a file"):
+        check_new(tmp_path / "file")
+
+
+def test_errors_are_one_line():
+    assert one_sentence(ValueError("two\nlines  here")) == "two lines here"
+
+
+def episodes(raw, dar=None):
+    return [
+        {"raw_reward": r, "dar_reward": d, "penalised": 0, "path": f"p{i}"}
+        for i, (r, d) in enumerate(zip(raw, dar or raw, strict=True))
+    ]
+
+
+def test_progress_says_episode_best_path_and_time_left(capsys):
+    rows = episodes([0.5, 0.75, 0.25])
+    progress = report.Progress(3, 0, quiet=False)
+    for n in (1, 2, 3):
+        progress.show(rows[:n])
+    line = capsys.readouterr().out.splitlines()[-1]
+    for words in ("episode 3/3", "reward 25.0", "last 50 50.0", "best 75.0 (p1)", "0 s left"):
+        assert words in line
+    report.Progress(3, 0, quiet=True).show(rows)
+    assert capsys.readouterr().out == ""
+
+
+def test_moving_average_by_hand():
+    assert plots.moving_average([1, 3, 5, 11], 2).tolist() == [1, 2, 4, 8]
+    assert plots.moving_average([1, 3, 5, 11], 50).tolist() == [1, 2, 3, 5]
+
+
+def test_the_reward_curve_draws_dar_only_where_there_is_some():
+    plain = plots.reward_curve(episodes([0.5, 0.7]))
+    labels = [t.get_text() for t in plain.axes[0].get_legend().get_texts()]
+    assert not any("DAR" in label for label in labels)
+    blended = plots.reward_curve(episodes([0.5, 0.7], [0.5, 0.6]))
+    labels = [t.get_text() for t in blended.axes[0].get_legend().get_texts()]
+    assert any("DAR" in label for label in labels)
+    assert plots.png(plain).startswith(b"\x89PNG")
+
+
+def test_the_path_picture_shows_every_layer_in_running_order():
+    steps = [("digits", 0), ("digits", 0), ("odd@name", 2)]
+    figure = plots.path_picture(steps, SOURCES, 3)
+    top, bottom = figure.axes
+    boxes = [t.get_text() for t in bottom.texts]
+    assert boxes == ["digits\nlayer 0", "digits\nlayer 0", "odd@name\nlayer 2"]
+    assert len(bottom.patches) == 3
+    assert [t.get_text() for t in top.texts] == ["2", "1"]  # the merging map's counts
+    assert plots.png(figure).startswith(b"\x89PNG")
+    assert plots.png(plots.path_picture([], SOURCES, 3)).startswith(b"\x89PNG")
