@@ -68,7 +68,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "clip": 0.2,
         "value_coef": 0.5,
         "entropy": 0.1,
-        "entropy_end": 0.0,
+        "entropy_end": 0.02,
         "target_kl": 0.05,
         "dar": 0.0,
     },
@@ -93,8 +93,7 @@ class Args:
     scope: Literal["layer", "tensor", "global"] = "layer"
     """What an operator trims over: each layer, each tensor, or the whole model."""
     stem: str = FROM_PRESET
-    """Source of the weights outside the layers: base, an expert's name, an operator, or agent: the agent
-    chooses it first."""
+    """Source of the weights outside the layers: base, an expert, an operator, or agent (it chooses)."""
 
     # --- the search
     preset: Literal["default", "paper"] = "default"
@@ -151,7 +150,7 @@ class Args:
     """Folder of a stopped run to go on with, to the same result as an unbroken one."""
     threads: int = 1
     """CPU threads for torch; with more than one, small models are often slower. 0: torch's choice."""
-    cache_mb: float = 256.0
+    cache_mb: float = 128.0
     """Memory for activations that are used again, in MiB; it changes no reward."""
     quiet: bool = False
     """Print nothing while searching."""

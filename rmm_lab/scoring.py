@@ -98,7 +98,7 @@ class Scorer:
         fraction: float = 0.1,
         stem: str = "task_arithmetic",
         seed: int = 0,
-        cache_mb: float = 256,
+        cache_mb: float = 128,
         batch_size: int = 256,
     ) -> None:
         if not 0 < fraction <= 1:

@@ -18,7 +18,9 @@ from torch.distributions import Categorical
 from rmm_lab import ppo
 from rmm_lab.env import MergingEnv
 from rmm_lab.path import LayerPath
+from rmm_lab.pool import LayerPool
 from rmm_lab.ppo import PRESETS, Args, train
+from rmm_lab.problem import Problem
 from rmm_lab.runs import from_csv
 
 # ------------------------------------------------------------------------------- formulas by hand
@@ -230,6 +232,19 @@ def env_with_dar(env):
     from rmm_lab.env import DynamicAverageReward
 
     return DynamicAverageReward(env, scale=0.0, max_episodes=1)
+
+
+def test_ppo_finds_the_best_path_on_five_of_five_seeds(trained):
+    """L = 3, N = 2: all 511 paths of at most four layers are scored; the best one is a stack."""
+    pool = LayerPool(trained.pool.base, trained.pool.experts, trained.pool.names, ())
+    problem = Problem(pool, trained.tasks, "weight_average")
+    scorer = problem.scorer(fraction=1.0)
+    scores = sorted((float(scorer.score(p).mean()) for p in reachable(3, 2, 4)), reverse=True)
+    assert len(scores) == 511
+    assert scores[0] > scores[1]  # one best path, so that finding it is no matter of luck
+    args = [Args(seed=s, data_fraction=1.0, max_depth=4, quiet=True) for s in range(1, 6)]
+    found = [train(a, problem=problem, table=False) for a in args]
+    assert [r.reward for r in found] == pytest.approx([scores[0]] * 5, abs=1e-9)
 
 
 def test_a_run_is_determined_by_its_seed(trained):
