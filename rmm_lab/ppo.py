@@ -235,7 +235,7 @@ class Agent(nn.Module):
     def __init__(self, n_observation: int, n_actions: int) -> None:
         super().__init__()
         self.actor = mlp(n_observation, n_actions, 0.01)
-        self.critic = mlp(n_observation, 1, 1.0)
+        self.critic = mlp(n_observation, 1, 0.01)  # V starts near 0, the normalised returns' mean
 
     def log_probs(self, obs: Tensor, mask: Tensor) -> Tensor:
         """log pi(a|s): (B, D), mask (B, A) bool -> (B, A); masked actions get a probability of 0."""

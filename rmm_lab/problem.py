@@ -22,7 +22,6 @@ OPERATORS = (
     "weighted_average:share=0.75",  # one leaning to each expert
     "task_arithmetic:scale=0.75",
     "ties",
-    "dare",
 )
 STEM = "agent"
 
