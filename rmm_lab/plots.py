@@ -57,13 +57,16 @@ def reward_curve(episodes: Sequence[dict[str, Any]], width: int = 50) -> Figure:
     return figure
 
 
-def path_picture(steps: Sequence[tuple[str, int]], sources: Sequence[str], n_layers: int) -> Figure:
+def path_picture(
+    steps: Sequence[tuple[str, int]], sources: Sequence[str], n_layers: int, stem: str
+) -> Figure:
     """A path as a row of boxes in running order: one colour and hatch per source, its layer's number.
 
-    Above the boxes: the merging map at the end (Eq. 5), sources by layers.
+    The first box is the stem; an arrow says to which expert a weighted average leans. Above the boxes:
+    the merging map at the end (Eq. 5), sources by layers.
     """
     # Room for the map at the top, the path's boxes below; both share nothing but the sources' colours.
-    width = max(6.0, 0.8 * max(len(steps), n_layers) + 3)
+    width = max(6.0, 0.8 * max(len(steps) + 1, n_layers) + 3)
     figure = Figure(figsize=(width, 1.9 + 0.32 * len(sources)), layout="constrained")
     top, bottom = figure.subplots(2, 1, height_ratios=[0.45 * len(sources), 1.3])
     counts = np.zeros((len(sources), n_layers))
@@ -78,35 +81,45 @@ def path_picture(steps: Sequence[tuple[str, int]], sources: Sequence[str], n_lay
     top.set_xticks(range(n_layers), [str(k) for k in range(n_layers)], fontsize=9)
     top.set_title("merging map: how often each source's layer was taken", fontsize=10)
     top.set_xlabel("layer", fontsize=9)
-    for i, (source, k) in enumerate(steps):
-        a = list(sources).index(source)
+    for i, (source, k) in enumerate([(stem, -1), *steps]):
+        known = source in sources
+        colour = _rgb(list(sources).index(source)) if known else (0.4, 0.4, 0.4)
         bottom.add_patch(
             FancyBboxPatch(
                 (i + 0.08, 0.1),
                 0.84,
                 0.8,
                 boxstyle="round,pad=0,rounding_size=0.08",
-                facecolor=(*_rgb(a), 0.35),
-                edgecolor=_rgb(a),
-                hatch=HATCHES[a % len(HATCHES)],
+                facecolor=(*colour, 0.35),
+                edgecolor=colour,
+                hatch=HATCHES[list(sources).index(source) % len(HATCHES)] if known else "",
                 lw=1.5,
             )
         )
-        label = source.partition(":")[0].replace("_", "\n")
+        place = "stem" if k < 0 else f"layer {k}"
         bottom.text(
             i + 0.5,
             0.5,
-            f"{label}\nlayer {k}",
+            f"{_label(source)}\n{place}",
             ha="center",
             va="center",
             fontsize=8,
             bbox={"facecolor": "white", "edgecolor": "none", "pad": 1, "alpha": 0.85},
         )
-    bottom.set_xlim(-0.1, max(len(steps), 1) + 0.1)
+    bottom.set_xlim(-0.1, len(steps) + 1.1)
     bottom.set_ylim(0, 1)
     bottom.set_axis_off()
-    bottom.set_title("the path, in the order in which the layers run", fontsize=10)
+    bottom.set_title(
+        "the path: the stem, then the layers in the order in which they run", fontsize=10
+    )
     return figure
+
+
+def _label(source: str) -> str:
+    """A source in a few short lines; an operator that leans says to which expert."""
+    name, _, options = source.partition(":")
+    leads = next((o.partition("=")[2] for o in options.split(",") if o.startswith("expert=")), "")
+    return name.replace("_", "\n") + (f" → {leads}" if leads else "")
 
 
 def _rgb(a: int) -> tuple[float, float, float]:

@@ -152,7 +152,10 @@ def finish(
         folder.write("table.json", json.dumps(data, indent=2) + "\n")
     folder.write("rewards.png", plots.png(plots.reward_curve(result.episodes)))
     folder.write(
-        "path.png", plots.png(plots.path_picture(result.path.steps, pool.sources, pool.n_layers))
+        "path.png",
+        plots.png(
+            plots.path_picture(result.path.steps, pool.sources, pool.n_layers, result.path.stem)
+        ),
     )
     merged = folder.path / "merged"
     if not (merged / "config.json").is_file():  # the file that is written last

