@@ -83,15 +83,15 @@ def path_picture(
     top.set_xlabel("layer", fontsize=9)
     for i, (source, k) in enumerate([(stem, -1), *steps]):
         known = source in sources
-        colour = _rgb(list(sources).index(source)) if known else (0.4, 0.4, 0.4)
+        rgb = _rgb(list(sources).index(source)) if known else (0.4, 0.4, 0.4)
         bottom.add_patch(
             FancyBboxPatch(
                 (i + 0.08, 0.1),
                 0.84,
                 0.8,
                 boxstyle="round,pad=0,rounding_size=0.08",
-                facecolor=(*colour, 0.35),
-                edgecolor=colour,
+                facecolor=(*rgb, 0.35),
+                edgecolor=rgb,
                 hatch=HATCHES[list(sources).index(source) % len(HATCHES)] if known else "",
                 lw=1.5,
             )
