@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from rmm_lab.errors import InputError
-from rmm_lab.models import model_config, read_checkpoint, write_checkpoint
+from rmm_lab.models import Checkpoint, model_config, read_checkpoint, write_checkpoint
 from rmm_lab.pool import LayerPool
 from rmm_lab.zoo import locate
 
@@ -24,6 +24,14 @@ class Origin:
     name: str
     source: str
     sha256: str
+
+    @classmethod
+    def of(cls, name: str, checkpoint: Checkpoint) -> Origin:
+        """The origin of a checkpoint, in a form that holds from any working directory."""
+        source = checkpoint.source
+        if locate(source) == source and not source.startswith("hf-hub:"):
+            source = str(checkpoint.folder.resolve())
+        return cls(name, source, checkpoint.sha256)
 
 
 @dataclass(frozen=True)
@@ -48,10 +56,9 @@ class LayerPath:
         """The path of (source, layer) through a pool."""
         return cls(
             steps=tuple((source, int(k)) for source, k in steps),
-            base=Origin("base", str(pool.base.source), pool.base.sha256),
+            base=Origin.of("base", pool.base),
             experts=tuple(
-                Origin(name, str(e.source), e.sha256)
-                for name, e in zip(pool.names, pool.experts, strict=True)
+                Origin.of(name, e) for name, e in zip(pool.names, pool.experts, strict=True)
             ),
             operators=tuple(pool.operators),
             scope=pool.scope,

@@ -93,18 +93,19 @@ def load_problem(
         checkpoint = _read(name)
         task = Task(images_of, fmt)
         task.check_head(name, checkpoint.num_classes, checkpoint.label_names)
-        own = InputFormat.of(checkpoint.config)
-        if (own.mean, own.std) != (fmt.mean, fmt.std):
-            raise InputError(
-                f"expert {name!r}: expected images normalised by mean {fmt.mean} and std {fmt.std} as "
-                f"for the base, found {own.mean} and {own.std}; one merged model can take only one"
-            )
         tasks.append(task)
         checkpoints.append(checkpoint)
     for task, name in zip(tasks, _distinct([t.name for t in tasks]), strict=True):
         task.name = name
     short = _distinct([Path(n.partition("@")[0]).name.replace(" ", "_") for n in names])
     pool = LayerPool(origin, checkpoints, short, operators, scope=scope, seed=seed)
+    for name, checkpoint in zip(names, checkpoints, strict=True):
+        own = InputFormat.of(checkpoint.config)
+        if (own.mean, own.std) != (fmt.mean, fmt.std):
+            raise InputError(
+                f"expert {name!r}: expected images normalised by mean {fmt.mean} and std {fmt.std} as "
+                f"for the base, found {own.mean} and {own.std}; one merged model can take only one"
+            )
     if stem != "agent":
         pool.check_stem(stem)
     joint = None
@@ -132,11 +133,8 @@ def _check_multi_task(joint: Checkpoint, tasks: Sequence[Task]) -> None:
 
 
 def _read(name: str) -> Checkpoint:
-    """A checkpoint whose source is a name that can be found again from any working directory."""
-    checkpoint = read_checkpoint(locate(name))
-    if not (is_shipped(name) or name == "base" or name.startswith("hf-hub:")):
-        name = str(checkpoint.folder.resolve())
-    return dataclasses.replace(checkpoint, source=name)
+    """A checkpoint whose source is the name as given, also where it is one that ships."""
+    return dataclasses.replace(read_checkpoint(locate(name)), source=name)
 
 
 def _distinct(names: Sequence[str]) -> list[str]:

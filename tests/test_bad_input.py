@@ -675,7 +675,7 @@ def test_numbers_out_of_all_bounds(own, capsys, argv):
 
 
 def test_steps_that_do_not_reach_the_end(own, capsys):
-    refused(capsys, own.argv("--max-steps", 2), "max_steps >= 3", "found 2")
+    refused(capsys, own.argv("--max-steps", 2), "max_steps >= 4", "found 2")
 
 
 @pytest.mark.parametrize(
@@ -814,8 +814,8 @@ def test_resume_with_altered_config(stopped, capsys, change, words):
         (["--gamma", "0.5"], ["--gamma 1.0", "found 0.5"]),
         (["--no-mask-actions"], ["--mask-actions True", "found False"]),
         (["--preset", "paper"], ["--preset default", "found paper"]),
-        (["--stem", "base"], ["--stem task_arithmetic", "found base"]),
-        (["--operators", "ties"], ["--operators ['task_arithmetic',", "found ['ties']"]),
+        (["--stem", "base"], ["--stem agent", "found base"]),
+        (["--operators", "ties"], ["--operators ['weight_average',", "found ['ties']"]),
         (["--experts", "digits", "letters"], ["--experts [", "found ['digits', 'letters']"]),
     ],
     ids=name_of,
@@ -1115,7 +1115,7 @@ def test_layer_path_of_weights_that_changed(own):
     path = LayerPath.of(problem.pool, [("ties", 0)], "base")
     file = Path("expert0/model.safetensors")
     save_file({k: v + 1 for k, v in load_file(file).items()}, file)
-    with pytest.raises(InputError, match=r"'expert0'.*expected weights of SHA-256.*put the"):
+    with pytest.raises(InputError, match=r"expert0'.*expected weights of SHA-256.*put the"):
         LayerPath.from_json(path.to_json()).build()
 
 
