@@ -10,7 +10,8 @@
 
 An operator takes ``base: (*shape)``, one weight of the base model, and ``experts: (N, *shape)``,
 the same weight of N fine-tuned models, and returns ``(*shape)`` in the dtype of ``base``; half
-precision is computed in float32. It merges one tensor, so trimming is per tensor, not per model.
+precision is computed in float32. It trims over
+all that it is given: the pool of layers passes a flattened layer, as in Eq. 4, unless told otherwise.
 A NaN is multiplied, never selected away, so that it stays visible. Inputs stay as they are.
 """
 
