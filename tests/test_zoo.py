@@ -103,6 +103,13 @@ def test_a_fine_tuned_model_learns_and_leaves_its_base_alone(trained):
     assert all(torch.equal(start[k], again[k]) for k in start)
 
 
+def test_uniform_merges_are_tuned_on_the_reward_split_alone(trained, monkeypatch):
+    """A setting that wins on the test split only must lose."""
+    scores = {"ties": {"reward": 0.6, "test": 0.2}, "weight_average": {"reward": 0.5, "test": 0.9}}
+    monkeypatch.setattr(baselines, "uniform", lambda p, s, split: np.array([scores[s][split]]))
+    assert baselines.tune(trained, ("weight_average", "ties")) == "ties"
+
+
 def test_rebuilding_only_an_unknown_model_is_refused():
     with pytest.raises(InputError, match="found 'rigits'"):
         zoo.Build(only=("rigits",)).run()
