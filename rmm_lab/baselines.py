@@ -7,13 +7,15 @@ reported.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
+from torch import Tensor
 
-from rmm_lab.models import split
+from rmm_lab import t5
 from rmm_lab.problem import Problem
-from rmm_lab.scoring import accuracy, evaluate
+from rmm_lab.scoring import answers, answers_of_path, evaluate
+from rmm_lab.texts import TextTask
 
 SCALES = (0.2, 0.3, 0.4, 0.5, 0.6, 0.8, 1.0)
 # Each uniform merge with the settings it is tuned over: 36 evaluations of the reward split in all.
@@ -31,11 +33,16 @@ AS_GIVEN: dict[str, str] = {"task arithmetic": "task_arithmetic", "TIES": "ties"
 
 @dataclass(frozen=True)
 class Row:
-    """One line of a result table. ``scores``: each task's accuracy in [0, 1] on the test split."""
+    """One line of a result table.
+
+    ``scores``: each task's metric in [0, 1] on the test split. ``plain``: accuracy of the tasks whose
+    metric is another, task -> [0, 1]; it is shown beside, and is no part of the mean.
+    """
 
     name: str
     setting: str
     scores: tuple[float, ...]
+    plain: dict[str, float] = field(default_factory=dict)
 
     @property
     def mean(self) -> float:
@@ -43,49 +50,100 @@ class Row:
         return float(np.mean(self.scores))
 
 
+def row(problem: Problem, name: str, setting: str, found: Sequence[Tensor]) -> Row:
+    """A line of the table from each task's answers on the test split, (n,) each."""
+    scores, plain = [], {}
+    for task, answer in zip(problem.tasks, found, strict=True):
+        labels = task.split("test").labels
+        scores.append(task.score(answer, labels))
+        if task.metric != "accuracy":
+            plain[task.name] = float((answer == labels).double().mean())
+    return Row(name, setting, tuple(scores), plain)
+
+
+def path_row(
+    problem: Problem, name: str, setting: str, steps: Sequence[tuple[str, int]], stem: str
+) -> Row:
+    """A line of the table for a path of (source, layer)."""
+    found = answers_of_path(problem.pool, problem.tasks, steps, stem, "test")
+    return row(problem, name, setting, found)
+
+
 def uniform(problem: Problem, source: str, split_name: str) -> np.ndarray:
-    """One source for the stem and every layer, a whole-model merge: each task's accuracy (N,)."""
-    steps = [(source, k) for k in range(problem.pool.n_layers)]
-    return evaluate(problem.pool, problem.tasks, steps, source, split_name)
+    """One source for the stem and every layer, a whole-model merge: each task's metric (N,)."""
+    return evaluate(problem.pool, problem.tasks, _all(problem, source), source, split_name)
+
+
+def _all(problem: Problem, source: str) -> list[tuple[str, int]]:
+    return [(source, k) for k in range(problem.pool.n_layers)]
 
 
 def tune(problem: Problem, settings: Sequence[str]) -> str:
-    """The setting with the best mean accuracy on the reward split; the first of equal ones."""
+    """The setting with the best mean metric on the reward split; the first of equal ones."""
     if len(settings) == 1:
         return settings[0]
     return max(settings, key=lambda s: float(uniform(problem, s, "reward").mean()))
 
 
 def rows(problem: Problem) -> Iterator[Row]:
-    """The rows of Tables I to III but for RMM, on the test split, in the paper's order."""
+    """The rows of Tables I to III but for RMM, on the test split, in the paper's order.
+
+    Language tasks have two more at the top: chance, and the most frequent answer given always.
+    """
     pool, tasks = problem.pool, problem.tasks
 
-    def row(name: str, setting: str, scores: np.ndarray) -> Row:
-        return Row(name, setting, tuple(scores.tolist()))
+    def merge(name: str, setting: str, source: str) -> Row:
+        return path_row(problem, name, setting, _all(problem, source), source)
 
-    yield row("base", "with the experts' heads", uniform(problem, "base", "test"))
-    own = []
+    if all(isinstance(task, TextTask) for task in tasks):
+        skewed = {t.name: t for t in tasks if t.metric != "accuracy"}
+        yield Row(
+            "chance",
+            "guessing",
+            tuple(t.chance("test") for t in tasks),
+            {name: t.chance("test") for name, t in skewed.items()},
+        )
+        always = {t.name: t.majority("test") for t in tasks}
+        yield Row(
+            "most frequent answer",
+            "of the reward split, always; chance where rows have their own choices",
+            tuple(score for score, _ in always.values()),
+            {name: always[name][1] for name in skewed},
+        )
+    images = pool.base.family is not t5
+    yield merge("base", "with the experts' heads" if images else "as pretrained", "base")
+    own: list[Tensor] = []
     for i, name in enumerate(pool.names):
-        scores = uniform(problem, name, "test")
-        own.append(scores[i])
-        yield row(f"expert {name}", "on every task", scores)
-    yield row("fine-tuned", "each expert on its task: the upper bound", np.array(own))
+        found = answers_of_path(pool, tasks, _all(problem, name), name, "test")
+        own.append(found[i])
+        yield row(problem, f"expert {name}", "on every task", found)
+    yield row(problem, "fine-tuned", "each expert on its task: the upper bound", own)
     if problem.multi_task is not None:
-        joint, vit = split(problem.multi_task.weights), pool.vit
-        layers = [vit.layer(k, w) for k, w in enumerate(joint.layers)]
-        joint_scores = []
-        for task in tasks:
-            part = slice(*problem.multi_task.config["rmm_lab"]["heads"][task.name])
-            head = {key: value[part] for key, value in joint.head.items()}
-            joint_scores.append(accuracy(vit, vit.stem(joint.stem), layers, head, task, "test"))
-        yield row("multi-task", "trained on all tasks", np.array(joint_scores))
+        yield row(problem, "multi-task", "trained on all tasks", _joint(problem))
     for name, setting in AS_GIVEN.items():
-        yield row(name, f"{setting} as published", uniform(problem, setting, "test"))
+        yield merge(name, f"{setting} as published", setting)
     for name, settings in GRIDS.items():
         best = tune(problem, settings)
         if len(settings) == 1:
-            yield row(name, best, uniform(problem, best, "test"))
+            yield merge(name, best, best)
         else:
             setting = f"{best}, best of {len(settings)} on the reward split"
-            yield row(f"{name}, tuned", setting, uniform(problem, best, "test"))
+            yield merge(f"{name}, tuned", setting, best)
         pool.forget(settings)
+
+
+def _joint(problem: Problem) -> list[Tensor]:
+    """Each task's answers on the test split of the multi-task model; of a ViT, by the task's own head."""
+    joint, architecture = problem.multi_task, problem.pool.architecture
+    assert joint is not None
+    parts = joint.family.split(joint.weights)
+    stem = architecture.stem(parts.stem)
+    layers = [architecture.layer(k, weights) for k, weights in enumerate(parts.layers)]
+    found = []
+    for task in problem.tasks:
+        head = {}
+        if parts.head:
+            own = slice(*joint.config["rmm_lab"]["heads"][task.name])
+            head = {key: value[own] for key, value in parts.head.items()}
+        found.append(answers(architecture, stem, layers, head, task, "test"))
+    return found

@@ -1,4 +1,4 @@
-"""What the agent chose, as data: a ``LayerPath`` is JSON that turns into a real timm model."""
+"""What the agent chose, as data: a ``LayerPath`` is JSON that turns into a real timm ViT or T5."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from rmm_lab.errors import InputError
-from rmm_lab.models import Checkpoint, model_config, read_checkpoint, write_checkpoint
+from rmm_lab.models import Checkpoint, read_checkpoint, write_checkpoint
 from rmm_lab.pool import LayerPool
 from rmm_lab.zoo import locate
 
@@ -114,33 +114,31 @@ class LayerPath:
         )
 
     def build(self, pool: LayerPool | None = None) -> Any:
-        """A timm VisionTransformer of the path's own depth, in evaluation mode.
+        """The merged model: a timm VisionTransformer or a T5ForConditionalGeneration, ready to run.
 
-        Its classifier holds the heads of all tasks one after another; ``head_slices`` of the pool, or
-        ``config.json`` of the saved folder, tells whose logits stand where.
+        A ViT's classifier holds the heads of all tasks one after another; ``rmm_lab.heads`` in
+        config.json of the saved folder tells whose logits stand where. A T5 has its own number of
+        encoder and decoder blocks; its tokenizer is the base's.
         """
         return (pool or self.load_pool()).assemble(self.steps, self.stem)
 
     def save_pretrained(self, folder: str | Path, pool: LayerPool | None = None) -> Path:
-        """Write the merged model as a timm folder; load it with ``timm.create_model("local-dir:...")``.
+        """Write the merged model as a folder that timm or transformers loads.
 
-        config.json carries the heads' slices and the path; a repeated layer is stored as a copy.
+        ``timm.create_model("local-dir:FOLDER", pretrained=True)`` or
+        ``T5ForConditionalGeneration.from_pretrained(FOLDER)``. config.json carries the path (and a
+        ViT's slices of the classifier); a repeated layer is stored as a copy.
         """
         pool, folder = pool or self.load_pool(), Path(folder)
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             raise InputError(f"folder {folder}: expected a new or empty one; name another")
         model = self.build(pool)
-        config = model_config(
-            pool.base.config, depth=len(self.steps), num_classes=int(model.num_classes)
-        )
-        config["label_names"] = [
-            f"{name}/{label}"
+        labels = {
+            name: e.label_names or range(e.num_classes)
             for name, e in zip(pool.names, pool.experts, strict=True)
-            for label in (e.label_names or range(e.num_classes))
-        ]
-        config["rmm_lab"] = {
-            "heads": {name: list(part) for name, part in pool.head_slices.items()},
-            "path": json.loads(self.to_json()),
         }
-        write_checkpoint(folder, config, model.state_dict())
+        config = pool.architecture.merged_config([k for _, k in self.steps], pool.heads, labels)
+        config["rmm_lab"] = dict(config.get("rmm_lab", {})) | {"path": json.loads(self.to_json())}
+        weights = pool.base.family.once(str(folder), model.state_dict())
+        write_checkpoint(folder, config, weights, beside=pool.base.folder)
         return folder

@@ -58,9 +58,16 @@ def reward_curve(episodes: Sequence[dict[str, Any]], width: int = 50) -> Figure:
 
 
 def path_picture(
-    steps: Sequence[tuple[str, int]], sources: Sequence[str], n_layers: int, stem: str
+    steps: Sequence[tuple[str, int]],
+    sources: Sequence[str],
+    n_layers: int,
+    stem: str,
+    stacks: Sequence[range] = (),
 ) -> Figure:
     """A path as a row of boxes in running order: one colour and hatch per source, its layer's number.
+
+    With two ``stacks`` (a T5's) layers are called enc 0, enc 1, ..., dec 0, ..., and a line in the map
+    shows the border that no layer crosses.
 
     The first box is the stem; an arrow says to which expert a weighted average leans. Above the boxes:
     the merging map at the end (Eq. 5), sources by layers.
@@ -78,7 +85,15 @@ def path_picture(
             colour = "black" if n > counts.max() / 2 else "white"
             top.text(k, a, f"{n:.0f}", ha="center", va="center", fontsize=9, color=colour)
     top.set_yticks(range(len(sources)), sources, fontsize=9)
-    top.set_xticks(range(n_layers), [str(k) for k in range(n_layers)], fontsize=9)
+    places = [str(k) for k in range(n_layers)]
+    if len(stacks) == 2:
+        places = [
+            f"{name} {j}"
+            for name, s in zip(("enc", "dec"), stacks, strict=True)
+            for j in range(len(s))
+        ]
+        top.axvline(stacks[1].start - 0.5, color="white", lw=2)
+    top.set_xticks(range(n_layers), places, fontsize=9)
     top.set_title("merging map: how often each source's layer was taken", fontsize=10)
     top.set_xlabel("layer", fontsize=9)
     for i, (source, k) in enumerate([(stem, -1), *steps]):
@@ -96,7 +111,7 @@ def path_picture(
                 lw=1.5,
             )
         )
-        place = "stem" if k < 0 else f"layer {k}"
+        place = "stem" if k < 0 else places[k] if len(stacks) == 2 else f"layer {k}"
         bottom.text(
             i + 0.5,
             0.5,

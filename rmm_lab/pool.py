@@ -7,22 +7,16 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from rmm_lab.errors import InputError
-from rmm_lab.models import (
-    Checkpoint,
-    Parts,
-    ViT,
-    Weights,
-    check_same_architecture,
-    head_slices,
-    split,
-)
+from rmm_lab.models import Checkpoint, architecture, check_same_architecture
 from rmm_lab.operators import OPERATORS as ALL
 from rmm_lab.operators import RANDOM, OperatorSpec, expand_operators, parse_operator
+from rmm_lab.parts import Parts, Weights, outside_head
 
 SCOPES = ("layer", "tensor", "global")
 
@@ -78,32 +72,20 @@ class LayerPool:
             )
         self.sources = self.names + tuple(self.operators)  # actions in the order models, operators
         self.n_models, self.n_operators = len(experts), len(self.operators)
+        split = base.family.split
         self._base_parts = split(base.weights)
         # In the base's order: flattened layers must line up whatever order a file has.
         self._parts = [
             split({name: e.weights[name] for name in base.weights if name in e.weights} | e.weights)
             for e in experts
         ]
-        for name, parts in zip(self.names, self._parts, strict=True):
-            if "weight" not in parts.head:
-                raise InputError(
-                    f"expert {name!r}: expected a classification head (head.weight), found none; "
-                    "fine-tune it with a head on its task"
-                )
-        for expert, parts in zip(self.experts, self._parts, strict=True):
-            width = self._base_parts.stem["patch_embed.proj.weight"].shape[0]
-            for key, shape in (
-                ("weight", (expert.num_classes, width)),
-                ("bias", (expert.num_classes,)),
-            ):
-                if key in parts.head and tuple(parts.head[key].shape) != shape:
-                    raise InputError(
-                        f"expert {expert.source!r}: expected head.{key} of shape {shape} as its "
-                        f"config.json says, found {tuple(parts.head[key].shape)}; save it again"
-                    )
+        for name, expert, parts in zip(self.names, self.experts, self._parts, strict=True):
+            base.family.check_head(
+                name, expert.source, expert.num_classes, parts.head, self._base_parts.stem
+            )
         self.heads = {n: p.head for n, p in zip(self.names, self._parts, strict=True)}
-        self.n_layers = len(self._base_parts.layers)
-        self._vit: ViT | None = None
+        self.n_layers, self.stacks = len(self._base_parts.layers), self._base_parts.stacks
+        self._architecture: Any = None
         self._weights: dict[tuple[str, int], Weights] = {}
         self._modules: dict[tuple[str, int], nn.Module] = {}
         self._stems: dict[str, nn.Module] = {}
@@ -111,26 +93,27 @@ class LayerPool:
         self._specs = dict(self.operators)
 
     @property
-    def vit(self) -> ViT:
-        """The architecture, built when first needed: reading files alone must stay fast."""
-        if self._vit is None:
-            vit = ViT(self.base.config)
-            for name, shape in vit.shapes.items():
+    def architecture(self) -> Any:
+        """What runs the layers (a ``ViT`` or a ``T5``), built when first needed: reading stays fast."""
+        if self._architecture is None:
+            found = architecture(self.base.config)
+            optional = getattr(found, "optional", {})
+            for name, shape in found.shapes.items():
                 tensor = self.base.weights.get(name)
                 if tensor is None or tuple(tensor.shape) != shape:
-                    found = "none" if tensor is None else tuple(tensor.shape)
+                    what = "none" if tensor is None else tuple(tensor.shape)
                     raise InputError(
                         f"base {self.base.source!r}: expected tensor {name!r} of shape {shape} as its "
-                        f"config.json says, found {found}; save the model with timm again"
+                        f"config.json says, found {what}; save the model again"
                     )
-            extra = [k for k in self.base.weights if k not in vit.shapes and k[:5] != "head."]
-            if extra:
-                raise InputError(
-                    f"base {self.base.source!r}: expected the tensors that its config.json says, "
-                    f"found {extra[0]!r} besides; save the model with timm again"
-                )
-            self._vit = vit
-        return self._vit
+            for name, tensor in outside_head(self.base.weights).items():
+                if name not in found.shapes and optional.get(name) != tuple(tensor.shape):
+                    raise InputError(
+                        f"base {self.base.source!r}: expected the tensors that its config.json says, "
+                        f"found {name!r} of shape {tuple(tensor.shape)} besides; save the model again"
+                    )
+            self._architecture = found
+        return self._architecture
 
     # Position -1 is the stem: one more group of weights that an operator can merge.
 
@@ -169,30 +152,28 @@ class LayerPool:
         """Layer k of a source as a module; the same object at every call."""
         key = (source, k)
         if key not in self._modules:
-            self._modules[key] = self.vit.layer(k, self.layer_weights(source, k))
+            self._modules[key] = self.architecture.layer(k, self.layer_weights(source, k))
         return self._modules[key]
 
     def stem(self, source: str) -> nn.Module:
         """The stem of a source as a module; the same object at every call."""
         if source not in self._stems:
-            self._stems[source] = self.vit.stem(self.stem_weights(source))
+            self._stems[source] = self.architecture.stem(self.stem_weights(source))
         return self._stems[source]
 
     def assemble(self, steps: Sequence[tuple[str, int]], stem: str) -> nn.Module:
-        """The real timm model of a path of (source, layer); its head holds all tasks' heads."""
+        """The real timm or transformers model of a path of (source, layer).
+
+        The head of a ViT holds all tasks' heads.
+        """
         for source, k in steps:
             if not 0 <= k < self.n_layers:
                 raise InputError(
                     f"layer path: expected layers 0 to {self.n_layers - 1}, found layer {k} of "
                     f"{source!r}; take path.json of a run with these models"
                 )
-        layers = [self.layer_weights(source, k) for source, k in steps]
-        return self.vit.assemble(self.stem_weights(stem), layers, self.heads)
-
-    @property
-    def head_slices(self) -> dict[str, tuple[int, int]]:
-        """Each task's slice of the assembled model's logits."""
-        return head_slices(self.heads)
+        layers = [(k, self.layer_weights(source, k)) for source, k in steps]
+        return self.architecture.assemble(self.stem_weights(stem), layers, self.heads)
 
     # ------------------------------------------------------------------------------ the operators
 

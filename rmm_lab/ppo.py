@@ -2,7 +2,9 @@
 
     python -m rmm_lab.ppo                                 the demo: digits and textures, as they ship
     python -m rmm_lab.ppo --preset paper                  with the published hyper-parameters
+    python -m rmm_lab.ppo --experts qa                    three T5s on three question-answering tasks
     python -m rmm_lab.ppo --base B --experts E1 E2 --images D1 D2      your own models and images
+    python -m rmm_lab.ppo --base B --experts E1 E2 --texts D1 D2       your own T5s and texts
 
 Read it from top to bottom: arguments, agent, rollout, update (Eq. 8 and 9), search, result.
 Sources: Han et al. 2025 (RMM); Schulman et al. 2017 (PPO). Style after CleanRL.
@@ -37,6 +39,7 @@ FROM_PRESET: Any = None  # a field left at this takes its preset's value
 
 PRESETS: dict[str, dict[str, Any]] = {
     "paper": {  # as published with the paper, but for the bounds on an episode
+        "metric": "accuracy",
         "operators": ("task_arithmetic", "ties", "dare"),
         "stem": "task_arithmetic",
         "observation": "map",
@@ -55,6 +58,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "dar": 0.8,
     },
     "default": {  # chosen on the reward split, figures in the README; DAR off: one subset an update
+        "metric": "auto",
         "operators": OPERATORS,
         "stem": STEM,
         "observation": "map+cursor",
@@ -81,11 +85,17 @@ class Args:
 
     # --- what is merged
     experts: tuple[str, ...] = ("demo",)
-    """Models to merge: a group that ships (demo, glyphs, vision), names, timm folders or hf-hub: names."""
+    """Models to merge: a group that ships (demo, glyphs, vision, qa, mixed), names, folders, hub names."""
     base: str | None = None
-    """The model they were fine-tuned from: a timm folder or hf-hub: name; needed for your own experts."""
+    """The model they were fine-tuned from: a folder or hf-hub: name; needed for your own experts."""
     images: tuple[str, ...] = ()
-    """An image folder per expert, in the experts' order; needed for your own experts."""
+    """For ViTs: an image folder per expert, in the experts' order; needed for your own experts."""
+    texts: tuple[str, ...] = ()
+    """For T5s: per expert a folder or file of jsonl, or FORMAT:FOLDER such as qasc:data/qasc."""
+    metric: Literal["auto", "accuracy", "balanced"] = FROM_PRESET
+    """Of language tasks; auto balances the answers of a task where one of them is much more frequent."""
+    normalise_length: bool = False
+    """Divide a choice's log-probability by its number of tokens; the paper takes the sum."""
     multi_task: str | None = None
     """Folder of a multi-task model to compare with; those that ship are found by themselves."""
     operators: tuple[str, ...] = FROM_PRESET
@@ -517,15 +527,21 @@ def train(args: Args, *, problem: Problem | None = None, table: bool = True) -> 
             args.experts,
             base=args.base,
             images=args.images,
+            texts=args.texts,
             operators=args.operators,
             stem=args.stem,
             scope=args.scope,
             seed=args.seed,
             multi_task=args.multi_task,
+            metric=args.metric,
+            normalise_length=args.normalise_length,
         )
+    splits = ("reward", "test") if table else ("reward",)
     for task in problem.tasks:  # a broken image must show before anything is written
-        for split in ("reward", "test") if table else ("reward",):
+        for split in splits:
             task.split(split)
+    for note in () if args.quiet else report.notes(problem.tasks, splits):
+        print(f"note: {note}")
     env = make_env(problem, args)
     if args.resume is not None:
         folder = RunFolder(args.resume)

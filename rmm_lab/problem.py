@@ -8,13 +8,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rmm_lab import t5
 from rmm_lab.errors import InputError
 from rmm_lab.models import Checkpoint, check_same_architecture, read_checkpoint
 from rmm_lab.operators import parse_operator
 from rmm_lab.pool import LayerPool
 from rmm_lab.scoring import Scorer
 from rmm_lab.tasks import InputFormat, Task
-from rmm_lab.zoo import GROUPS, PAIRS, is_shipped, locate, model_folder
+from rmm_lab.texts import TextFormat, TextTask
+from rmm_lab.zoo import GROUPS, base_of, is_shipped, locate, multi_task_of
 
 # Measured on the reward split: see the README's section on the default preset.
 OPERATORS = (
@@ -31,7 +33,7 @@ class Problem:
     """N experts of one base with their tasks, as a pool of layers; ``stem`` is the stem's source."""
 
     pool: LayerPool
-    tasks: list[Task]
+    tasks: list[Any]  # Task of pictures or TextTask
     stem: str
     multi_task: Checkpoint | None = None
 
@@ -45,21 +47,27 @@ def load_problem(
     *,
     base: str | None = None,
     images: Sequence[str] = (),
+    texts: Sequence[str] = (),
     operators: Sequence[str] = OPERATORS,
     stem: str = STEM,
     scope: str = "layer",
     seed: int = 0,
     multi_task: str | None = None,
+    metric: str = "auto",
+    normalise_length: bool = False,
 ) -> Problem:
-    """Read and check everything that a search needs; no image is opened yet.
+    """Read and check everything that a search needs; no image is opened and no text tokenised yet.
 
     Args:
-        experts: a group that ships (demo, glyphs, vision), names that ship, folders or hub names.
+        experts: a group that ships (demo, glyphs, vision; qa, mixed), names that ship, folders or hub
+            names; all ViTs or all T5s.
         base: folder or hub name; may be left out where all experts ship.
-        images: one folder or set that ships per expert; may be left out where all experts ship.
+        images: for ViTs, one folder or set that ships per expert; texts: for T5s, one folder, jsonl
+            file, ``FORMAT:FOLDER`` or set that ships per expert. May be left out where all experts ship.
         operators, scope, seed: see ``LayerPool``. stem: ``base``, an expert's name, an operator,
             or ``agent``.
         multi_task: folder of a multi-task model for the table; found by itself where one ships.
+        metric, normalise_length: of language tasks, see ``TextTask``.
 
     Raises InputError for anything missing, broken or out of place.
     """
@@ -71,14 +79,23 @@ def load_problem(
             f"--experts: expected at least 2 models to merge, found {len(names)}; name another one, "
             f"or a group: {', '.join(GROUPS)}"
         )
+    if images and texts:
+        raise InputError(
+            "--texts: expected either --images (for ViTs) or --texts (for T5s), found both; one model "
+            "cannot take both"
+        )
     all_ship = all(is_shipped(n) for n in names)
-    if not images and not all_ship:
+    option = "--texts" if texts else "--images"
+    if not images and not texts and not all_ship:
         first = next(n for n in names if not is_shipped(n))
-        raise InputError(f"--images: expected a folder for each expert, found none for {first!r}")
-    sets = list(map(str, images)) or names
+        raise InputError(
+            f"--images: expected a folder for each expert (ViTs), or --texts (T5s), found none for "
+            f"{first!r}"
+        )
+    sets = list(map(str, images or texts)) or names
     if len(sets) != len(names):
         raise InputError(
-            f"--images: expected one for each of {len(names)} experts, in their order, found "
+            f"{option}: expected one for each of {len(names)} experts, in their order, found "
             f"{len(sets)}"
         )
     if base is None and not all_ship:
@@ -86,41 +103,86 @@ def load_problem(
             "--base: expected the model that the experts were fine-tuned from, found none; name its "
             "folder or hub name"
         )
-    origin = _read(base or "base")
-    fmt = InputFormat.of(origin.config)
-    tasks, checkpoints = [], []
-    for name, images_of in zip(names, sets, strict=True):
-        checkpoint = _read(name)
-        task = Task(images_of, fmt)
-        task.check_head(name, checkpoint.num_classes, checkpoint.label_names)
-        tasks.append(task)
-        checkpoints.append(checkpoint)
+    origin = _read(base or base_of(names[0]))
+    checkpoints = [_read(name) for name in names]
+    for name, checkpoint in zip(names, checkpoints, strict=True):
+        if checkpoint.family is not origin.family:
+            raise InputError(
+                f"expert {name!r}: expected {origin.family.NAME} as base {origin.source!r}, found "
+                f"{checkpoint.family.NAME}; a merged model is of one family"
+            )
+    if origin.family is t5:
+        if images:
+            raise InputError(
+                f"--images: expected ViTs, but base {origin.source!r} is a T5; give its data by --texts"
+            )
+        tasks: list[Any] = _text_tasks(origin, checkpoints, sets, metric, normalise_length)
+    else:
+        if texts:
+            raise InputError(
+                f"--texts: expected T5s, but base {origin.source!r} is a ViT; give its data by --images"
+            )
+        tasks = _image_tasks(origin, checkpoints, sets)
     for task, name in zip(tasks, _distinct([t.name for t in tasks]), strict=True):
         task.name = name
     short = _distinct([Path(n.partition("@")[0]).name.replace(" ", "_") for n in names])
     pool = LayerPool(origin, checkpoints, short, operators, scope=scope, seed=seed)
-    for name, checkpoint in zip(names, checkpoints, strict=True):
-        own = InputFormat.of(checkpoint.config)
-        if (own.mean, own.std) != (fmt.mean, fmt.std):
-            raise InputError(
-                f"expert {name!r}: expected images normalised by mean {fmt.mean} and std {fmt.std} as "
-                f"for the base, found {own.mean} and {own.std}; one merged model can take only one"
-            )
+    if origin.family is not t5:
+        _check_normalisation(origin, checkpoints)
     if stem != "agent":
         pool.check_stem(stem)
     joint = None
     if multi_task is not None:
         joint = read_checkpoint(multi_task)
     elif all_ship and sets == names and base is None:
-        pair = next((p for p in PAIRS if sorted(p) == sorted(names)), None)
-        joint = read_checkpoint(model_folder("+".join(pair))) if pair else None
+        folder = multi_task_of(names)
+        joint = read_checkpoint(folder) if folder else None
     if joint is not None:
-        _check_multi_task(joint, tasks)
         check_same_architecture(origin, [joint])
+        if origin.family is not t5:
+            _check_multi_task(joint, tasks)
     return Problem(pool, tasks, stem, joint)
 
 
-def _check_multi_task(joint: Checkpoint, tasks: Sequence[Task]) -> None:
+def _image_tasks(
+    origin: Checkpoint, experts: Sequence[Checkpoint], sets: Sequence[str]
+) -> list[Any]:
+    """One task of pictures for each expert, once the heads are found to fit."""
+    fmt, tasks = InputFormat.of(origin.config), []
+    for expert, images_of in zip(experts, sets, strict=True):
+        task = Task(images_of, fmt)
+        task.check_head(expert.source, expert.num_classes, expert.label_names)
+        tasks.append(task)
+    return tasks
+
+
+def _check_normalisation(origin: Checkpoint, experts: Sequence[Checkpoint]) -> None:
+    fmt = InputFormat.of(origin.config)
+    for expert in experts:
+        own = InputFormat.of(expert.config)
+        if (own.mean, own.std) != (fmt.mean, fmt.std):
+            raise InputError(
+                f"expert {expert.source!r}: expected images normalised by mean {fmt.mean} and std "
+                f"{fmt.std} as for the base, found {own.mean} and {own.std}; one merged model can take "
+                "only one"
+            )
+
+
+def _text_tasks(
+    origin: Checkpoint,
+    experts: Sequence[Checkpoint],
+    sets: Sequence[str],
+    metric: str,
+    normalise_length: bool,
+) -> list[Any]:
+    """One task of texts for each expert, once the tokenizers are found to fit."""
+    fmt = TextFormat.of(origin)
+    for expert in experts:
+        fmt.check_expert(expert)
+    return [TextTask(s, fmt, metric=metric, normalise_length=normalise_length) for s in sets]
+
+
+def _check_multi_task(joint: Checkpoint, tasks: Sequence[Any]) -> None:
     heads = (joint.config.get("rmm_lab") or {}).get("heads", {})
     for task in tasks:
         start, stop = heads.get(task.name, (0, 0))

@@ -13,7 +13,7 @@ from rmm_lab import baselines
 from rmm_lab.baselines import Row
 from rmm_lab.problem import Problem
 from rmm_lab.runs import RunFolder
-from rmm_lab.scoring import Path, evaluate
+from rmm_lab.scoring import Path
 
 if TYPE_CHECKING:
     from rmm_lab.ppo import Result
@@ -92,36 +92,65 @@ class Progress:
 # ----------------------------------------------------------------------------------------- results
 
 
-def markdown(rows: Sequence[Row], tasks: Sequence[str]) -> str:
-    """A result table in Markdown; percent of the test split."""
-    head = ["method", *tasks, "mean", "setting"]
-    lines = ["| " + " | ".join(head) + " |", "|---|" + "---:|" * (len(tasks) + 1) + "---|"]
+def _table(rows: Sequence[Row], tasks: Sequence[Any]) -> list[list[str]]:
+    """Cells in percent, head first. A task whose metric is not accuracy has its accuracy at the end."""
+    names = [t.name if t.metric == "accuracy" else f"{t.name} ({t.metric})" for t in tasks]
+    skewed = [t.name for t in tasks if t.metric != "accuracy"]
+    extra = [f"{name} (accuracy)" for name in skewed]
+    table = [["method", *names, "mean", "setting", *extra]]
     for row in rows:
         cells = [f"{100 * s:.1f}" for s in (*row.scores, row.mean)]
-        lines.append("| " + " | ".join([row.name, *cells, row.setting]) + " |")
-    return "\n".join(lines) + "\n"
+        beside = [f"{100 * row.plain[name]:.1f}" for name in skewed]
+        table.append([row.name, *cells, row.setting, *beside])
+    return table
 
 
-def plain(rows: Sequence[Row], tasks: Sequence[str]) -> str:
+def markdown(rows: Sequence[Row], tasks: Sequence[Any]) -> str:
+    """A result table in Markdown; percent of the test split."""
+    head, *body = _table(rows, tasks)
+    n = len(tasks) + 1
+    rule = "|---|" + "---:|" * n + "---|" + "---:|" * (len(head) - n - 2)
+    lines = ["| " + " | ".join(cells) + " |" for cells in (head, *body)]
+    return "\n".join([lines[0], rule, *lines[1:]]) + "\n"
+
+
+def plain(rows: Sequence[Row], tasks: Sequence[Any]) -> str:
     """The same table for a terminal, columns aligned."""
-    body = [[r.name, *(f"{100 * s:.1f}" for s in (*r.scores, r.mean)), r.setting] for r in rows]
-    table = [["method", *tasks, "mean", "setting"], *body]
+    table = _table(rows, tasks)
     widths = [max(len(line[i]) for line in table) for i in range(len(table[0]))]
-    last = len(widths) - 1
+    left = (0, len(tasks) + 2)  # method and setting
     return "\n".join(
         "  ".join(
-            cell.ljust(w) if i in (0, last) else cell.rjust(w)
+            cell.ljust(w) if i in left else cell.rjust(w)
             for i, (cell, w) in enumerate(zip(line, widths, strict=True))
         ).rstrip()
         for line in table
     )
 
 
+def notes(tasks: Sequence[Any], splits: Sequence[str]) -> list[str]:
+    """What a reader of the scores must know about the data: inputs that were too long, skewed tasks."""
+    out = []
+    for task in tasks:
+        for name in splits:
+            if cut := getattr(task.split(name), "cut", 0):
+                out.append(
+                    f"texts {task.name}: {cut} of {len(task.split(name))} inputs of the {name} split are "
+                    f"longer than the {task.format.max_length} tokens that the model takes, and lost "
+                    "their end"
+                )
+        if task.metric != "accuracy":
+            out.append(
+                f"texts {task.name}: one answer is much more frequent, so it is {task.metric}"
+            )
+    return out
+
+
 def finish(
     result: Result, problem: Problem, folder: RunFolder, *, table: bool, quiet: bool
 ) -> None:
     """Score the test split once, print the table, write the run folder's result."""
-    pool, names = problem.pool, [task.name for task in problem.tasks]
+    pool, tasks, names = problem.pool, problem.tasks, [task.name for task in problem.tasks]
     path_text = " ".join(f"{source}@{k}" for source, k in result.path.steps)
     say = (lambda *a: None) if quiet else print
     say(f"path: {path_text or '(no layer)'}   stem: {result.path.stem}")
@@ -131,10 +160,11 @@ def finish(
     rows: list[Row] = []
     if table:
         rows = list(baselines.rows(problem))
-        scores = evaluate(pool, problem.tasks, result.path.steps, result.path.stem, "test")
-        rows.append(Row("RMM", f"{len(result.episodes)} episodes", tuple(scores.tolist())))
+        setting, path = f"{len(result.episodes)} episodes", result.path
+        rows.append(baselines.path_row(problem, "RMM", setting, path.steps, path.stem))
         result.scores = {r.name: dict(zip(names, r.scores, strict=True)) for r in rows}
-        say(f"\naccuracy on the test split, %\n{plain(rows, names)}")
+        what = "metric" if any(task.metric != "accuracy" for task in tasks) else "accuracy"
+        say(f"\n{what} on the test split, %\n{plain(rows, tasks)}")
     if folder.path is None:
         return
     from safetensors.torch import save
@@ -145,16 +175,21 @@ def finish(
     folder.write("path.json", result.path.to_json())
     folder.write("finalists.json", json.dumps(result.finalists, indent=2) + "\n")
     if rows:
-        folder.write("table.md", markdown(rows, names))
+        below = "".join(f"\n{note}.\n" for note in notes(tasks, ("reward", "test")))
+        folder.write("table.md", markdown(rows, tasks) + below)
         data = [
-            {"method": r.name, "setting": r.setting, "test": result.scores[r.name]} for r in rows
+            {"method": r.name, "setting": r.setting, "test": result.scores[r.name]}
+            | ({"accuracy": r.plain} if r.plain else {})
+            for r in rows
         ]
         folder.write("table.json", json.dumps(data, indent=2) + "\n")
     folder.write("rewards.png", plots.png(plots.reward_curve(result.episodes)))
     folder.write(
         "path.png",
         plots.png(
-            plots.path_picture(result.path.steps, pool.sources, pool.n_layers, result.path.stem)
+            plots.path_picture(
+                result.path.steps, pool.sources, pool.n_layers, result.path.stem, pool.stacks
+            )
         ),
     )
     merged = folder.path / "merged"

@@ -6,18 +6,34 @@ A path is a tuple of ``(source number, layer number)`` in the order in which the
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import Any, Protocol
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from rmm_lab.errors import InputError
-from rmm_lab.models import ViT, Weights
 from rmm_lab.pool import LayerPool
-from rmm_lab.tasks import Task
 
 Path = tuple[tuple[int, int], ...]
+BATCH = 256  # examples that go through a layer at once, by default
+
+
+class Task(Protocol):
+    """What scoring needs of a task; ``tasks.Task`` (pictures) and ``texts.TextTask`` are such."""
+
+    name: str
+    metric: Any  # its name, a str
+
+    def split(self, name: str) -> Any:
+        """A split: its length, and ``labels`` (n,) int64."""
+
+    def batch(self, name: str, rows: np.ndarray | slice) -> Any:
+        """Rows of a split as the models take them."""
+
+    def score(self, found: Tensor, labels: Tensor) -> float:
+        """The task's metric of the answers found, both (n,): in [0, 1]."""
 
 
 def reward(scores: np.ndarray) -> float:
@@ -37,39 +53,41 @@ def deal(n: int, n_subsets: int, seed: int) -> list[np.ndarray]:
     return [np.sort(part) for part in np.array_split(order, n_subsets)]
 
 
+def _batches(n: int, size: int = BATCH) -> Iterator[slice]:
+    return (slice(i, min(i + size, n)) for i in range(0, n, size))
+
+
 @torch.inference_mode()
-def accuracy(
-    vit: ViT,
-    stem: nn.Module,
-    layers: Sequence[nn.Module],
-    head: Weights,
-    task: Task,
-    split: str,
-    batch_size: int = 256,
-) -> float:
-    """Share of a split that a model given in pieces classifies correctly, in [0, 1]."""
-    data, right = task.split(split), 0
-    for i in range(0, len(data), batch_size):
-        tokens = vit.embed(stem, task.format.normalise(data.images[i : i + batch_size]))
+def answers(
+    architecture: Any, stem: Any, layers: Sequence[Any], head: Any, task: Task, split: str
+) -> Tensor:
+    """The answers (n,) that a model given in pieces finds in a split: numbers of classes or choices."""
+    found = []
+    for part in _batches(len(task.split(split))):
+        state = architecture.embed(stem, task.batch(split, part))
         for layer in layers:
-            tokens = vit.apply(layer, tokens)
-        found = vit.logits(stem, tokens, head).argmax(-1)  # (n, classes) -> (n,)
-        right += int((found == data.labels[i : i + batch_size]).sum())
-    return right / len(data)
+            state = architecture.apply(layer, state)
+        found.append(architecture.logits(stem, state, head).argmax(-1))  # (n, answers) -> (n,)
+    return torch.cat(found)
+
+
+def answers_of_path(
+    pool: LayerPool, tasks: Sequence[Task], steps: Sequence[tuple[str, int]], stem: str, split: str
+) -> list[Tensor]:
+    """For each task the answers (n,) of a path of (source, layer) on a whole split, nothing kept."""
+    layers = [pool.layer(source, k) for source, k in steps]
+    return [
+        answers(pool.architecture, pool.stem(stem), layers, pool.heads[name], task, split)
+        for name, task in zip(pool.names, tasks, strict=True)
+    ]
 
 
 def evaluate(
     pool: LayerPool, tasks: Sequence[Task], steps: Sequence[tuple[str, int]], stem: str, split: str
 ) -> np.ndarray:
-    """Each task's accuracy (N,) of a path of (source, layer) on a whole split, nothing kept."""
-    layers = [pool.layer(source, k) for source, k in steps]
-    heads = [pool.heads[name] for name in pool.names]
-    return np.array(
-        [
-            accuracy(pool.vit, pool.stem(stem), layers, head, task, split)
-            for head, task in zip(heads, tasks, strict=True)
-        ]
-    )
+    """Each task's metric (N,) of a path of (source, layer) on a whole split, nothing kept."""
+    found = answers_of_path(pool, tasks, steps, stem, split)
+    return np.array([t.score(f, t.split(split).labels) for t, f in zip(tasks, found, strict=True)])
 
 
 class Scorer:
@@ -99,7 +117,7 @@ class Scorer:
         stem: str = "task_arithmetic",
         seed: int = 0,
         cache_mb: float = 128,
-        batch_size: int = 256,
+        batch_size: int = BATCH,
     ) -> None:
         if not 0 < fraction <= 1:
             raise InputError(f"data fraction: expected a number in (0, 1], found {fraction}")
@@ -108,16 +126,17 @@ class Scorer:
                 f"tasks: expected one for each of {pool.n_models} experts, found {len(tasks)}"
             )
         self.pool, self.tasks, self.split = pool, list(tasks), split
+        self.architecture = pool.architecture  # now, since it finds weights that do not fit
         self.stem = "base" if stem == "agent" else stem
         self.sources, self.n_models = pool.sources, pool.n_models
         self.task_names = [task.name for task in tasks]
         self.n_layers, self.chooses_stem = pool.n_layers, stem == "agent"
-        self.stacks: Sequence[range] = pool.vit.stacks
-        self.n_subsets = max(1, round(1 / fraction))
+        self.stacks: Sequence[range] = pool.stacks
         self.batch_size = batch_size
+        self.n_subsets = max(1, round(1 / fraction))
         self._rows = [deal(len(t.split(split)), self.n_subsets, seed) for t in tasks]
         self._budget = int(cache_mb * 2**20)
-        self._cache: OrderedDict[tuple[int, int | None, Path], Tensor] = OrderedDict()
+        self._cache: OrderedDict[tuple[int, int | None, Path], list[Any]] = OrderedDict()
         self._cached_bytes = 0
         self._seen: dict[tuple[Path, int | None], np.ndarray] = {}
         self.evaluations = 0  # paths scored, repeats included
@@ -131,7 +150,7 @@ class Scorer:
 
     @torch.inference_mode()
     def score(self, path: Path, subset: int | None = None) -> np.ndarray:
-        """Each task's accuracy of the path: (N,) in [0, 1]; ``subset`` None uses all examples."""
+        """Each task's metric of the path: (N,) in [0, 1]; ``subset`` None uses all examples."""
         self.evaluations += 1
         key = (path, subset)
         if key not in self._seen:
@@ -140,56 +159,54 @@ class Scorer:
         return self._seen[key].copy()
 
     def _score_task(self, i: int, path: Path, subset: int | None) -> float:
-        data = self.tasks[i].split(self.split)
-        rows = slice(None) if subset is None else torch.from_numpy(self._rows[i][subset])
-        tokens = self._run(i, path, subset)  # (n, tokens, width)
+        task, labels = self.tasks[i], self.tasks[i].split(self.split).labels
+        if subset is not None:
+            labels = labels[torch.from_numpy(self._rows[i][subset])]
         head = self.pool.heads[self.pool.names[i]]
         stem = self.pool.stem(self.stem_of(path)[0])
-        right = sum(
-            int((self.pool.vit.logits(stem, part, head).argmax(-1) == labels).sum())
-            for part, labels in zip(
-                tokens.split(self.batch_size), data.labels[rows].split(self.batch_size), strict=True
-            )
-        )
-        return right / len(tokens)
+        logits = self.architecture.logits
+        found = [logits(stem, state, head).argmax(-1) for state in self._run(i, path, subset)]
+        return task.score(torch.cat(found), labels)
 
-    def _run(self, i: int, path: Path, subset: int | None) -> Tensor:
-        """Tokens after the path, starting from the longest prefix whose tokens are kept."""
+    def _run(self, i: int, path: Path, subset: int | None) -> list[Any]:
+        """Activations after the path, batch by batch, from the longest prefix that has them kept."""
         stem_source, first = self.stem_of(path)
-        length, tokens = len(path), None
-        while length >= first and (tokens := self._recall((i, subset, path[:length]))) is None:
+        length, states = len(path), None
+        while length >= first and (states := self._recall((i, subset, path[:length]))) is None:
             length -= 1
-        vit = self.pool.vit
-        if tokens is None:
+        architecture = self.architecture
+        if states is None:
             task, stem = self.tasks[i], self.pool.stem(stem_source)
-            images = task.split(self.split).images
-            rows = np.arange(len(images)) if subset is None else self._rows[i][subset]
-            tokens = torch.cat(
-                [
-                    vit.embed(stem, task.format.normalise(images[rows[j : j + self.batch_size]]))
-                    for j in range(0, len(rows), self.batch_size)
-                ]
-            )  # (n, tokens, width)
+            rows = np.arange(len(task.split(self.split)))
+            rows = rows if subset is None else self._rows[i][subset]
+            states = [
+                architecture.embed(stem, task.batch(self.split, rows[part]))
+                for part in _batches(len(rows), self.batch_size)
+            ]
             length = first
-            self._keep((i, subset, path[:first]), tokens)
+            self._keep((i, subset, path[:first]), states)
         for end in range(length + 1, len(path) + 1):
             source, k = path[end - 1]
             layer = self.pool.layer(self.sources[source], k)
-            tokens = torch.cat([vit.apply(layer, part) for part in tokens.split(self.batch_size)])
+            states = [architecture.apply(layer, state) for state in states]
             self.layers_run += 1
             if end < len(path):  # a whole path has its scores kept instead
-                self._keep((i, subset, path[:end]), tokens)
-        return tokens
+                self._keep((i, subset, path[:end]), states)
+        return states
 
     # Least recently used first; what does not fit the budget is forgotten.
 
-    def _recall(self, key: tuple[int, int | None, Path]) -> Tensor | None:
+    def _recall(self, key: tuple[int, int | None, Path]) -> list[Any] | None:
         if key in self._cache:
             self._cache.move_to_end(key)
         return self._cache.get(key)
 
-    def _keep(self, key: tuple[int, int | None, Path], tokens: Tensor) -> None:
-        self._cache[key] = tokens
-        self._cached_bytes += tokens.nbytes
+    def _keep(self, key: tuple[int, int | None, Path], states: list[Any]) -> None:
+        self._cache[key] = states
+        self._cached_bytes += _bytes(states)
         while self._cached_bytes > self._budget and self._cache:
-            self._cached_bytes -= self._cache.popitem(last=False)[1].nbytes
+            self._cached_bytes -= _bytes(self._cache.popitem(last=False)[1])
+
+
+def _bytes(states: Sequence[Any]) -> int:
+    return sum(state.nbytes for state in states)

@@ -104,6 +104,8 @@ class Task:
     test alone give a fifth of train to reward; classes alone are dealt 60 : 20 : 20.
     """
 
+    metric = "accuracy"
+
     def __init__(self, source: str, input_format: InputFormat) -> None:
         self.source, self.format = source, input_format
         self._splits: dict[str, Split] = {}
@@ -128,6 +130,14 @@ class Task:
                 labels = torch.arange(len(self.classes)).repeat_interleave(per_class)
                 self._splits[name] = Split(_fit(images, self.format), labels)
         return self._splits[name]
+
+    def batch(self, name: str, rows: np.ndarray | slice) -> Tensor:
+        """Some pictures of a split, normalised as the models take them: (n, C, H, W) float32."""
+        return self.format.normalise(self.split(name).images[rows])
+
+    def score(self, found: Tensor, labels: Tensor) -> float:
+        """Accuracy of the classes found: both (n,) -> [0, 1]."""
+        return float((found == labels).double().mean())
 
     def check_head(self, source: str, num_classes: int, label_names: Sequence[str] | None) -> None:
         """Raise InputError unless a model's head has this task's classes."""

@@ -9,7 +9,9 @@ import pytest
 import torch
 from PIL import Image
 
-from rmm_lab import models
+from rmm_lab import models, vit
+from rmm_lab.parts import Weights
+from rmm_lab.tasks import InputFormat, Split, Task
 
 N_CLASSES = 3
 TINY = {
@@ -31,20 +33,20 @@ def _one_thread() -> None:
     torch.set_num_threads(1)
 
 
-def random_weights(seed: int, *, num_classes: int = N_CLASSES, depth: int = 3) -> models.Weights:
+def random_weights(seed: int, *, num_classes: int = N_CLASSES, depth: int = 3) -> Weights:
     """Weights of a tiny ViT, large enough that layers and sources make a difference."""
-    model = models.create(TINY, depth=depth, num_classes=num_classes)
+    model = vit.create(TINY, depth=depth, num_classes=num_classes)
     g = torch.Generator().manual_seed(seed)
     return {k: v + 0.3 * torch.randn(v.shape, generator=g) for k, v in model.state_dict().items()}
 
 
-def write_model(folder: Path, seed: int, *, near: models.Weights | None = None, **kwargs) -> Path:
+def write_model(folder: Path, seed: int, *, near: Weights | None = None, **kwargs) -> Path:
     """A tiny ViT as a timm folder; ``near`` gives weights that this one is a fine-tuned copy of."""
     num_classes, depth = kwargs.get("num_classes", N_CLASSES), kwargs.get("depth", 3)
     weights = random_weights(seed, num_classes=num_classes, depth=depth)
     if near is not None:
         weights = {k: near[k] + 0.5 * v if k in near else v for k, v in weights.items()}
-    config = models.model_config(TINY, depth=depth, num_classes=num_classes)
+    config = vit.model_config(TINY, depth=depth, num_classes=num_classes)
     config["label_names"] = [f"class{i}" for i in range(num_classes)]
     models.write_checkpoint(folder, config, weights)
     return folder
@@ -87,12 +89,10 @@ def problem(tiny):
     return load_problem(**tiny, operators=("task_arithmetic:scale=0.5", "ties"), stem="base")
 
 
-class TensorTask:
+class TensorTask(Task):
     """A task given as tensors: what ``Task`` is, without files."""
 
     def __init__(self, name: str, seed: int, classes: int, draw) -> None:
-        from rmm_lab.tasks import InputFormat, Split
-
         self.name, self.source = name, name
         self.classes = [f"{name}{c}" for c in range(classes)]
         self.format = InputFormat((1, 8, 8), (0.5,), (0.5,))
@@ -131,12 +131,12 @@ def trained():
     """A small but real merging problem, N = 2, M = 2, L = 3: experts trained here in a few seconds."""
     from rmm_lab.pool import LayerPool
     from rmm_lab.problem import Problem
-    from rmm_lab.zoo import fine_tune
+    from rmm_lab.training import fine_tune
 
     tasks = [TensorTask("quadrant", 1, 4, quadrant), TensorTask("stripes", 2, 3, stripes)]
-    config = models.model_config(TINY, depth=3, num_classes=4)
+    config = vit.model_config(TINY, depth=3, num_classes=4)
     torch.manual_seed(0)
-    start = models.create(TINY, depth=None, num_classes=4).state_dict()
+    start = vit.create(TINY, depth=None, num_classes=4).state_dict()
     base = models.Checkpoint("base", Path("."), config, dict(start), "0")
     experts = []
     for task in tasks:

@@ -20,7 +20,7 @@ from conftest import TINY, write_images, write_model
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from rmm_lab import models, ppo, zoo
+from rmm_lab import models, ppo, vit, zoo
 from rmm_lab.errors import InputError
 from rmm_lab.operators import OPERATORS
 from rmm_lab.path import LayerPath
@@ -148,9 +148,9 @@ def test_the_untouched_problem_is_accepted(own, capsys):
 
 def write_variant(folder: str, num_classes: int = 3, **model_args) -> str:
     """A tiny ViT as a timm folder with other ``model_args``."""
-    config = models.model_config(TINY, depth=None, num_classes=num_classes)
+    config = vit.model_config(TINY, depth=None, num_classes=num_classes)
     config["model_args"] |= model_args
-    weights = models.create(config, depth=None, num_classes=num_classes).state_dict()
+    weights = vit.create(config, depth=None, num_classes=num_classes).state_dict()
     config["label_names"] = [f"class{i}" for i in range(num_classes)]
     models.write_checkpoint(Path(folder), config, weights)
     return folder
@@ -302,7 +302,7 @@ def test_pickle_named_safetensors(own, capsys):
 )
 def test_broken_config(own, capsys, content):
     (own.expert() / "config.json").write_bytes(content)
-    refused(capsys, own.argv(), "expert1", "config.json", "'architecture'", "with timm again")
+    refused(capsys, own.argv(), "expert1", "config.json", "'architecture'", "transformers again")
 
 
 @pytest.mark.parametrize("value", ["three", None, [3]])
@@ -395,7 +395,7 @@ def test_expert_named_like_another_source(own, capsys, name):
     pool = problem.pool
     assert len(set(pool.sources)) == len(pool.sources)
     assert not {*OPERATORS, "base"} & set(pool.names)  # the table asks for all of these
-    expert = models.split(pool.experts[1].weights).layers[0]
+    expert = vit.split(pool.experts[1].weights).layers[0]
     got = pool.layer_weights(pool.names[1], 0)
     assert all(torch.equal(got[k], expert[k]) for k in expert)
 

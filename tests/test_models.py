@@ -19,9 +19,10 @@ from hypothesis import strategies as st
 from timm.models import save_for_hf
 from timm.models.vision_transformer import VisionTransformer
 
-from rmm_lab import models
+from rmm_lab import models, vit
 from rmm_lab.errors import InputError
-from rmm_lab.models import ViT, join, read_checkpoint, resolve, split, write_checkpoint
+from rmm_lab.models import read_checkpoint, resolve, write_checkpoint
+from rmm_lab.vit import ViT, join, split
 
 VARIANTS = {
     "class token": {},
@@ -163,7 +164,7 @@ def test_skipped_and_repeated_layers_equal_a_timm_model_of_that_depth(variant, p
     with torch.no_grad():
         expected = by_hand(variant, model, path)(x)
     torch.testing.assert_close(vit.logits(stem, tokens, parts.head), expected)
-    whole = vit.assemble(parts.stem, [parts.layers[k] for k in path], {"task": parts.head})
+    whole = vit.assemble(parts.stem, [(k, parts.layers[k]) for k in path], {"task": parts.head})
     assert type(whole) is VisionTransformer
     assert len(whole.blocks) == len(path)
     assert not whole.training
@@ -184,7 +185,7 @@ def test_a_layer_that_knows_its_depth_runs_alike_in_search_and_export():
     tokens = vit.embed(stem, x)
     for k in path:
         tokens = vit.apply(vit.layer(k, parts.layers[k]), tokens)
-    whole = vit.assemble(parts.stem, [parts.layers[k] for k in path], {"task": parts.head})
+    whole = vit.assemble(parts.stem, [(k, parts.layers[k]) for k in path], {"task": parts.head})
     torch.testing.assert_close(whole(x), vit.logits(stem, tokens, parts.head))
 
 
@@ -198,8 +199,8 @@ def test_the_assembled_logits_hold_each_tasks_slice(variant):
         name: {"weight": torch.randn(n, 16, generator=g), "bias": torch.randn(n, generator=g)}
         for name, n in sizes.items()
     }
-    assert models.head_slices(heads) == {"a": (0, 2), "b": (2, 6), "c": (6, 9)}
-    whole = ViT(config_of(variant)).assemble(parts.stem, parts.layers, heads)
+    assert vit.head_slices(heads) == {"a": (0, 2), "b": (2, 6), "c": (6, 9)}
+    whole = ViT(config_of(variant)).assemble(parts.stem, list(enumerate(parts.layers)), heads)
     with torch.no_grad():
         logits = whole(x)
         assert logits.shape == (4, 9)
@@ -315,7 +316,7 @@ def test_half_precision_is_read_as_float32(folder, dtype):
 
 
 def test_half_precision_is_written(tmp_path):
-    config = models.model_config(TINY, depth=3, num_classes=3)
+    config = vit.model_config(TINY, depth=3, num_classes=3)
     write_checkpoint(tmp_path / "m", config, random_weights(0), dtype=torch.float16)
     stored = safetensors.torch.load_file(tmp_path / "m" / "model.safetensors")
     assert {t.dtype for t in stored.values()} == {torch.float16}
@@ -324,7 +325,7 @@ def test_half_precision_is_written(tmp_path):
 
 def test_timm_loads_a_written_folder(tmp_path, variant):
     model, x = timm_model(variant), images()
-    config = models.model_config(config_of(variant), depth=3, num_classes=5)
+    config = vit.model_config(config_of(variant), depth=3, num_classes=5)
     write_checkpoint(tmp_path / "m", config, model.state_dict())
     loaded = timm.create_model(f"local-dir:{tmp_path / 'm'}", pretrained=True).eval()
     with torch.no_grad():
@@ -337,7 +338,7 @@ def test_we_load_a_folder_that_timm_wrote(tmp_path, variant):
     save_for_hf(model, tmp_path, model_args=args, safe_serialization=True)
     checkpoint = read_checkpoint(tmp_path)
     vit, parts = ViT(checkpoint.config), split(checkpoint.weights)
-    whole = vit.assemble(parts.stem, parts.layers, {"task": parts.head})
+    whole = vit.assemble(parts.stem, list(enumerate(parts.layers)), {"task": parts.head})
     with torch.no_grad():
         torch.testing.assert_close(whole(x), model(x))
 
@@ -354,7 +355,7 @@ def test_what_only_pretrained_cfg_says_is_used_as_timm_uses_it(tmp_path):
     parts = split(checkpoint.weights)
     vit = ViT(checkpoint.config)
     vit.stem(parts.stem)
-    whole = vit.assemble(parts.stem, parts.layers, {"task": parts.head})
+    whole = vit.assemble(parts.stem, list(enumerate(parts.layers)), {"task": parts.head})
     with torch.no_grad():
         torch.testing.assert_close(whole(x), loaded(x))
 

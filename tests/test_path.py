@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 from timm.models.vision_transformer import VisionTransformer
 
 from rmm_lab import models
+from rmm_lab import vit as vit_family
 from rmm_lab.errors import InputError
 from rmm_lab.models import read_checkpoint
 from rmm_lab.path import SCHEMA, LayerPath, Origin
@@ -226,7 +227,7 @@ def test_paths_are_different_models(pool):
 def test_built_from_json_alone_it_equals_the_pieces(pool, stem):
     steps = (("dare", 0), ("ties", 1), ("dare", 0), ("two", 2))
     model = LayerPath.from_json(LayerPath.of(pool, steps, stem).to_json()).build()
-    vit, trunk = pool.vit, pool.stem(stem)
+    vit, trunk = pool.architecture, pool.stem(stem)
     tokens = vit.embed(trunk, images())
     for source, k in steps:
         tokens = vit.apply(pool.layer(source, k), tokens)
@@ -333,7 +334,7 @@ def test_heads_of_different_sizes_and_without_label_names(tmp_path):
     weights = read_checkpoint(base).weights
     body = {n: t for n, t in weights.items() if not n.startswith("head.")}
     write_model(tmp_path / "a", 1, near=body, num_classes=2)
-    bare = models.model_config(TINY, depth=3, num_classes=4)
+    bare = vit_family.model_config(TINY, depth=3, num_classes=4)
     own = random_weights(2, num_classes=4)
     models.write_checkpoint(tmp_path / "b", bare, own)
     checkpoints = [read_checkpoint(tmp_path / n) for n in "ab"]

@@ -12,7 +12,7 @@ import torch
 from conftest import TINY, random_weights
 from safetensors.torch import load_file
 
-from rmm_lab import models, operators
+from rmm_lab import models, operators, vit
 from rmm_lab.errors import InputError
 from rmm_lab.models import read_checkpoint
 from rmm_lab.pool import LayerPool
@@ -103,7 +103,7 @@ def test_heads_are_never_merged(make, tiny):
     for source in pool.sources:
         for k in range(-1, 3):
             assert not any("head" in n for n in pool.layer_weights(source, k))
-    assert pool.head_slices == {"e1": (0, 3), "e2": (3, 6)}
+    assert vit.head_slices(pool.heads) == {"e1": (0, 3), "e2": (3, 6)}
     merged = pool.assemble([("ties", 0), ("dare", 1)], "weight_average")
     assert torch.equal(merged.head.weight, torch.cat([w["head.weight"] for w in experts]))
     assert torch.equal(merged.head.bias, torch.cat([w["head.bias"] for w in experts]))
@@ -136,7 +136,7 @@ def uneven():
         magnitude = STEP[k] * (1 + torch.rand(tensor.shape, generator=g))  # STEP to 2 STEP
         sign = torch.randint(2, tensor.shape, generator=g) * 2 - 1
         expert[name] = tensor + magnitude * sign
-    config = models.model_config(TINY, depth=3, num_classes=3)
+    config = vit.model_config(TINY, depth=3, num_classes=3)
     as_checkpoint = [models.Checkpoint("m", None, config, w, "") for w in (base, expert, base)]
     return as_checkpoint
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given
@@ -16,8 +17,11 @@ from rmm_lab.runs import check_new, from_csv, to_csv, write
 ROWS = [Row("base", "as it is", (0.25, 0.5)), Row("RMM", "9 episodes", (0.875, 0.625))]
 
 
+TASKS = [SimpleNamespace(name=n, metric="accuracy") for n in "ab"]
+
+
 def test_markdown_by_hand():
-    assert report.markdown(ROWS, ["a", "b"]) == (
+    assert report.markdown(ROWS, TASKS) == (
         "| method | a | b | mean | setting |\n"
         "|---|---:|---:|---:|---|\n"
         "| base | 25.0 | 50.0 | 37.5 | as it is |\n"
@@ -26,10 +30,23 @@ def test_markdown_by_hand():
 
 
 def test_plain_table_by_hand():
-    assert report.plain(ROWS, ["a", "b"]).splitlines() == [
+    assert report.plain(ROWS, TASKS).splitlines() == [
         "method     a     b  mean  setting",
         "base    25.0  50.0  37.5  as it is",
         "RMM     87.5  62.5  75.0  9 episodes",
+    ]
+
+
+def test_a_skewed_task_has_its_accuracy_beside_the_mean():
+    skewed = SimpleNamespace(name="b", metric="balanced")
+    rows = [Row("always no", "-", (0.25, 0.5), {"b": 0.9})]
+    assert report.plain(rows, [TASKS[0], skewed]).splitlines() == [
+        "method        a  b (balanced)  mean  setting  b (accuracy)",
+        "always no  25.0          50.0  37.5  -                90.0",
+    ]
+    assert report.markdown(rows, [TASKS[0], skewed]).splitlines()[1:] == [
+        "|---|---:|---:|---:|---|---:|",
+        "| always no | 25.0 | 50.0 | 37.5 | - | 90.0 |",
     ]
 
 

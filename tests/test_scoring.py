@@ -8,6 +8,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from rmm_lab import vit
 from rmm_lab.errors import InputError
 from rmm_lab.scoring import Scorer, deal, evaluate, reward
 
@@ -18,7 +19,7 @@ def oracle(problem, path, rows=None, split="reward"):
     model = problem.pool.assemble([(sources[a], k) for a, k in path], problem.stem)
     scores = []
     for i, (task, (start, stop)) in enumerate(
-        zip(problem.tasks, problem.pool.head_slices.values(), strict=True)
+        zip(problem.tasks, vit.head_slices(problem.pool.heads).values(), strict=True)
     ):
         data = task.split(split)
         chosen = range(len(data)) if rows is None else rows[i]
@@ -113,7 +114,7 @@ def test_the_cache_changes_no_score_and_keeps_its_budget(problem, data):
         first, *others = (s.score(path, subset) for s in scorers)
         assert all(np.array_equal(first, other) for other in others)
         for scorer, budget in zip(scorers, budgets, strict=True):
-            held = sum(t.nbytes for t in scorer._cache.values())
+            held = sum(t.nbytes for states in scorer._cache.values() for t in states)
             assert held == scorer._cached_bytes <= budget * 2**20
     assert scorers[0].layers_run <= scorers[2].layers_run <= scorers[1].layers_run
 
@@ -137,14 +138,14 @@ def test_a_returned_score_can_be_changed_without_harm(problem):
 def test_no_gradient_is_ever_enabled(problem, monkeypatch):
     """Every layer runs in inference mode, also when the caller has gradients on."""
     seen = []
-    original = problem.pool.vit.apply
+    original = problem.pool.architecture.apply
 
     def spy(layer, tokens):
         out = original(layer, tokens)
         seen.append((out.requires_grad, torch.is_inference(out), torch.is_grad_enabled()))
         return out
 
-    monkeypatch.setattr(type(problem.pool.vit), "apply", staticmethod(spy))
+    monkeypatch.setattr(type(problem.pool.architecture), "apply", staticmethod(spy))
     with torch.enable_grad():
         problem.scorer().score(PATHS[0], 0)
         evaluate(problem.pool, problem.tasks, [("e1", 0)], "base", "test")

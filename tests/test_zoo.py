@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from rmm_lab import baselines, models, ppo, render, zoo
+from rmm_lab import baselines, models, ppo, render, vit, zoo
 from rmm_lab.errors import InputError
 from rmm_lab.problem import load_problem
 from rmm_lab.tasks import SMALL, InputFormat, Task, data_folder
@@ -85,7 +85,7 @@ def test_the_base_has_six_layers_of_about_300_000_weights_in_fp16():
 
     with safe_open(file, "pt") as stored:
         assert {stored.get_tensor(k).dtype for k in stored.keys()} == {torch.float16}  # noqa: SIM118
-    parts = models.split(models.read_checkpoint(zoo.model_folder("base")).weights)
+    parts = vit.split(models.read_checkpoint(zoo.model_folder("base")).weights)
     assert len(parts.layers) == 6
     n = sum(t.numel() for w in (parts.stem, *parts.layers) for t in w.values())
     assert 250_000 < n < 350_000
@@ -97,9 +97,9 @@ def test_a_fine_tuned_model_learns_and_leaves_its_base_alone(trained):
         scores = baselines.uniform(trained, name, "test")
         assert scores[i] > 1.5 / len(trained.tasks[i].classes)
     start = trained.pool.base.weights
-    again = models.create(trained.pool.base.config, depth=None, num_classes=4)
+    again = vit.create(trained.pool.base.config, depth=None, num_classes=4)
     torch.manual_seed(0)
-    again = models.create(trained.pool.base.config, depth=None, num_classes=4).state_dict()
+    again = vit.create(trained.pool.base.config, depth=None, num_classes=4).state_dict()
     assert all(torch.equal(start[k], again[k]) for k in start)
 
 
