@@ -387,14 +387,23 @@ def story(rng: random.Random) -> str:
     return f"{a} {deed} {b} because {reason} ."
 
 
-def retell(rng: random.Random) -> tuple[str, str]:
-    """A longer exercise, (input, target): what some people have and what colour it is."""
-    n = rng.randrange(1, 4)
+def retell(rng: random.Random, least: int = 1) -> tuple[str, str]:
+    """A longer exercise, (input, target): what ``least`` to 3 people have and what colour it is."""
+    n = rng.randrange(least, 4)
     people, things, hues, facts = _holdings(rng, n)
     order = rng.sample(range(n), n)
     asked = " , ".join(people[i] for i in order)
     told = " , ".join(f"{things[i]} {hues[i]}" for i in order)
     return f"{' '.join(facts)} tell of {asked} .", told
+
+
+def recall(rng: random.Random, least: int = 1) -> tuple[str, str]:
+    """``least`` to 3 pairs of a person and a thing; whose thing is asked: (input, target)."""
+    n = rng.randrange(least, 4)
+    people, things = rng.sample(NAMES, n), rng.sample(THINGS, n)
+    i = rng.randrange(n)
+    pairs = " , ".join(f"{p} {t}" for p, t in zip(people, things, strict=True))
+    return f"pairs : {pairs} . now {people[i]} .", things[i]
 
 
 def drill(rng: random.Random) -> tuple[str, str]:
@@ -407,11 +416,7 @@ def drill(rng: random.Random) -> tuple[str, str]:
         word = rng.choice(listed if there else [w for w in words if w not in listed])
         return f"list : {' '.join(listed)} . is there {word} ?", "there" if there else "none"
     if kind == "recall":
-        n = rng.randrange(1, 4)
-        people, things = rng.sample(NAMES, n), rng.sample(THINGS, n)
-        i = rng.randrange(n)
-        pairs = " , ".join(f"{p} {t}" for p, t in zip(people, things, strict=True))
-        return f"pairs : {pairs} . now {people[i]} .", things[i]
+        return recall(rng)
     if kind == "opposite":
         word = rng.choice(list(OPPOSITE))
         return f"opposite of {word} ?", OPPOSITE[word]

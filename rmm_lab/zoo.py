@@ -85,9 +85,11 @@ class Build:
     """Steps of 128 images for each ViT."""
     learning_rate: float = 1e-3
     """Peak learning rate of fine-tuning the ViTs."""
-    text_pretrain_steps: int = 8000
-    """Steps of 64 texts for the T5s' base."""
-    text_steps: int = 3000
+    text_pretrain_steps: int = 4000
+    """Steps of 256 texts for the T5s' base."""
+    text_rehearsal_steps: int = 1500
+    """Steps of 256 texts on recall, for the T5s' base after that."""
+    text_steps: int = 2000
     """Steps of 64 texts for each T5."""
     text_learning_rate: float = 2e-3
     """Peak learning rate of fine-tuning the T5s."""
@@ -134,6 +136,9 @@ class Build:
             training.small_tokenizer(folder)
             steps = self.text_pretrain_steps
             config, weights = training.pretrain_t5(folder, steps=steps, seed=self.seed)
+            models.write_checkpoint(folder, config, weights, dtype=torch.float16)
+            start = models.read_checkpoint(folder)
+            weights = training.rehearse_t5(start, steps=self.text_rehearsal_steps, seed=self.seed)
             models.write_checkpoint(folder, config, weights, dtype=torch.float16)
         for name, group in groups.items():
             base = models.read_checkpoint(folder)

@@ -1635,3 +1635,85 @@ def test_a_sentencepiece_file_alone(tmp_path):
     # what is missing, and what would do instead
     assert all(word in message for word in (str(folder), "sentencepiece", "tokenizer.json"))
     assert "\n" not in message
+
+
+# ------------------------------------------------------------------- bad rows, and a run from end to end
+
+
+def bad_row(name: str, line: int, change) -> Path:
+    """Texts in the current folder, one row of the train split changed."""
+    rows = [{"input": f"w{i} w{i + 1}", "choices": ["w2", "w3"], "label": i % 2} for i in range(9)]
+    rows[line - 1] = change(rows[line - 1])
+    folder = Path(name)
+    folder.mkdir()
+    for split in ("train", "test"):
+        (folder / f"{split}.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n")
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda r: {"input": "w1", "choices": ["w2", "w3"]}, ["'label'"]),
+        (lambda r: {"question": "w1", "choices": ["w2", "w3"], "label": 0}, ["'input'"]),
+        (lambda r: r | {"label": 2}, ["label", "0 to 1", "found 2"]),
+        (lambda r: r | {"label": -1}, ["label", "found -1"]),
+        (lambda r: r | {"label": "0"}, ["label", "'0'"]),
+        (lambda r: r | {"choices": ["w2", " "]}, ["choice"]),
+        (lambda r: r | {"choices": ["w2"]}, ["two"]),
+        (lambda r: r | {"input": "  "}, ["input"]),
+    ],
+)
+def test_a_bad_row_is_named_by_file_and_line(own, capsys, change, words):
+    own.texts[1] = str(bad_row("rows", 7, change))
+    refused(capsys, own.argv("--run-dir", "run"), "train.jsonl", "line 7", *words)
+
+
+def test_inputs_that_are_too_long_are_counted_and_told(own, capsys):
+    own.configure("base", n_positions=3)
+    assert ppo.main(own.argv("--run-dir", "run")) == 0
+    told = (Path("run") / "table.md").read_text()
+    task = Path(own.texts[0])
+    n = len((task / "test.jsonl").read_text().splitlines())
+    fmt = TextFormat.of(read_checkpoint(own.base))
+    rows = [json.loads(line) for line in (task / "test.jsonl").read_text().splitlines()]
+    long = sum(len(r["input"].split()) + 1 > 3 for r in rows)  # the end token counts
+    assert long > 0
+    assert fmt.max_length == 3
+    assert f"{long} of {n} inputs of the test split" in told
+    assert "3 tokens" in told
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not REAL.is_dir(), reason=f"no real texts beside {REAL}")
+def test_real_texts_from_fine_tuning_to_a_merged_model(tmp_path, capsys, monkeypatch):
+    """Winogrande and WSC with T5's own vocabulary: two experts by our own command, merged, resumed."""
+    from rmm_lab import zoo
+
+    monkeypatch.chdir(tmp_path)
+    real = REAL.parent
+    model = hf_model("t5", 3, vocab_size=32_128, n_positions=512)
+    base = write_t5(tmp_path / "base-t5", model, tokenizer=False)
+    shutil.copy(REAL / "tokenizer.json", base)
+    sets = [f"winogrande:{real / 'winogrande' / 'dev.jsonl'}", f"wsc:{real / 'wsc'}"]
+    for name, source in zip(("one", "two"), sets, strict=True):
+        argv = ["finetune", "--base", str(base), "--texts", source, "--out", name]
+        assert zoo.main([*argv, "--steps", "20", "--batch-size", "16", "--threads", "1"]) == 0
+    printed = capsys.readouterr().out
+    assert "of the test split" in printed
+    run = ["--base", str(base), "--experts", "one", "two", "--texts", *sets]
+    assert ppo.main([*run, "--episodes", "10", "--finalists", "2", "--run-dir", "run"]) == 0
+    table = {r["method"]: r for r in json.loads((Path("run") / "table.json").read_text())}
+    assert set(table["RMM"]["test"]) == {"dev", "wsc"}
+    merged = T5ForConditionalGeneration.from_pretrained("run/merged").eval()
+    task = TextTask(sets[1], TextFormat.of(read_checkpoint("run/merged")))
+    labels, right = task.split("test").labels.tolist(), 0
+    for row, label in zip(task.rows("test"), labels, strict=True):
+        ids = torch.tensor(task.format.encode([row["input"]]))
+        scores = []
+        for choice in task.format.encode(row["choices"]):
+            with torch.no_grad():
+                loss = merged(input_ids=ids, labels=torch.tensor([choice])).loss
+            scores.append(-float(loss) * len(choice))
+        right += scores.index(max(scores)) == label
+    assert table["RMM"]["test"]["wsc"] == pytest.approx(right / len(labels), abs=0.011)

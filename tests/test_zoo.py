@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from rmm_lab import baselines, models, ppo, render, vit, zoo
+from rmm_lab import baselines, grammar, models, ppo, render, t5, texts, vit, zoo
 from rmm_lab.errors import InputError
 from rmm_lab.problem import load_problem
 from rmm_lab.tasks import SMALL, InputFormat, Task, data_folder
@@ -24,7 +24,7 @@ def demo():
 
 def test_data_stay_under_their_limit():
     size = sum(p.stat().st_size for p in data_folder().rglob("*") if p.is_file())
-    assert size < 12 * 2**20
+    assert size < 24 * 2**20
 
 
 @pytest.mark.parametrize("name", SMALL)
@@ -113,6 +113,98 @@ def test_uniform_merges_are_tuned_on_the_reward_split_alone(trained, monkeypatch
 def test_rebuilding_only_an_unknown_model_is_refused():
     with pytest.raises(InputError, match="found 'rigits'"):
         zoo.Build(only=("rigits",)).run()
+
+
+# ----------------------------------------------------------------------------------------- the T5s
+
+QA, MIXED = zoo.TEXT_GROUPS["qa"], zoo.TEXT_GROUPS["mixed"]
+
+
+@pytest.fixture(scope="module", params=zoo.TEXT_GROUPS)
+def language(request):
+    return load_problem((request.param,))
+
+
+def test_every_task_of_the_grammar_is_in_one_group():
+    assert sorted(QA + MIXED) == sorted(grammar.TASKS)
+
+
+@pytest.mark.parametrize("name", grammar.TASKS)
+def test_each_t5_expert_is_25_points_above_chance_and_base(name):
+    """By transformers alone: every choice's log-probability, on the first 200 rows of the test split."""
+    from transformers import AutoTokenizer, T5ForConditionalGeneration
+
+    rows = [json.loads(x) for x in texts.rows_file(name, "test").read_text().splitlines()][:200]
+    tokenizer = AutoTokenizer.from_pretrained(zoo.model_folder(name))
+    scores = {}
+    for model_name in (zoo.TEXT_BASE, name):
+        model = T5ForConditionalGeneration.from_pretrained(
+            zoo.model_folder(model_name), dtype=torch.float32
+        ).eval()
+        right: dict[int, list[bool]] = {}
+        for row in rows:
+            n = len(row["choices"])
+            ids = tokenizer(row["input"] + "</s>", return_tensors="pt").input_ids
+            labels = tokenizer(
+                [c + "</s>" for c in row["choices"]], padding=True, return_tensors="pt"
+            )
+            wanted = labels.input_ids.masked_fill(labels.attention_mask == 0, -100)
+            with torch.inference_mode():
+                logits = model(input_ids=ids.expand(n, -1), labels=wanted).logits
+            losses = torch.nn.functional.cross_entropy(
+                logits.transpose(1, 2), wanted, reduction="none"
+            ).sum(-1)
+            right.setdefault(row["label"], []).append(int(losses.argmin()) == row["label"])
+        answers_in_common = len({tuple(row["choices"]) for row in rows}) == 1
+        flat = [x for values in right.values() for x in values]
+        scores[model_name] = (
+            np.mean([np.mean(values) for values in right.values()])  # balanced
+            if answers_in_common
+            else np.mean(flat)
+        )
+    chance = 1 / len(rows[0]["choices"])
+    assert scores[name] >= chance + 0.25
+    assert scores[name] >= scores[zoo.TEXT_BASE] + 0.25
+
+
+def test_uniform_merges_of_t5s_are_10_points_under_the_experts(language):
+    """The gap that leaves room to search, with the settings that tuning finds best."""
+    own = [baselines.uniform(language, n, "reward")[i] for i, n in enumerate(language.pool.names)]
+    merges = [
+        baselines.uniform(language, setting, "reward").mean()
+        for setting in (
+            "weight_average",
+            "task_arithmetic:scale=0.6",
+            "ties:density=0.3,scale=1",
+            "ties:density=1,scale=1",
+            "dare:scale=0.5",
+        )
+    ]
+    assert max(merges) < np.mean(own) - 0.10
+
+
+def test_the_multi_task_t5s_hold_every_task_of_their_group(language):
+    rows = {r.name: r.scores for r in _rows_without_tuning(language)}
+    assert min(rows["multi-task"]) >= 0.85
+    assert rows["most frequent answer"] == pytest.approx(rows["chance"])  # skewed ones are balanced
+
+
+def test_every_word_of_the_grammar_is_one_token_of_the_small_t5s():
+    fmt = texts.TextFormat.of(models.read_checkpoint(zoo.model_folder(zoo.TEXT_BASE)))
+    words = {
+        word
+        for name in grammar.TASKS
+        for row in grammar.rows(name, "reward", 300)
+        for text in (row["input"], *row["choices"])
+        for word in text.split()
+    }
+    assert [w for w, ids in zip(words, fmt.encode(list(words)), strict=True) if len(ids) != 2] == []
+
+
+def test_the_small_t5_has_4_and_4_blocks_and_less_than_half_a_million_weights():
+    checkpoint = models.read_checkpoint(zoo.model_folder(zoo.TEXT_BASE))
+    assert [len(stack) for stack in t5.split(checkpoint.weights).stacks] == [4, 4]
+    assert 300_000 < sum(t.numel() for t in checkpoint.weights.values()) < 500_000
 
 
 @pytest.mark.slow
