@@ -65,5 +65,5 @@ clean: ## delete caches and build products; .venv and runs/ stay
 	@touch .venv/.stamp-run $@
 
 .venv/.stamp-test: pyproject.toml constraints.txt | .venv/.stamp-venv
-	@$(call INSTALL,.[lab$(comma)search$(comma)test$(comma)dev])
+	@$(call INSTALL,.[lab$(comma)search$(comma)hub$(comma)test$(comma)dev])
 	@touch .venv/.stamp-run .venv/.stamp-lab $@

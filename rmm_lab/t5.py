@@ -215,7 +215,7 @@ class State:
     """What goes from layer to layer, for n inputs of S tokens with C choices of T tokens.
 
     ``encoded``: (n, S, width), the encoder's tokens, normed once the decoder has begun; ``decoded``:
-    (n, C, T, width) or None before that. ``bias``: (n, heads, S, S) of the encoder.
+    (n, C, T, width) or None before that. ``stem`` and ``batch`` are those that it began with.
     """
 
     stem: T5Stem

@@ -89,7 +89,7 @@ class Build:
     """Steps of 256 texts for the T5s' base."""
     text_rehearsal_steps: int = 1500
     """Steps of 256 texts on recall, for the T5s' base after that."""
-    text_steps: int = 2000
+    text_steps: int = 1500
     """Steps of 64 texts for each T5."""
     text_learning_rate: float = 2e-3
     """Peak learning rate of fine-tuning the T5s."""
