@@ -290,7 +290,7 @@ def load(source: str) -> dict[str, list[Row]]:
     if colon and re.fullmatch(r"[A-Za-z][\w-]+", name) and not path.exists():
         raise _wrong(thing, f"one of the formats {known}", repr(name), "check the spelling")
     if path.is_file():
-        return _split({"train": _read(path)}, thing)
+        return _split({"train": read(path)}, thing)
     if not source or not path.is_dir():
         expected = f"a folder or file of rows, or FORMAT:PATH with one of the formats {known}"
         raise _wrong(thing, expected, "no such file or folder", "check the spelling")
@@ -300,13 +300,13 @@ def load(source: str) -> dict[str, list[Row]]:
     if len(several) > 1:
         found = f"several of {', '.join(several)}"
         raise _wrong(thing, "one file for the reward split", found, "keep one of them")
-    parts = {"validation" if n in _VALIDATION else n: _read(file) for n, file in files.items()}
+    parts = {"validation" if n in _VALIDATION else n: read(file) for n, file in files.items()}
     return _split(parts, thing)
 
 
 def _from_files(form: Format, path: Path, thing: str) -> dict[str, list[Row]]:
     if path.is_file():
-        return {"train": _read(path, form)}
+        return {"train": read(path, form)}
     if not path.is_dir():
         raise _wrong(thing, "a folder or file", f"no {path}", "check the spelling")
     for folder in (path, path / form.folder):
@@ -315,7 +315,7 @@ def _from_files(form: Format, path: Path, thing: str) -> dict[str, list[Row]]:
             for split, names in form.files.items()
         }
         if any(files.values()):
-            return {split: _read(there[0], form) for split, there in files.items() if there}
+            return {split: read(there[0], form) for split, there in files.items() if there}
     found = sorted(p.name for p in path.iterdir())
     raise _wrong(
         thing,
@@ -343,7 +343,7 @@ def _from_hub(name: str, rest: str, thing: str) -> dict[str, list[Row]]:
     try:
         import datasets  # type: ignore[import-not-found, import-untyped, unused-ignore]
     except ImportError as error:
-        remedy = f"install it with pip install 'rmm-lab[hub]', or {remedy}"
+        remedy = f"install it with pip install -e '.[hub]', or {remedy}"
         raise _wrong(thing, "the optional library datasets", "none", remedy) from error
     from huggingface_hub import HfApi, constants
 
@@ -368,7 +368,7 @@ def _from_hub(name: str, rest: str, thing: str) -> dict[str, list[Row]]:
 # --------------------------------------------------------------------------------------- reading
 
 
-def _read(file: Path, form: Format | None = None) -> list[Row]:
+def read(file: Path, form: Format | None = None) -> list[Row]:
     """The checked rows of a file of rows or, given a format, of an official file."""
     thing = f"file {file}"
     kinds = {".jsonl": "", ".tsv": "\t", ".csv": ","} if form else {".jsonl": ""}

@@ -80,7 +80,7 @@ def architecture(config: Mapping[str, Any]) -> Any:
 def resolve(source: str | Path) -> Path:
     """The local folder behind a source: a folder, ``local-dir:FOLDER`` or ``hf-hub:OWNER/NAME``.
 
-    Hub models are downloaded once, safetensors and config only, into the hub's own cache.
+    Hub models are downloaded once into the hub's own cache: safetensors, config and a T5's tokenizer.
     """
     text = str(source)
     if text.startswith("hf-hub:"):
@@ -113,6 +113,8 @@ def _from_hub(source: str) -> Path:
             folder = snapshot_download(
                 repository, revision=commit, allow_patterns=files, local_files_only=True
             )
+            if not _is_whole(Path(folder)):  # another program may have cached a part of it
+                raise FileNotFoundError(folder)
         except OSError:  # not in the cache (yet)
             # One cheap question first: snapshot_download itself retries for minutes without a network.
             HfApi().model_info(repository, revision=commit, timeout=2)
@@ -123,9 +125,22 @@ def _from_hub(source: str) -> Path:
     except Exception as error:  # whatever the network stack raises, the user needs one sentence
         raise InputError(
             f"model {source!r}: expected the hub or a copy in its cache, found neither "
-            f"({type(error).__name__}); download config.json and model.safetensors of {repository} "
-            "elsewhere, put them in a folder and name that folder instead"
+            f"({type(error).__name__}); download config.json, model.safetensors and (of a T5) the tokenizer "
+            f"of {repository} elsewhere, put them in a folder and name that folder instead"
         ) from error
+
+
+def _is_whole(folder: Path) -> bool:
+    """Whether config and weights are there, and a T5's tokenizer."""
+    there = {
+        name
+        for name in ("config.json", "model.safetensors", *t5.FILES)
+        if (folder / name).is_file()
+    }
+    if not {"config.json", "model.safetensors"} <= there:
+        return False
+    is_t5 = '"t5"' in (folder / "config.json").read_text("utf-8", errors="replace")
+    return not is_t5 or bool({"tokenizer.json", "spiece.model"} & there)
 
 
 def read_checkpoint(source: str | Path) -> Checkpoint:
@@ -184,21 +199,26 @@ def write_checkpoint(
     text = (
         json.dumps(dict(config), indent=2, ensure_ascii=False) + "\n"
     )  # may fail: before any file
-    kept = () if beside is None else family_of(str(folder), config).FILES
-    names = [name for name in kept if beside is not None and (beside / name).is_file()]
     folder.mkdir(parents=True, exist_ok=True)
     # Clones, so that no two names share memory: safetensors refuses that, and a repeat is a copy.
     tensors = {k: v.detach().to("cpu", dtype, copy=True).contiguous() for k, v in weights.items()}
     # Not save_file: a full disk must show as OSError. The config comes last: with it, all is there.
     files = {"model.safetensors": save(tensors, metadata={"format": "pt"})}
-    files |= {name: (beside / name).read_bytes() for name in names if beside is not None}
+    if beside is not None:
+        kept = family_of(str(folder), config).FILES
+        files |= {n: (beside / n).read_bytes() for n in kept if (beside / n).is_file()}
     for name, content in (files | {"config.json": text.encode()}).items():
-        scratch = folder / f".{name}.tmp"
-        try:
-            scratch.write_bytes(content)
-            scratch.replace(folder / name)
-        finally:
-            scratch.unlink(missing_ok=True)
+        write_file(folder / name, content)
+
+
+def write_file(file: Path, content: bytes) -> None:
+    """Write to a temporary name, then rename: a reader sees the old file or the new one."""
+    scratch = file.with_name(f".{file.name}.tmp")
+    try:
+        scratch.write_bytes(content)
+        scratch.replace(file)
+    finally:
+        scratch.unlink(missing_ok=True)
 
 
 def check_same_architecture(base: Checkpoint, experts: Sequence[Checkpoint]) -> None:

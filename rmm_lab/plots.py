@@ -50,7 +50,7 @@ def reward_curve(episodes: Sequence[dict[str, Any]], width: int = 50) -> Figure:
         x, np.maximum.accumulate(raw), "--", color="black", lw=1, label="best so far, on its subset"
     )
     axes.set_xlabel("episode")
-    axes.set_ylabel("mean accuracy, %")
+    axes.set_ylabel("mean score, %")
     axes.set_xlim(0, len(raw) + 1)
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8, loc="lower right")

@@ -87,15 +87,15 @@ class Args:
     experts: tuple[str, ...] = ("demo",)
     """Models to merge: a group that ships (demo, glyphs, vision, qa, mixed), names, folders, hub names."""
     base: str | None = None
-    """The model they were fine-tuned from: a folder or hf-hub: name; needed for your own experts."""
+    """The model they were fine-tuned from: a folder, a hub name, base or text-base; for your own experts."""
     images: tuple[str, ...] = ()
     """For ViTs: an image folder per expert, in the experts' order; needed for your own experts."""
     texts: tuple[str, ...] = ()
-    """For T5s: per expert a folder or file of jsonl, or FORMAT:FOLDER such as qasc:data/qasc."""
+    """For T5s: per expert a folder or file of jsonl, FORMAT:FOLDER, FORMAT:hf-hub, or a set that ships."""
     metric: Literal["auto", "accuracy", "balanced"] = FROM_PRESET
-    """Of language tasks; auto balances the answers of a task where one of them is much more frequent."""
+    """For T5s: auto balances the answers of a task where one of them is much more frequent."""
     normalise_length: bool = False
-    """Divide a choice's log-probability by its number of tokens; the paper takes the sum."""
+    """For T5s: divide a choice's log-probability by its number of tokens; the paper takes the sum."""
     multi_task: str | None = None
     """Folder of a multi-task model to compare with; those that ship are found by themselves."""
     operators: tuple[str, ...] = FROM_PRESET
@@ -210,7 +210,7 @@ class Result:
 
     ``path``: the chosen layer path. ``reward``: its mean score on the whole reward split.
     ``episodes``, ``updates``: one row each, as in the run folder. ``scores``: method -> task -> test
-    accuracy in [0, 1]; empty if ``train`` was told not to report. ``agent``: the trained policy.
+    metric in [0, 1]; empty if ``train`` was told not to report. ``agent``: the trained policy.
     """
 
     path: LayerPath
@@ -537,11 +537,12 @@ def train(args: Args, *, problem: Problem | None = None, table: bool = True) -> 
             normalise_length=args.normalise_length,
         )
     splits = ("reward", "test") if table else ("reward",)
-    for task in problem.tasks:  # a broken image must show before anything is written
+    for task in problem.tasks:  # broken data must show before anything is written
         for split in splits:
             task.split(split)
-    for note in () if args.quiet else report.notes(problem.tasks, splits):
-        print(f"note: {note}")
+    for note in report.notes(problem.tasks, splits):
+        if not args.quiet:
+            print(f"note: {note}")
     env = make_env(problem, args)
     if args.resume is not None:
         folder = RunFolder(args.resume)
@@ -580,10 +581,10 @@ def parse(argv: Sequence[str]) -> Args:
     stored = None
     if early.get("--resume"):
         stored = RunFolder.read_config(Path(early["--resume"]))
-        known = {f.name for f in dataclasses.fields(Args)}
-        if set(stored) - known:
+        if odd := sorted(set(stored) ^ set(Args().config())):
             raise InputError(
-                f"--resume: expected the config of this version, found {sorted(set(stored) - known)}"
+                f"--resume: expected the config of this version in {early['--resume']}, found another "
+                f"(they differ in {', '.join(odd)}); start the search anew in another folder"
             )
         values: dict[str, Any] = {
             k: tuple(v) if isinstance(v, list) else v for k, v in stored.items()

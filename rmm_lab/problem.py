@@ -139,7 +139,9 @@ def load_problem(
         joint = read_checkpoint(folder) if folder else None
     if joint is not None:
         check_same_architecture(origin, [joint])
-        if origin.family is not t5:
+        if origin.family is t5:
+            TextFormat.of(origin).check_expert(joint)
+        else:
             _check_multi_task(joint, tasks)
     return Problem(pool, tasks, stem, joint)
 

@@ -141,7 +141,7 @@ def notes(tasks: Sequence[Any], splits: Sequence[str]) -> list[str]:
                 )
         if task.metric != "accuracy":
             out.append(
-                f"texts {task.name}: one answer is much more frequent, so it is {task.metric}"
+                f"texts {task.name}: scored by {task.metric} accuracy, the mean over its answers"
             )
     return out
 

@@ -228,9 +228,6 @@ class State:
         """Bytes that this state adds to those of its batch, at most."""
         return self.encoded.nbytes + (0 if self.decoded is None else self.decoded.nbytes)
 
-    def __len__(self) -> int:
-        return len(self.encoded)
-
 
 class T5Stem(nn.Module):
     """A T5 without blocks: what stands before, between and after the two stacks."""

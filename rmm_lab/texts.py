@@ -7,6 +7,7 @@ row becomes a prompt is the matter of ``formats``; the small tasks that ship are
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -19,7 +20,7 @@ from torch import Tensor
 
 from rmm_lab import formats, grammar
 from rmm_lab.errors import InputError
-from rmm_lab.models import Checkpoint
+from rmm_lab.models import Checkpoint, write_file
 from rmm_lab.t5 import TextBatch
 from rmm_lab.tasks import SPLITS, data_folder
 
@@ -181,7 +182,8 @@ class TextTask:
             head, _, rest = source.partition(":")
             place = rest if head in formats.FORMATS else source
             hub = place.startswith("hf-hub")
-            self.name = head if hub else Path(place).expanduser().resolve().stem
+            name = Path(place).expanduser().resolve().name
+            self.name = head if hub else re.sub(r"\.(jsonl|tsv|csv)$", "", name)
             self._rows = formats.load(source)
 
     # --------------------------------------------------------------------------------- what is asked
@@ -311,7 +313,7 @@ def write_rows(name: str, split: str) -> Path:
     file = rows_file(name, split)
     file.parent.mkdir(parents=True, exist_ok=True)
     lines = [json.dumps(row) for row in grammar.rows(name, split, SIZES[split])]
-    file.write_text("\n".join(lines) + "\n", "utf-8")
+    write_file(file, ("\n".join(lines) + "\n").encode())
     return file
 
 
@@ -321,6 +323,7 @@ def _small(name: str, split: str) -> list[dict[str, Any]]:
         return grammar.rows(name, split, train_size(name))
     if not file.exists():
         raise InputError(
-            f"expected the set {name!r} in {file}, found no such file; run python -m rmm_lab.zoo"
+            f"expected the set {name!r} in {file}, found no such file; run python -m rmm_lab.zoo "
+            "--only text-sets"
         )
-    return [json.loads(line) for line in file.read_text("utf-8").splitlines()]
+    return formats.read(file)

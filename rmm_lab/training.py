@@ -91,6 +91,11 @@ def optimise(
     start = time.perf_counter()
     for step in range(steps):
         loss = torch.stack(list(losses(generator))).mean()
+        if not torch.isfinite(loss):
+            raise InputError(
+                f"{label}: expected a finite loss, found {loss.item()} at step {step + 1} of {steps}; lower "
+                "the learning rate"
+            )
         optimiser.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -214,9 +219,6 @@ def fine_tune_t5(
     architecture, parts = models.architecture(base.config), t5.split(base.weights)
     torch.manual_seed(seed)  # dropout, where the base's config asks for it
     model = architecture.assemble(parts.stem, list(enumerate(parts.layers)), {})
-    for task in on:
-        if not len(task.split("train")):
-            raise InputError(f"texts {task.source!r}: expected rows in the train split, found none")
 
     def losses(generator: torch.Generator) -> list[Tensor]:
         out = []
@@ -229,7 +231,8 @@ def fine_tune_t5(
 
     optimise(model, losses, steps=steps, learning_rate=learning_rate, seed=seed, label=label)
     weights = t5.once(label, {k: v.detach() for k, v in model.state_dict().items()})
-    return {k: v for k, v in base.config.items() if k != "rmm_lab"}, weights
+    gone = ("rmm_lab", "dtype", "torch_dtype")  # what we write is float32
+    return {k: v for k, v in base.config.items() if k not in gone}, weights
 
 
 def _text_loss(
@@ -290,8 +293,6 @@ def small_tokenizer(folder: Path) -> None:
     )
     tokenizer.train_from_iterator(lines, trainer)
     tokenizer.add_special_tokens([AddedToken(s, normalized=False) for s in SENTINELS])
-    folder.mkdir(parents=True, exist_ok=True)
-    tokenizer.save(str(folder / "tokenizer.json"))
     settings = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "pad_token": SPECIAL[0],
@@ -299,7 +300,10 @@ def small_tokenizer(folder: Path) -> None:
         "unk_token": SPECIAL[2],
         "model_max_length": SMALL_T5["n_positions"],
     }
-    (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n", "utf-8")
+    folder.mkdir(parents=True, exist_ok=True)
+    models.write_file(folder / "tokenizer.json", tokenizer.to_str(pretty=True).encode())
+    text = json.dumps(settings, indent=2) + "\n"
+    models.write_file(folder / "tokenizer_config.json", text.encode())
 
 
 def corrupt(text: str, rng: random.Random, share: float = 0.2) -> tuple[str, str]:
@@ -328,7 +332,7 @@ def corrupt(text: str, rng: random.Random, share: float = 0.2) -> tuple[str, str
 def pretrain_t5(folder: Path, *, steps: int, seed: int) -> tuple[dict[str, Any], Weights]:
     """The small T5 from random weights, on span corruption of stories, retelling and short drills.
 
-    ``folder`` holds its tokenizer. None of the seven tasks' questions is asked here.
+    ``folder`` holds its tokenizer. None of the seven tasks is asked here in the task's words.
     """
     from tokenizers import Tokenizer
     from transformers import T5Config, T5ForConditionalGeneration

@@ -124,8 +124,6 @@ class ViT:
         model = create(config, depth=None, num_classes=0)
         self.shapes = {k: tuple(v.shape) for k, v in model.state_dict().items()}
         self.n_layers = len(model.blocks)
-        # Stacks of layers that may follow each other: a layer only ever lands in its own stack.
-        self.stacks = (range(self.n_layers),)
         self._blocks = list(model.blocks)  # kept only as shapes for new layers
         model.blocks = nn.Sequential()
         self._trunk = model

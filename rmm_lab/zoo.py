@@ -1,4 +1,4 @@
-"""The models that ship and the commands that make models: pretrain, fine-tune, multi-task.
+"""The models that ship, the command that rebuilds them, and one that fine-tunes your own.
 
 ``python -m rmm_lab.zoo`` rebuilds everything under ``data/`` from nothing, seeded.
 ``python -m rmm_lab.zoo finetune --base B --images FOLDER --out E`` makes one expert (or, with several
@@ -90,7 +90,7 @@ class Build:
     text_rehearsal_steps: int = 1500
     """Steps of 256 texts on recall, for the T5s' base after that."""
     text_steps: int = 1500
-    """Steps of 64 texts for each T5."""
+    """Steps of at most 64 texts for each T5."""
     text_learning_rate: float = 2e-3
     """Peak learning rate of fine-tuning the T5s."""
 
@@ -136,8 +136,9 @@ class Build:
             training.small_tokenizer(folder)
             steps = self.text_pretrain_steps
             config, weights = training.pretrain_t5(folder, steps=steps, seed=self.seed)
-            models.write_checkpoint(folder, config, weights, dtype=torch.float16)
-            start = models.read_checkpoint(folder)
+            # Rounded as it would be in a file, from which it was once continued.
+            half = {name: tensor.half().float() for name, tensor in weights.items()}
+            start = models.Checkpoint(TEXT_BASE, folder, config, half, "")
             weights = training.rehearse_t5(start, steps=self.text_rehearsal_steps, seed=self.seed)
             models.write_checkpoint(folder, config, weights, dtype=torch.float16)
         for name, group in groups.items():
@@ -163,11 +164,11 @@ class Finetune:
     base: str
     """Base model: a timm or T5 folder, hf-hub:OWNER/NAME, or base or text-base for those that ship."""
     out: Path
-    """Folder to write the fine-tuned model to; it must not exist or be empty."""
+    """New or empty folder to write the fine-tuned model to."""
     images: tuple[str, ...] = ()
     """For a ViT: image folders (SPLIT/CLASS/image or CLASS/image) or sets that ship; train is used."""
     texts: tuple[str, ...] = ()
-    """For a T5: folders or files of jsonl, FORMAT:FOLDER, or sets that ship; train is used."""
+    """For a T5: folders or files of jsonl, FORMAT:FOLDER, FORMAT:hf-hub, or sets that ship; train is used."""
     steps: int = 1000
     """Optimiser steps."""
     learning_rate: float = 1e-3
@@ -177,7 +178,7 @@ class Finetune:
     threads: int = 0
     """CPU threads for torch; 0 leaves torch's own choice."""
     seed: int = 0
-    """Seed of the new head and the batches."""
+    """Seed of a ViT's new head, of dropout and of the batches."""
 
     def run(self) -> None:
         for name in ("steps", "learning_rate", "batch_size"):
@@ -222,7 +223,7 @@ class Finetune:
             raise InputError(
                 f"{option}: expected folders of different names, found {[t.name for t in on]}; rename"
             )
-        for task in on:  # a broken image must show before hours of training
+        for task in on:  # broken data must show before hours of training
             for split in ("train", "test"):
                 if cut := getattr(task.split(split), "cut", 0):
                     print(

@@ -924,7 +924,7 @@ INSTEAD = (
 )
 NO_LIBRARY = (
     "language task 'winogrande:hf-hub': expected the optional library datasets, found none; install it "
-    f"with pip install 'rmm-lab[hub]', or {INSTEAD}"
+    f"with pip install -e '.[hub]', or {INSTEAD}"
 )
 
 

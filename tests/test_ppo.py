@@ -263,7 +263,7 @@ def best_of_search(scorer, args):
 
 
 @pytest.mark.parametrize("seed", [0, 3])
-def test_ppo_finds_the_best_path_on_five_of_five_seeds(seed):
+def test_ppo_finds_the_best_path_of_two_tables_on_five_of_five_seeds(seed):
     """L = 3, N = 2: all 511 paths of at most four layers are scored; the best one is a stack.
 
     With an entropy bonus of 0.2. On 4 of 6 such tables the search ends elsewhere on some seed, and on

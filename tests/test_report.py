@@ -151,3 +151,18 @@ def test_the_path_picture_shows_every_layer_in_running_order():
     assert [t.get_text() for t in top.texts] == ["2", "1"]  # the merging map's counts
     assert plots.png(figure).startswith(b"\x89PNG")
     assert plots.png(plots.path_picture([], SOURCES, 3, "base")).startswith(b"\x89PNG")
+
+
+def test_the_path_picture_of_two_stacks_names_them_and_draws_their_border():
+    steps = [("digits", 0), ("odd@name", 2), ("odd@name", 3)]
+    figure = plots.path_picture(steps, SOURCES, 4, "base", (range(3), range(3, 4)))
+    top, bottom = figure.axes
+    assert [t.get_text() for t in top.get_xticklabels()] == ["enc 0", "enc 1", "enc 2", "dec 0"]
+    assert [t.get_text().splitlines()[-1] for t in bottom.texts] == [
+        "stem",
+        "enc 0",
+        "enc 2",
+        "dec 0",
+    ]
+    (border,) = top.lines
+    assert list(border.get_xdata()) == [2.5, 2.5]

@@ -1684,6 +1684,68 @@ def test_inputs_that_are_too_long_are_counted_and_told(own, capsys):
     assert "3 tokens" in told
 
 
+def test_a_metric_that_does_not_fit_leaves_nothing_behind(own, capsys):
+    """Also with --quiet, under which nothing about the data is printed."""
+    refused(capsys, own.argv("--metric", "balanced", "--run-dir", "run"), "the same choices")
+
+
+def test_a_multi_task_model_with_another_tokenizer(own, capsys):
+    folder = Path(shutil.copytree(own.base, "joint"))
+    write_tokenizer(folder, words=["other", *WORDS[1:]])
+    refused(capsys, own.argv("--multi-task", folder, "--run-dir", "run"), "joint", "tokenizer")
+
+
+def fine_tuned(own, *more):
+    from rmm_lab import zoo
+
+    argv = ["finetune", "--base", own.base, "--texts", own.texts[0], "--out", "out"]
+    return zoo.main([*argv, "--steps", "3", "--batch-size", "4", "--threads", "1", *more])
+
+
+def test_a_fine_tuned_model_of_a_base_in_half_precision_is_in_full(own):
+    own.configure("base", dtype="bfloat16")
+    assert fine_tuned(own) == 0
+    assert T5ForConditionalGeneration.from_pretrained("out").dtype == torch.float32
+
+
+def test_a_training_that_diverges_is_stopped(own, capsys):
+    assert fine_tuned(own, "--learning-rate", "1e30") == 2
+    assert "expected a finite loss" in capsys.readouterr().err
+    assert not Path("out").exists()
+
+
+def test_a_run_of_an_earlier_version_is_not_resumed(own, capsys):
+    assert ppo.main(own.argv("--run-dir", "run")) == 0
+    file = Path("run") / "config.json"
+    config = json.loads(file.read_text())
+    del config["texts"]
+    file.write_text(json.dumps(config))
+    capsys.readouterr()
+    assert ppo.main(["--resume", "run"]) == 2
+    error = capsys.readouterr().err
+    assert "config of this version" in error
+    assert "texts" in error
+
+
+def test_a_model_that_is_cached_in_part_is_fetched_whole(own, monkeypatch):
+    """As transformers leaves it when only the model, not the tokenizer, was asked for."""
+    import huggingface_hub
+
+    part = Path(shutil.copytree(own.base, "part"))
+    (part / "tokenizer.json").unlink()
+    asked = []
+
+    def snapshot_download(name, *, revision, allow_patterns, local_files_only=False):
+        asked.append(local_files_only)
+        return str(part if local_files_only else own.base)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", lambda *a, **k: None)
+    found = read_checkpoint("hf-hub:someone/small")
+    assert asked == [True, False]
+    assert found.folder == Path(own.base)
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(not REAL.is_dir(), reason=f"no real texts beside {REAL}")
 def test_real_texts_from_fine_tuning_to_a_merged_model(tmp_path, capsys, monkeypatch):
