@@ -125,8 +125,8 @@ def _from_hub(source: str) -> Path:
     except Exception as error:  # whatever the network stack raises, the user needs one sentence
         raise InputError(
             f"model {source!r}: expected the hub or a copy in its cache, found neither "
-            f"({type(error).__name__}); download config.json, model.safetensors and (of a T5) the tokenizer "
-            f"of {repository} elsewhere, put them in a folder and name that folder instead"
+            f"({type(error).__name__}); download config.json and model.safetensors of {repository} (and a "
+            "T5's tokenizer) elsewhere, put them in a folder and name that folder instead"
         ) from error
 
 
