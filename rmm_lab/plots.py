@@ -140,4 +140,5 @@ def _label(source: str) -> str:
 def _rgb(a: int) -> tuple[float, float, float]:
     from matplotlib.colors import to_rgb
 
-    return to_rgb(COLOURS[(a + 1) % len(COLOURS)])  # black, the first, is for lines
+    # Black, the first, is for lines; seven colours and eight hatches: 56 sources differ.
+    return to_rgb(COLOURS[1 + a % (len(COLOURS) - 1)])

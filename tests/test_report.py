@@ -166,3 +166,10 @@ def test_the_path_picture_of_two_stacks_names_them_and_draws_their_border():
     ]
     (border,) = top.lines
     assert list(border.get_xdata()) == [2.5, 2.5]
+
+
+def test_many_sources_look_different_each():
+    sources = [f"s{i}" for i in range(20)]
+    figure = plots.path_picture([(s, 0) for s in sources], sources, 1, "base")
+    boxes = figure.axes[1].patches[1:]  # the first is the stem
+    assert len({(box.get_facecolor(), box.get_hatch()) for box in boxes}) == 20
