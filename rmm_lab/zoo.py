@@ -136,7 +136,7 @@ class Build:
             training.small_tokenizer(folder)
             steps = self.text_pretrain_steps
             config, weights = training.pretrain_t5(folder, steps=steps, seed=self.seed)
-            # Rounded as it would be in a file, from which it was once continued.
+            # Rounded to what a file would hold, so that it can be continued from one as well.
             half = {name: tensor.half().float() for name, tensor in weights.items()}
             start = models.Checkpoint(TEXT_BASE, folder, config, half, "")
             weights = training.rehearse_t5(start, steps=self.text_rehearsal_steps, seed=self.seed)

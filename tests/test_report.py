@@ -6,10 +6,11 @@ import errno
 from types import SimpleNamespace
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rmm_lab import plots, report
+from rmm_lab import baselines, plots, report
 from rmm_lab.baselines import Row
 from rmm_lab.errors import InputError, one_sentence
 from rmm_lab.runs import check_new, from_csv, to_csv, write
@@ -48,6 +49,20 @@ def test_a_skewed_task_has_its_accuracy_beside_the_mean():
         "|---|---:|---:|---:|---|---:|",
         "| always no | 25.0 | 50.0 | 37.5 | - | 90.0 |",
     ]
+
+
+def test_a_row_keeps_the_accuracy_of_a_skewed_task_beside_its_metric():
+    """Four of five rows are 0: always 0 has an accuracy of 0.8, and a balanced one of 0.5."""
+    labels = torch.tensor([0, 0, 0, 0, 1])
+    task = SimpleNamespace(
+        name="b",
+        metric="balanced",
+        split=lambda name: SimpleNamespace(labels=labels),
+        score=lambda found, labels: 0.5,
+    )
+    row = baselines.row(SimpleNamespace(tasks=[task]), "always", "-", [torch.zeros(5)])
+    assert row.scores == (0.5,)
+    assert row.plain == {"b": pytest.approx(0.8)}
 
 
 SOURCES = ("digits", "ties:density=0.3,scale=1", "odd@name")

@@ -38,7 +38,7 @@ from rmm_lab.models import architecture, read_checkpoint
 from rmm_lab.path import LayerPath
 from rmm_lab.pool import LayerPool
 from rmm_lab.problem import load_problem
-from rmm_lab.scoring import Scorer, answers_of_path, evaluate
+from rmm_lab.scoring import Scorer, answers, answers_of_path, evaluate
 from rmm_lab.t5 import T5, TextBatch
 from rmm_lab.texts import TextFormat, TextTask
 
@@ -1706,6 +1706,23 @@ def test_a_fine_tuned_model_of_a_base_in_half_precision_is_in_full(own):
     own.configure("base", dtype="bfloat16")
     assert fine_tuned(own) == 0
     assert T5ForConditionalGeneration.from_pretrained("out").dtype == torch.float32
+
+
+def test_fine_tuning_teaches_the_right_choice(t5s, tmp_path):
+    """Only the second choice is ever right: a model taught the first would find none."""
+    from rmm_lab.training import fine_tune_t5
+
+    rows = [{"input": f"w{i} w9", "choices": ["w20", "w30"], "label": 1} for i in range(10, 40)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    base = read_checkpoint(t5s["t5"][1][0])
+    task = TextTask(str(tmp_path / "rows.jsonl"), TextFormat.of(base))
+    config, weights = fine_tune_t5(
+        base, [task], steps=60, learning_rate=1e-2, seed=0, batch_size=16
+    )
+    family, parts = architecture(config), t5.split(weights)
+    layers = [family.layer(k, w) for k, w in enumerate(parts.layers)]
+    found = answers(family, family.stem(parts.stem), layers, {}, task, "test")
+    assert found.tolist() == [1] * len(found)
 
 
 def test_a_training_that_diverges_is_stopped(own, capsys):
