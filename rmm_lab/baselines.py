@@ -1,7 +1,8 @@
-"""What RMM is compared with: the base, the experts, multi-task training and uniform merges.
+"""What RMM is compared with: the base, the experts, multi-task training, uniform merges, other searches.
 
 Scales and densities of the uniform merges are chosen on the reward split; the test split is only
-reported.
+reported. The other searches choose among the agent's sources at each place, under its number of
+evaluations on the same subsets.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from rmm_lab import t5
 from rmm_lab.problem import Problem
-from rmm_lab.scoring import answers, answers_of_path, evaluate
+from rmm_lab.scoring import Path, Scorer, answers, answers_of_path, evaluate, reward
 from rmm_lab.texts import TextTask
 
 SCALES = (0.2, 0.3, 0.4, 0.5, 0.6, 0.8, 1.0)
@@ -147,3 +148,57 @@ def _joint(problem: Problem) -> list[Tensor]:
             head = {key: value[own] for key, value in parts.head.items()}
         found.append(answers(architecture, stem, layers, head, task, "test"))
     return found
+
+
+# ----------------------------------------------------------------------------------- other searches
+
+
+def random_search(scorer: Scorer, evaluations: int, seed: int) -> list[tuple[Path, float]]:
+    """Paths with a source drawn uniformly at each place, each scored on one data subset.
+
+    No skip and no back: paths with them are worse on average, so this is the stronger of the two.
+    Returns (path, reward in [0, 1]) of each of the ``evaluations``; subsets come in turn.
+    """
+    rng = np.random.default_rng(seed)
+    out = []
+    for i in range(evaluations):
+        path = _random_path(scorer, rng)
+        out.append((path, reward(scorer.score(path, i % scorer.n_subsets))))
+    return out
+
+
+def coordinate_ascent(scorer: Scorer, evaluations: int, seed: int) -> list[tuple[Path, float]]:
+    """Improve a random path one place at a time; start again from another one when nothing helps.
+
+    A sweep visits all places in random order on one data subset, so that like is compared with like, and
+    takes at each the best of all sources. After a sweep without a change comes a fresh start; each sweep
+    takes the next subset. Returns (path, reward in [0, 1]) of each of the ``evaluations``.
+    """
+    rng = np.random.default_rng(seed)
+    out: list[tuple[Path, float]] = []
+
+    def score(path: Path, subset: int) -> float:
+        out.append((path, reward(scorer.score(path, subset))))
+        return out[-1][1]
+
+    sweep, path, changed = 0, _random_path(scorer, rng), True
+    while len(out) < evaluations:
+        if not changed:
+            path = _random_path(scorer, rng)
+        subset, changed = sweep % scorer.n_subsets, False
+        sweep += 1
+        best = score(path, subset)
+        for place in rng.permutation(len(path)):
+            own, k = path[place]
+            for source in rng.permutation(len(scorer.sources)):
+                if source == own or len(out) >= evaluations:
+                    continue
+                other = (*path[:place], (int(source), k), *path[place + 1 :])
+                if (value := score(other, subset)) > best:
+                    best, path, changed = value, other, True
+    return out
+
+
+def _random_path(scorer: Scorer, rng: np.random.Generator) -> Path:
+    places = range(-1 if scorer.chooses_stem else 0, scorer.n_layers)
+    return tuple((int(rng.integers(len(scorer.sources))), k) for k in places)

@@ -30,6 +30,7 @@ from rmm_lab.path import LayerPath
 from rmm_lab.problem import OPERATORS, STEM, Problem, load_problem
 from rmm_lab.runs import Row, RunFolder, check_new, optimiser_tensors, restore_optimiser
 from rmm_lab.scoring import Path as Steps
+from rmm_lab.scoring import shortlist
 
 # =============================================================================================
 # Arguments
@@ -209,14 +210,16 @@ class Result:
     """What a search found.
 
     ``path``: the chosen layer path. ``reward``: its mean score on the whole reward split.
-    ``episodes``, ``updates``: one row each, as in the run folder. ``scores``: method -> task -> test
-    metric in [0, 1]; empty if ``train`` was told not to report. ``agent``: the trained policy.
+    ``episodes``, ``updates``: one row each, as in the run folder. ``policies``: (U, P, A), see
+    ``mean_policy``, one for each update. ``scores``: method -> task -> test metric in [0, 1]; empty if
+    ``train`` was told not to report. ``agent``: the trained policy.
     """
 
     path: LayerPath
     reward: float
     episodes: list[Row]
     updates: list[Row]
+    policies: Tensor
     scores: dict[str, dict[str, float]]
     agent: Agent
     folder: Path | None = None
@@ -305,7 +308,8 @@ def play(
     options: dict[str, Any] | None = None,
 ) -> tuple[dict[str, list[Any]], dict[str, Any]]:
     """One episode; actions are sampled, or the most probable where ``generator`` is None (Eq. 1)."""
-    steps: dict[str, list[Any]] = {k: [] for k in ("obs", "mask", "action", "log_prob", "reward")}
+    names = ("obs", "mask", "action", "log_prob", "reward", "layer", "policy")
+    steps: dict[str, list[Any]] = {k: [] for k in names}
     obs, info = env.reset(options=options)
     done = False
     while not done:
@@ -319,11 +323,12 @@ def play(
             action = int(log_probs.argmax())
         else:
             action = int(torch.multinomial(log_probs.exp(), 1, generator=generator))
+        layer = info["layer"]
         obs, reward, terminated, truncated, info = env.step(action)
         done = terminated or truncated
-        for name, value in zip(
-            steps, (x, mask, action, log_probs[action], float(reward)), strict=True
-        ):
+        policy = log_probs.exp()  # (A,)
+        seen = (x, mask, action, log_probs[action], float(reward), layer, policy)
+        for name, value in zip(steps, seen, strict=True):
             steps[name].append(value)
     return steps, info
 
@@ -339,6 +344,17 @@ def collect(episodes: Sequence[dict[str, list[Any]]], gamma: float) -> Rollout:
         log_probs=torch.stack(flat["log_prob"]),
         returns=torch.cat(returns),
     )
+
+
+def mean_policy(episodes: Sequence[dict[str, list[Any]]], first: int, n_layers: int) -> Tensor:
+    """What the policy that acted did at each place, for those who look on: (P, A).
+
+    The mean of pi(.|s) over all steps of a rollout at layers ``first`` (-1 where the agent chooses the
+    stem) to ``n_layers - 1``; a row of NaN where no step stood there.
+    """
+    policy = torch.stack([p for e in episodes for p in e["policy"]])  # (B, A)
+    layer = torch.tensor([k for e in episodes for k in e["layer"]])  # (B,)
+    return torch.stack([policy[layer == k].mean(0) for k in range(first, n_layers)])  # (P, A)
 
 
 def update(
@@ -408,10 +424,13 @@ def make_env(problem: Problem, args: Args) -> Any:
     return DynamicAverageReward(env, scale=args.dar, max_episodes=args.episodes)
 
 
-def search(env: Any, args: Args, folder: RunFolder) -> tuple[Agent, list[Row], list[Row]]:
+def search(
+    env: Any, args: Args, folder: RunFolder
+) -> tuple[Agent, list[Row], list[Row], list[Tensor]]:
     """PPO over ``args.episodes`` episodes, from the folder's checkpoint if it has one.
 
-    Returns the agent, the episodes and the updates. After each update all state is on disk.
+    Returns the agent, the episodes, the updates and each update's ``mean_policy``. After each update
+    all state is on disk.
     """
     torch.manual_seed(args.seed)  # the agent's initial weights
     agent = Agent(int(np.prod(env.observation_space.shape)), int(env.action_space.n))
@@ -424,12 +443,14 @@ def search(env: Any, args: Args, folder: RunFolder) -> tuple[Agent, list[Row], l
     generator = torch.Generator().manual_seed(args.seed)
     episodes: list[Row] = []
     updates: list[Row] = []
+    policies: list[Tensor] = []
     if (stored := folder.load_checkpoint()) is not None:
         tensors, counters, episodes, updates = stored
         try:
             agent.load_state_dict({k: tensors[f"agent.{k}"] for k in agent.state_dict()})
             restore_optimiser(optimiser, tensors, "adam")
             generator.set_state(tensors["generator"])
+            policies = list(tensors["policies"])
             env.episode, env.previous = counters["dar_episode"], counters["dar_previous"]
         except (KeyError, RuntimeError, ValueError, TypeError) as error:
             raise InputError(
@@ -450,35 +471,31 @@ def search(env: Any, args: Args, folder: RunFolder) -> tuple[Agent, list[Row], l
             episodes.append(report.episode_row(len(episodes), len(updates), steps, info, env))
             progress.show(episodes)
         done = len(episodes) / args.episodes
+        policies.append(mean_policy(played, env.unwrapped.first, env.unwrapped.n_layers))
         diagnostics = update(agent, optimiser, collect(played, args.gamma), args, done)
         updates.append({"update": len(updates), "episodes": len(episodes)} | diagnostics)
         folder.save_checkpoint(
             {f"agent.{k}": v for k, v in agent.state_dict().items()}
             | optimiser_tensors(optimiser, "adam")
-            | {"generator": generator.get_state()},
+            | {"generator": generator.get_state(), "policies": torch.stack(policies)},
             {"dar_episode": env.episode, "dar_previous": env.previous},
             episodes,
             updates,
         )
     progress.end()
-    return agent, episodes, updates
+    return agent, episodes, updates, policies
 
 
 def choose(env: Any, agent: Agent, episodes: Sequence[Row], args: Args) -> list[Row]:
     """Candidates for the final path, scored on the whole reward split, the best first.
 
-    They are the greedy rollout (Eq. 1) and the ``finalists`` paths with the best mean raw reward over
-    their episodes, drawn towards the mean of all episodes as if two more had that reward: a path that
-    was lucky on one subset must not displace one that was good on ten. The test split is not used.
+    They are the greedy rollout (Eq. 1) and the ``shortlist`` of ``args.finalists`` paths. The test
+    split is not used.
     """
     scorer = env.unwrapped.scorer
-    fair = [e for e in episodes if not e["penalised"]]
-    prior = float(np.mean([e["raw_reward"] for e in fair])) if fair else 0.0
-    seen: dict[str, list[float]] = {}
-    for e in fair:
-        seen.setdefault(e["path"], []).append(e["raw_reward"])
-    ranked = sorted(seen, key=lambda p: (-(sum(seen[p]) + 2 * prior) / (len(seen[p]) + 2), p))
-    candidates = {report.steps_of(p, scorer.sources): "best" for p in ranked[: args.finalists]}
+    fair = [(e["path"], e["raw_reward"]) for e in episodes if not e["penalised"]]
+    ranked = shortlist(fair, args.finalists)
+    candidates = {report.steps_of(p, scorer.sources): "best" for p in ranked}
     dar = (env.episode, env.previous)
     _, info = play(env, agent, None, masked=args.mask_actions, options={"subset": None})
     env.episode, env.previous = dar  # the greedy rollout is no episode of the search
@@ -548,7 +565,7 @@ def train(args: Args, *, problem: Problem | None = None, table: bool = True) -> 
         folder = RunFolder(args.resume)
     else:
         folder = RunFolder.create(args.run_dir, args.config())
-    agent, episodes, updates = search(env, args, folder)
+    agent, episodes, updates, policies = search(env, args, folder)
     finalists = choose(env, agent, episodes, args)
     best: Steps = finalists[0]["path"]
     sources = problem.pool.sources
@@ -557,8 +574,17 @@ def train(args: Args, *, problem: Problem | None = None, table: bool = True) -> 
     if steps and steps[0][1] < 0:
         stem = steps.pop(0)[0]
     path = LayerPath.of(problem.pool, steps, stem)
-    result = Result(path, finalists[0]["reward"], episodes, updates, {}, agent, folder.path)
-    result.finalists = [r | {"path": report.text_of(r["path"], sources)} for r in finalists]
+    result = Result(
+        path=path,
+        reward=finalists[0]["reward"],
+        episodes=episodes,
+        updates=updates,
+        policies=torch.stack(policies),
+        scores={},
+        agent=agent,
+        folder=folder.path,
+        finalists=[r | {"path": report.text_of(r["path"], sources)} for r in finalists],
+    )
     report.finish(result, problem, folder, table=table, quiet=args.quiet)
     return result
 

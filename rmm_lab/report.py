@@ -172,6 +172,7 @@ def finish(
     from rmm_lab import plots
 
     folder.write("policy.safetensors", save(result.agent.state_dict()))
+    folder.write("policies.safetensors", save({"policies": result.policies}))
     folder.write("path.json", result.path.to_json())
     folder.write("finalists.json", json.dumps(result.finalists, indent=2) + "\n")
     if rows:

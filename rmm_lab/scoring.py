@@ -6,7 +6,7 @@ A path is a tuple of ``(source number, layer number)`` in the order in which the
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -51,6 +51,21 @@ def deal(n: int, n_subsets: int, seed: int) -> list[np.ndarray]:
     if n < n_subsets:
         return [order[[i % n]] for i in range(n_subsets)]
     return [np.sort(part) for part in np.array_split(order, n_subsets)]
+
+
+def shortlist(scored: Iterable[tuple[str, float]], n: int) -> list[str]:
+    """The n paths with the best mean reward over their evaluations, the best first.
+
+    ``scored``: (path, reward), one for each evaluation on a subset. Means are drawn towards the mean of
+    all, as if two more evaluations had given that: a path that was lucky on one subset must not
+    displace one that was good on ten.
+    """
+    seen: dict[str, list[float]] = {}
+    for path, value in scored:
+        seen.setdefault(path, []).append(value)
+    every = [value for values in seen.values() for value in values]
+    prior = float(np.mean(every)) if every else 0.0
+    return sorted(seen, key=lambda p: (-(sum(seen[p]) + 2 * prior) / (len(seen[p]) + 2), p))[:n]
 
 
 def _batches(n: int, size: int = BATCH) -> Iterator[slice]:

@@ -147,7 +147,7 @@ def test_the_agent_solves_a_probe():
 
     args = Args(episodes=400, quiet=True, seed=3)
     env = ppo.make_env(_Fixed(Probe()), args)
-    agent, episodes, _ = ppo.search(env, args, ppo.RunFolder(None))
+    agent, episodes, *_ = ppo.search(env, args, ppo.RunFolder(None))
     _, info = ppo.play(env, agent, None, masked=True)
     assert info["path"] == ((1, 0), (2, 1), (3, 2))
     early = sum(e["raw_reward"] for e in episodes[:50]) / 50
@@ -258,7 +258,7 @@ class Table:
 def best_of_search(scorer, args):
     env = gym.make("rmm_lab/Merging-v0", scorer=scorer, max_depth=4, episodes_per_subset=20)
     env = DynamicAverageReward(env, scale=0.0, max_episodes=args.episodes)
-    agent, episodes, _ = ppo.search(env, args, RunFolder(None))
+    agent, episodes, *_ = ppo.search(env, args, RunFolder(None))
     return ppo.choose(env, agent, episodes, args)[0]["path"]
 
 
@@ -380,7 +380,14 @@ def test_a_run_folder_holds_what_the_readme_says(tiny, tmp_path, capsys):
     printed = capsys.readouterr().out
     assert files(folder) == {
         *("config.json", "episodes.csv", "updates.csv", "checkpoint.safetensors"),
-        *("policy.safetensors", "path.json", "finalists.json", "table.md", "table.json"),
+        *(
+            "policy.safetensors",
+            "policies.safetensors",
+            "path.json",
+            "finalists.json",
+            "table.md",
+            "table.json",
+        ),
         *("rewards.png", "path.png", "merged"),
     }
     episodes = from_csv((folder / "episodes.csv").read_text())
@@ -423,7 +430,14 @@ def test_resume_after_kill_ends_as_an_unbroken_run(tiny, tmp_path):
     assert not (broken / "path.json").exists()
     assert ppo.main(["--resume", str(broken)]) == 0
     assert ppo.main(arguments(tiny, whole, 400)) == 0
-    for name in ("episodes.csv", "updates.csv", "path.json", "table.json", "policy.safetensors"):
+    for name in (
+        "episodes.csv",
+        "updates.csv",
+        "path.json",
+        "table.json",
+        "policy.safetensors",
+        "policies.safetensors",
+    ):
         assert (whole / name).read_bytes() == (broken / name).read_bytes(), name
     model = Path("merged") / "model.safetensors"
     assert (whole / model).read_bytes() == (broken / model).read_bytes()
@@ -467,3 +481,26 @@ def test_losses_stay_finite_with_one_step_in_a_batch():
     row = ppo.update(agent, torch.optim.Adam(agent.parameters()), data, Args(), 0.0)
     assert all(math.isfinite(v) for v in row.values())
     assert all(torch.isfinite(p).all() for p in agent.parameters())
+
+
+def test_mean_policy_is_the_mean_over_the_steps_at_a_place():
+    one = {
+        "layer": [-1, 0, -1],
+        "policy": [torch.tensor(p) for p in ([1.0, 0], [0, 1], [0.5, 0.5])],
+    }
+    two = {"layer": [-1], "policy": [torch.tensor([0.0, 1.0])]}
+    found = ppo.mean_policy([one, two], -1, 2)
+    torch.testing.assert_close(found[:2], torch.tensor([[0.5, 0.5], [0.0, 1.0]]))
+    assert found.shape == (3, 2)
+    assert found[2].isnan().all()  # no step stood at layer 1
+
+
+def test_policies_are_the_agents_own_and_end_near_its_last_ones(problem):
+    args = Args(episodes=40, episodes_per_update=20, episodes_per_subset=20, quiet=True, seed=3)
+    result = ppo.train(args, problem=problem, table=False)
+    policies = result.policies
+    assert policies.shape == (2, 3, 6)  # two updates, three layers, N + M + skip + back
+    assert torch.allclose(policies.nansum(-1), torch.ones(2, 3), atol=1e-5)
+    assert (policies[:, 0, 5] == 0).all()  # back at layer 0 is masked
+    first = policies[0, 1]  # an untrained policy is close to uniform
+    assert (first - 1 / 6).abs().max() < 0.02

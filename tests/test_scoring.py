@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from rmm_lab import vit
 from rmm_lab.errors import InputError
-from rmm_lab.scoring import Scorer, deal, evaluate, reward
+from rmm_lab.scoring import Scorer, deal, evaluate, reward, shortlist
 
 
 def oracle(problem, path, rows=None, split="reward"):
@@ -178,3 +178,13 @@ def test_a_path_may_bring_its_own_stem(problem, stem):
     assert scorer.score(path).tolist() == pytest.approx(oracle(problem, layers))
     again = problem.scorer(stem="agent", fraction=1.0, cache_mb=0)
     assert np.array_equal(scorer.score(path), again.score(path))
+
+
+def test_the_shortlist_draws_means_towards_the_mean_of_all():
+    scored = [("lucky", 0.9), *[("steady", 0.8)] * 6, *[("poor", 0.1)] * 7]
+    # Mean of all 6.4 / 14; two more evaluations with it: lucky (0.9 + 0.914) / 3 = 0.605,
+    # steady (4.8 + 0.914) / 8 = 0.714, poor (0.7 + 0.914) / 9 = 0.179.
+    assert shortlist(scored, 2) == ["steady", "lucky"]
+    assert shortlist(scored, 9) == ["steady", "lucky", "poor"]
+    assert shortlist([("b", 0.5), ("a", 0.5)], 2) == ["a", "b"]
+    assert shortlist([], 3) == []
