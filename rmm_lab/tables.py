@@ -235,8 +235,7 @@ def whole(scorer: Scorer, text: str) -> float:
 
 def split_stem(text: str, problem: Problem) -> tuple[list[tuple[str, int]], str]:
     """A path as text -> its (source, layer) and its stem."""
-    sources = problem.pool.sources
-    steps = [(sources[a], k) for a, k in report.steps_of(text, sources)]
+    steps = [(s, int(k)) for s, _, k in (step.rpartition("@") for step in text.split())]
     if steps and steps[0][1] < 0:
         return steps[1:], steps[0][0]
     return steps, "base" if problem.stem == "agent" else problem.stem
