@@ -12,6 +12,7 @@ split that chose the path. Nothing here is chosen by the test split.
 
 from __future__ import annotations
 
+import functools
 import subprocess
 import sys
 import time
@@ -244,7 +245,7 @@ def split_stem(text: str, problem: Problem) -> tuple[list[tuple[str, int]], str]
 def curve_of(
     scorer: Scorer, scored: Sequence[tuple[str, float]], every: int = 20
 ) -> Iterator[Cell]:
-    """After every 20 evaluations and at the end: the path that would be chosen now, scored on the whole reward split.
+    """Every 20 evaluations and at the end: the path that would be chosen now, on the whole reward split.
 
     These scores serve the plot, and no search sees them.
     """
@@ -253,6 +254,7 @@ def curve_of(
         yield {"evaluations": n, "reward_split": round(100 * whole(scorer, best), 2)}
 
 
+@functools.cache
 def commit() -> str:
     """The commit that measures, with a + where files differ from it; empty outside a repository."""
     command = ["git", "describe", "--always", "--dirty=+", "--exclude=*"]
