@@ -274,8 +274,11 @@ def discounted_returns(rewards: Tensor, gamma: float) -> Tensor:
 
 
 def normalise(x: Tensor) -> Tensor:
-    """Zero mean and unit (population) deviation over the batch: (B,) -> (B,); one element gives 0."""
-    return (x - x.mean()) / (x.std(correction=0) + 1e-8)
+    """Zero mean and unit (population) deviation over the batch: (B,) -> (B,); equal elements give 0."""
+    deviation = x.std(correction=0)
+    if deviation <= 1e-6 * x.abs().max():  # rounding alone, which must not be blown up to a signal
+        return torch.zeros_like(x)
+    return (x - x.mean()) / (deviation + 1e-8)
 
 
 def advantage(returns: Tensor, values: Tensor) -> Tensor:

@@ -60,6 +60,10 @@ def test_the_clip_stops_the_gradient_only_where_the_ratio_has_gone_too_far():
 def test_normalise_by_hand_and_with_one_element():
     assert ppo.normalise(torch.tensor([1.0, 3.0])).tolist() == pytest.approx([-1, 1])
     assert ppo.normalise(torch.tensor([7.0])).tolist() == [0.0]  # not NaN
+    same = torch.full((100,), 0.8)  # whose mean is not 0.8 in float32
+    assert not ppo.normalise(same).any()  # no signal from rounding
+    near = torch.tensor([0.8, 0.8001])  # a small difference is a signal
+    assert ppo.normalise(near).tolist() == pytest.approx([-1, 1], abs=1e-2)
 
 
 def test_log_probs_are_a_masked_categorical():
