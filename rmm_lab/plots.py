@@ -1,15 +1,17 @@
-"""Figures: the reward per episode (Fig. 3) and a layer path. Colours are okabe_ito and cividis."""
+"""Figures: rewards (Fig. 3), layer paths, merging maps, policies. Colours are okabe_ito and cividis."""
 
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from textwrap import fill
 from typing import Any
 
 import numpy as np
 from matplotlib import color_sequences
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.patches import FancyBboxPatch
+from matplotlib.patches import FancyBboxPatch, Rectangle
 
 COLOURS = color_sequences["okabe_ito"]
 HATCHES = ("", "///", "...", "xxx", "\\\\\\", "ooo", "+++", "---")
@@ -17,8 +19,12 @@ HATCHES = ("", "///", "...", "xxx", "\\\\\\", "ooo", "+++", "---")
 
 def png(figure: Figure) -> bytes:
     """A figure as the bytes of a PNG file, the same for the same figure."""
-    data = io.BytesIO()
-    figure.savefig(data, format="png", dpi=150, metadata={"Software": None})
+    data, dpi = io.BytesIO(), figure.dpi
+    figure.dpi = 150
+    try:  # not savefig, which draws everything twice
+        FigureCanvasAgg(figure).print_png(data, metadata={"Software": None})
+    finally:
+        figure.dpi = dpi
     return data.getvalue()
 
 
@@ -57,6 +63,15 @@ def reward_curve(episodes: Sequence[dict[str, Any]], width: int = 50) -> Figure:
     return figure
 
 
+def place_name(k: int, stacks: Sequence[range] = ()) -> str:
+    """A layer's name: ``stem`` below 0, ``layer 2``, or with two stacks (a T5's) ``enc 0``, ``dec 1``."""
+    if k < 0:
+        return "stem"
+    if len(stacks) == 2:
+        return f"enc {k}" if k in stacks[0] else f"dec {k - stacks[1].start}"
+    return f"layer {k}"
+
+
 def path_picture(
     steps: Sequence[tuple[str, int]],
     sources: Sequence[str],
@@ -64,7 +79,7 @@ def path_picture(
     stem: str,
     stacks: Sequence[range] = (),
 ) -> Figure:
-    """A path as a row of boxes in running order: one colour and hatch per source, its layer's number.
+    """A path as rows of boxes in running order: one colour and hatch per source, its layer's number.
 
     With two ``stacks`` (a T5's) layers are called enc 0, enc 1, ..., dec 0, ..., and a line in the map
     shows the border that no layer crosses.
@@ -72,36 +87,48 @@ def path_picture(
     The first box is the stem; an arrow says to which expert a weighted average leans. Above the boxes:
     the merging map at the end (Eq. 5), sources by layers.
     """
-    # Room for the map at the top, the path's boxes below; both share nothing but the sources' colours.
-    width = max(6.0, 0.8 * max(len(steps) + 1, n_layers) + 3)
-    figure = Figure(figsize=(width, 1.9 + 0.32 * len(sources)), layout="constrained")
-    top, bottom = figure.subplots(2, 1, height_ratios=[0.45 * len(sources), 1.3])
+    figure = Figure(figsize=_path_size([steps], sources, n_layers), layout="constrained")
+    _draw_path(figure, steps, sources, n_layers, stem, stacks)
+    return figure
+
+
+BOXES = 10  # of a path in one row
+
+
+def _path_size(
+    paths: Sequence[Sequence[Any]], sources: Sequence[str], n_layers: int
+) -> tuple[float, float]:
+    """Width and height in inches of the pictures of some paths, one below the other."""
+    longest = max(len(steps) for steps in paths) + 1
+    width = max(6.0, 0.8 * max(min(longest, BOXES), min(n_layers, BOXES)) + 3, 0.45 * n_layers + 3)
+    rows = sum(-(-(len(steps) + 1) // BOXES) for steps in paths)
+    return width, len(paths) * (1.2 + 0.32 * len(sources)) + 0.7 * rows
+
+
+def _draw_path(
+    figure: Any,
+    steps: Sequence[tuple[str, int]],
+    sources: Sequence[str],
+    n_layers: int,
+    stem: str,
+    stacks: Sequence[range],
+) -> None:
+    """Map and boxes of one path into a figure or a part of one."""
+    boxes = [(stem, -1), *steps]
+    rows = -(-len(boxes) // BOXES)
+    top, bottom = figure.subplots(2, 1, height_ratios=[0.45 * len(sources), 0.4 + 0.9 * rows])
     counts = np.zeros((len(sources), n_layers))
     for source, k in steps:
         counts[list(sources).index(source), k] += 1
-    top.imshow(counts, cmap="cividis", vmin=0, vmax=max(1.0, counts.max()), aspect="auto")
-    for (a, k), n in np.ndenumerate(counts):
-        if n:
-            colour = "black" if n > counts.max() / 2 else "white"
-            top.text(k, a, f"{n:.0f}", ha="center", va="center", fontsize=9, color=colour)
-    top.set_yticks(range(len(sources)), sources, fontsize=9)
-    places = [str(k) for k in range(n_layers)]
-    if len(stacks) == 2:
-        places = [
-            f"{name} {j}"
-            for name, s in zip(("enc", "dec"), stacks, strict=True)
-            for j in range(len(s))
-        ]
-        top.axvline(stacks[1].start - 0.5, color="white", lw=2)
-    top.set_xticks(range(n_layers), places, fontsize=9)
+    draw_map(top, counts, sources, 0, stacks)
     top.set_title("merging map: how often each source's layer was taken", fontsize=10)
-    top.set_xlabel("layer", fontsize=9)
-    for i, (source, k) in enumerate([(stem, -1), *steps]):
+    for i, (source, k) in enumerate(boxes):
         known = source in sources
         rgb = _rgb(list(sources).index(source)) if known else (0.4, 0.4, 0.4)
+        x, y = i % BOXES, rows - 1 - i // BOXES
         bottom.add_patch(
             FancyBboxPatch(
-                (i + 0.08, 0.1),
+                (x + 0.08, y + 0.1),
                 0.84,
                 0.8,
                 boxstyle="round,pad=0,rounding_size=0.08",
@@ -111,22 +138,233 @@ def path_picture(
                 lw=1.5,
             )
         )
-        place = "stem" if k < 0 else places[k] if len(stacks) == 2 else f"layer {k}"
         bottom.text(
-            i + 0.5,
-            0.5,
-            f"{_label(source)}\n{place}",
+            x + 0.5,
+            y + 0.5,
+            f"{_label(source)}\n{place_name(k, stacks)}",
             ha="center",
             va="center",
             fontsize=8,
             bbox={"facecolor": "white", "edgecolor": "none", "pad": 1, "alpha": 0.85},
         )
-    bottom.set_xlim(-0.1, len(steps) + 1.1)
-    bottom.set_ylim(0, 1)
+    bottom.set_xlim(-0.1, min(len(boxes), BOXES) + 0.1)
+    bottom.set_ylim(0, rows)
     bottom.set_axis_off()
     bottom.set_title(
         "the path: the stem, then the layers in the order in which they run", fontsize=10
     )
+
+
+def draw_map(
+    axes: Any,
+    counts: np.ndarray,
+    names: Sequence[str],
+    first: int,
+    stacks: Sequence[range] = (),
+    cursor: int | None = None,
+) -> None:
+    """A merging map (rows sources, columns places from layer ``first`` on) with its counts.
+
+    ``names`` may be longer than the map: skip and back have rows without counts. ``cursor``: the layer
+    to decide on, framed and marked.
+    """
+    counts = np.asarray(counts)
+    n_places, most = counts.shape[1], max(1.0, float(counts.max(initial=0)))
+    axes.imshow(counts, cmap="cividis", vmin=0, vmax=most, aspect="auto")
+    # Thin lines between the cells: two counted neighbours are two choices.
+    axes.vlines(np.arange(1, n_places) - 0.5, -0.5, len(counts) - 0.5, color="white", lw=0.5)
+    axes.hlines(np.arange(1, len(counts)) - 0.5, -0.5, n_places - 0.5, color="white", lw=0.5)
+    for (a, x), n in np.ndenumerate(counts):
+        if n:
+            colour = "black" if n >= most / 2 else "white"
+            axes.text(x, a, f"{n:.0f}", ha="center", va="center", fontsize=9, color=colour)
+    _places(axes, first, n_places, stacks)
+    axes.set_yticks(range(len(names)), names, fontsize=9)
+    axes.set_ylim(len(names) - 0.5, -0.5)
+    if len(names) > len(counts):
+        x, y = (n_places - 1) / 2, (len(counts) + len(names) - 1) / 2
+        box = {"fc": "white", "ec": "none", "pad": 1}  # over the cursor's frame
+        axes.text(x, y, "not counted", ha="center", va="center", fontsize=8, bbox=box, zorder=4)
+    if cursor is not None and 0 <= cursor - first < n_places:
+        x = cursor - first
+        frame = Rectangle(
+            (x - 0.5, -0.5), 1, len(names), fill=False, ec=COLOURS[1], lw=3, clip_on=False, zorder=3
+        )
+        axes.add_patch(frame)
+        axes.get_xticklabels()[x].set(fontweight="bold", bbox={"fc": "white", "ec": COLOURS[1]})
+
+
+def _places(axes: Any, first: int, n_places: int, stacks: Sequence[range]) -> None:
+    """Name the columns: places from layer ``first`` on; a line stands between two stacks."""
+    places = [place_name(k, stacks).removeprefix("layer ") for k in range(first, first + n_places)]
+    crowded = len(stacks) == 2 and n_places > 8
+    axes.set_xticks(range(n_places), places, fontsize=8 if crowded else 9)
+    if crowded:
+        axes.tick_params("x", rotation=90)
+    axes.set_xlabel("layer", fontsize=9)
+    if len(stacks) == 2:
+        axes.axvline(stacks[1].start - first - 0.5, color="white", lw=2)
+
+
+def walk_picture(
+    merging_map: np.ndarray,
+    actions: Sequence[str],
+    first: int,
+    stacks: Sequence[range],
+    cursor: int,
+    *,
+    probabilities: np.ndarray | None = None,
+    legal: np.ndarray | None = None,
+    value: float | None = None,
+    scores: Mapping[str, float] | None = None,
+    path: Sequence[str] = (),
+) -> Figure:
+    """A walk as it stands: the merging map (N+M, P) with the cursor, and one panel beside it.
+
+    ``probabilities`` (A,) of the agent's policy and its ``value`` become bars beside the action names;
+    at the end the ``scores`` (task -> metric in [0, 1]) do. Without either the map stands alone. Below:
+    the ``path``, step by step in words.
+    """
+    n_places, beside = merging_map.shape[1], probabilities is not None or scores is not None
+    width = 3.2 + max(2.4, 0.5 * n_places) + 2.9 * beside
+    figure = Figure(figsize=(width, 1.1 + 0.29 * len(actions)), layout="constrained")
+    ratios = [max(2.4, 0.5 * n_places), 2.4] if beside else [1]
+    axes = figure.subplots(1, len(ratios), width_ratios=ratios, squeeze=False)[0]
+    draw_map(axes[0], merging_map, actions, first, stacks, cursor)
+    axes[0].set_title("merging map", fontsize=10)
+    if scores is not None:
+        _score_bars(axes[1], list(scores), [list(scores.values())], [""])
+    elif probabilities is not None:
+        y = np.arange(len(actions))
+        axes[1].barh(y, probabilities, color=COLOURS[2], ec="black", lw=0.6, hatch="//")
+        for a, p in enumerate(probabilities):
+            note = f"{p:.2f}" if legal is None or legal[a] else f"{p:.2f} illegal"
+            axes[1].text(p + 0.02, a, note, va="center", fontsize=8)
+        axes[1].spines[["top", "right"]].set_visible(False)
+        axes[1].set_xlim(0, 1.3)
+        axes[1].set_xticks([0, 0.5, 1], ["0", "0.5", "1"], fontsize=8)
+        axes[1].set_yticks(y, [""] * len(actions))
+        axes[1].set_ylim(len(actions) - 0.5, -0.5)
+        axes[1].set_title(
+            "the agent's policy" + ("" if value is None else f"; value {value:+.2f}"), fontsize=10
+        )
+        axes[1].set_xlabel("probability", fontsize=9)
+    words = "path: " + (" → ".join(path) or "no layer yet")
+    figure.supxlabel(fill(words, int(12 * width)), fontsize=9, x=0.01, ha="left")
+    return figure
+
+
+def _score_bars(
+    axes: Any, tasks: Sequence[str], scores: Sequence[Sequence[float]], labels: Sequence[str]
+) -> None:
+    """Horizontal bars of each task's score in percent and of their mean; one colour, hatch per path."""
+    names, height = [*tasks, "mean"], 0.8 / len(scores)
+    for i, (values, label) in enumerate(zip(scores, labels, strict=True)):
+        percent = 100 * np.array([*values, np.mean(values)])
+        y = np.arange(len(names)) + (i - (len(scores) - 1) / 2) * height
+        axes.barh(
+            y, percent, height, color=COLOURS[(2, 1)[i]], ec="black", lw=0.6, label=label,
+            hatch=("//", "..")[i],
+        )  # fmt: skip
+        for at, value in zip(y, percent, strict=True):
+            axes.text(value + 1, at, f"{value:.1f}", va="center", fontsize=8)
+    axes.set_yticks(range(len(names)), names, fontsize=9)
+    axes.set_ylim(len(names) - 0.5, -0.5)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.set_xlim(0, 118)
+    axes.set_xticks([0, 50, 100], ["0", "50", "100"], fontsize=8)
+    axes.set_xlabel("score, %", fontsize=9)
+    axes.set_title("score per task", fontsize=10)
+
+
+def paths_picture(
+    paths: Sequence[tuple[str, Sequence[tuple[str, int]], str]],
+    scores: Mapping[str, Mapping[str, float]],
+    sources: Sequence[str],
+    n_layers: int,
+    stacks: Sequence[range] = (),
+    caption: str = "score per task",
+) -> Figure:
+    """Some paths, given as (label, steps, stem), one below the other, and bars of their scores.
+
+    ``scores``: label -> task -> metric in [0, 1], for at most two; ``caption`` says what they are.
+    """
+    width, height = 7.0, 0.0
+    if paths:
+        width, height = _path_size([steps for _, steps, _ in paths], sources, n_layers)
+    tasks = list(next(iter(scores.values()), {}))
+    below = 0.9 + 0.28 * max(1, len(scores)) * (len(tasks) + 1) if scores else 0.0
+    head = 0.3 * len(paths)
+    figure = Figure(figsize=(width, height + head + below), layout="constrained")
+    sizes = [_path_size([steps], sources, n_layers)[1] + 0.3 for _, steps, _ in paths]
+    parts = figure.subfigures(
+        len(sizes) + bool(scores), 1, height_ratios=[*sizes, *([below] if scores else [])], squeeze=False
+    )[:, 0]  # fmt: skip
+    for part, (label, steps, stem) in zip(parts, paths, strict=False):
+        part.suptitle(label, fontsize=11, fontweight="bold", x=0.01, ha="left")
+        _draw_path(part, steps, sources, n_layers, stem, stacks)
+    if scores:
+        axes = parts[-1].subplots()
+        _score_bars(axes, tasks, [list(s.values()) for s in scores.values()], list(scores))
+        axes.set_title(caption, fontsize=10)
+        if len(scores) > 1:
+            axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    return figure
+
+
+def replay_picture(
+    rewards: np.ndarray,
+    episode: int,
+    policy: np.ndarray,
+    merging_map: np.ndarray,
+    actions: Sequence[str],
+    first: int,
+    stacks: Sequence[range] = (),
+    width: int = 50,
+) -> Figure:
+    """A search at one episode: rewards so far and to come, the policy that acted, the episode's map.
+
+    rewards: (T,) raw, in [0, 1]; policy: (P, A), NaN where no step stood; merging_map: (N+M, P).
+    """
+    n_places = len(policy)
+    figure = Figure(
+        figsize=(3.5 + max(5.0, 0.75 * n_places), 3.6 + 0.27 * len(actions)), layout="constrained"
+    )
+    grid = figure.add_gridspec(2, 2, height_ratios=[2.2, 0.8 + 0.27 * len(actions)])
+    top, left, right = (figure.add_subplot(g) for g in (grid[0, :], grid[1, 0], grid[1, 1]))
+    percent = 100 * rewards
+    top.plot(percent, ".", ms=3, color="0.45", label="raw reward of an episode (Eq. 7)")
+    top.plot(
+        moving_average(percent, width), color=COLOURS[5], lw=2, label=f"mean of the last {width}"
+    )
+    top.axvline(episode, color="black", ls="--", lw=1)
+    top.plot(
+        [episode], percent[[episode]], "D", ms=9, mfc=COLOURS[1], mec="black", label="this episode"
+    )
+    top.set_xlabel("episode", fontsize=9)
+    top.set_ylabel("mean score, %", fontsize=9)
+    top.tick_params(labelsize=8)
+    top.margins(x=0.02)
+    top.grid(alpha=0.3)
+    top.legend(fontsize=8, loc="lower right", ncols=3, bbox_to_anchor=(1, 1), frameon=False)
+    left.imshow(policy.T, cmap="cividis", vmin=0, vmax=1, aspect="auto")
+    for (a, x), p in np.ndenumerate(policy.T):
+        if p >= 0.1:  # False where NaN
+            colour = "black" if p >= 0.5 else "white"
+            left.text(x, a, f"{p:.1f}", ha="center", va="center", fontsize=8, color=colour)
+    for x in np.flatnonzero(np.isnan(policy).all(1)).tolist():
+        left.add_patch(
+            Rectangle((x - 0.5, -0.5), 1, len(actions), fc="white", ec="0.4", hatch="xx", lw=0)
+        )
+        y = (len(actions) - 1) / 2
+        box = {"fc": "white", "ec": "none", "pad": 1}
+        left.text(x, y, "not visited", rotation=90, ha="center", va="center", fontsize=8, bbox=box)
+    _places(left, first, n_places, stacks)
+    left.set_yticks(range(len(actions)), actions, fontsize=9)
+    left.set_title("the policy that acted: mean probability", fontsize=10)
+    draw_map(right, merging_map, actions, first, stacks)
+    right.set_yticks(range(len(actions)), [""] * len(actions))
+    right.set_title(f"merging map of episode {episode}", fontsize=10)
     return figure
 
 

@@ -43,7 +43,8 @@ def test_imports_go_one_way():
         *("errors", "operators", "parts", "vit", "t5", "models"),
         *("render", "tasks", "grammar", "formats", "texts", "training"),
         *("pool", "scoring", "zoo", "path", "problem", "env", "baselines"),
-        *("runs", "plots", "report", "ppo"),
+        *("runs", "plots", "report", "ppo", "tables"),
+        *("walk", "views", "explorers", "widgets"),
     )
     folder = Path(rmm_lab.__file__).parent
     assert {p.stem for p in folder.glob("*.py")} - {"__init__"} == set(order)

@@ -1,0 +1,470 @@
+"""Widgets pressed and slid as a user does: what the text, the controls and the pictures' data then say."""
+
+from __future__ import annotations
+
+import base64
+import html
+import re
+import time
+import types
+
+import ipywidgets
+import numpy as np
+import pytest
+import torch
+from test_env import Scores
+from test_walk import agent_for
+
+from rmm_lab import plots, widgets
+from rmm_lab.env import MergingEnv
+from rmm_lab.errors import InputError
+from rmm_lab.views import View
+from rmm_lab.walk import Run, Walk
+from rmm_lab.widgets import ButtonTest, MapStepper, PathInspector, ResultsTable, TrainingReplay
+
+SOURCES = ("m0", "m1", "op0", "op1")
+NAN = float("nan")
+
+
+def words(place: ipywidgets.HTML) -> str:
+    """The text of an HTML place, without its tags."""
+    return html.unescape(re.sub(r"<[^>]+>", " ", place.value)).strip()
+
+
+def alt(place: ipywidgets.HTML) -> str:
+    """The alt sentence of the picture in a place."""
+    return html.unescape(re.search(r'<img alt="([^"]*)"', place.value)[1])
+
+
+def controls(view: ipywidgets.Widget) -> list[ipywidgets.Widget]:
+    out = [view]
+    for child in getattr(view, "children", ()):
+        out += controls(child)
+    return out
+
+
+def row(number, update, reward, path, penalised=0):
+    return {
+        "episode": number,
+        "update": update,
+        "raw_reward": reward,
+        "penalised": penalised,
+        "path": path,
+    }
+
+
+def a_run() -> Run:
+    """A search of six episodes in two updates, made by hand: three layers, and a stem to choose."""
+    policies = torch.full((2, 4, 6), 0.1)
+    policies[0, :, 2] = 0.5  # op0 everywhere
+    policies[1, :, 1] = 0.5  # m1 everywhere
+    policies[0, 3] = NAN  # nobody came to layer 2
+    episodes = [
+        row(0, 0, 0.25, "m0@-1 m0@0 m0@1 m0@2"),
+        row(1, 0, -0.1, "op0@-1", penalised=1),
+        row(2, 0, 0.5, "op1@0 op1@0 op1@2"),
+        row(3, 1, 0.75, "m1@0 m1@1 m1@2"),
+        row(4, 1, 0.75, "m1@0 m1@1 m1@2"),
+        row(5, 1, 0.5, ""),
+    ]
+    finalists = [
+        {"path": "m1@0 m1@1 m1@2", "found": "best", "reward": 0.75},
+        {"path": "m1@0 op0@1 m1@2", "found": "greedy", "reward": 0.625},
+        {"path": "op1@0 op1@0 op1@2", "found": "best", "reward": 0.5},
+    ]
+
+    def score(path, subset):
+        assert subset is None
+        return [len(path) / 4, sum(a == 1 for a, _ in path) / 4]  # length, steps of m1
+
+    scorer = Scores(score=score, chooses_stem=True)
+    problem = types.SimpleNamespace(
+        pool=types.SimpleNamespace(sources=SOURCES), scorer=lambda: scorer
+    )
+    return Run(
+        SOURCES, 3, -1, (range(3),), "base", ["t0", "t1"], episodes,
+        [{"update": 0}, {"update": 1}], finalists, policies, problem=problem,
+    )  # fmt: skip
+
+
+ROWS = [
+    {"method": "base", "setting": "as it is", "scores": {"a": 0.25, "b": 0.5}},
+    {
+        "method": "R<M>M",
+        "setting": "9 episodes",
+        "scores": {"a": 0.875, "b": 0.625},
+        "path": "op0@-1 m0@0 m1@2",
+        "stem": "base",
+    },
+]
+
+
+def stepper(**options) -> MapStepper:
+    scorer = Scores(score=lambda path, subset: [0.2, 0.8], **options)
+    return MapStepper(Walk(scorer, agent=agent_for(MergingEnv(scorer), preferred=2, value=0.5)))
+
+
+VIEWS = {
+    "button": ButtonTest,
+    "stepper": stepper,
+    "paths": lambda: PathInspector(a_run()),
+    "replay": lambda: TrainingReplay(a_run()),
+    "table": lambda: ResultsTable(ROWS),
+}
+
+
+@pytest.mark.parametrize("name", VIEWS)
+def test_every_view_stands_without_a_kernel_and_names_its_controls(name):
+    view = VIEWS[name]()
+    assert isinstance(view, View)
+    bundle = view._repr_mimebundle_()
+    assert base64.b64decode(bundle["image/png"]).startswith(b"\x89PNG\r\n")
+    assert bundle["text/plain"] == view.still()[1]
+    assert len(bundle["text/plain"].split()) > 4
+    assert "application/vnd.jupyter.widget-view+json" in bundle
+    found = controls(view)
+    assert not any(isinstance(c, ipywidgets.Output) for c in found)
+    for control in found:
+        if not isinstance(control, (ipywidgets.Box, ipywidgets.HTML)):
+            assert control.description, control
+
+
+@pytest.mark.parametrize("name", VIEWS)
+def test_all_text_of_every_picture_can_be_read(name):
+    figure, _ = VIEWS[name]().still()
+    texts = [t for t in figure.findobj(lambda a: hasattr(a, "get_fontsize")) if t.get_text()]
+    assert texts
+    assert min(t.get_fontsize() for t in texts) >= 8
+
+
+def test_everything_a_notebook_needs_is_in_one_place():
+    for name in ("TiesExplorer", "ClipExplorer", "DarExplorer", "DistanceMap"):
+        assert issubclass(getattr(widgets, name), View)
+    assert set(widgets.__all__) >= {type(make()).__name__ for make in VIEWS.values()}
+
+
+def test_the_button_counts():
+    view = ButtonTest()
+    assert words(view.status) == "not pressed yet"
+    view.button.click()
+    assert words(view.status) == "widgets work: pressed 1 time"
+    view.button.click()
+    assert words(view.status) == "widgets work: pressed 2 times"
+    assert 'role="status"' in view.status.value
+    assert "pressed 2 times" in view.still()[1]
+
+
+# ------------------------------------------------------------------------------------- MapStepper
+
+
+def test_a_walk_by_buttons():
+    view = stepper()
+    assert list(view.buttons) == ["m0", "m1", "op0", "op1", "skip", "back"]
+    assert view.buttons["back"].disabled
+    assert view.undo_button.disabled
+    assert view.buttons["m1"].tooltip == "append layer 0 of m1; go to layer 1"
+    seen = {alt(view.place)}
+    for name, said in (
+        ("m1", "layer 0: took m1; next: layer 1"),
+        ("back", "layer 1: went back; next: layer 0, where the next choice stacks on top"),
+        ("op0", "layer 0: took op0; next: layer 1"),
+        ("skip", "layer 1: skipped; next: layer 2"),
+    ):
+        view.buttons[name].click()
+        assert words(view.status) == said
+        seen.add(alt(view.place))
+    assert len(seen) == 5
+    assert not view.buttons["back"].disabled
+    assert "m1@0 op0@0" in alt(view.place)
+    view.press("m0")
+    assert words(view.status) == (
+        "layer 2: took m0; the end: the reward is 0.500 (t0 20.0 %, t1 80.0 %, mean 50.0 %)"
+    )
+    assert all(b.disabled for b in [*view.buttons.values(), view.agent_button])
+    view.undo_button.click()
+    assert words(view.status) == "layer 1: skipped; next: layer 2"
+    assert not view.buttons["m0"].disabled
+    view.reset_button.click()
+    assert words(view.status) == "nothing chosen yet; next: layer 0"
+    assert view.undo_button.disabled
+
+
+def test_the_agents_button_does_its_most_probable_action():
+    view = stepper()
+    assert "most probable action is op0 (0.83)" in alt(view.place)  # e^3 / (e^3 + 4)
+    assert "value is +0.50" in alt(view.place)
+    for _ in range(3):
+        view.agent_button.click()
+    assert view.walk.text() == "op0@0 op0@1 op0@2"
+    assert "most probable" not in alt(view.place)
+
+
+def test_without_an_agent_there_is_no_button_for_it():
+    view = MapStepper(Walk(Scores()))
+    assert view.agent_button not in controls(view)
+    assert "agent" not in alt(view.place)
+    view = stepper()
+    assert view.agent_button in controls(view)
+
+
+def test_an_unmasked_walk_may_be_penalised():
+    view = MapStepper(Walk(Scores(), masked=False))
+    assert not view.buttons["back"].disabled
+    view.buttons["back"].click()
+    assert words(view.status).endswith(
+        "illegal, the episode ends with a penalty of -0.1 (rewards are 0 to 1)"
+    )
+    view.undo_button.click()
+    assert not view.buttons["m0"].disabled
+
+
+def test_an_error_is_told_and_raised():
+    def fail(path, subset):
+        raise ZeroDivisionError("no\nexamples")
+
+    view = MapStepper(Walk(Scores(layers=2, score=fail)))
+    view.press("m0")
+    before = alt(view.place)
+    with pytest.raises(ZeroDivisionError):
+        view.press("m1")
+    assert words(view.status) == "error: no examples"
+    assert alt(view.place) == before
+    view.status.value = ""
+    view.buttons["m1"].click()  # ipywidgets logs what a button's callback raises
+    assert words(view.status) == "error: no examples"
+    view.undo_button.click()
+    assert words(view.status) == "nothing chosen yet; next: layer 0"
+
+
+def test_the_picture_of_a_walk_holds_its_map_and_probabilities():
+    view = stepper(chooses_stem=True, layers=4, stacks=(range(2), range(2, 4)))
+    for name in ("m0", "op1", "back", "op1", "m1"):
+        view.press(name)
+    (left, right) = view.still()[0].axes
+    shown = {(t.get_position(), t.get_text()) for t in left.texts if t.get_text().isdigit()}
+    counts = view.walk.merging_map
+    expected = {((x, a), f"{n:.0f}") for (a, x), n in np.ndenumerate(counts) if n}
+    assert shown == expected
+    assert counts.sum() == 4
+    names = [t.get_text() for t in left.get_xticklabels()]
+    assert names == ["stem", "enc 0", "enc 1", "dec 0", "dec 1"]
+    weights = [t.get_fontweight() for t in left.get_xticklabels()]
+    assert weights.index("bold") == view.walk.layer + 1  # the cursor, not by colour alone
+    assert weights.count("bold") == 1
+    assert [t.get_text() for t in left.get_yticklabels()] == [*SOURCES, "skip", "back"]
+    widths = [bar.get_width() for bar in right.patches]
+    assert widths == pytest.approx(view.walk.probabilities())
+    notes = [t.get_text() for t in right.texts]
+    assert notes == [
+        f"{p:.2f}" + ("" if ok else " illegal")
+        for p, ok in zip(widths, view.walk.legal, strict=True)
+    ]
+
+
+def test_the_picture_at_the_end_holds_the_scores():
+    view = stepper()
+    for _ in range(3):
+        view.press("m1")
+    right = view.still()[0].axes[1]
+    assert [bar.get_width() for bar in right.patches] == pytest.approx([20, 80, 50])
+    assert [t.get_text() for t in right.texts] == ["20.0", "80.0", "50.0"]
+    assert [t.get_text() for t in right.get_yticklabels()] == ["t0", "t1", "mean"]
+    assert all(bar.get_hatch() for bar in right.patches)
+
+
+# ---------------------------------------------------------------------------------- PathInspector
+
+
+def test_one_path_and_its_scores():
+    view = PathInspector(a_run())
+    assert [label for label, _ in view.first.options] == [
+        "best (75.0 %)",
+        "greedy (62.5 %)",
+        "finalist 2 (62.5 %)",
+        "finalist 3 (50.0 %)",
+        "episode",
+    ]
+    assert view.second.value is None
+    assert words(view.words) == "first: best: t0 75.0 %, t1 75.0 %, mean 75.0 %"
+    assert view.first_episode.disabled
+    assert "layer 0 of m1" in alt(view.place)
+
+
+def test_two_paths_compared_in_words_and_bars():
+    view = PathInspector(a_run())
+    before = alt(view.place)
+    view.second.value = "greedy"
+    lines = view.sentences()
+    assert lines[1:] == [
+        "second: greedy: t0 75.0 %, t1 50.0 %, mean 62.5 %",
+        "layer 1: m1 in the first, op0 in the second",
+    ]
+    for line in lines:
+        assert line in words(view.words)
+    assert alt(view.place) != before
+    axes = view.still()[0].axes[-1]
+    assert [b.get_width() for b in axes.patches] == pytest.approx([75, 75, 75, 75, 50, 62.5])
+    assert len({b.get_hatch() for b in axes.patches}) == 2
+    labels = [t.get_text() for t in axes.get_legend().get_texts()]
+    assert labels == ["first: best", "second: greedy"]
+
+
+def test_episodes_by_number_and_a_penalised_one():
+    view = PathInspector(a_run())
+    view.first.value = "episode"
+    assert not view.first_episode.disabled
+    view.first_episode.value = 2
+    assert "layer 0 of op1, layer 0 of op1, layer 2 of op1" in alt(view.place)
+    view.first_episode.value = 1
+    assert "first: episode 1: ended with the penalty, so there is no model" in words(view.words)
+    view.select("best", 3)
+    assert view.sentences()[-1] == "both are the same path"
+    view.select(5)
+    assert view.chosen() == [("first: episode 5", 5)]
+    assert words(view.words) == "first: episode 5: t0 0.0 %, t1 0.0 %, mean 0.0 %"
+
+
+@pytest.mark.parametrize("bad", ["worst", 6, -1])
+def test_a_path_that_is_not_there_is_refused(bad):
+    view = PathInspector(a_run())
+    with pytest.raises(InputError):
+        view.select("best", bad)
+    assert view.second.value is None
+
+
+def test_a_failing_score_is_told_and_raised():
+    run = a_run()
+    view = PathInspector(run)
+
+    def fail(path, subset):
+        raise RuntimeError("out of memory")
+
+    run._scorer.score = fail
+    with pytest.raises(RuntimeError):
+        view.second.value = "greedy"
+    assert words(view.words) == "error: out of memory"
+
+
+# --------------------------------------------------------------------------------- TrainingReplay
+
+
+def test_sliding_through_a_search():
+    view = TrainingReplay(a_run())
+    assert (view.slider.min, view.slider.max, view.play.max) == (0, 5, 5)
+    assert view.play.step == 3  # episodes per update
+    assert words(view.status) == (
+        "episode 0, policy after 0 updates: a reward of 0.250; mean of the last 1 episodes 0.250; "
+        "path: m0@-1 m0@0 m0@1 m0@2"
+    )
+    assert "stem op0, layer 0 op0, layer 1 op0, layer 2 never visited" in alt(view.place)
+    view.slider.value = 1
+    assert "the penalty; mean of the last 2 episodes 0.075" in words(view.status)
+    view.slider.value = 3
+    # (0.25 - 0.1 + 0.5 + 0.75) / 4
+    assert words(view.status) == (
+        "episode 3, policy after 1 updates: a reward of 0.750; mean of the last 4 episodes 0.350; "
+        "path: m1@0 m1@1 m1@2"
+    )
+    assert "layer 2 m1." in alt(view.place)
+    view.go(5)
+    assert words(view.status).endswith("path: no layer")
+    with pytest.raises(InputError, match="episode: expected 0 to 5"):
+        view.go(6)
+
+
+def test_a_frame_shows_the_episode_its_policy_and_its_map():
+    view = TrainingReplay(a_run())
+    view.go(2)
+    figure, _ = view.still()
+    top, left, right = figure.axes
+    marker = next(line for line in top.lines if line.get_marker() == "D")
+    assert [list(marker.get_xdata()), list(marker.get_ydata())] == [[2], [50]]
+    assert [t.get_text() for t in left.texts].count("0.5") == 3
+    assert all(t.get_position()[1] == 2 for t in left.texts if t.get_text() == "0.5")
+    assert [t.get_position()[0] for t in left.texts if t.get_text() == "0.5"] == [0, 1, 2]
+    (never,) = left.patches
+    assert never.get_hatch()
+    assert (never.get_x(), never.get_width()) == (2.5, 1)
+    counts = [(t.get_position(), t.get_text()) for t in right.texts if t.get_text().isdigit()]
+    assert counts == [((1, 3), "2"), ((3, 3), "1")]
+
+
+def test_frames_have_one_layout_and_are_drawn_quickly():
+    view = TrainingReplay(a_run())
+    first, _ = view.still()
+    seconds = []
+    for n in range(1, 6):
+        start = time.process_time()  # of this process: others may be busy
+        view.slider.value = n
+        seconds.append(time.process_time() - start)
+    assert min(seconds) < 0.7  # twice what is aimed at: slower and busier machines run this too
+    last, _ = view.still()
+    assert not last.get_constrained_layout()  # not laid out again
+    for a, b in zip(first.axes, last.axes, strict=True):
+        assert a.get_position().bounds == b.get_position().bounds
+    assert first.axes[1].get_position().x1 < first.axes[2].get_position().x0
+
+
+def test_a_run_without_policies_is_refused():
+    run = a_run()
+    run.policies = None
+    with pytest.raises(InputError, match=r"lacks policies\.safetensors"):
+        TrainingReplay(run)
+
+
+# ----------------------------------------------------------------------------------- ResultsTable
+
+
+def test_the_table_names_its_parts_and_marks_the_selected_row_in_words():
+    view = ResultsTable(ROWS, caption="Accuracy, %")
+    assert "<caption>Accuracy, %</caption>" in view.table.value
+    assert view.table.value.count('scope="col"') == 5  # method, a, b, mean, setting
+    assert view.table.value.count('scope="row"') == 2
+    cells = re.findall(r"<td[^>]*>([^<]*)</td>", view.table.value)
+    assert cells == ["25.0", "50.0", "37.5", "as it is", "87.5", "62.5", "75.0", "9 episodes"]
+    assert view.table.value.index("base (selected)") < view.table.value.index("R&lt;M&gt;M")
+    assert view.place.value == ""  # base has no path
+    view.select.value = 1
+    assert "R&lt;M&gt;M (selected)" in view.table.value
+    assert "base (selected)" not in view.table.value
+    assert "Its path: stem of op0, layer 0 of m0, layer 2 of m1" in alt(view.place)
+    view.choose("base")
+    assert view.place.value == ""
+    assert view.still()[1] == "base (as it is): a 25.0 %, b 50.0 %, mean 37.5 %."
+    with pytest.raises(InputError, match="one of base, R<M>M"):
+        view.choose("RMM")
+
+
+def test_sources_and_layers_of_the_problem_can_be_given():
+    view = ResultsTable(ROWS, sources=SOURCES, n_layers=4, stacks=(range(3), range(3, 4)))
+    view.choose("R<M>M")
+    figure, sentence = view.still()
+    assert "stem of op0, enc 0 of m0, enc 2 of m1" in sentence
+    top = figure.axes[0]
+    assert [t.get_text() for t in top.get_yticklabels()] == list(SOURCES)
+    assert [t.get_text() for t in top.get_xticklabels()] == ["enc 0", "enc 1", "enc 2", "dec 0"]
+
+
+def test_no_rows_are_refused():
+    with pytest.raises(InputError, match="rows: expected at least one method"):
+        ResultsTable([])
+
+
+# --------------------------------------------------------------------------------------- pictures
+
+
+def test_place_names():
+    stacks = (range(2), range(2, 4))
+    assert [plots.place_name(k, stacks) for k in range(-1, 4)] == [
+        "stem", "enc 0", "enc 1", "dec 0", "dec 1",
+    ]  # fmt: skip
+    assert [plots.place_name(k, (range(4),)) for k in (-1, 0, 3)] == ["stem", "layer 0", "layer 3"]
+
+
+def test_a_long_path_goes_on_in_a_second_row():
+    steps = [("m0", k) for k in range(14)]
+    figure = plots.path_picture(steps, SOURCES, 14, "base")
+    bottom = figure.axes[1]
+    heights = [t.get_position()[1] for t in bottom.texts]
+    assert heights == [1.5] * 10 + [0.5] * 5
+    assert figure.get_figwidth() <= 11
