@@ -28,6 +28,7 @@ from rmm_lab.errors import InputError, one_sentence
 from rmm_lab.ppo import Args, Result, train
 from rmm_lab.problem import Problem, load_problem
 from rmm_lab.scoring import Scorer, reward, shortlist
+from rmm_lab.tasks import data_folder
 
 # The groups of experts of each table, by the name that the table calls them.
 VISION = {
@@ -252,6 +253,17 @@ def curve_of(
     for n in sorted({*range(every, len(scored), every), len(scored)}):
         best = shortlist(scored[:n], 1)[0]
         yield {"evaluations": n, "reward_split": round(100 * whole(scorer, best), 2)}
+
+
+def read(name: str) -> list[Cell]:
+    """A table that ships, by its file's name without ``.csv``; InputError where there is none."""
+    file = data_folder().parent / "results" / f"{name}.csv"
+    if not file.is_file():
+        raise InputError(
+            f"table {name!r}: expected {file}, found none; take a checkout of the repository, or measure "
+            "it with python -m rmm_lab.tables"
+        )
+    return runs.from_csv(file.read_text("utf-8"))
 
 
 @functools.cache

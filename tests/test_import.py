@@ -44,7 +44,7 @@ def test_imports_go_one_way():
         *("render", "tasks", "grammar", "formats", "texts", "training"),
         *("pool", "scoring", "zoo", "path", "problem", "env", "baselines"),
         *("runs", "plots", "report", "ppo", "tables"),
-        *("walk", "views", "explorers", "widgets"),
+        *("tiny", "walk", "views", "pictures", "explorers", "widgets", "checks", "course"),
     )
     folder = Path(rmm_lab.__file__).parent
     assert {p.stem for p in folder.glob("*.py")} - {"__init__"} == set(order)

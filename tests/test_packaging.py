@@ -29,7 +29,9 @@ def conda_ranges() -> dict[str, SpecifierSet]:
     """environment.yml without Python and pip: canonical pip name -> range."""
     environment = yaml.safe_load((ROOT / "environment.yml").read_text(encoding="utf-8"))
     lines = [line for line in environment["dependencies"] if isinstance(line, str)]
+    (by_pip,) = [line["pip"] for line in environment["dependencies"] if isinstance(line, dict)]
     packages = [line for line in lines if line not in ("python=3.11", "pip")]
+    packages += [line for line in by_pip if line != "-e ."]
     ranges: dict[str, SpecifierSet] = {}
     for requirement in map(Requirement, packages):
         name = canonicalize_name(PIP_NAME.get(requirement.name, requirement.name))

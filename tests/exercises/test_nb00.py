@@ -1,0 +1,168 @@
+"""The checks of notebook 00 against wrong and right answers, its tables against the code, its picture."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from matplotlib.patches import Rectangle
+
+from rmm_lab import checks, course, pictures
+from rmm_lab.errors import InputError
+
+NOTEBOOK = Path(__file__).parents[2] / "notebooks" / "solved" / "00_start_here.ipynb"
+
+
+def function_of(source: str) -> Any:
+    """The last function that a text defines."""
+    space: dict[str, Any] = {"np": np}
+    exec(source, space)
+    return [v for v in space.values() if inspect.isfunction(v)][-1]
+
+
+WRONG = [
+    (
+        "def f(scores):\n    total = 0\n    for s in scores:\n        total += s\n    return total",
+        "sum",
+    ),
+    ("def f(scores):\n    return sorted(scores)[-1]", "best task"),
+    ("def f(scores):\n    return sorted(scores)[0]", "worst task"),
+    (
+        "def f(scores):\n    p = 1.0\n    for s in scores:\n        p = p * s\n    return p",
+        "product",
+    ),
+    ("def f(scores):\n    return (scores[0] + scores[1]) / 2", "first two tasks"),
+    ("def f(scores):\n    return sum(scores) / 2", "divide by 2"),
+    ("def f(scores):\n    return sum(100 * s for s in scores) / len(scores)", "not to 100"),
+    ("def f(scores):\n    return np.quantile(scores, 0.5)", "median"),
+    # None of the mistakes on the list: general messages.
+    ("def f(scores):\n    np.mean(scores)", "returns None"),
+    ("def f(scores):\n    return scores / len(scores)", "expected shape ()"),
+    ("def f(scores):\n    return np.sqrt(np.mean(scores**2))", "expected 0.65, found"),
+    ("def f(scores):\n    return scores.average()", "AttributeError"),
+    ("def f(scores):\n    scores /= len(scores)\n    return scores.sum()", "in place"),
+    ("def f():\n    return 0.5", "TypeError"),
+]
+RIGHT = [
+    "def f(scores):\n    return sum(scores) / len(scores)",
+    "def f(scores):\n    r = 0.0\n    for s in scores:\n        r += float(s) / len(scores)\n    return r",
+    "def f(scores):\n    return np.average(scores.astype(np.float32))",
+    "import torch\ndef f(scores):\n    return torch.from_numpy(scores).mean()",
+]
+
+
+@pytest.mark.parametrize(("source", "phrase"), WRONG)
+def test_a_wrong_reward_gets_its_hint(source: str, phrase: str) -> None:
+    verdict = checks.check("00.predict_reward", function_of(source))
+    assert verdict.status == "wrong"
+    assert phrase in verdict.message
+
+
+@pytest.mark.parametrize("source", RIGHT)
+def test_a_right_reward_passes(source: str) -> None:
+    assert checks.check("00.predict_reward", function_of(source)).status == "correct"
+
+
+@pytest.mark.parametrize(
+    ("letter", "phrase"), [("a", "lower bound"), ("c", "simplest one"), ("d", "poor at the others")]
+)
+def test_each_wrong_bound_has_its_own_text(letter: str, phrase: str) -> None:
+    verdict = checks.check("00.upper_bound", lambda: letter)
+    assert verdict.status == "wrong"
+    assert phrase in verdict.message
+
+
+def test_the_right_bound_and_what_is_no_option() -> None:
+    assert checks.check("00.upper_bound", lambda: " B ").status == "correct"
+    verdict = checks.check("00.upper_bound", lambda: "e")
+    assert verdict.status == "wrong"
+    assert "'a', 'b', 'c', 'd'" in verdict.message
+
+
+# --------------------------------------------------------------------------------- the table of symbols
+
+OWNERS = {  # where the classes and functions of the table live
+    "LayerPool": "pool",
+    "OperatorSpec": "operators",
+    "Task": "tasks",
+    "MergingEnv": "env",
+    "LayerPath": "path",
+    "Agent": "ppo",
+    "Rollout": "ppo",
+    "Args": "ppo",
+}
+
+
+def symbols() -> list[list[str]]:
+    """The rows of the table of symbols, cell by cell."""
+    (text,) = [c.source for c in course.read(NOTEBOOK).cells if c.id == "map-symbols"]
+    rows = [r.strip("|").split("|") for r in text.split("\n") if r.startswith("| $")]
+    return [[cell.strip() for cell in row] for row in rows]
+
+
+def test_every_symbol_has_a_meaning_a_shape_and_a_name() -> None:
+    rows = symbols()
+    assert len(rows) >= 20
+    assert all(len(row) == 4 and all(row) for row in rows)
+    names = [row[0] for row in rows]
+    assert len(set(names)) == len(names)
+
+
+def test_the_names_of_the_table_exist() -> None:
+    """``Class.attribute`` is set or defined in that class, ``module.function`` in that module."""
+    for symbol, _, _, cell in symbols():
+        found = re.fullmatch(r"`(\w+)(?:\.(\w+))?`", cell)
+        assert found, symbol
+        owner, attribute = found.groups()
+        if owner not in OWNERS:
+            assert callable(getattr(importlib.import_module(f"rmm_lab.{owner}"), attribute)), symbol
+            continue
+        kind = getattr(importlib.import_module(f"rmm_lab.{OWNERS[owner]}"), owner)
+        if attribute is not None and not hasattr(kind, attribute):
+            source = inspect.getsource(kind)
+            assigned = rf"self\.(?:\w+, self\.)*{attribute}\b[^=\n]*=|^    {attribute}:"
+            assert re.search(assigned, source, re.M), f"{symbol}: {owner} has no {attribute}"
+
+
+# ------------------------------------------------------------------------------------------ the picture
+
+
+def test_the_walk_stands_where_its_steps_are() -> None:
+    steps = [("b", 0), ("mean", 1), ("a", 1)]
+    assert pictures.walk_order(steps, ("a", "b", "mean")) == [(1, 0), (2, 1), (0, 1)]
+    with pytest.raises(InputError, match="expected one of a, b"):
+        pictures.walk_order(steps, ("a", "b"))
+
+
+def test_the_picture_has_a_box_for_each_layer_and_each_step() -> None:
+    steps = [("a", 0), ("mean", 1), ("b", 2)]
+    figure = pictures.rmm_picture(steps, ("a", "b"), ("mean",), 3)
+    (axes,) = figure.axes
+    assert len([p for p in axes.patches if isinstance(p, Rectangle)]) == 3 * 3 + 3
+    texts = [t.get_text() for t in axes.texts]
+    stack = [t for t in texts if re.fullmatch(r"\w+, layer \d", t)]
+    assert stack == ["a, layer 0", "mean, layer 1", "b, layer 2"]  # in running order, upwards
+    assert min(t.get_fontsize() for t in axes.texts) >= 8
+
+
+# --------------------------------------------------------------------------------- what its prose claims
+
+
+def test_half_of_each_expert_is_worse_than_either_and_the_average_better() -> None:
+    from rmm_lab.problem import load_problem
+
+    scorer = load_problem(("demo",), operators=("weight_average",)).scorer(fraction=0.1, seed=0)
+
+    def score(sources: list[int]) -> Any:
+        return scorer.score(tuple(zip(sources, range(-1, 6), strict=True)), subset=0)
+
+    digits, textures, average = (score([a] * 7) for a in range(3))
+    halves = score([0] * 4 + [1] * 3)
+    assert halves.mean() < min(digits.mean(), textures.mean()) < average.mean()
+    assert halves[0] < digits[0]
+    assert abs(halves[1] - digits[1]) < 0.05

@@ -1,0 +1,167 @@
+"""Exercises of notebook 03: wrong answers get the hint that is meant for them; figures show their data."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import product
+from typing import Any
+
+import numpy as np
+import pytest
+
+from rmm_lab import checks, pictures
+from rmm_lab.checks import Exercise, Quiz
+from rmm_lab.exercises.nb03 import EXERCISES
+
+# (exercise, what a student may write, a phrase of the answer)
+STEP = "def f(s, k, a):\n n = s.shape[0]\n m = np.array(s)\n"
+WRONG = [
+    ("apply_action", STEP + " if a < n:\n  m[a, k] += 1\n  return m, k + 1\n if a == n:\n  return m, k + 1\n"
+     " m[:, k - 1] = 0\n return m, k - 1", "Back undoes nothing"),
+    ("apply_action", STEP + " if a < n:\n  m[a, k] += 1\n  return m, k + 1\n if a == n:\n  return m, k + 1\n"
+     " m[:, k - 1] -= m[:, k - 1] > 0\n return m, k - 1", "Back undoes nothing"),
+    ("apply_action", STEP + " m[min(a, n - 1), k] += 1\n return m, k + (-1 if a > n else 1)",
+     "Skip and back change the map"),
+    ("apply_action", STEP + " moves = [0] * n + [1, -1]\n if a < n:\n  m[a, k] += 1\n return m, k + moves[a]",
+     "stays where it is"),
+    ("apply_action", STEP + " if a == n + 1:\n  return m, k - 1\n k = k + 1\n if a < n:\n"
+     "  m[a, k % m.shape[1]] += 1\n return m, k", "Count first, then move"),
+    ("apply_action", STEP + " if a < n:\n  m[a, k] = 1\n return m, k - 1 if a > n else k + 1",
+     "The entry is set to 1"),
+    ("apply_action", STEP + " if a < n:\n  m[:, k] = np.eye(n)[a]\n return m, k - 1 if a > n else k + 1",
+     "The column is cleared"),
+    ("apply_action", STEP + " if a < n:\n  m[a, k] += 1\n return m, k - 1 if a == n else k + 1", "swapped"),
+    ("apply_action", STEP + " if a < n:\n  m[a, k] += 1\n return m, k + {n: 2, n + 1: -1}.get(a, 1)",
+     "jumps over two"),
+    ("apply_action", STEP + " if a < n:\n  m[a, k] += 1\n return m, k + (a <= n)", "Back stays"),
+    ("apply_action", STEP + " if a < n:\n  m[a, k] += 1\n return m", "the new layer is missing"),
+    ("apply_action", "def f(s, k, a):\n n = s.shape[0]\n if a < n:\n  s[a, k] += 1\n"
+     " return s, k - 1 if a > n else k + 1", "changes its arguments in place"),
+    ("apply_action", STEP + " m[a, k] += 1\n return m, k + 1", "IndexError"),
+    ("apply_action", STEP + " if a < n:\n  m[k, a] += 1\n return m, k - 1 if a > n else k + 1", "IndexError"),
+    ("apply_action", STEP + " if a < n:\n  m[a, k] += 1", "returns None"),
+    ("legal", "def f(n, k, s, full):\n return np.array([1 - full] * n + [1, 1])", "Back is legal everywhere"),
+    ("legal", "def f(n, k, s, full):\n return np.array([not full] * n + [1, k != 0])", "at layer 0 only"),
+    ("legal", "def f(n, k, s, full):\n return np.array([1] * n + [1, k not in s])", "Sources stay legal"),
+    ("legal", "def f(n, k, s, full):\n return np.array([full] * n + [0, k in s])", "wrong way round"),
+    ("legal", "def f(n, k, s, full):\n return np.array([not full] * (n + 1) + [k not in s])",
+     "the only way to the end"),
+    ("legal", "def f(n, k, s, full):\n m = np.ones(n + 2)\n m[:n] = not full\n if k in s:\n  m[n:] = 0\n"
+     " return m", "Any layer can be left out"),
+    ("legal", "def f(n, k, s, full):\n return np.array([not full] * n + [k not in s, 1])",
+     "in each other's place"),
+    ("legal", "def f(n, k, s, full):\n return [int(not full)] * n + [1, int(k not in s)]", "in a list"),
+    ("legal", "def f(n, k, s, full):\n return np.array([not full] * n + [k not in s])", "expected shape"),
+    ("legal", "def f(n, k, s, full):\n return np.array([not full] * n + [1, k not in s[0]])", "TypeError"),
+    ("count_paths", "def f(n, layers):\n out = 1\n for _ in range(layers):\n  out *= n\n return out",
+     "Skip is forgotten"),
+    ("count_paths", "def f(n, layers):\n return pow(n + 2, layers)", "both counted"),
+    ("count_paths", "def f(n, layers):\n return sum(n + 1 for _ in range(layers))", "added up"),
+    ("count_paths", "def f(n, layers):\n return pow(layers, n + 1)", "swapped"),
+    ("count_paths", "def f(n, layers):\n return n ** layers * (n + layers) // n", "one skipped layer"),
+    ("count_paths", "def f(n, layers):\n import math\n return sum(math.comb(layers, j) * n ** j "
+     "for j in range(1, layers + 1))", "skips every layer"),
+    ("count_paths", "def f(n, layers):\n return n ** layers + 1", "expected"),
+    ("count_paths", "def f(n, layers):\n (n + 1) ** layers", "returns None"),
+]  # fmt: skip
+
+RIGHT = [
+    ("apply_action", STEP + " m = m.astype(int)\n if a < n:\n  m[a, k] = s[a, k] + 1\n"
+     " return [m, np.int64(k - 1 if a == n + 1 else k + 1)]"),
+    ("legal", "def f(n, k, s, full):\n return np.array([not full] * n + [True, all(k != x for x in s)])"),
+    ("count_paths", "def f(n, layers):\n return 1 if layers == 0 else (n + 1) * f(n, layers - 1)"),
+]  # fmt: skip
+
+
+def compiled(source: str) -> Callable[..., Any]:
+    """The function f of a student's text."""
+    space: dict[str, Any] = {"np": np}
+    exec(source, space)
+    return space["f"]
+
+
+@pytest.mark.parametrize(("name", "source", "phrase"), WRONG)
+def test_a_wrong_answer_gets_its_hint(name: str, source: str, phrase: str) -> None:
+    verdict = checks.check(f"03.{name}", compiled(source))
+    assert verdict.status == "wrong"
+    assert phrase in verdict.message
+
+
+@pytest.mark.parametrize(("name", "source"), RIGHT)
+def test_another_right_answer_passes(name: str, source: str) -> None:
+    verdict = checks.check(f"03.{name}", compiled(source))
+    assert verdict.status == "correct", verdict.message
+
+
+def test_every_mistake_on_the_list_is_told_from_all_others() -> None:
+    for name, task in EXERCISES.items():
+        if isinstance(task, Exercise):
+            for mistake in task.mistakes:
+                assert checks.check(name, mistake.wrong).message == mistake.hint
+
+
+def test_each_option_of_the_quiz_is_answered_in_its_own_words() -> None:
+    quiz = EXERCISES["03.back"]
+    assert isinstance(quiz, Quiz)
+    phrases = {
+        "a": "Nothing is removed",
+        "b": "Only the position",
+        "d": "every layer but the first",
+    }
+    for letter, phrase in phrases.items():
+        verdict = checks.check("03.back", lambda letter=letter: letter)
+        assert verdict.status == "wrong"
+        assert phrase in verdict.message
+    assert checks.check("03.back", lambda: "C").status == "correct"
+
+
+def test_the_references_by_hand() -> None:
+    references = {n: e.reference for n, e in EXERCISES.items() if isinstance(e, Exercise)}
+    state = np.array([[0, 2, 0], [1, 0, 0]])
+    step = references["03.apply_action"]
+    for action, new, layer in (
+        (0, [[0, 3, 0], [1, 0, 0]], 2),
+        (1, [[0, 2, 0], [1, 1, 0]], 2),
+        (2, state.tolist(), 2),
+        (3, state.tolist(), 0),
+    ):
+        found, place = step(state, 1, action)
+        assert found.tolist() == new
+        assert place == layer
+    mask = references["03.legal"]
+    assert mask(2, 0, (0,), False).tolist() == [1, 1, 1, 0]
+    assert mask(2, 4, (0, 4), True).tolist() == [0, 0, 1, 0]
+    assert mask(2, 5, (0, 4), True).tolist() == [0, 0, 1, 1]
+
+
+@pytest.mark.parametrize(("n_sources", "n_layers"), [(1, 1), (2, 3), (3, 2)])
+def test_paths_are_counted_by_listing_them(n_sources: int, n_layers: int) -> None:
+    task = EXERCISES["03.count_paths"]
+    assert isinstance(task, Exercise)
+    choices = [*range(n_sources), None]
+    paths = {
+        tuple((a, k) for k, a in enumerate(each) if a is not None)
+        for each in product(choices, repeat=n_layers)
+    }
+    assert task.reference(n_sources, n_layers) == len(paths)
+
+
+# ------------------------------------------------------------------------------------------ figures
+
+
+def test_maps_show_their_counts_and_titles() -> None:
+    states = [("start", np.zeros((2, 3)), 0), ("1: a", np.array([[1, 0, 0], [0, 0, 2]]), 3)]
+    figure = pictures.maps_picture(states, ("a", "b"), columns=2)
+    assert [axes.get_title() for axes in figure.axes] == ["start", "1: a"]
+    texts = [[(t.get_position(), t.get_text()) for t in axes.texts] for axes in figure.axes]
+    assert texts == [[], [((0, 0), "1"), ((2, 1), "2")]]
+    assert [len(axes.patches) for axes in figure.axes] == [1, 0]  # no frame at the end
+
+
+def test_depths_are_counted_plain_and_other() -> None:
+    depths, plain = np.array([2, 3, 3, 3, 5]), np.array([False, True, True, False, False])
+    axes = pictures.depth_picture(depths, plain, 3).axes[0]
+    once, other = ([bar.get_height() for bar in c] for c in axes.containers)
+    assert once == [0, 0, 0, 2, 0, 0]
+    assert other == [0, 0, 1, 1, 0, 1]
+    assert [t.get_text() for t in axes.texts if t.get_text().isdigit()] == ["1", "3", "1"]

@@ -1,0 +1,281 @@
+"""The checks of notebook 06 against wrong and right answers, and the data of its pictures."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections import defaultdict
+from typing import Any
+
+import numpy as np
+import pytest
+
+from rmm_lab import checks, pictures
+from rmm_lab.errors import InputError
+from rmm_lab.exercises import nb06
+from rmm_lab.ppo import Args
+
+
+def function_of(source: str) -> Any:
+    """The last function that a text defines."""
+    space: dict[str, Any] = {"np": np, "defaultdict": defaultdict}
+    exec(source, space)
+    return [v for v in space.values() if inspect.isfunction(v)][-1]
+
+
+COLLECT = """
+def f(scored{more}):
+    by_path = defaultdict(list)
+    for path, reward in scored:
+        by_path[path] += [reward]
+"""
+WRONG = [
+    (
+        "06.best_so_far",
+        "def f(scored):\n    return [max(r for _, r in scored[:i + 1]) for i in range(len(scored))]",
+        "highest single reward",
+    ),
+    (
+        "06.best_so_far",
+        """
+def f(scored):
+    total, count, out, top = {}, {}, [], 0.0
+    for p, r in scored:
+        total[p] = total.get(p, 0) + r
+        count[p] = count.get(p, 0) + 1
+        top = max(top, max(total[q] / count[q] for q in total))
+        out.append(top)
+    return out
+""",
+        "A mean may fall",
+    ),
+    (
+        "06.best_so_far",
+        "def f(scored):\n    r = np.array([r for _, r in scored])\n"
+        "    return (np.cumsum(r) / np.arange(1, len(r) + 1)).tolist()",
+        "mean for each path",
+    ),
+    (
+        "06.best_so_far",
+        "def f(scored):\n    d, out = {}, []\n    for p, r in scored:\n        d[p] = r\n"
+        "        out.append(max(d.values()))\n    return out",
+        "replaces its earlier ones",
+    ),
+    (
+        "06.best_so_far",
+        "def f(scored):\n    d, out = {}, []\n    for p, r in scored:\n        d.setdefault(p, r)\n"
+        "        out.append(max(d.values()))\n    return out",
+        "first reward counts",
+    ),
+    (
+        "06.best_so_far",
+        "def f(scored):\n    d, out = {}, []\n    for p, r in scored:\n        d[p] = d.get(p, 0) + r\n"
+        "        out.append(max(d.values()))\n    return out",
+        "Divide by their number",
+    ),
+    (
+        "06.best_so_far",
+        """
+def f(scored):
+    d, out = defaultdict(list), []
+    for p, r in scored:
+        out.append(max((np.mean(v) for v in d.values()), default=0.0))
+        d[p].append(r)
+    return out
+""",
+        "Off by one",
+    ),
+    ("06.best_so_far", "def f(scored):\n    max(scored)", "returns None"),
+    ("06.best_so_far", "def f(scored):\n    return max(scored)", "For f("),
+    ("06.best_so_far", "def f(scored):\n    return scored[99]", "raised IndexError"),
+    (
+        "06.shortlist",
+        COLLECT.format(more=", n")
+        + "    return sorted(by_path, key=lambda p: -sum(by_path[p]) / len(by_path[p]))[:n]",
+        "plain mean",
+    ),
+    (
+        "06.shortlist",
+        COLLECT.format(more=", n")
+        + "    return sorted(by_path, key=lambda p: -max(by_path[p]))[:n]",
+        "luckiest",
+    ),
+    (
+        "06.shortlist",
+        COLLECT.format(more=", n")
+        + "    s = {p: np.sum(v) / (2 + len(v)) for p, v in by_path.items()}\n"
+        "    return sorted(s, key=s.get, reverse=True)[:n]",
+        "towards 0",
+    ),
+    (
+        "06.shortlist",
+        COLLECT.format(more=", n") + "    m = np.mean([r for _, r in scored])\n"
+        "    s = {p: np.mean([*v, m]) for p, v in by_path.items()}\n"
+        "    return sorted(s, key=s.get, reverse=True)[:n]",
+        "must count as two",
+    ),
+    (
+        "06.shortlist",
+        COLLECT.format(more=", n") + "    m = np.mean([np.mean(v) for v in by_path.values()])\n"
+        "    s = {p: np.mean([*v, m, m]) for p, v in by_path.items()}\n"
+        "    return sorted(s, key=s.get, reverse=True)[:n]",
+        "mean over paths",
+    ),
+    (
+        "06.shortlist",
+        COLLECT.format(more=", n") + "    m = np.mean([r for _, r in scored])\n"
+        "    s = {p: np.mean([*v, m, m]) for p, v in by_path.items()}\n"
+        "    return sorted(s, key=s.get)[:n]",
+        "order is reversed",
+    ),
+    (
+        "06.shortlist",
+        COLLECT.format(more=", n") + "    m = np.mean([r for _, r in scored])\n"
+        "    s = {p: np.mean([*v, m, m]) for p, v in by_path.items()}\n"
+        "    return sorted(s, key=s.get, reverse=True)",
+        "first n only",
+    ),
+    ("06.shortlist", "def f(scored, n):\n    return scored[:n]", "For f("),
+    ("06.shortlist", "def f(scored, n):\n    return {}[n]", "raised KeyError"),
+]
+RIGHT = [
+    (
+        "06.best_so_far",
+        """
+def f(scored):
+    out = np.zeros(len(scored))
+    for i in range(len(scored)):
+        known = scored[: i + 1]
+        paths = {p for p, _ in known}
+        out[i] = max(np.mean([r for q, r in known if q == p]) for p in paths)
+    return list(out)
+""",
+    ),
+    (
+        "06.best_so_far",
+        """
+def f(scored):
+    total, count, out = defaultdict(float), defaultdict(int), []
+    for p, r in scored:
+        total[p] += r
+        count[p] += 1
+        out.append(sorted(total[q] / count[q] for q in total)[-1])
+    return out
+""",
+    ),
+    (
+        "06.shortlist",
+        """
+def f(scored, n):
+    prior = float(np.mean([r for _, r in scored], dtype=np.float64))
+    names = sorted({p for p, _ in scored})
+    score = []
+    for p in names:
+        own = [r for q, r in scored if q == p] + [prior] * 2
+        score.append(sum(own) / len(own))
+    return [names[i] for i in np.argsort(-np.array(score), kind="stable")[:n]]
+""",
+    ),
+]
+
+
+@pytest.mark.parametrize(("name", "source", "phrase"), WRONG)
+def test_a_wrong_answer_gets_its_hint(name, source, phrase):
+    verdict = checks.check(name, function_of(source))
+    assert verdict.status == "wrong"
+    assert phrase in verdict.message
+
+
+@pytest.mark.parametrize(("name", "source"), RIGHT)
+def test_other_right_answers_pass(name, source):
+    assert checks.check(name, function_of(source)).status == "correct"
+
+
+def test_each_option_of_the_quiz_says_why():
+    told = {o: checks.check("06.faulty_setting", lambda o=o: o) for o in "abcd"}
+    assert [v.status for v in told.values()] == ["wrong", "wrong", "correct", "wrong"]
+    assert "entropy bonus" in told["a"].message
+    assert "healthy" in told["b"].message
+    assert "too low" in told["d"].message
+    assert len({v.message for v in told.values()}) == 4
+
+
+def test_best_so_far_by_hand():
+    scored = [("p", 0.4), ("q", 0.8), ("q", 0.2), ("p", 0.8)]
+    # means: p 0.4 | q 0.8 | q 0.5, p 0.4 | p 0.6, q 0.5
+    assert nb06.best_so_far(scored) == pytest.approx([0.4, 0.8, 0.5, 0.6])
+
+
+def test_the_suspects_are_what_the_quiz_says():
+    default = Args()
+    assert nb06.SUSPECTS["B"] == {}
+    assert nb06.SUSPECTS["C"]["learning_rate"] == pytest.approx(100 * default.learning_rate)
+    assert nb06.SUSPECTS["D"]["learning_rate"] == pytest.approx(default.learning_rate / 100)
+    assert nb06.SUSPECTS["A"]["entropy"] == pytest.approx(20 * default.entropy)
+    for changed in nb06.SUSPECTS.values():
+        Args(**changed).check()
+
+
+# ------------------------------------------------------------------------------------ pictures
+
+
+def test_mean_and_sd_by_hand():
+    rows = [{"g": "a", "v": 1}, {"g": "b", "v": 7}, {"g": "a", "v": 3}, {"g": "a", "v": 5}]
+    found = pictures.mean_and_sd(rows, "v", "g")
+    assert list(found) == [("a",), ("b",)]
+    assert found["a",] == (3, 3.0, 2.0)
+    assert found["b",][:2] == (1, 7.0)
+    assert math.isnan(found["b",][2])
+
+
+@pytest.mark.parametrize("n", range(2, 11))
+def test_the_interval_is_that_of_scipy(n):
+    stats = pytest.importorskip("scipy.stats")
+    values = np.random.default_rng(n).normal(3, 2, n)
+    mean, half = pictures.t_interval(values)
+    low, high = stats.t.interval(0.95, n - 1, values.mean(), stats.sem(values))
+    assert (mean - half, mean + half) == pytest.approx((low, high), abs=2e-3)
+
+
+@pytest.mark.parametrize("n", [0, 1, 11])
+def test_an_interval_needs_a_few_values(n):
+    with pytest.raises(InputError, match="2 to 10"):
+        pictures.t_interval(np.ones(n))
+
+
+def test_diagnostics_draw_every_run_and_floor_the_kl():
+    runs = {"A": [{"approx_kl": 5.0, "e": 1.0}], "B": [{"approx_kl": 0.0, "e": 2.0}]}
+    kl, e = pictures.diagnostics_picture(runs, {"approx_kl": "KL", "e": "entropy"}).axes
+    assert kl.get_yscale() == "log"
+    assert [line.get_ydata()[0] for line in kl.lines] == [5.0, 1e-5]
+    assert e.get_yscale() == "linear"
+    assert [line.get_ydata()[0] for line in e.lines] == [1.0, 2.0]
+    assert len({line.get_marker() for line in e.lines}) == 2  # never colour alone
+
+
+def test_a_kl_within_a_decade_is_drawn_linearly():
+    runs = {"A": [{"approx_kl": 0.05}, {"approx_kl": 0.06}]}
+    assert pictures.diagnostics_picture(runs, {"approx_kl": "KL"}).axes[0].get_yscale() == "linear"
+
+
+def test_spread_shows_each_seed_and_the_mean():
+    axes = pictures.spread_picture({"g": {"m": [1.0, 3.0], "n": [5.0]}}, "x").axes[0]
+    seeds, bar = axes.lines[0], axes.lines[1]
+    assert list(seeds.get_xdata()) == [1.0, 3.0]
+    assert list(bar.get_xdata()) == [2.0]
+    assert [t.get_text() for t in axes.get_yticklabels()] == ["m (2)", "n (1)"]
+    low, high = (line.get_xdata()[0] for line in axes.lines[2:4])  # the caps of the bar
+    assert (low, high) == pytest.approx((2 - 2**0.5, 2 + 2**0.5))
+
+
+def test_searches_show_the_mean_over_seeds():
+    rows = [
+        {"group": "g", "method": m, "seed": s, "evaluations": n, "reward_split": 10 * s + n + off}
+        for m, off in (("RMM", 0), ("random search", 50))
+        for s in (1, 2)
+        for n in (20, 40)
+    ]
+    axes = pictures.searches_picture(rows).axes[0]
+    assert list(axes.lines[0].get_xdata()) == [20, 40]
+    assert list(axes.lines[0].get_ydata()) == [35.0, 55.0]
+    assert list(axes.lines[1].get_ydata()) == [85.0, 105.0]

@@ -1,0 +1,271 @@
+"""The checks of notebook 08: right variants pass, wrong ones get the hint that is meant for them."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from rmm_lab import checks, pictures, tables
+from rmm_lab.exercises import nb08
+
+PREAMBLE = {"np": np}
+UNIFORM = ("weight average", "task arithmetic, tuned", "TIES, tuned", "DARE, tuned")
+
+RIGHT = [
+    (
+        "08.mean_and_spread",
+        """
+def f(scores):
+    per_seed = []
+    for row in scores:
+        per_seed.append(sum(row) / len(row))
+    m = sum(per_seed) / len(per_seed)
+    return m, (sum((x - m) ** 2 for x in per_seed) / (len(per_seed) - 1)) ** 0.5
+""",
+    ),
+    (
+        "08.mean_and_spread",
+        """
+import torch
+def f(scores):
+    x = torch.as_tensor(scores).mean(1)
+    return [x.mean(), x.std()]
+""",
+    ),
+    (
+        "08.gain",
+        """
+def f(rmm, chosen_by, reported):
+    return np.array([r - t[list(c).index(max(c))] for r, c, t in zip(rmm, chosen_by, reported)])
+""",
+    ),
+    (
+        "08.gain",
+        """
+def f(rmm, chosen_by, reported):
+    best = chosen_by.argmax(1)[:, None]
+    return (rmm[:, None] - np.take_along_axis(reported, best, 1))[:, 0].astype(np.float32)
+""",
+    ),
+]
+
+WRONG = [
+    (
+        "08.mean_and_spread",
+        """
+def f(scores):
+    x = [sum(row) / len(row) for row in scores]
+    m = sum(x) / len(x)
+    return m, (sum((v - m) ** 2 for v in x) / len(x)) ** 0.5
+""",
+        "divide by S - 1",
+    ),
+    (
+        "08.mean_and_spread",
+        """
+import statistics
+def f(scores):
+    by_task = [sum(column) / len(column) for column in scores.T]
+    return statistics.mean(by_task), statistics.stdev(by_task)
+""",
+        "spread over tasks",
+    ),
+    (
+        "08.mean_and_spread",
+        """
+import statistics
+def f(scores):
+    x = [float(sum(row)) / len(row) for row in scores]
+    return statistics.mean(x), statistics.stdev(x) / len(x) ** 0.5
+""",
+        "standard error",
+    ),
+    (
+        "08.mean_and_spread",
+        """
+import torch
+def f(scores):
+    every = torch.as_tensor(scores).flatten()
+    return every.mean(), every.std()
+""",
+        "pooled",
+    ),
+    (
+        "08.mean_and_spread",
+        """
+import statistics
+def f(scores):
+    x = [float(sum(row)) / len(row) for row in scores]
+    return statistics.mean(x), statistics.variance(x)
+""",
+        "root is missing",
+    ),
+    (
+        "08.mean_and_spread",
+        "def f(scores):\n    return scores.mean(0), scores.std(0)",
+        "expected (",
+    ),
+    ("08.mean_and_spread", "def f(scores):\n    scores.mean()", "returns None"),
+    ("08.mean_and_spread", "def f(scores):\n    return scores.mean(7)", "raised"),
+    (
+        "08.gain",
+        """
+def f(rmm, chosen_by, reported):
+    return np.array([t[list(c).index(max(c))] - r for r, c, t in zip(rmm, chosen_by, reported)])
+""",
+        "sign is reversed",
+    ),
+    (
+        "08.gain",
+        "def f(rmm, chosen_by, reported):\n    return np.array([r - max(t) for r, t in zip(rmm, reported)])",
+        "chosen by the very scores that are reported",
+    ),
+    (
+        "08.gain",
+        "def f(rmm, chosen_by, reported):\n    return np.array([r - max(c) for r, c in zip(rmm, chosen_by)])",
+        "its score comes from reported",
+    ),
+    (
+        "08.gain",
+        "def f(rmm, chosen_by, reported):\n    return rmm - sum(reported.T) / reported.shape[1]",
+        "mean over all uniform merges",
+    ),
+    (
+        "08.gain",
+        """
+def f(rmm, chosen_by, reported):
+    return np.array([r - t[list(c).index(min(c))] for r, c, t in zip(rmm, chosen_by, reported)])
+""",
+        "worst uniform merge",
+    ),
+    (
+        "08.gain",
+        """
+def f(rmm, chosen_by, reported):
+    u = [t[list(c).index(max(c))] for c, t in zip(chosen_by, reported)]
+    return np.array([r - sum(u) / len(u) for r in rmm])
+""",
+        "not paired",
+    ),
+    (
+        "08.gain",
+        """
+def f(rmm, chosen_by, reported):
+    totals = list(chosen_by.sum(axis=0))
+    return rmm - reported[:, totals.index(max(totals))]
+""",
+        "One merge is chosen for all seeds",
+    ),
+    (
+        "08.gain",
+        """
+def f(rmm, chosen_by, reported):
+    return np.mean([r - t[c.argmax()] for r, c, t in zip(rmm, chosen_by, reported)])
+""",
+        "expected shape",
+    ),
+    ("08.gain", "def f(rmm, chosen_by, reported):\n    return rmm - chosen_by", "raised"),
+]
+
+
+def made(text: str):
+    """A student's function ``f`` from its text."""
+    space = dict(PREAMBLE)
+    exec(text, space)
+    return space["f"]
+
+
+@pytest.mark.parametrize(("name", "text"), RIGHT)
+def test_right_variants_pass(name, text):
+    assert checks.check(name, made(text)).status == "correct"
+
+
+@pytest.mark.parametrize(("name", "text", "phrase"), WRONG)
+def test_wrong_answers_get_their_hint(name, text, phrase):
+    verdict = checks.check(name, made(text))
+    assert verdict.status == "wrong"
+    assert phrase in verdict.message
+
+
+@pytest.mark.parametrize("name", ["08.claim", "08.mean_and_spread", "08.gain"])
+def test_not_attempted(name):
+    def f(*args):
+        raise NotImplementedError
+
+    assert checks.check(name, f).status == "not attempted"
+
+
+def test_quiz_explains_each_option():
+    quiz = nb08.EXERCISES["08.claim"]
+    texts = set()
+    for letter in quiz.explained:
+        verdict = checks.check("08.claim", lambda letter=letter: letter)
+        assert verdict.status == ("correct" if letter == "b" else "wrong")
+        assert verdict.message.startswith(f"({letter})")
+        texts.add(verdict.message.split("\n")[0])
+    assert len(texts) == 4
+
+
+def test_references_by_hand():
+    scores = np.array([[60.0, 80.0], [70.0, 90.0], [80.0, 100.0]])  # by seed: 70, 80, 90
+    assert nb08.mean_and_spread(scores) == pytest.approx((80.0, 10.0))
+    gain = nb08.paired_gain(
+        np.array([10.0, 20.0]),
+        np.array([[1.0, 2.0], [4.0, 3.0]]),
+        np.array([[5.0, 6.0], [7.0, 9.0]]),
+    )
+    assert gain.tolist() == [4.0, 13.0]
+
+
+def test_claims_against_the_recorded_table():
+    """What the quiz says holds or does not hold is decided by results/vision.csv."""
+    by_method: dict[str, dict[str, dict[int, float]]] = {}
+    for cell in tables.read("vision"):
+        own = by_method.setdefault(cell["group"], {}).setdefault(cell["method"], {})
+        own[cell["seed"]] = cell["mean"]
+    mean = {
+        g: {m: np.mean(list(s.values())) for m, s in own.items()} for g, own in by_method.items()
+    }
+    best = {g: max(own[m] for m in UNIFORM) for g, own in mean.items()}
+    gains = {g: own["RMM"] - best[g] for g, own in mean.items()}
+    a = all(gain > 5 for gain in gains.values())
+    pair = by_method["digits+textures"]
+    beats = all(score > max(pair[m][seed] for m in UNIFORM) for seed, score in pair["RMM"].items())
+    room = mean["digits+textures"]["fine-tuned"] - best["digits+textures"]
+    b = beats and gains["digits+textures"] < room / 2
+    c = any("multi-task" in own and own["RMM"] >= own["multi-task"] for own in mean.values())
+    d = all(own["task arithmetic, tuned"] - own["task arithmetic"] < 5 for own in mean.values())
+    assert {"a": a, "b": b, "c": c, "d": d} == {"a": False, "b": True, "c": False, "d": False}
+    assert nb08.EXERCISES["08.claim"].right == "b"
+    tuned = mean["digits+textures"]["task arithmetic, tuned"]
+    assert tuned - mean["digits+textures"]["task arithmetic"] > 10  # what option d's text says
+    if "letters+symbols" in mean:  # what option a's text says
+        assert mean["letters+symbols"]["fine-tuned"] - best["letters+symbols"] < 5
+
+
+def test_place_shares_by_hand():
+    paths = [
+        ([("digits", 0), ("weighted_average:expert=1,share=0.75", 1)], "ties"),
+        ([("digits", 0), ("weight_average", 1)], "base"),
+    ]
+    shares = pictures.place_shares(paths, 2)
+    assert shares.tolist() == [
+        [0.5, 1.0, 0.0],  # an expert's own, or the base's
+        [0.0, 0.0, 0.5],
+        [0.0, 0.0, 0.5],
+        [0.0, 0.0, 0.0],
+        [0.5, 0.0, 0.0],
+    ]
+    assert pictures.role("task_arithmetic:scale=0.75") == "task arithmetic"
+
+
+def test_pictures_show_what_they_are_given():
+    scores = {"a+b": {"TIES": np.array([50.0, 60.0]), "RMM": np.array([70.0, 72.0])}, "c+d": {}}
+    figure = pictures.seeds_picture(scores)
+    lines = figure.axes[0].get_lines()
+    assert [list(line.get_xdata()) for line in lines] == [[50.0, 60.0], [70.0, 72.0]]
+    assert len({line.get_marker() for line in lines}) == 2  # not by colour alone
+    figure = pictures.gain_picture({"a+b": np.array([1.0, 3.0])}, {"a+b": 0.5})
+    assert [2.0] in [list(line.get_xdata()) for line in figure.axes[0].get_lines()]
+    figure = pictures.shares_picture({"a+b": np.eye(5)[:, :3]})
+    assert sorted(text.get_text() for text in figure.axes[0].texts) == ["1.0"] * 3

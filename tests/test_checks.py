@@ -1,0 +1,177 @@
+"""The engine of the exercises' checks: verdicts, messages, and a working function in any case."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from rmm_lab import checks
+from rmm_lab.checks import Exercise, Mistake, Quiz
+from rmm_lab.errors import InputError
+
+EXERCISES = {
+    "99.mean": Exercise(
+        reference=lambda x: x.mean(0),
+        cases=lambda: [(torch.tensor([[1.0, 2.0], [3.0, 6.0]]),), (torch.arange(6.0).view(3, 2),)],
+        mistakes=(
+            Mistake("That is the sum.", lambda x: x.sum(0)),
+            Mistake("The other axis.", lambda x: x.mean(1)),
+        ),
+        right="The mean over experts.",
+    ),
+    "99.quiz": Quiz(right="b", explained={"a": "Too low.", "b": "Just so.", "c": "Too <high>."}),
+}
+
+
+@pytest.fixture(autouse=True)
+def _known(monkeypatch):
+    known = EXERCISES
+
+    def exercise(name):
+        return known[name]
+
+    monkeypatch.setattr(checks, "exercise", exercise)
+
+
+def raises(x):
+    raise KeyError("expert")
+
+
+def in_place(x):
+    x += 1
+    return x.mean(0) - 1
+
+
+@pytest.mark.parametrize(
+    ("function", "status", "words"),
+    [
+        (lambda x: torch.stack(list(x)).mean(0), "correct", "The mean over experts."),
+        (lambda x: x.double().numpy().mean(0), "correct", "The mean over experts."),
+        (lambda x: x.mean(0) + 1e-8, "correct", "The mean over experts."),
+        (lambda x: x[0] * 0 + sum(x), "wrong", "That is the sum."),
+        (lambda x: x.sum(1) / 2, "wrong", "The other axis."),
+        (lambda x: None, "wrong", "returns None"),
+        (raises, "wrong", "KeyError: 'expert', for raises(x=[[1.0, 2.0], [3.0, 6.0]])"),
+        (lambda: 0, "wrong", "TypeError"),
+        (in_place, "wrong", "changes its arguments in place"),
+        (lambda x: x.mean(), "wrong", "expected shape (2,), found ()"),
+        (lambda x: x.mean(0) / 0, "wrong", "NaN or infinity"),
+        (lambda x: x.mean(0) + 1, "wrong", "expected [2.0, 4.0], found [3.0, 5.0]"),
+        (lambda x: "three", "wrong", "found 'three'"),
+        (lambda x: [2.0, 4.0], "wrong", "expected a tensor, found a list: [2.0, 4.0]"),
+        (torch.ones(2), "wrong", "Expected a function, found [1.0, 1.0]"),
+    ],
+)
+def test_a_verdict_says_what_is_wrong(function, status, words):
+    verdict = checks.check("99.mean", function)
+    assert verdict.status == status, verdict
+    assert words in verdict.message
+
+
+def test_an_array_is_no_list(monkeypatch):
+    task = Exercise(lambda x: [x, 2 * x], lambda: [(1.0,)], (), "")
+    monkeypatch.setattr(checks, "exercise", lambda name: task)
+    verdict = checks.check("99.list", lambda x: np.array([x, 2 * x]))
+    assert verdict.status == "wrong"
+    assert "expected a list, found a NumPy array: [1.0, 2.0]" in verdict.message
+    assert checks.check("99.list", lambda x: (x, 2 * x)).status == "correct"
+
+
+def test_a_mistake_must_match_every_case():
+    """Right by accident on the first case, the sum on the second: no hint about the sum."""
+
+    def mixed(x):
+        return x.mean(0) if len(x) == 2 else x.sum(0)
+
+    verdict = checks.check("99.mean", mixed)
+    assert verdict.status == "wrong"
+    assert "sum" not in verdict.message
+    assert "expected [2.0, 3.0], found [6.0, 9.0]" in verdict.message
+
+
+def not_done(*_):
+    raise NotImplementedError
+
+
+def test_use_returns_a_working_function_in_any_case(capsys):
+    x = torch.tensor([[1.0], [4.0]])
+    own = lambda x: sum(x) / len(x)  # noqa: E731
+    assert checks.use("99.mean", own) is own
+    for bad in (not_done, raises, lambda x: x.sum(0)):
+        torch.testing.assert_close(checks.use("99.mean", bad)(x), torch.tensor([2.5]))
+    assert checks.check("99.mean", not_done).status == "not attempted"
+    assert checks.use("99.quiz", not_done)() == "b"
+
+
+@pytest.mark.parametrize(
+    ("answer", "status", "words"),
+    [
+        ("b", "correct", "(b) Just so.\n(a) Too low.\n(c) Too <high>."),
+        (" B ", "correct", "Just so."),
+        ("a", "wrong", "Too low."),
+        ("c", "wrong", "Too <high>."),
+        ("d", "wrong", "Expected one of 'a', 'b', 'c', found 'd'"),
+        (2, "wrong", "found 2"),
+        (None, "wrong", "found None"),
+        (["b"], "wrong", "found ['b']"),
+    ],
+)
+def test_a_quiz_explains_the_option_and_then_all(answer, status, words):
+    verdict = checks.check("99.quiz", lambda: answer)
+    assert verdict.status == status
+    assert words in verdict.message
+
+
+def test_a_quiz_not_attempted_or_broken():
+    assert checks.check("99.quiz", not_done).status == "not attempted"
+    verdict = checks.check("99.quiz", lambda: 1 / 0)
+    assert (verdict.status, "ZeroDivisionError" in verdict.message) == ("wrong", True)
+
+
+def test_the_box_tells_the_status_in_words_and_escapes_the_rest():
+    html = checks.box("99.quiz", checks.check("99.quiz", lambda: "c"))
+    assert "99.quiz: wrong." in html
+    assert "Too &lt;high&gt;." in html
+    assert "kit's own answer" in html
+    html = checks.box("99.quiz", checks.check("99.quiz", lambda: "b"))
+    assert "99.quiz: correct." in html
+    assert "kit's own answer" not in html
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "same"),
+    [
+        ([1, (2.0, "x")], [1, (2.0, "x")], True),
+        ([1, 2], (1, 2), True),
+        ([1, 2], [1, 2, 3], False),
+        ({"a": np.ones(2)}, {"a": torch.ones(2)}, True),
+        ({"a": 1}, {"b": 1}, False),
+        (float("nan"), float("nan"), True),
+        (1.0, 1.0 + 1e-3, False),
+        ("a", 1, False),
+        (None, 0, False),
+        (np.array(["a"], dtype=object), 1.0, False),
+        (True, 1, True),
+        ({1, 2}, {2, 1}, True),
+        ({1, 2}, [1, 2], False),
+    ],
+)
+def test_equality_of_answers(a, b, same):
+    assert checks._equal(a, b, 1e-5) is same
+    assert checks._equal(b, a, 1e-5) is same
+
+
+def test_objects_are_the_same_where_they_hold_the_same():
+    class Thing:
+        def __init__(self, x):
+            self.x = x
+
+    assert checks._equal(Thing(1), Thing(1), 0)
+    assert not checks._equal(Thing(1), Thing(2), 0)
+
+
+def test_an_unknown_exercise_is_refused(monkeypatch):
+    monkeypatch.undo()
+    with pytest.raises(InputError, match=r"exercise '98\.x': expected one of notebooks 00 to 09"):
+        checks.exercise("98.x")

@@ -1,0 +1,140 @@
+"""Student notebooks from solved ones; what a run is held to."""
+
+from __future__ import annotations
+
+import nbformat
+import pytest
+from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
+
+from rmm_lab import course
+from rmm_lab.errors import InputError
+
+SOLVED = '''def ties(deltas):
+    """Merge."""
+    ### BEGIN SOLUTION
+    kept = deltas
+
+    return kept.sum(0)
+    ### END SOLUTION
+
+
+ties = checks.use("02.ties", ties)'''
+STUDENT = '''def ties(deltas):
+    """Merge."""
+    # YOUR CODE HERE
+    raise NotImplementedError()
+
+
+ties = checks.use("02.ties", ties)'''
+
+
+def notebook(*sources: str):
+    cells = [
+        new_markdown_cell("# T\n\n| **Time** | 5 minutes to learn, 40 s to run |", id="header")
+    ]
+    cells += [
+        new_code_cell(
+            text, id=f"code-{i}", execution_count=3, outputs=[new_output("stream", text="x")]
+        )
+        for i, text in enumerate(sources)
+    ]
+    return new_notebook(cells=cells)
+
+
+def test_a_solution_becomes_a_line_to_replace():
+    solved = notebook("x = 1", SOLVED)
+    made = course.student(solved)
+    assert [c.source for c in made.cells] == [solved.cells[0].source, "x = 1", STUDENT]
+    assert [c.id for c in made.cells] == ["header", "code-0", "code-1"]
+    assert all(c.outputs == [] and c.execution_count is None for c in made.cells[1:])
+    assert "return kept" in solved.cells[2].source  # the solved one stays
+    assert course.text_of(made) == course.text_of(course.student(solved))
+
+
+def test_two_solutions_in_a_cell():
+    text = "def f():\n    ### BEGIN SOLUTION\n    return 1\n    ### END SOLUTION\n"
+    made = course.student(notebook(text + "\n" + text.replace("f()", "g()")))
+    assert made.cells[1].source.count("raise NotImplementedError()") == 2
+    assert "return" not in made.cells[1].source
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("def f():\n    ### BEGIN SOLUTION\n    return 1", "expected ### END SOLUTION after"),
+        ("def f():\n    ### END SOLUTION", "in turn"),
+        ("def f():\n    ### BEGIN SOLUTION\n    ### BEGIN SOLUTION", "in turn"),
+        ("### BEGIN SOLUTION\nx = 1\n### END SOLUTION", "inside a function"),
+    ],
+)
+def test_unpaired_markers_are_refused(text, words):
+    with pytest.raises(InputError, match=words) as error:
+        course.student(notebook(text))
+    assert "cell code-0" in str(error.value)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    (tmp_path / "solved").mkdir()
+    nbformat.write(notebook(SOLVED), tmp_path / "solved" / "02_x.ipynb")
+    return tmp_path
+
+
+def test_the_command_writes_and_checks(folder, capsys):
+    arguments = ["--folder", str(folder)]
+    assert course.main([*arguments, "--check"]) == 1  # nothing is written yet
+    assert not (folder / "02_x.ipynb").exists()
+    assert course.main(arguments) == 0
+    made = (folder / "02_x.ipynb").read_text()
+    assert made.endswith("}\n")
+    assert course.main([*arguments, "--check"]) == 0
+    (folder / "02_x.ipynb").write_text(made.replace("ties", "TIES", 1))
+    assert course.main([*arguments, "--check"]) == 1
+    assert "02_x.ipynb: differs" in capsys.readouterr().out
+    assert course.main(arguments) == 0
+    assert (folder / "02_x.ipynb").read_text() == made
+    (folder / "03_y.ipynb").write_text(made)
+    assert course.main([*arguments, "--check"]) == 1
+    assert "03_y.ipynb: has no solved version" in capsys.readouterr().out
+
+
+def test_bad_folders_are_refused(tmp_path, capsys):
+    assert course.main(["--folder", str(tmp_path)]) == 2
+    assert "expected solved notebooks, found none" in capsys.readouterr().err
+    (tmp_path / "solved").mkdir()
+    (tmp_path / "solved" / "a.ipynb").write_text("{")
+    assert course.main(["--folder", str(tmp_path)]) == 2
+    assert "expected a notebook that can be read" in capsys.readouterr().err
+
+
+def test_a_run_is_held_to_its_stated_seconds():
+    nb = notebook()
+    assert course.stated_seconds(nb) == 40
+    assert course.faults(nb, 59) == []
+    (fault,) = course.faults(nb, 61)
+    assert "took 61 s" in fault
+    assert "at most 60 s" in fault
+    nb.cells[0].source = "1 minute to learn, 2 s to run"
+    assert course.faults(nb, 29) == []  # a short one has 30 s
+    assert len(course.faults(nb, 31)) == 1
+    nb.cells[0].source = "no time"
+    with pytest.raises(InputError, match="s to run"):
+        course.stated_seconds(nb)
+
+
+def test_an_error_in_an_output_widget_is_seen():
+    """As nbclient leaves it: a cell that is green, and an error inside a widget."""
+    from nbclient import NotebookClient
+
+    nb = notebook(
+        "import ipywidgets as w\nout = w.Output()\nwith out:\n    raise ValueError('hidden')\nout"
+    )
+    nb.metadata["kernelspec"] = {
+        "name": "python3",
+        "display_name": "Python 3",
+        "language": "python",
+    }
+    NotebookClient(nb, timeout=60).execute()
+    assert not any(o.output_type == "error" for o in nb.cells[1].outputs)  # the cell is green
+    (fault,) = course.faults(nb, 1)
+    assert "ValueError: hidden" in fault
