@@ -1,7 +1,7 @@
 # `make` lists the targets. Everything is installed into .venv, on first use.
 
 .DEFAULT_GOAL := help
-.PHONY: help demo lab test lint clean
+.PHONY: help demo lab student test lint browser clean
 
 # python3.11 where it runs, python3 otherwise; `make PY=/path/to/python ...` chooses another.
 PY ?= $(shell for p in python3.11 python3; do if $$p -c '' 2>/dev/null; then echo $$p; break; fi; done)
@@ -16,13 +16,15 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 NOTEBOOKS := find notebooks -name '*.ipynb' -not -path '*/.ipynb_checkpoints/*'
 
+BROWSERS := chromium chromium-browser google-chrome google-chrome-stable chrome
+
 comma := ,
 INSTALL = echo "Installing $(1) into .venv; the first time this fetches several GB and takes minutes." \
 	&& $(BIN)/python -m pip install --quiet --editable "$(1)"
 
 help: ## list the targets
 	@echo "make TARGET, where TARGET is one of"
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  %-6s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  %-7s %s\n", $$1, $$2}' Makefile
 
 demo: .venv/.stamp-run ## train the agent on the pair that ships, into a fresh folder under runs/
 	$(BIN)/python -m rmm_lab.ppo --run-dir "runs/demo-$$(date +%Y%m%d-%H%M%S)"
@@ -30,16 +32,28 @@ demo: .venv/.stamp-run ## train the agent on the pair that ships, into a fresh f
 lab: .venv/.stamp-lab ## open the notebooks in JupyterLab
 	$(BIN)/jupyter lab notebooks
 
-test: lint ## lint, run the tests, run the notebooks
-	$(ONE_THREAD) $(BIN)/python -m pytest -n 2
-	@if [ -n "$$($(NOTEBOOKS) 2>/dev/null)" ]; then set -x; \
-	$(ONE_THREAD) $(BIN)/python -m pytest -n 2 --nbmake --nbmake-timeout=120 notebooks; fi
+student: .venv/.stamp-lab ## write the student notebooks from the solved ones
+	$(BIN)/python -m rmm_lab.course
 
-lint: .venv/.stamp-test ## check style, types, and that no notebook holds outputs
+test: lint browser ## lint, run the tests, run the notebooks (student and solved)
+	$(ONE_THREAD) $(BIN)/python -m pytest -n 2 --dist loadgroup
+	$(ONE_THREAD) $(BIN)/python -m pytest -n 2 --dist worksteal --nbmake --nbmake-timeout=120 \
+		--durations=0 --durations-min=1 notebooks
+
+lint: .venv/.stamp-test ## check style, types, that no notebook holds outputs or is out of step
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy rmm_lab
-	@if [ -d notebooks ]; then set -x; $(NOTEBOOKS) -exec $(BIN)/nbstripout --keep-id --verify {} +; fi
+	$(NOTEBOOKS) -exec $(BIN)/nbstripout --keep-id --verify {} +
+	$(BIN)/python -m rmm_lab.course --check
+
+# The widgets are tested in a real browser. Where none can be had, those tests are skipped, and fail in CI.
+browser:
+	@for p in $(BROWSERS); do if command -v $$p >/dev/null; then exit 0; fi; done; \
+	if command -v apt-get >/dev/null && [ "$$(id -u)" = 0 ]; then \
+		echo "Installing Chromium, for the widgets' tests."; \
+		apt-get update -qq && apt-get install -y -qq chromium >/dev/null && exit 0; fi; \
+	echo "!!! No browser found ($(BROWSERS)): the widgets will NOT be tested in JupyterLab. Install Chromium."
 
 clean: ## delete caches and build products; .venv and runs/ stay
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,0 +1,335 @@
+"""Every widget in JupyterLab, in a real browser: clicked, by keyboard, and without leaving this machine.
+
+nbmake runs the notebooks without a browser: a widget whose callback is broken, or that shows nothing,
+passes there. Needs Chromium or Chrome; without one these tests are skipped, and fail where CI is set.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import secrets
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from urllib.parse import urlparse
+
+import nbformat
+import pytest
+from nbformat.v4 import new_code_cell, new_notebook
+
+ROOT = Path(__file__).parent.parent
+BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
+FLAGS = (
+    *("--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync"),
+    *("--disable-background-networking", "--disable-component-update", "--disable-dev-shm-usage"),
+)
+SECONDS = 90_000  # milliseconds that anything may take, on a busy machine
+# What opens a notebook and runs it, by Lab's commands: clicks on its menus race with the kernel's start.
+RUN_ALL = """async (path) => {
+  const app = window.jupyterapp;
+  await app.restored;
+  const panel = await app.commands.execute('docmanager:open', {path});
+  await panel.context.ready;
+  await panel.context.sessionContext.ready;
+  await panel.context.sessionContext.session.kernel.info;
+  await app.commands.execute('notebook:run-all-cells');
+}"""
+
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("browser")]
+
+
+@pytest.fixture(scope="module")
+def browser_path() -> str:
+    found = next((path for name in BROWSERS if (path := shutil.which(name))), None)
+    if found is None:
+        words = (
+            f"no browser found ({', '.join(BROWSERS)}): the widgets were NOT tested in JupyterLab"
+        )
+        if os.environ.get("CI"):
+            pytest.fail(words)
+        pytest.skip(words)
+    return found
+
+
+@pytest.fixture(scope="module")
+def lab(tmp_path_factory) -> Iterator[tuple[str, Path]]:
+    """A private JupyterLab: its address and the folder that it serves. Nothing of the user's is touched."""
+    home = tmp_path_factory.mktemp("lab")
+    served = home / "served"
+    names = ("CONFIG_DIR", "DATA_DIR", "RUNTIME_DIR", "LAB_SETTINGS_DIR", "LAB_WORKSPACES_DIR")
+    env = dict(os.environ) | {
+        f"JUPYTER{'' if n.startswith('LAB') else '_'}{n}": str(home / n) for n in names
+    }
+    env |= {"IPYTHONDIR": str(home / "ipython"), "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+    config = home / "CONFIG_DIR"
+    (config / "labconfig").mkdir(parents=True)
+    served.mkdir()
+    quiet = {"fetchNews": "false", "checkForUpdates": False}
+    (config / "labconfig" / "default_setting_overrides.json").write_text(
+        json.dumps({"@jupyterlab/apputils-extension:notification": quiet})
+    )
+    app = {"expose_app_in_browser": True, "news_url": None}
+    app["check_for_updates_class"] = "jupyterlab.NeverCheckForUpdate"
+    (config / "jupyter_lab_config.json").write_text(json.dumps({"LabApp": app}))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    token = secrets.token_hex(16)
+    command = [sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root"]
+    command += [
+        "--ServerApp.ip=127.0.0.1",
+        f"--ServerApp.port={port}",
+        "--ServerApp.port_retries=0",
+    ]
+    command += [f"--IdentityProvider.token={token}", f"--ServerApp.root_dir={served}"]
+    log = (home / "log").open("w")
+    server = subprocess.Popen(command, env=env, cwd=served, stdout=log, stderr=log)
+    address = f"http://127.0.0.1:{port}"
+    try:
+        for _ in range(1800):
+            assert server.poll() is None, (home / "log").read_text()[-3000:]
+            with contextlib.suppress(OSError):
+                urllib.request.urlopen(f"{address}/api?token={token}", timeout=5).close()
+                break
+            time.sleep(0.1)
+        else:
+            pytest.fail(f"JupyterLab did not start: {(home / 'log').read_text()[-3000:]}")
+        yield f"{address}/lab?token={token}", served
+    finally:
+        server.terminate()
+        server.wait(30)
+        log.close()
+
+
+@pytest.fixture(scope="module")
+def browser(browser_path, tmp_path_factory):
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as play:
+        context = play.chromium.launch_persistent_context(
+            tmp_path_factory.mktemp("profile"),
+            executable_path=browser_path,
+            args=list(FLAGS),
+            headless=True,
+            viewport={"width": 1400, "height": 1600},
+        )
+        context.set_default_timeout(SECONDS)
+        yield context
+        context.close()
+
+
+@pytest.fixture
+def run(lab, browser, tmp_path, request):
+    """Opens a notebook of the given cells in Lab, runs it, and gives the page."""
+    address, served = lab
+    pages = []
+
+    def start(*cells: str, file: Path | None = None):
+        name = f"{request.node.name}.ipynb"
+        name = re.sub(r"[^\w.]", "-", name)
+        if file is not None:
+            shutil.copy(file, served / name)  # Lab may save what it opens
+        else:
+            kernel = {"name": "python3", "display_name": "Python 3", "language": "python"}
+            notebook = new_notebook(
+                cells=[new_code_cell(c) for c in cells], metadata={"kernelspec": kernel}
+            )
+            nbformat.write(notebook, served / name)
+        page = browser.new_page()
+        hosts: set[str] = set()
+        page.on("request", lambda r: hosts.add(urlparse(r.url).hostname or ""))
+        pages.append((page, hosts, name))
+        page.goto(f"{address}&reset")
+        page.wait_for_function("() => window.jupyterapp !== undefined")
+        page.evaluate(RUN_ALL, name)
+        return page
+
+    yield start
+    for page, hosts, name in pages:
+        if os.environ.get("RMM_LAB_SCREENSHOTS"):
+            folder = Path(os.environ["RMM_LAB_SCREENSHOTS"])
+            folder.mkdir(parents=True, exist_ok=True)
+            page.screenshot(path=folder / f"{name}.png")
+        page.evaluate(
+            "async () => { const a = window.jupyterapp; await a.serviceManager.sessions.shutdownAll(); }"
+        )
+        page.close()
+        assert hosts <= {"127.0.0.1", ""}, hosts  # "": pictures inside the page
+
+
+def status(page, words: str) -> None:
+    """Wait until a line of status says these words."""
+    from playwright.sync_api import expect
+
+    expect(page.get_by_role("status").filter(has_text=words).first).to_be_visible(timeout=SECONDS)
+
+
+LAST_ALT = "[...document.querySelectorAll('.jp-OutputArea img[alt]')].pop()?.alt"
+
+
+def alt(page) -> str:
+    """The alt text of the last picture on the page, once there is one."""
+    page.wait_for_function(f"() => {LAST_ALT}")
+    return page.evaluate(LAST_ALT)
+
+
+def changed(page, before: str) -> str:
+    """Wait until the last picture is another one; its alt text."""
+    page.wait_for_function(f"old => {LAST_ALT} !== old", arg=before)
+    return alt(page)
+
+
+def button(page, name: str):
+    return page.get_by_role("button", name=name, exact=True).first
+
+
+def handle(page, n: int = 0):
+    """The n-th slider's handle, which the keyboard moves."""
+    found = page.locator(".jp-OutputArea .noUi-handle").nth(n)
+    found.wait_for()
+    return found
+
+
+def test_button_test(run):
+    page = run("from rmm_lab.widgets import ButtonTest\nButtonTest()")
+    button(page, "press me").click()
+    button(page, "press me").click()
+    status(page, "pressed 2 times")
+    button(page, "press me").focus()
+    page.keyboard.press("Enter")
+    status(page, "pressed 3 times")
+
+
+LANDSCAPE = """
+import numpy as np
+class Landscape:
+    sources, n_models, n_layers, stacks = ("digits", "textures", "ties"), 2, 3, (range(3),)
+    n_subsets, task_names, chooses_stem = 2, ["digits", "textures"], False
+    def score(self, path, subset=None):
+        return np.array([sum(a == 0 for a, k in path) / 4, sum(a == 2 for a, k in path) / 4])
+"""
+
+
+def test_map_stepper(run):
+    page = run(
+        LANDSCAPE,
+        "from rmm_lab.walk import Walk\nfrom rmm_lab.widgets import MapStepper\n"
+        "MapStepper(Walk(Landscape()))",
+    )
+    button(page, "digits").wait_for()
+    start = alt(page)
+    assert button(page, "back").is_disabled()  # at layer 0 there is nowhere to go back to
+    button(page, "digits").click()
+    status(page, "took digits; next: layer 1")
+    taken = changed(page, start)
+    assert "digits@0" in taken
+    assert button(page, "back").is_enabled()
+    button(page, "undo").click()
+    status(page, "next: layer 0")
+    assert changed(page, taken) == start
+    button(page, "ties").focus()
+    for k in (1, 2):
+        page.keyboard.press("Enter")  # the button keeps the focus
+        status(page, f"took ties; next: layer {k}")
+    button(page, "skip").click()
+    status(page, "reward")
+    status(page, "textures 50")  # two layers of ties, each a quarter of textures
+    assert button(page, "digits").is_disabled()
+    button(page, "start again").click()
+    status(page, "next: layer 0")
+
+
+RUN = """
+from rmm_lab.ppo import Args, train
+from rmm_lab.problem import load_problem
+from rmm_lab.walk import Run
+problem = load_problem(("demo",))
+run = Run.of(train(Args(episodes=40, data_fraction=0.02, quiet=True), problem=problem, table=False), problem)
+"""
+
+
+def test_path_inspector(run):
+    page = run(RUN, "from rmm_lab.widgets import PathInspector\nPathInspector(run)")
+    boxes = page.locator(".jp-OutputArea select")
+    one = alt(page)
+    boxes.nth(1).select_option(label="greedy")
+    two = changed(page, one)
+    boxes.nth(0).focus()
+    page.keyboard.press("ArrowDown")
+    assert len({one, two, changed(page, two)}) == 3
+
+
+def test_training_replay(run):
+    page = run(RUN, "from rmm_lab.widgets import TrainingReplay\nTrainingReplay(run)")
+    handle(page).focus()
+    before = alt(page)
+    page.keyboard.press("ArrowRight")
+    after = changed(page, before)
+    assert "episode 1" in after
+    page.get_by_role("button", name="Play").click()
+    changed(page, after)
+
+
+@pytest.mark.parametrize("widget", ["TiesExplorer", "ClipExplorer", "DarExplorer"])
+def test_sliders_by_keyboard(run, widget):
+    page = run(f"from rmm_lab.widgets import {widget}\n{widget}()")
+    seen = alt(page)
+    for n in range(2):
+        handle(page, n).focus()
+        page.keyboard.press("ArrowLeft")
+        seen = changed(page, seen)
+
+
+def test_distance_map(run):
+    page = run(
+        "from rmm_lab.problem import load_problem\nfrom rmm_lab.widgets import DistanceMap\n"
+        "DistanceMap(load_problem(('demo',)))"
+    )
+    before = alt(page)
+    page.locator(".jp-OutputArea select").first.focus()
+    page.keyboard.press("ArrowDown")
+    assert "cosine" in changed(page, before)
+
+
+def test_results_table(run):
+    page = run(
+        "from rmm_lab.widgets import ResultsTable\n"
+        "rows = [{'method': m, 'setting': 's', 'scores': {'digits': a, 'textures': b}}"
+        " for m, a, b in (('TIES', 0.5, 0.7), ('RMM', 0.8, 0.6))]\nResultsTable(rows)"
+    )
+    table = page.locator(".jp-OutputArea table").first
+    table.wait_for()
+    assert "80.0" in table.inner_text()
+    before = table.inner_html()
+    page.locator(".jp-OutputArea select").first.select_option(label="RMM")
+    page.wait_for_function(
+        "old => document.querySelector('.jp-OutputArea table').innerHTML !== old", arg=before
+    )
+
+
+def test_a_broken_callback_fails_here(run):
+    """What nbmake does not see: the cell is green, the button does nothing."""
+    page = run(
+        "from rmm_lab.widgets import ButtonTest\nw = ButtonTest()\n"
+        "w.button._click_handlers.callbacks.clear()\n"
+        "w.button.on_click(lambda b: 1 / 0)\nw"
+    )
+    button(page, "press me").click()
+    time.sleep(2)
+    assert not page.get_by_role("status").filter(has_text="pressed 1 time").count()
+
+
+def test_the_first_notebook_runs_in_lab(run):
+    page = run(file=ROOT / "notebooks" / "00_start_here.ipynb")
+    button(page, "press me").click()
+    status(page, "pressed 1 time")
+    status(page, "not attempted")
+    assert page.locator(".jp-OutputArea-output[data-mime-type*='error']").count() == 0
