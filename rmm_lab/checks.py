@@ -24,6 +24,8 @@ import torch
 from rmm_lab.errors import InputError
 
 Function = Callable[..., Any]
+ORDINALS = ("first", "second", "third", "fourth", "fifth", "sixth")
+LONGEST = 90  # characters of a value in a message
 
 
 @dataclass(frozen=True)
@@ -40,7 +42,9 @@ class Exercise:
 
     ``reference``: a right one. ``cases``: gives argument tuples, fresh at each call; the first one is
     shown where nothing better can be said. ``mistakes``: in the order in which they are tried.
-    ``tolerance``: relative and absolute, for floats. ``right``: what a right answer earns.
+    ``tolerance``: relative and absolute, for floats. ``right``: what a right answer earns. ``also``: a last
+    look at a function whose answers are right, for what they do not show (such as a gradient): it gives a
+    hint, or None if nothing is amiss.
     """
 
     reference: Function
@@ -48,6 +52,7 @@ class Exercise:
     mistakes: Sequence[Mistake]
     right: str
     tolerance: float = 1e-5
+    also: Callable[[Function], str | None] | None = None
 
 
 @dataclass(frozen=True)
@@ -171,18 +176,27 @@ def _check_exercise(task: Exercise, function: Function) -> Verdict:
         if not _equal(case, before, 0.0):
             return Verdict(
                 "wrong",
-                "Your function changes its arguments in place. Make a new tensor: x = x + y, not x += y.",
+                "Your function changes its arguments in place. Work on a copy: new = x.copy() (NumPy) or "
+                "x.clone() (torch), list(x); or make a new one: x = x + y, not x += y.",
             )
         found.append(copy.deepcopy(answer))
     if all(_equal(f, e, task.tolerance) for f, e in zip(found, expected, strict=True)):
-        return Verdict("correct", task.right)
+        hint = _last_look(task, function)
+        return Verdict("wrong", hint) if hint else Verdict("correct", task.right)
     for mistake in task.mistakes:
         if _makes(mistake, found, task):
             return Verdict("wrong", mistake.hint)
     for case, f, e in zip(task.cases(), found, expected, strict=True):
         if not _equal(f, e, task.tolerance):
-            return Verdict("wrong", _compare(function, case, f, e))
+            return Verdict("wrong", _compare(function, case, f, e, task.tolerance))
     raise AssertionError("a wrong answer differs from the right one in some case")
+
+
+def _last_look(task: Exercise, function: Function) -> str | None:
+    try:
+        return task.also(function) if task.also else None
+    except Exception as error:  # a student's code may raise anything: it is told, not hidden
+        return f"Your function raised {_raised(error)}."
 
 
 def _makes(mistake: Mistake, found: Sequence[Any], task: Exercise) -> bool:
@@ -193,9 +207,14 @@ def _makes(mistake: Mistake, found: Sequence[Any], task: Exercise) -> bool:
     )
 
 
-def _compare(function: Function, case: tuple[Any, ...], found: Any, expected: Any) -> str:
+def _compare(
+    function: Function, case: tuple[Any, ...], found: Any, expected: Any, tolerance: float
+) -> str:
     """What a student is told of a mistake that is on no list: type, shape, or numbers."""
     call = _call(function, case)
+    where, found, expected = _part(found, expected, tolerance)
+    if where:
+        call = f"{call}, {where}:"
     kinds = {torch.Tensor: "tensor", np.ndarray: "NumPy array", list: "list", tuple: "tuple"}
     wanted, got = kinds.get(type(expected)), kinds.get(type(found))
     if wanted and got and isinstance(found, list | tuple) != isinstance(expected, list | tuple):
@@ -208,6 +227,54 @@ def _compare(function: Function, case: tuple[Any, ...], found: Any, expected: An
     if _is_array(found) and not bool(np.all(np.isfinite(_array(found)))):
         return f"For {call} your answer holds NaN or infinity. Is something divided by 0?"
     return f"For {call} expected {_short(expected)}, found {_short(found)}."
+
+
+def _part(found: Any, expected: Any, tolerance: float) -> tuple[str, Any, Any]:
+    """Where the two differ, in words, and what each holds there; the whole where it can be shown.
+
+    Of a tuple, list or dict the first part that differs, of an array with one wrong entry, or too large to
+    be shown, its first wrong entry. What differs in type, length or shape is left whole.
+    """
+    keys: list[Any] = []
+    if isinstance(found, Mapping) and isinstance(expected, Mapping):
+        if found.keys() != expected.keys():
+            return "", found, expected
+        keys = [(f"key {k!r}", found[k], expected[k]) for k in expected]
+    elif isinstance(found, list | tuple) and isinstance(expected, list | tuple):
+        if len(found) != len(expected):
+            return "", found, expected
+        names = [ORDINALS[i] if i < len(ORDINALS) else f"{i + 1}th" for i in range(len(found))]
+        pairs = zip(names, found, expected, strict=True)
+        keys = [(f"{name} value", f, e) for name, f, e in pairs]
+    elif isinstance(found, np.ndarray | torch.Tensor) and isinstance(
+        expected, np.ndarray | torch.Tensor
+    ):
+        return _entry(found, expected, tolerance)
+    wrong = [(name, f, e) for name, f, e in keys if not _equal(f, e, tolerance)]
+    whole = len(repr(expected)) <= LONGEST and len(repr(found)) <= LONGEST
+    if not wrong or (len(wrong) > 1 and whole and isinstance(expected, list | tuple)):
+        return "", found, expected
+    name, f, e = wrong[0]
+    inner, f, e = _part(f, e, tolerance)
+    return f"{name}, {inner}" if inner else name, f, e
+
+
+def _entry(found: Any, expected: Any, tolerance: float) -> tuple[str, Any, Any]:
+    """The first wrong entry of an array, where it is the only one or the array is too large to be shown."""
+    x, y = _array(found), _array(expected)
+    if (
+        x.shape != y.shape
+        or not x.shape
+        or object in (x.dtype, y.dtype)
+        or not np.isfinite(x).all()
+    ):
+        return "", found, expected
+    wrong = np.argwhere(~np.isclose(x, y, rtol=tolerance, atol=tolerance, equal_nan=True))
+    if not len(wrong) or (len(wrong) > 1 and x.size <= 12) or x.size == 1:
+        return "", found, expected
+    place = tuple(wrong[0].tolist())
+    more = f" (the first of {len(wrong)} entries)" if len(wrong) > 1 else ""
+    return f"differs at {list(place)}{more}", float(x[place]), float(y[place])
 
 
 def _equal(a: Any, b: Any, tolerance: float) -> bool:
@@ -269,4 +336,4 @@ def _short(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:.4g}"
     text = repr(value)
-    return text if len(text) <= 90 else text[:87] + "..."
+    return text if len(text) <= LONGEST else text[: LONGEST - 3] + "..."

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,7 @@ from matplotlib import colormaps
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
+from matplotlib.ticker import MaxNLocator, MultipleLocator
 from torch import Tensor
 
 from rmm_lab.errors import InputError
@@ -144,6 +146,9 @@ def plane_picture(base: Tensor, experts: Tensor, names: Sequence[str]) -> Figure
     axes.set(xlabel="distance in weight space", ylabel="distance in weight space")
     axes.set_aspect("equal", adjustable="datalim")
     axes.margins(0.15)
+    first, second, *_ = MaxNLocator(5).tick_values(0, float(np.abs(points).max()))
+    for axis in (axes.xaxis, axes.yaxis):  # equal distances, equal steps
+        axis.set_major_locator(MultipleLocator(second - first))
     axes.grid(alpha=0.3)
     return figure
 
@@ -159,7 +164,7 @@ def sign_picture(
     before, after: (2, D); every (D // points)-th entry is drawn. Entries of opposite sign lie in the
     shaded quadrants, entries that one expert lost lie on an axis.
     """
-    figure = Figure(figsize=(9, 4.4), layout="constrained")
+    figure = Figure(figsize=(9, 5), layout="constrained")
     panels: Any = figure.subplots(1, 2, sharex=True, sharey=True)
     step = max(1, before.shape[1] // points)
     high = 1.05 * float(before[:, ::step].abs().max())
@@ -180,7 +185,8 @@ def sign_picture(
             xlim=(-high, high), ylim=(-high, high), xlabel=f"entry of the task vector: {names[0]}"
         )
         axes.set_title(title, fontsize=10)
-        axes.legend(fontsize=8, loc="upper right", markerscale=1.5)
+        below: dict[str, Any] = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.14), "ncols": 2}
+        axes.legend(fontsize=8, markerscale=1.5, columnspacing=1, handletextpad=0.2, **below)
     panels[0].set_ylabel(f"entry of the task vector: {names[1]}")
     return figure
 
@@ -297,6 +303,7 @@ def maps_picture(
         title, counts, layer = states[i]
         draw_map(axes, counts, names, 0, cursor=layer)
         axes.set_title(title, fontsize=10)
+        axes.xaxis.labelpad = 7  # below the box around the present layer
         if i % columns:
             axes.set_yticklabels([])
     return figure
@@ -453,6 +460,25 @@ def searches_picture(rows: Sequence[Mapping[str, Any]]) -> Figure:
     return figure
 
 
+def settled(
+    rows: Sequence[Mapping[str, Any]], within: float = 1.0
+) -> dict[tuple[str, str], tuple[float, int]]:
+    """Where each search's mean curve ends, and from which evaluation on it stays near that.
+
+    ``rows``: those of ``results/searches-curve.csv``. Returns (group, method) -> (mean over seeds at the
+    end, the first number of evaluations from which no mean lies more than ``within`` below it).
+    """
+    found = {}
+    means = mean_and_sd(rows, "reward_split", "group", "method", "evaluations")
+    for key in dict.fromkeys(k[:2] for k in means):
+        curve = sorted((k[2], mean) for k, (_, mean, _) in means.items() if k[:2] == key)
+        first, end = curve[0][0], curve[-1][1]
+        for (_, mean), (n, _) in pairwise(curve):
+            first = n if mean < end - within else first
+        found[key] = (end, first)
+    return found
+
+
 def estimates_picture(
     estimates: Mapping[str, np.ndarray], whole: float, predicted: Mapping[str, float]
 ) -> Figure:
@@ -485,6 +511,7 @@ def estimates_picture(
         sd = 100 * predicted[share]
         span = {"color": COLOURS[5], "alpha": 0.2, "zorder": 0}
         axes.axvspan(100 * whole - sd, 100 * whole + sd, label="± predicted sd", **span)
+        axes.set_xlim(right=min(100.0, axes.get_xlim()[1]))  # no reward is above 100 %
         axes.set_title(f"{share} of the data", fontsize=10)
         axes.set_ylabel("subsets", fontsize=9)
         axes.tick_params(labelsize=8)
@@ -516,7 +543,8 @@ def dar_curve_picture(rows: Sequence[Mapping[str, Any]], window: int = 100) -> F
             x, moving_average(raw, 50), color=COLOURS[6], lw=2, label="raw, mean of the last 50"
         )
         for start in range(0, len(x), window):
-            axes.axvline(start, color="black", ls=":", lw=0.8)
+            label = "" if scale or start else "a new window begins"
+            axes.axvline(start, color="black", ls=":", lw=0.8, label=label)
         title = f"with DAR, λ = {scale:g}" if scale else "without DAR"
         axes.set_title(title, fontsize=10, loc="left")
         axes.set_ylabel("reward, %", fontsize=9)
@@ -544,19 +572,29 @@ def t_interval(values: Sequence[float] | np.ndarray) -> tuple[float, float]:
 # ---- notebook 04
 
 
-def examples(tasks: Sequence[Any], split: str = "train") -> Figure:
-    """One image of each class: a row for each task, the class's name above. tasks: N ``tasks.Task``."""
+def examples(
+    tasks: Sequence[Any], split: str = "train", means: Mapping[str, int] | None = None
+) -> Figure:
+    """One image of each class: a row for each task, the class's name above. tasks: N ``tasks.Task``.
+
+    ``means``: task -> n adds a row below the task's own: the mean of the first n images of each class.
+    """
+    averaged = means or {}
+    shown = []  # (task, how many images)
+    for task in tasks:
+        shown += [(task, 1)] + ([(task, averaged[task.name])] if task.name in averaged else [])
     width = max(len(task.classes) for task in tasks)
-    figure = Figure(figsize=(1.5 * width, 1.7 * len(tasks)), layout="constrained")
-    rows = figure.subplots(len(tasks), width, squeeze=False)
-    for row, task in zip(rows, tasks, strict=True):
+    figure = Figure(figsize=(1.5 * width, 1.7 * len(shown)), layout="constrained")
+    rows = figure.subplots(len(shown), width, squeeze=False)
+    for row, (task, n) in zip(rows, shown, strict=True):
         data = task.split(split)
         for c, axes in enumerate(row):
             axes.set_axis_off()
             if c < len(task.classes):
-                first = int((data.labels == c).nonzero()[0])
-                axes.imshow(data.images[first, 0], cmap="gray", vmin=0, vmax=255)
-                axes.set_title(f"{task.name}: {task.classes[c]}", fontsize=9)
+                some = data.images[data.labels == c][:n, 0].float().mean(0)
+                axes.imshow(some, cmap="gray", vmin=0, vmax=255)
+                title = f"{task.name}: {task.classes[c]}" + (f",\nmean of {n}" if n > 1 else "")
+                axes.set_title(title, fontsize=9)
     return figure
 
 
@@ -694,7 +732,7 @@ def targets(steps: np.ndarray, values: Mapping[str, np.ndarray]) -> Figure:
 # ---- notebook 08
 
 # What a path may take at a place, whichever experts there are; the order of the heat map's rows.
-ROLES = ("one expert", "leaning average", "plain average", "task arithmetic", "TIES")
+ROLES = ("expert or base", "leaning average", "plain average", "task arithmetic", "TIES")
 
 
 def role(source: str) -> str:
@@ -838,41 +876,33 @@ def hills_picture(
 
     ``drawn``: (paths, N) scores in [0, 1] of random paths. ``partial``: n -> (paths, N) scores of paths
     that take ``expert``, one of the ``tasks``, at n places. Left: each task's score against the reward;
-    right: the reward and the expert's own task against n, with lines through the means.
+    right: the mean reward and each task's mean score against n; the reward of each path as a mark.
     """
     figure = Figure(figsize=(9.5, 3.7), layout="constrained")
     left, right = figure.subplots(1, 2)
+    rewards = {n: 100 * found.mean(1) for n, found in partial.items()}
+    for n, found in rewards.items():
+        right.plot(np.full(len(found), n), found, "D", color="black", mfc="none", ms=4, alpha=0.6)
+    means = [found.mean() for found in rewards.values()]
+    right.plot(list(partial), means, "D-", color="black", lw=2.5, label="reward")
     for i, task in enumerate(tasks):
-        style: dict[str, Any] = {
-            "marker": "o^s"[i],
-            "color": COLOURS[(5, 6, 3)[i]],
-            "ls": "none",
-            "mfc": "none",
-        }
-        left.plot(100 * drawn.mean(1), 100 * drawn[:, i], ms=5, label=task, **style)
+        style: dict[str, Any] = {"marker": "o^s"[i], "color": COLOURS[(5, 6, 3)[i]], "label": task}
+        left.plot(100 * drawn.mean(1), 100 * drawn[:, i], ms=5, ls="none", mfc="none", **style)
+        means = [100 * found[:, i].mean() for found in partial.values()]
+        right.plot(list(partial), means, ls=("--", "-.", ":")[i], lw=1.8, **style)
     left.set_xlabel("reward of a random path: mean over tasks, %", fontsize=9)
     left.set_ylabel("score on each task, %", fontsize=9)
     left.set_ylim(-3, 125)
     left.set_yticks(range(0, 101, 20))
-    own = [tasks.index(expert)]
-    lines: tuple[tuple[Any, str, dict[str, Any]], ...] = (
-        (slice(None), "reward", {"marker": "D", "color": "black", "ls": "-"}),
-        (own, f"score on {expert}", {"marker": "o", "color": COLOURS[5], "ls": "--"}),
-    )
-    for of, label, style in lines:
-        values = {n: 100 * found[:, of].mean(1) for n, found in partial.items()}
-        for n, found in values.items():
-            dots = {**style, "ls": "none", "mfc": "none", "ms": 4, "alpha": 0.6}
-            right.plot(np.full(len(found), n), found, **dots)
-        right.plot(list(values), [f.mean() for f in values.values()], label=label, lw=2, **style)
     right.set_xlabel(f"places that take {expert}; the others are random", fontsize=9)
-    right.set_ylabel("score, %", fontsize=9)
+    right.set_ylabel("mean over the paths, %", fontsize=9)
     right.set_xticks(list(partial))
     for axes in (left, right):
         axes.tick_params(labelsize=9)
         axes.grid(alpha=0.3)
     left.legend(fontsize=9, ncols=3, loc="upper center")
-    right.legend(fontsize=9, title="line: mean", title_fontsize=9, loc="upper left")
+    title = "open marks: one path's reward"
+    right.legend(fontsize=9, title=title, title_fontsize=9, loc="upper left")
     return figure
 
 

@@ -271,7 +271,8 @@ def _score_bars(
     axes.set_yticks(range(len(names)), names, fontsize=9)
     axes.set_ylim(len(names) - 0.5, -0.5)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.set_xlim(0, 118)
+    axes.set_xlim(0, 118)  # room for the numbers; the axis itself ends at 100
+    axes.spines["bottom"].set_bounds(0, 100)
     axes.set_xticks([0, 50, 100], ["0", "50", "100"], fontsize=8)
     axes.set_xlabel("score, %", fontsize=9)
     axes.set_title("score per task", fontsize=10)

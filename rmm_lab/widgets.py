@@ -192,7 +192,10 @@ class PathInspector(View):
         last = len(run.episodes) - 1
         self.first = Dropdown(options=options, description="first path", style=WIDE)
         self.second = Dropdown(
-            options=[("none", None), *options], value=None, description="second path", style=WIDE
+            options=[("none", "none"), *options],
+            value="none",
+            description="second path",
+            style=WIDE,
         )
         self.first_episode, self.second_episode = (
             BoundedIntText(0, min=0, max=last, description=f"episode of the {which}", style=WIDE)
@@ -219,7 +222,7 @@ class PathInspector(View):
                     self.run.path(name)  # refuses an unknown one
                 if isinstance(name, int):
                     number.value, name = name, "episode"
-                control.value = name
+                control.value = "none" if name is None else name
         finally:
             self._ready = True
             self._show()
@@ -232,7 +235,7 @@ class PathInspector(View):
             ("second", self.second, self.second_episode),
         ):
             name = number.value if control.value == "episode" else control.value
-            if name is not None:
+            if name != "none":  # None as a value would leave the list without a selection
                 text = f"episode {name}" if isinstance(name, int) else name
                 out.append((f"{which}: {text}", name))
         return out

@@ -54,7 +54,11 @@ def in_place(x):
         (lambda x: None, "wrong", "returns None"),
         (raises, "wrong", "KeyError: 'expert', for raises(x=[[1.0, 2.0], [3.0, 6.0]])"),
         (lambda: 0, "wrong", "TypeError"),
-        (in_place, "wrong", "changes its arguments in place"),
+        (
+            in_place,
+            "wrong",
+            "changes its arguments in place. Work on a copy: new = x.copy() (NumPy)",
+        ),
         (lambda x: x.mean(), "wrong", "expected shape (2,), found ()"),
         (lambda x: x.mean(0) / 0, "wrong", "NaN or infinity"),
         (lambda x: x.mean(0) + 1, "wrong", "expected [2.0, 4.0], found [3.0, 5.0]"),
@@ -76,6 +80,45 @@ def test_an_array_is_no_list(monkeypatch):
     assert verdict.status == "wrong"
     assert "expected a list, found a NumPy array: [1.0, 2.0]" in verdict.message
     assert checks.check("99.list", lambda x: (x, 2 * x)).status == "correct"
+
+
+BIG = np.arange(12.0).reshape(3, 4)
+
+
+def but_one(value, place=(1, 2)):
+    changed = value.copy()
+    changed[place] += 1
+    return changed
+
+
+@pytest.mark.parametrize(
+    ("right", "wrong", "words"),
+    [
+        ((BIG, 3), (BIG, 2), ", second value: expected 3, found 2."),
+        ((BIG, 3), (but_one(BIG), 3), ", first value, differs at [1, 2]: expected 6, found 7."),
+        ((BIG, 3), (BIG[0], 3), ", first value: expected shape (3, 4), found (4,)."),
+        ((BIG, 3), (BIG, None), ", second value: expected 3, found None."),
+        ((BIG, 3), BIG, "expected a tuple, found a NumPy array"),
+        (BIG, but_one(BIG), ", differs at [1, 2]: expected 6, found 7."),
+        (BIG, BIG + 1, "expected [[0.0, 1.0, 2.0, 3.0]"),
+        (np.zeros(20), np.ones(20), "[0] (the first of 20 entries): expected 0, found 1."),
+        (np.zeros(20), np.full(20, np.nan), "NaN or infinity"),
+        ([1, 2, 3], [1, 5, 3], ", second value: expected 2, found 5."),
+        ([1, 2, 3], [1, 5, 4], "expected [1, 2, 3], found [1, 5, 4]"),
+        ([1, 2, 3], [1, 2], "expected [1, 2, 3], found [1, 2]"),
+        ({"a": 1, "b": {"c": [2, 3]}}, {"a": 1, "b": {"c": [2, 4]}}, "key 'b', key 'c', second value:"),
+        ({"a": 1, "b": 2}, {"b": 3, "a": 4}, ", key 'a': expected 1, found 4."),
+        ({"a": 1}, {"b": 1}, "expected {'a': 1}, found {'b': 1}"),
+        (torch.eye(2), torch.eye(2) + torch.tensor([[0, 1], [0, 0]]), "differs at [0, 1]: expected 0"),
+    ],
+)  # fmt: skip
+def test_the_part_that_is_wrong_is_named(monkeypatch, right, wrong, words):
+    task = Exercise(lambda x: right, lambda: [(1,)], (), "")
+    monkeypatch.setattr(checks, "exercise", lambda name: task)
+    verdict = checks.check("99.part", lambda x: wrong)
+    assert verdict.status == "wrong"
+    assert words in verdict.message
+    assert verdict.message.startswith("For <lambda>(x=1)")
 
 
 def test_a_mistake_must_match_every_case():

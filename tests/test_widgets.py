@@ -284,7 +284,7 @@ def test_one_path_and_its_scores():
         "finalist 3 (50.0 %)",
         "episode",
     ]
-    assert view.second.value is None
+    assert view.second.value == "none"
     assert words(view.words) == "first: best: t0 75.0 %, t1 75.0 %, mean 75.0 %"
     assert view.first_episode.disabled
     assert "layer 0 of m1" in alt(view.place)
@@ -329,7 +329,7 @@ def test_a_path_that_is_not_there_is_refused(bad):
     view = PathInspector(a_run())
     with pytest.raises(InputError):
         view.select("best", bad)
-    assert view.second.value is None
+    assert view.second.value == "none"
 
 
 def test_a_failing_score_is_told_and_raised():

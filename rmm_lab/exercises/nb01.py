@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import normalize
 
 from rmm_lab import operators
 from rmm_lab.checks import Exercise, Mistake, Quiz
@@ -42,6 +43,9 @@ def _average(experts: Tensor) -> Tensor:
     return operators.weight_average(experts[0], experts)
 
 
+LENGTH = (
+    "You changed the length. A task vector is the whole difference; its length was learned too."
+)
 EXERCISES: dict[str, Exercise | Quiz] = {
     "01.task_vector": Exercise(
         reference=operators.task_vectors,
@@ -80,11 +84,13 @@ EXERCISES: dict[str, Exercise | Quiz] = {
                 lambda base, experts: experts,
             ),
             Mistake(
-                "You scale each task vector to length 1. Its length is part of what was learned.",
+                LENGTH,
                 lambda base, experts: torch.stack(
                     [(e - base) / (e - base).norm() for e in experts]
                 ),
             ),
+            Mistake(LENGTH, lambda base, experts: normalize(experts - base, dim=1, eps=0)),
+            Mistake(LENGTH, lambda base, experts: normalize(experts - base, dim=-1, eps=0)),
             Mistake(
                 "You divide by the base. A task vector is a plain difference of weights, not a relative "
                 "one; where a weight of the base is 0 this is not even defined.",
@@ -105,6 +111,10 @@ EXERCISES: dict[str, Exercise | Quiz] = {
                 "You average over the last axis, the weights of one expert. The experts are stacked on "
                 "axis 0.",
                 lambda experts: experts.mean(-1),
+            ),
+            Mistake(
+                "You average over axis 1, the weights of one expert. The experts are stacked on axis 0.",
+                lambda experts: experts.mean(1),
             ),
             Mistake(
                 "You average over everything, and one number is left. Only axis 0, the experts, goes.",

@@ -54,6 +54,10 @@ ARITHMETIC = Exercise(
             "The scale is not used: this is the answer for a scale of 1.",
             lambda base, experts, scale: base + _deltas_sum(base, experts),
         ),
+        Mistake(
+            "The first two experts only. There may be more of them on axis 0.",
+            lambda base, experts, scale: base + scale * _deltas_sum(base, experts[:2]),
+        ),
     ],
     right="At scale 0 this is the base, and for one expert at scale 1 that expert.",
 )
@@ -137,18 +141,18 @@ TRIM = Exercise(
             _across_experts,
         ),
         Mistake(
-            "One entry too few: the k-th largest stays too. (> a threshold, or >=?)",
+            "One entry too few: the m-th largest stays too. (> a threshold, or >=?)",
             _above_threshold,
         ),
         Mistake(
-            "Where several entries have the magnitude at the border, this keeps more than k. Exactly k "
+            "Where several entries have the magnitude at the border, this keeps more than m. Exactly m "
             "stay; of equal ones those with the lower index.",
             _from_threshold,
         ),
         Mistake(EQUAL, _last_of_equal),
         Mistake(EQUAL, _topk),
         Mistake(
-            "A small density can round k down to 0, and then nothing is left of the expert. At least one "
+            "A small density can round m down to 0, and then nothing is left of the expert. At least one "
             "entry stays.",
             lambda deltas, density: _first(deltas.abs(), deltas, _kept(deltas, density, 0)),
         ),
@@ -156,8 +160,12 @@ TRIM = Exercise(
             "This is the mask, 1 where an entry stays. Return the task vectors with the others set to 0.",
             lambda deltas, density: (operators.trim(deltas, density) != 0).float(),
         ),
+        Mistake(
+            "The signs are lost: magnitudes choose, the entries themselves stay.",
+            lambda deltas, density: operators.trim(deltas, density).abs(),
+        ),
     ],
-    right="Exactly k entries of each expert stay, the same number whatever its task vector's length.",
+    right="Exactly m entries of each expert stay, the same number whatever its task vector's length.",
 )
 
 # ------------------------------------------------------------------------------- elect and merge
@@ -213,6 +221,15 @@ TIES = Exercise(
             lambda trimmed: _merge(
                 trimmed, trimmed.gather(0, trimmed.abs().argmax(0)[None])[0].sign()
             ),
+        ),
+        Mistake(
+            "The largest entry alone wins here. It may lose the election, and where others agree with it "
+            "they share in the mean.",
+            lambda trimmed: trimmed.gather(0, trimmed.abs().argmax(0)[None])[0],
+        ),
+        Mistake(
+            "This is the mean of all kept entries, also of those that lost the election.",
+            lambda trimmed: trimmed.sum(0) / (trimmed != 0).sum(0).clamp(min=1),
         ),
         Mistake(
             "This keeps the entries that lost the election. An entry agrees if it has the sign of the sum.",

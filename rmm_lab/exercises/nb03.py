@@ -49,6 +49,7 @@ def _by_env(merging_map: np.ndarray, layer: int, action: int) -> tuple[np.ndarra
 def _action_cases() -> list[tuple[Any, ...]]:
     empty = np.zeros((3, 4), np.float32)
     later = np.array([[1, 0, 0, 0], [0, 2, 0, 1], [0, 1, 1, 0]], np.float32)
+    five = np.array([[0, 1, 0], [1, 0, 0], [0, 0, 0], [0, 1, 0], [0, 0, 0]], np.float32)
     return [
         (empty, 0, 1),  # a source at the start
         (later, 1, 1),  # a source that was taken there before
@@ -56,7 +57,15 @@ def _action_cases() -> list[tuple[Any, ...]]:
         (later, 2, 3),  # skip
         (later, 2, 4),  # back
         (later, 3, 4),  # back to a layer of which the last choice is not the first row
+        (five, 1, 3),  # five sources, so that 3 is one of them
     ]
+
+
+def _three_sources(merging_map: np.ndarray, layer: int, action: int) -> tuple[np.ndarray, int]:
+    new = merging_map.copy()
+    if action < 3:
+        new[action, layer] += 1
+    return new, layer - 1 if action == 4 else layer + 1
 
 
 Step = Callable[[np.ndarray, int, int], Any]
@@ -101,6 +110,18 @@ def _back_takes_one(new: np.ndarray, layer: int, kind: int) -> None:
         new[:, layer - 1] = np.maximum(new[:, layer - 1] - 1, 0)
 
 
+def _back_takes_one_off_each(new: np.ndarray, layer: int, kind: int) -> None:
+    _add(new, layer, kind)
+    if kind == -2:
+        new[:, layer - 1] -= 1
+
+
+def _back_takes_one_here(new: np.ndarray, layer: int, kind: int) -> None:
+    _add(new, layer, kind)
+    if kind == -2:
+        new[:, layer] = np.maximum(new[:, layer] - 1, 0)
+
+
 def _back_clears(new: np.ndarray, layer: int, kind: int) -> None:
     _add(new, layer, kind)
     if kind == -2:
@@ -137,7 +158,12 @@ APPLY_ACTION = Exercise(
     mistakes=[
         Mistake(BACK_HINT, _variant(_back_removes, _go)),
         Mistake(BACK_HINT, _variant(_back_takes_one, _go)),
+        Mistake(BACK_HINT, _variant(_back_takes_one_off_each, _go)),
+        Mistake(BACK_HINT, _variant(_back_takes_one_here, _go)),
         Mistake(BACK_HINT, _variant(_back_clears, _go)),
+        Mistake(
+            "You count on three sources: len(merging_map) says how many there are.", _three_sources
+        ),
         Mistake(
             "Skip and back change the map here. They append no layer, so nothing is counted.",
             _variant(_skip_counts, _go),
@@ -167,6 +193,10 @@ APPLY_ACTION = Exercise(
         Mistake(
             "Skip jumps over two layers. It neglects the present layer: the next one is k + 1.",
             _variant(_add, lambda kind, layer: layer + 2 if kind == -1 else _go(kind, layer)),
+        ),
+        Mistake(
+            "Skip does not advance here. It leaves out the present layer, and the next one is k + 1.",
+            _variant(_add, lambda kind, layer: layer if kind == -1 else _go(kind, layer)),
         ),
         Mistake(
             "Back stays at the layer. It returns to the layer before: k - 1.",
@@ -200,6 +230,8 @@ def _legal_cases() -> list[tuple[Any, ...]]:
         (3, 1, (0,), False),
         (3, 2, (0,), False),
         (2, 4, (0, 4), False),  # the first block of a T5's decoder
+        (3, 2, (0, 4), False),  # between the stacks' first layers
+        (3, 2, (0, 2), False),  # a decoder that begins elsewhere
         (4, 5, (0, 4), True),
         (3, 0, (0,), True),
         (3, 7, (0,), False),  # the last layer
@@ -222,6 +254,14 @@ LEGAL = Exercise(
             "Back is illegal at layer 0 only here. A T5 has two stacks, and from the decoder's first block "
             "no way leads back into the encoder.",
             lambda n, k, starts, full: _mask(n, not full, True, k > 0),
+        ),
+        Mistake(
+            "Back is illegal up to the last stack's start here. It is so only at the first layer of a stack.",
+            lambda n, k, starts, full: _mask(n, not full, True, k > starts[-1]),
+        ),
+        Mistake(
+            "You count on stacks that begin at 0 and 4: starts says where they do.",
+            lambda n, k, starts, full: _mask(n, not full, True, k not in (0, 4)),
         ),
         Mistake(
             "Sources stay legal in a full model here. Where no layer fits any more, only skip and back are "
@@ -254,6 +294,15 @@ LEGAL = Exercise(
 
 # ------------------------------------------------------------------------------------- count_paths
 
+
+def _whole(function: Callable[..., Any]) -> str | None:
+    """A hint for a float: it is exact only as long as the number is small."""
+    answer = function(2, 3)
+    if isinstance(answer, int | np.integer):
+        return None
+    return f"The value is right; return a whole number (int), not {type(answer).__name__} {answer}."
+
+
 COUNT_PATHS = Exercise(
     reference=lambda n_sources, n_layers: (n_sources + 1) ** n_layers,
     cases=lambda: [(2, 3), (7, 6), (1, 4), (5, 12)],
@@ -276,6 +325,10 @@ COUNT_PATHS = Exercise(
             lambda n, layers: layers ** (n + 1),
         ),
         Mistake(
+            "Base and exponent are swapped, and skip is forgotten: one factor for each layer.",
+            lambda n, layers: layers**n,
+        ),
+        Mistake(
             "This counts one skipped layer at most. Any set of layers may be skipped.",
             lambda n, layers: n**layers + layers * n ** (layers - 1),
         ),
@@ -286,6 +339,7 @@ COUNT_PATHS = Exercise(
     ],
     right="One factor N + M + 1 for each layer: the number grows exponentially with the depth.",
     tolerance=0.0,
+    also=_whole,
 )
 
 BACK = Quiz(

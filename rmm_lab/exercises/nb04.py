@@ -25,16 +25,22 @@ def compose(layers: Sequence[Layer], x: Tensor) -> Tensor:
     return x
 
 
-def _double(x: Tensor) -> Tensor:
-    return 2 * x
+class Named:
+    """A layer that is shown by its formula."""
+
+    def __init__(self, text: str, function: Layer) -> None:
+        self.text, self.function = text, function
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.function(x)
+
+    def __repr__(self) -> str:
+        return self.text
 
 
-def _plus(x: Tensor) -> Tensor:
-    return x + 3
-
-
-def _square(x: Tensor) -> Tensor:
-    return x * x
+_double = Named("2x", lambda x: 2 * x)
+_plus = Named("x + 3", lambda x: x + 3)
+_square = Named("x²", lambda x: x * x)
 
 
 def _chains() -> list[tuple[list[Layer], Tensor]]:
@@ -64,6 +70,12 @@ def _without_first(layers: Sequence[Layer], x: Tensor) -> Tensor:
 
 def _without_last(layers: Sequence[Layer], x: Tensor) -> Tensor:
     return compose(layers[:-1], x)
+
+
+def _residual(layers: Sequence[Layer], x: Tensor) -> Tensor:
+    for layer in layers:
+        x = x + layer(x)
+    return x
 
 
 # ------------------------------------------------------------------------------------------- 04.reward
@@ -200,6 +212,10 @@ def _greedy(n_sources: int, n_layers: int, score: Score) -> tuple[int, ...]:
     return choice
 
 
+def _swapped(n_sources: int, n_layers: int, score: Score) -> tuple[int, ...]:
+    return best_path(n_layers, n_sources, score)
+
+
 def _the_score(n_sources: int, n_layers: int, score: Score) -> float:
     return score(best_path(n_sources, n_layers, score))
 
@@ -222,6 +238,11 @@ EXERCISES: dict[str, Exercise | Quiz] = {
             Mistake(
                 "The layers stand side by side and their outputs are added. They follow each other.",
                 _sum_of_each,
+            ),
+            Mistake(
+                "Each layer's input is added to its output. The layers of a ViT do that within themselves: "
+                "here only the output goes on.",
+                _residual,
             ),
             Mistake("The first layer of the path is left out.", _without_first),
             Mistake("The last layer of the path is left out.", _without_last),
@@ -284,6 +305,10 @@ EXERCISES: dict[str, Exercise | Quiz] = {
                 "This decides layer by layer and keeps what looks best at the time. Brute force scores whole "
                 "choices.",
                 _greedy,
+            ),
+            Mistake(
+                "Source numbers and layers are swapped: a choice has n_layers entries, each below n_sources.",
+                _swapped,
             ),
             Mistake("This is the best score. Return the choice that has it.", _the_score),
         ],

@@ -2,11 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from rmm_lab import ppo
 from rmm_lab.checks import Exercise, Mistake, Quiz
+
+Function = Callable[..., Any]
+
+
+def _gives_a_tensor(*case: Any) -> Callable[[Function], str | None]:
+    """A last look: whether the answer is a tensor, which the notebook's later cells rely on."""
+    hint = "The numbers are right. Return a tensor: the cells below use its methods."
+    return lambda function: None if isinstance(function(*case), Tensor) else hint
+
 
 # ------------------------------------------------------------------------------------------ 05.returns
 
@@ -97,6 +109,10 @@ def _sample_deviation(returns: Tensor, values: Tensor) -> Tensor:
     return (returns - returns.mean()) / (returns.std() + 1e-8) - values
 
 
+def _precedence(returns: Tensor, values: Tensor) -> Tensor:
+    return returns - returns.mean() / (returns.std(correction=0) + 1e-8) - values
+
+
 def _variance(returns: Tensor, values: Tensor) -> Tensor:
     return (returns - returns.mean()) / (returns.var(correction=0) + 1e-8) - values
 
@@ -107,6 +123,24 @@ def _variance(returns: Tensor, values: Tensor) -> Tensor:
 def clipped_loss(ratio: Tensor, advantage: Tensor, epsilon: float) -> Tensor:
     """-J of Eq. 8, as a mean: what an optimiser that goes downhill is given."""
     return -ppo.clipped_objective(ratio, advantage, epsilon)
+
+
+def _carries_gradient(function: Function) -> str | None:
+    """A last look: whether the loss has the gradient of ``clipped_loss``, which ``update`` follows."""
+    advantage = torch.tensor([1.0, 1.0, -1.0, -1.0, 2.0, -3.0])
+    gradients = []
+    for loss in (clipped_loss, function):
+        ratio = torch.tensor([1.5, 0.5, 1.5, 0.5, 1.1, 0.9], requires_grad=True)
+        found = loss(ratio, advantage, 0.2)
+        if not isinstance(found, Tensor) or not found.requires_grad:
+            return (
+                "The value is right, but your loss carries no gradient. Make it of ratio by tensor "
+                "operations and return the tensor, without .item(), .tolist() or .detach()."
+            )
+        gradients.append(torch.autograd.grad(found, ratio, allow_unused=True)[0])
+    if gradients[1] is None or not torch.allclose(gradients[0], gradients[1], atol=1e-5):
+        return "The value is right, its gradient is not. Is a part of it detached?"
+    return None
 
 
 def _ratios() -> list[tuple[Tensor, Tensor, float]]:
@@ -192,6 +226,7 @@ EXERCISES: dict[str, Exercise | Quiz] = {
             ),
         ],
         right="Each step's return is its own reward and gamma times the return of the next step.",
+        also=_gives_a_tensor(torch.tensor([1.0, 0.0, 4.0]), 0.5),
     ),
     "05.advantage": Exercise(
         reference=advantage,
@@ -226,9 +261,14 @@ EXERCISES: dict[str, Exercise | Quiz] = {
                 "This divides by the variance. The standard deviation is its square root.",
                 _variance,
             ),
+            Mistake(
+                "Only the mean is divided by the deviation. Take the mean away first, in parentheses.",
+                _precedence,
+            ),
         ],
         right="Positive: better than the critic expected. Negative: worse.",
         tolerance=1e-4,
+        also=_gives_a_tensor(torch.tensor([1.0, 3.0]), torch.tensor([0.0, 0.5])),
     ),
     "05.clipped_loss": Exercise(
         reference=clipped_loss,
@@ -269,6 +309,7 @@ EXERCISES: dict[str, Exercise | Quiz] = {
             ),
         ],
         right="The gradient stops only where a step has already gone far enough in its own favour.",
+        also=_carries_gradient,
     ),
     "05.clip_corner": Quiz(
         right="c",

@@ -52,13 +52,29 @@ def _best_cases() -> list[tuple[Any, ...]]:
 
 
 def _shortlist_by(score: Callable[[list[float], Scored], float]) -> Callable[..., list[str]]:
-    """A shortlist by another score of a path's rewards, the best first."""
+    """A shortlist by another score of a path's rewards, the best first; equal ones by the alphabet."""
 
     def chosen(scored: Scored, n: int) -> list[str]:
         seen = _values(scored)
         return sorted(seen, key=lambda p: (-score(seen[p], scored), p))[:n]
 
     return chosen
+
+
+def _as_found(score: Callable[[list[float], Scored], float]) -> Callable[..., list[str]]:
+    """The same, but equal ones in the order of the search."""
+
+    def chosen(scored: Scored, n: int) -> list[str]:
+        seen = _values(scored)
+        return sorted(seen, key=lambda p: -score(seen[p], scored))[:n]
+
+    return chosen
+
+
+def _in_both_orders(
+    hint: str, score: Callable[[list[float], Scored], float]
+) -> tuple[Mistake, Mistake]:
+    return Mistake(hint, _shortlist_by(score)), Mistake(hint, _as_found(score))
 
 
 def _all_mean(scored: Scored) -> float:
@@ -84,7 +100,8 @@ def _shortlist_cases() -> list[tuple[Any, ...]]:
     fourth = [("a", 0.9), *[("b", 0.72)] * 3, *[("c", 0.3)] * 15, ("d", 0.8), ("e", 0.85)]
     fifth = [("a", 0.65), ("a", 0.66), *[("b", 0.61)] * 9, *[("c", 0.2)] * 8, ("d", 0.7)]
     sixth = [("a", 0.9), ("a", 0.3), ("b", 0.7), ("b", 0.72), ("c", 0.8), ("c", 0.55), ("d", 0.6)]
-    return [(first, 3), (second, 2), (third, 2), (fourth, 4), (fifth, 3), (sixth, 2)]
+    equal = [("b", 0.6), ("a", 0.6), ("c", 0.2), ("c", 0.3)]
+    return [(first, 3), (second, 2), (third, 2), (fourth, 4), (fifth, 3), (sixth, 2), (equal, 2)]
 
 
 EXERCISES: dict[str, Exercise | Quiz] = {
@@ -105,6 +122,10 @@ EXERCISES: dict[str, Exercise | Quiz] = {
             Mistake(
                 "This is the mean over all evaluations so far. Take a mean for each path, then the best.",
                 _so_far(lambda seen: float(np.mean([x for v in seen.values() for x in v]))),
+            ),
+            Mistake(
+                "This is the mean over the paths' means. Take the best of them.",
+                _so_far(lambda seen: float(np.mean([np.mean(v) for v in seen.values()]))),
             ),
             Mistake(
                 "A path's later reward replaces its earlier ones here. Keep them all and take their mean.",
@@ -130,30 +151,36 @@ EXERCISES: dict[str, Exercise | Quiz] = {
         reference=scoring.shortlist,
         cases=_shortlist_cases,
         mistakes=[
-            Mistake(
+            *_in_both_orders(
                 "The plain mean lets a path win that was lucky once. Draw each mean towards the mean of "
                 "all evaluations.",
-                _shortlist_by(lambda v, scored: float(np.mean(v))),
+                lambda v, scored: float(np.mean(v)),
             ),
-            Mistake(
+            *_in_both_orders(
                 "The highest single reward is the luckiest one. Start from the mean of a path's rewards.",
-                _shortlist_by(lambda v, scored: max(v)),
+                lambda v, scored: max(v),
             ),
-            Mistake(
+            *_in_both_orders(
                 "The denominator has two more evaluations, the numerator has not: means are drawn towards "
                 "0. Add twice the mean of all.",
-                _shortlist_by(lambda v, scored: sum(v) / (len(v) + 2)),
+                lambda v, scored: sum(v) / (len(v) + 2),
             ),
-            Mistake(
-                "The prior counts as one evaluation here; it must count as two.",
-                _shortlist_by(_drawn(1)),
+            *_in_both_orders(
+                "The numerator has two more evaluations, the denominator has not: it is n_p + 2.",
+                lambda v, scored: (sum(v) + 2 * _all_mean(scored)) / len(v),
             ),
-            Mistake(
+            *_in_both_orders(
+                "The prior counts as one evaluation here; it must count as two.", _drawn(1)
+            ),
+            *_in_both_orders(
                 "The prior is the mean over paths here. It must be the mean over all evaluations, in which "
                 "a path that was seen ten times counts ten times.",
-                _shortlist_by(
-                    lambda v, scored: (sum(v) + 2 * _mean_of_means(scored)) / (len(v) + 2)
-                ),
+                lambda v, scored: (sum(v) + 2 * _mean_of_means(scored)) / (len(v) + 2),
+            ),
+            Mistake(
+                "Equal paths come in the order of the search. Let the alphabet decide: sort by the pair "
+                "(-score, path).",
+                _as_found(_drawn(2)),
             ),
             Mistake(
                 "The order is reversed: the best path comes first.",
@@ -162,6 +189,10 @@ EXERCISES: dict[str, Exercise | Quiz] = {
             Mistake(
                 "All paths come back. Return the first n only.",
                 lambda scored, n: scoring.shortlist(scored, len(scored)),
+            ),
+            Mistake(
+                "All paths come back. Return the first n only.",
+                lambda scored, n: _as_found(_drawn(2))(scored, len(scored)),
             ),
         ],
         right="One lucky subset is not enough any more.",
@@ -173,10 +204,10 @@ EXERCISES: dict[str, Exercise | Quiz] = {
             "stays high. Its entropy bonus is 20 times too strong and outweighs the reward.",
             "b": "Run B is the healthy one: the KL stops at its target of 0.05, the entropy falls slowly, "
             "the reward rises.",
-            "c": "Run C moved by a KL of more than 1 in its first update, and its entropy was 0 at once: the "
-            "policy had committed itself before it had seen anything, and never explores again.",
-            "d": "Run D's KL and clip fraction are 0: its policy does not move at all. Its learning rate is "
-            "100 times too low, the opposite fault.",
+            "c": "Run C moved by a KL of more than 10 in its first update, and its entropy was 0 at once: "
+            "the policy had committed itself before it had seen anything, and never explores again.",
+            "d": "Run D's clip fraction is 0 and its KL near 0: its policy hardly moves. Its learning rate "
+            "is 100 times too low, the opposite fault.",
         },
     ),
 }

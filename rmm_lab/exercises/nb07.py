@@ -73,6 +73,10 @@ def _never_reset(reward: float, previous: float | None, t: int, t_max: int, scal
     return a * (previous or 0.0) + (1 - a) * reward
 
 
+def _falsy(reward: float, previous: float | None, t: int, t_max: int, scale: float) -> float:
+    return env.dar(reward, previous or None, t, t_max, scale)
+
+
 def _added(reward: float, previous: float | None, t: int, t_max: int, scale: float) -> float:
     return reward + (0.0 if previous is None else scale * t / t_max * previous)
 
@@ -112,6 +116,10 @@ EXERCISES: dict[str, Exercise | Quiz] = {
                 "The rows are not shuffled. Splits are stored class by class, so that such a subset would "
                 "hold only a class or two.",
                 lambda n, k, seed: np.array_split(np.arange(n), k),
+            ),
+            Mistake(
+                "seed has no effect: every seed gives the same shuffle. Pass seed on to default_rng.",
+                lambda n, k, seed: scoring.deal(n, k, 0),
             ),
             Mistake(
                 "You deal one row to each subset in turn. That is a fair partition too, but not the "
@@ -173,7 +181,7 @@ EXERCISES: dict[str, Exercise | Quiz] = {
                 lambda p, n: float(np.sqrt(_variances(p, np.ones(len(p))).sum()) / len(p)),
             ),
         ],
-        right="The smallest task is the noisiest, and it sets most of the error.",
+        right="At similar accuracies the task with the fewest examples is the noisiest.",
     ),
     "07.dar": Exercise(
         reference=env.dar,
@@ -187,6 +195,11 @@ EXERCISES: dict[str, Exercise | Quiz] = {
                 "At the start of a window there is no previous reward, and 0 is a bad stand-in: previous "
                 "None must leave the reward as it is.",
                 _never_reset,
+            ),
+            Mistake(
+                "A previous reward of 0 is a reward, too, and must be blended. Test `previous is None`: "
+                "`not previous` is true for 0 as well.",
+                _falsy,
             ),
             Mistake(
                 "t / T_max is missing: the weight of the previous reward must grow during the search.",

@@ -69,6 +69,11 @@ EXERCISES: dict[str, Exercise | Quiz] = {
                 lambda scores: (scores.mean(), scores.mean(axis=0).std(ddof=1)),
             ),
             Mistake(
+                "This is the mean of each task's spread over seeds. A seed that wins on one task may lose on "
+                "another; take the mean over tasks first, then its spread.",
+                lambda scores: (scores.mean(), scores.std(axis=0, ddof=1).mean()),
+            ),
+            Mistake(
                 "This is the standard error: how well the mean is known. It shrinks with more seeds. The "
                 "spread asked for says how far one search lies from the mean.",
                 lambda scores: (

@@ -155,6 +155,15 @@ EXERCISES: dict[str, Exercise | Quiz] = {
                 ),
             ),
             Mistake(
+                "The decoder starts at layer 4 for every model. 4 is E of the models here; in general E is "
+                "the number of encoder blocks that occur in names.",
+                _grouped(
+                    lambda name, k, e, d: _without_copies(
+                        name, k - e + 4 if name.startswith("decoder.block") and k >= e else k
+                    )
+                ),
+            ),
+            Mistake(
                 "Block 10 and block 1 share a number: read all digits of the block's number, not the first.",
                 _grouped(
                     lambda name, k, e, d: _without_copies(
@@ -256,11 +265,12 @@ EXERCISES: dict[str, Exercise | Quiz] = {
             ),
             "b": (
                 "All paths of the picture were scored on the same rows, and the two ends are far apart. "
-                "Noise makes a search slower; it would not leave colours at chance each time."
+                "Noise makes a search slower; it would not leave colours near chance each time."
             ),
             "c": (
-                "The best random paths are better by answers and antonyms, while colours stays near chance "
-                "in almost all of them. Many of its places must be right together before the reward shows it."
+                "The best random paths are better at answers, while colours stays near chance in most. Two "
+                "or four places of colours raise its own score, but the other tasks, mostly antonyms, lose "
+                "as much, so that the reward rises only later."
             ),
             "d": (
                 "The test split chose nothing and stops nothing. On the reward split too, the paths found "

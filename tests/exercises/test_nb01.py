@@ -51,7 +51,18 @@ WRONG = [
         "def f(base, experts):\n    d = experts - base\n"
         "    n = d.flatten(1).pow(2).sum(1).sqrt()\n"
         "    return d / n.view(-1, *[1] * base.dim())",
-        "length 1",
+        "changed the length",
+    ),
+    (
+        TASK_VECTOR,
+        "def f(base, experts):\n    d = experts - base\n    return d / d.norm(dim=1, keepdim=True)",
+        "changed the length",
+    ),
+    (
+        TASK_VECTOR,
+        "def f(base, experts):\n    d = experts - base\n"
+        "    return d / (d * d).sum(-1, keepdim=True).sqrt()",
+        "changed the length",
     ),
     (TASK_VECTOR, "def f(base, experts):\n    return experts / base - 1", "divide by the base"),
     (TASK_VECTOR, "def f(base, experts):\n    return (experts - base) / 0", "NaN or infinity"),
@@ -71,6 +82,7 @@ WRONG = [
         "This is the sum",
     ),
     (AVERAGE, "def f(experts):\n    return experts.sum(-1) / experts.shape[-1]", "last axis"),
+    (AVERAGE, "def f(experts):\n    return torch.mean(experts, dim=1)", "over axis 1"),
     (AVERAGE, "def f(experts):\n    return float(np.mean(experts.numpy()))", "one number is left"),
     (AVERAGE, "def f(experts):\n    return (experts[0] + experts[1]) / 2", "first two experts"),
     (AVERAGE, "def f(experts):\n    return 0.5 * sum(experts)", "divide by 2"),

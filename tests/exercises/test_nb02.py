@@ -35,6 +35,7 @@ WRONG = [
         "multiplies the base too",
     ),
     ("task_arithmetic", "def f(b, e, s):\n return e.sum(0) - (len(e) - 1) * b", "not used"),
+    ("task_arithmetic", "def f(b, e, s):\n return b + s * (e[0] + e[1] - 2 * b)", "first two experts"),
     ("task_arithmetic", "def f(b, e, s):\n return b + s * (e - b)", "expected shape"),
     ("task_arithmetic", "def f(b, e, s):\n b + s * (e - b).sum(0)", "return missing"),
     (
@@ -58,7 +59,7 @@ WRONG = [
      "  t = sorted(d[r].abs().tolist())[-k]\n  for c in range(d.shape[1]):\n"
      "   if abs(d[r, c].item()) <= t:\n    out[r, c] = 0\n return out", "One entry too few"),
     ("trim", "def f(d, p):\n k = max(1, int(p * d.shape[1]))\n t = d.abs().sort(1).values[:, -k]\n"
-     " return torch.where(d.abs() >= t[:, None], d, 0.0)", "more than k"),
+     " return torch.where(d.abs() >= t[:, None], d, 0.0)", "more than m"),
     ("trim", "def f(d, p):\n k = int(p * d.shape[1])\n"
      " i = d.abs().argsort(dim=1, descending=True, stable=True)\n"
      " out = d.clone()\n for r in range(len(d)):\n  out[r, i[r, k:]] = 0\n return out",
@@ -68,6 +69,10 @@ WRONG = [
      "This is the mask"),
     ("trim", "def f(d, p):\n k = max(1, int(p * d.shape[1]))\n i = d.abs().topk(k).indices\n"
      " out = torch.zeros_like(d)\n return out.scatter(1, i, d.gather(1, i))", "Of equal magnitudes"),
+    ("trim", "def f(d, p):\n d = abs(d)\n k = max(1, int(p * d.shape[1]))\n"
+     " i = d.argsort(dim=1, descending=True, stable=True)[:, :k]\n"
+     " return torch.zeros_like(d).scatter(1, i, d.gather(1, i))", "The signs are lost"),
+    ("trim", "def f(d, p):\n return d.abs().argsort(1, descending=True, stable=True)", "TypeError"),
     ("trim", "def f(d, p):\n k = max(1, int(p * d.shape[1]))\n return d.abs().topk(k).values",
      "expected shape"),
     ("trim", "def f(d, p):\n d[d.abs() < d.abs().quantile(1 - p)] = 0\n return d",
@@ -89,6 +94,9 @@ WRONG = [
     ("ties", "def f(t):\n a = t * t.sum(0) < 0\n return (t * a).sum(0) / a.sum(0).clamp(min=1)",
      "lost the election"),
     ("ties", "def f(t):\n a = t * t.sum(0) > 0\n return (t * a).sum(0) / a.sum(0)", "0 / 0 is NaN"),
+    ("ties", "def f(t):\n return torch.stack([max(c, key=abs) for c in t.T])", "largest entry alone"),
+    ("ties", "def f(t):\n out = [c[c != 0] for c in t.T]\n"
+     " return torch.stack([c.mean() if len(c) else c.sum() for c in out])", "mean of all kept entries"),
     ("ties", "def f(t):\n return t.sum(1)", "expected shape"),
     ("ties", "def f(t):\n return elect(t)", "NameError"),
     ("dare", "def f(d, k, p):\n return torch.where(k, d, 0.0)", "dropped, not rescaled"),

@@ -34,6 +34,15 @@ WRONG = [
     ("apply_action", STEP + " if a < n:\n  m[a, k] += 1\n return m, k + {n: 2, n + 1: -1}.get(a, 1)",
      "jumps over two"),
     ("apply_action", STEP + " if a < n:\n  m[a, k] += 1\n return m, k + (a <= n)", "Back stays"),
+    ("apply_action", STEP + " if a < n:\n  m[a, k] += 1\n return m, k + {n: 0, n + 1: -1}.get(a, 1)",
+     "Skip does not advance"),
+    ("apply_action", STEP + " if a == n + 1:\n  m[:, k - 1] -= 1\n  return m, k - 1\n if a < n:\n"
+     "  m[a, k] += 1\n return m, k + 1", "Back undoes nothing"),
+    ("apply_action", STEP + " if a in (0, 1, 2):\n  m[a, k] += 1\n return m, k - 1 if a == 4 else k + 1",
+     "You count on three sources"),
+    ("apply_action", STEP + " if a < n:\n  m[a, k] += 1\n  return m, k + 2\n"
+     " return m, k - 1 if a > n else k + 1",
+     "second value: expected 1, found 2"),
     ("apply_action", STEP + " if a < n:\n  m[a, k] += 1\n return m", "the new layer is missing"),
     ("apply_action", "def f(s, k, a):\n n = s.shape[0]\n if a < n:\n  s[a, k] += 1\n"
      " return s, k - 1 if a > n else k + 1", "changes its arguments in place"),
@@ -43,6 +52,10 @@ WRONG = [
     ("legal", "def f(n, k, s, full):\n return np.array([1 - full] * n + [1, 1])", "Back is legal everywhere"),
     ("legal", "def f(n, k, s, full):\n return np.array([not full] * n + [1, k != 0])", "at layer 0 only"),
     ("legal", "def f(n, k, s, full):\n return np.array([1] * n + [1, k not in s])", "Sources stay legal"),
+    ("legal", "def f(n, k, s, full):\n m = np.ones(n + 2)\n if full:\n  m[:n] = 0\n if k <= s[-1]:\n"
+     "  m[-1] = 0\n return m", "only at the first layer of a stack"),
+    ("legal", "def f(n, k, s, full):\n return np.array([not full] * n + [1, k != 0 and k != 4])",
+     "starts says where"),
     ("legal", "def f(n, k, s, full):\n return np.array([full] * n + [0, k in s])", "wrong way round"),
     ("legal", "def f(n, k, s, full):\n return np.array([not full] * (n + 1) + [k not in s])",
      "the only way to the end"),
@@ -61,6 +74,9 @@ WRONG = [
     ("count_paths", "def f(n, layers):\n return n ** layers * (n + layers) // n", "one skipped layer"),
     ("count_paths", "def f(n, layers):\n import math\n return sum(math.comb(layers, j) * n ** j "
      "for j in range(1, layers + 1))", "skips every layer"),
+    ("count_paths", "def f(n, layers):\n return pow(layers, n)", "swapped, and skip is forgotten"),
+    ("count_paths", "def f(n, layers):\n return float(n + 1) ** layers", "whole number"),
+    ("count_paths", "def f(n, layers):\n return np.power(n + 1.0, layers)", "whole number"),
     ("count_paths", "def f(n, layers):\n return n ** layers + 1", "expected"),
     ("count_paths", "def f(n, layers):\n (n + 1) ** layers", "returns None"),
 ]  # fmt: skip

@@ -44,6 +44,16 @@ def f(layers, x):
         "04.compose",
         """
 def f(layers, x):
+    for g in layers:
+        x = g(x) + x
+    return x
+""",
+        "input is added to its output",
+    ),
+    (
+        "04.compose",
+        """
+def f(layers, x):
     for i in range(1, len(layers)):
         x = layers[i](x)
     return x
@@ -264,6 +274,15 @@ def f(n, L, s):
     (
         "04.best_path",
         """
+import itertools
+def f(n, L, s):
+    return sorted(itertools.product(range(L), repeat=n), key=lambda c: -s(c))[0]
+""",
+        "swapped",
+    ),
+    (
+        "04.best_path",
+        """
 def f(n, L, s):
     return s.index(max(s))
 """,
@@ -357,6 +376,11 @@ def test_each_mistake_on_the_list_gets_its_own_hint(name):
     hints = [checks.check(name, m.wrong).message for m in exercise.mistakes]
     assert hints == [m.hint for m in exercise.mistakes]
     assert len(set(hints)) == len(hints)
+
+
+def test_layers_are_shown_by_their_formula():
+    verdict = checks.check("04.compose", lambda layers, x: x - 1)
+    assert "[x + 3, 2x]" in verdict.message
 
 
 def test_the_quiz_explains_every_option():

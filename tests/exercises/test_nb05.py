@@ -273,6 +273,80 @@ def f(q, a, e):
 """,
         "raised RuntimeError",
     ),
+    (
+        "05.returns",
+        """
+def f(r, g):
+    out = r.numpy().copy()
+    for t in range(len(out) - 2, -1, -1):
+        out[t] += g * out[t + 1]
+    return out
+""",
+        "Return a tensor",
+    ),
+    (
+        "05.advantage",
+        """
+def f(r, v):
+    x = r.numpy()
+    return (x - x.mean()) / x.std() - v.numpy()
+""",
+        "Return a tensor",
+    ),
+    (
+        "05.advantage",
+        """
+def f(r, v):
+    return r - r.mean() / r.std(correction=0) - v
+""",
+        "in parentheses",
+    ),
+    (
+        "05.clipped_loss",
+        """
+def f(q, a, e):
+    terms = []
+    for x, y in zip(q.tolist(), a.tolist()):
+        terms.append(min(x * y, min(max(x, 1 - e), 1 + e) * y))
+    return torch.tensor(-sum(terms) / len(terms))
+""",
+        "carries no gradient",
+    ),
+    (
+        "05.clipped_loss",
+        """
+def f(q, a, e):
+    return -torch.min(q * a, q.clamp(1 - e, 1 + e) * a).mean().item()
+""",
+        "carries no gradient",
+    ),
+    (
+        "05.clipped_loss",
+        """
+def f(q, a, e):
+    return -torch.min(q * a, q.detach().clamp(1 - e, 1 + e) * a).detach().mean()
+""",
+        "carries no gradient",
+    ),
+    (
+        "05.clipped_loss",
+        """
+def f(q, a, e):
+    far = ((q - 1).abs() > e).float()
+    return -(torch.min(q * a, q.clamp(1 - e, 1 + e) * a).detach() * far
+             + torch.min(q * a, q.clamp(1 - e, 1 + e) * a) * (1 - far)).mean()
+""",
+        "its gradient is not",
+    ),
+    (
+        "05.clipped_loss",
+        """
+def f(q, a, e):
+    x, y = q.numpy(), a.numpy()
+    return -torch.from_numpy((x * y).clip(max=x.clip(1 - e, 1 + e) * y)).mean()
+""",
+        "raised RuntimeError",
+    ),
 ]
 RIGHT = [
     (
@@ -308,16 +382,6 @@ import numpy as np
 def f(r, v):
     x = r.numpy()
     return torch.from_numpy((x - x.mean()) / (np.std(x) + 1e-8)) - v
-""",
-    ),
-    (
-        "05.clipped_loss",
-        """
-def f(q, a, e):
-    terms = []
-    for x, y in zip(q.tolist(), a.tolist()):
-        terms.append(min(x * y, min(max(x, 1 - e), 1 + e) * y))
-    return torch.tensor(-sum(terms) / len(terms))
 """,
     ),
     (

@@ -137,6 +137,39 @@ def f(scored):
     ),
     ("06.shortlist", "def f(scored, n):\n    return scored[:n]", "For f("),
     ("06.shortlist", "def f(scored, n):\n    return {}[n]", "raised KeyError"),
+    (
+        "06.best_so_far",
+        """
+def f(scored):
+    d, out = defaultdict(list), []
+    for p, r in scored:
+        d[p].append(r)
+        out.append(sum(sum(v) / len(v) for v in d.values()) / len(d))
+    return out
+""",
+        "mean over the paths",
+    ),
+    (
+        "06.shortlist",
+        COLLECT.format(more=", n") + "    m = np.mean([r for _, r in scored])\n"
+        "    s = {p: np.sum([*v, m, m]) / len(v) for p, v in by_path.items()}\n"
+        "    return sorted(s, key=s.get, reverse=True)[:n]",
+        "n_p + 2",
+    ),
+    (
+        "06.shortlist",
+        COLLECT.format(more=", n") + "    m = np.mean([r for _, r in scored])\n"
+        "    s = {p: np.mean([*v, m, m]) for p, v in by_path.items()}\n"
+        "    return sorted(s, key=s.get, reverse=True)[:n]",
+        "Let the alphabet decide",
+    ),
+    (
+        "06.shortlist",
+        COLLECT.format(more=", n") + "    m = np.mean([r for _, r in scored])\n"
+        "    s = {p: np.mean([*v, m]) for p, v in by_path.items()}\n"
+        "    return sorted(s, key=lambda p: (-s[p], p))[:n]",
+        "must count as two",
+    ),
 ]
 RIGHT = [
     (
@@ -266,6 +299,18 @@ def test_spread_shows_each_seed_and_the_mean():
     assert [t.get_text() for t in axes.get_yticklabels()] == ["m (2)", "n (1)"]
     low, high = (line.get_xdata()[0] for line in axes.lines[2:4])  # the caps of the bar
     assert (low, high) == pytest.approx((2 - 2**0.5, 2 + 2**0.5))
+
+
+def test_a_curve_has_settled_when_it_stays_within_a_point_of_its_end():
+    a = [5.0, 9.5, 8.0, 9.4, 12.0, 10.0]  # near the end at 2, but below again at 3
+    rows = [
+        {"group": "g", "method": m, "seed": s, "evaluations": n + 1, "reward_split": v + s - 1.5}
+        for s in (1, 2)
+        for m, values in (("a", a), ("b", [3.0, 3.5]))
+        for n, v in enumerate(values)
+    ]
+    assert pictures.settled(rows) == {("g", "a"): (10.0, 4), ("g", "b"): (3.5, 1)}
+    assert pictures.settled(rows, within=0.25)["g", "a"] == (10.0, 5)
 
 
 def test_searches_show_the_mean_over_seeds():

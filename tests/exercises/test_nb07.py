@@ -43,6 +43,18 @@ WRONG = [
     ),
     (
         "07.subset",
+        "def f(n, k, seed):\n    order = np.random.default_rng(0).permutation(n)\n"
+        "    return [np.array(sorted(part)) for part in np.array_split(order, k)]",
+        "seed has no effect",
+    ),
+    (
+        "07.dar",
+        "def f(reward, previous, t, t_max, scale):\n    if not previous:\n        return reward\n"
+        "    w = scale * t / t_max\n    return w * previous + (1 - w) * reward",
+        "previous is None",
+    ),
+    (
+        "07.subset",
         "def f(n, k, seed):\n" + ORDER + "    hands = [[] for _ in range(k)]\n"
         "    for i, row in enumerate(order):\n        hands[i % k].append(row)\n"
         "    return [np.sort(h) for h in hands]",

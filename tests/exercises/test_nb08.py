@@ -83,6 +83,16 @@ def f(scores):
     (
         "08.mean_and_spread",
         """
+import statistics
+def f(scores):
+    spreads = [statistics.stdev(column) for column in scores.T.tolist()]
+    return scores.mean(), sum(spreads) / len(spreads)
+""",
+        "each task's spread",
+    ),
+    (
+        "08.mean_and_spread",
+        """
 import torch
 def f(scores):
     every = torch.as_tensor(scores).flatten()

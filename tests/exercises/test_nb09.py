@@ -84,6 +84,11 @@ LAST = 'max(out.values()) if "final" in n else -1'
 WRONG = [
     ("09.layer_groups", GROUPS % (RULES | {"bias": "False"}), "stored in block 0"),
     ("09.layer_groups", GROUPS % (RULES | {"copy": "pass"}), "counted four times"),
+    (
+        "09.layer_groups",
+        GROUPS % (RULES | {"block": 'int(p[2]) + (4 if p[0] == "decoder" else 0)'}),
+        "blocks that occur in names",
+    ),
     ("09.layer_groups", GROUPS % (RULES | {"block": "int(p[2])"}), "counted from 0 again"),
     (
         "09.layer_groups",
@@ -312,7 +317,10 @@ def test_random_paths_teach_answers_and_hardly_colours():
     two = rows.copy()
     two[:, rng.permutation(9)[:2]] = colours
     whole = score([[colours] * 9]).mean()
-    assert score(two).mean() - found.mean() < 0.3 * (whole - found.mean())
+    turned = score(two)
+    assert turned.mean() - found.mean() < 0.3 * (whole - found.mean())
+    gain = turned.mean(0) - found.mean(0)
+    assert gain[0] > 0 > gain[1:].sum()  # what colours gains, the others lose
 
 
 def test_pictures_show_what_they_are_given():
@@ -326,7 +334,8 @@ def test_pictures_show_what_they_are_given():
     assert list(left.get_lines()[0].get_xdata()) == [25.0, 75.0]
     means = {line.get_label(): list(line.get_ydata()) for line in right.get_lines()}
     assert means["reward"] == [50.0, 75.0]
-    assert means["score on a"] == [25.0, 50.0]
+    assert means["a"] == [25.0, 50.0]
+    assert means["b"] == [75.0, 100.0]
     figure = pictures.tokens_picture(
         [["a", "b"], ["c"]], np.array([[0.0, -2.0], [-1.0, 0]]), 1, "t"
     )
