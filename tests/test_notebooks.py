@@ -60,6 +60,15 @@ def test_header_and_last_cell(name):
     assert re.search(r"^SEED = \d+\b", code(notebook)[0], re.M)
 
 
+def test_the_teachers_table_says_what_the_headers_say():
+    text = (FOLDER / "README.md").read_text("utf-8")
+    rows = re.findall(r"^\| \[\d\d · [^|]*\]\((\w+)\.ipynb\) \|.*\| (\d+) \| (\d+) \|$", text, re.M)
+    assert [name for name, _, _ in rows] == list(NAMES)
+    for name, minutes, seconds in rows:
+        header = course.read(FOLDER / "solved" / f"{name}.ipynb").cells[0].source
+        assert f"{minutes} minutes to learn, {seconds} s to run" in header
+
+
 def test_size(solved):
     assert 20 <= len(solved.cells) <= 40
     lengths = [len(source.split("\n")) for source in code(solved)]
