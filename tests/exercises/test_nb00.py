@@ -8,21 +8,14 @@ import re
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
+from answers import function_of
 from matplotlib.patches import Rectangle
 
 from rmm_lab import checks, course, pictures
 from rmm_lab.errors import InputError
 
 NOTEBOOK = Path(__file__).parents[2] / "notebooks" / "solved" / "00_start_here.ipynb"
-
-
-def function_of(source: str) -> Any:
-    """The last function that a text defines."""
-    space: dict[str, Any] = {"np": np}
-    exec(source, space)
-    return [v for v in space.values() if inspect.isfunction(v)][-1]
 
 
 WRONG = [

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
 import numpy as np
 import pytest
 import torch
+from answers import function_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -124,16 +122,9 @@ RIGHT = [
 ]  # fmt: skip
 
 
-def compiled(source: str) -> Callable[..., Any]:
-    """The function f of a student's text."""
-    space: dict[str, Any] = {"torch": torch, "np": np}
-    exec(source, space)
-    return space["f"]
-
-
 @pytest.mark.parametrize(("name", "source", "phrase"), WRONG)
 def test_a_wrong_answer_gets_its_hint(name: str, source: str, phrase: str) -> None:
-    verdict = checks.check(f"02.{name}", compiled(source))
+    verdict = checks.check(f"02.{name}", function_of(source))
     expected = "not attempted" if "NotImplemented" in source else "wrong"
     assert verdict.status == expected
     assert phrase in verdict.message
@@ -141,7 +132,7 @@ def test_a_wrong_answer_gets_its_hint(name: str, source: str, phrase: str) -> No
 
 @pytest.mark.parametrize(("name", "source"), RIGHT)
 def test_another_right_answer_passes(name: str, source: str) -> None:
-    verdict = checks.check(f"02.{name}", compiled(source))
+    verdict = checks.check(f"02.{name}", function_of(source))
     assert verdict.status == "correct", verdict.message
 
 

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from itertools import product
-from typing import Any
 
 import numpy as np
 import pytest
+from answers import function_of
 
 from rmm_lab import checks, pictures
 from rmm_lab.checks import Exercise, Quiz
@@ -89,23 +88,16 @@ RIGHT = [
 ]  # fmt: skip
 
 
-def compiled(source: str) -> Callable[..., Any]:
-    """The function f of a student's text."""
-    space: dict[str, Any] = {"np": np}
-    exec(source, space)
-    return space["f"]
-
-
 @pytest.mark.parametrize(("name", "source", "phrase"), WRONG)
 def test_a_wrong_answer_gets_its_hint(name: str, source: str, phrase: str) -> None:
-    verdict = checks.check(f"03.{name}", compiled(source))
+    verdict = checks.check(f"03.{name}", function_of(source))
     assert verdict.status == "wrong"
     assert phrase in verdict.message
 
 
 @pytest.mark.parametrize(("name", "source"), RIGHT)
 def test_another_right_answer_passes(name: str, source: str) -> None:
-    verdict = checks.check(f"03.{name}", compiled(source))
+    verdict = checks.check(f"03.{name}", function_of(source))
     assert verdict.status == "correct", verdict.message
 
 

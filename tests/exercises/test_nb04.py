@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+from answers import function_of
 
 from rmm_lab import checks
 from rmm_lab.exercises.nb04 import EXERCISES
@@ -349,22 +350,16 @@ def f(n, L, s):
 ]
 
 
-def function(text):
-    scope: dict = {}
-    exec(text, scope)
-    return scope["f"]
-
-
 @pytest.mark.parametrize(("name", "text", "phrase"), WRONG)
 def test_a_wrong_answer_gets_its_hint(name, text, phrase):
-    verdict = checks.check(name, function(text))
+    verdict = checks.check(name, function_of(text))
     assert verdict.status == "wrong"
     assert phrase in verdict.message
 
 
 @pytest.mark.parametrize(("name", "text"), RIGHT)
 def test_a_right_answer_written_otherwise_passes(name, text):
-    verdict = checks.check(name, function(text))
+    verdict = checks.check(name, function_of(text))
     assert verdict.status == "correct", verdict.message
 
 

@@ -2,26 +2,16 @@
 
 from __future__ import annotations
 
-import inspect
 import math
-from collections import defaultdict
-from typing import Any
 
 import numpy as np
 import pytest
+from answers import function_of
 
 from rmm_lab import checks, pictures
 from rmm_lab.errors import InputError
 from rmm_lab.exercises import nb06
 from rmm_lab.ppo import Args
-
-
-def function_of(source: str) -> Any:
-    """The last function that a text defines."""
-    space: dict[str, Any] = {"np": np, "defaultdict": defaultdict}
-    exec(source, space)
-    return [v for v in space.values() if inspect.isfunction(v)][-1]
-
 
 COLLECT = """
 def f(scored{more}):

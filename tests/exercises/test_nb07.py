@@ -2,23 +2,12 @@
 
 from __future__ import annotations
 
-import inspect
-import math
-from typing import Any
-
 import numpy as np
 import pytest
+from answers import function_of
 
 from rmm_lab import checks, pictures
 from rmm_lab.exercises import nb07
-
-
-def function_of(source: str) -> Any:
-    """The last function that a text defines."""
-    space: dict[str, Any] = {"np": np, "math": math}
-    exec(source, space)
-    return [v for v in space.values() if inspect.isfunction(v)][-1]
-
 
 ORDER = "    order = np.random.default_rng(seed).permutation(n)\n"
 WRONG = [

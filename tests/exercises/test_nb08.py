@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from answers import function_of
 
 from rmm_lab import checks, pictures, tables
 from rmm_lab.exercises import nb08
 
-PREAMBLE = {"np": np}
 UNIFORM = ("weight average", "task arithmetic, tuned", "TIES, tuned", "DARE, tuned")
 
 RIGHT = [
@@ -178,21 +178,14 @@ def f(rmm, chosen_by, reported):
 ]
 
 
-def made(text: str):
-    """A student's function ``f`` from its text."""
-    space = dict(PREAMBLE)
-    exec(text, space)
-    return space["f"]
-
-
 @pytest.mark.parametrize(("name", "text"), RIGHT)
 def test_right_variants_pass(name, text):
-    assert checks.check(name, made(text)).status == "correct"
+    assert checks.check(name, function_of(text)).status == "correct"
 
 
 @pytest.mark.parametrize(("name", "text", "phrase"), WRONG)
 def test_wrong_answers_get_their_hint(name, text, phrase):
-    verdict = checks.check(name, made(text))
+    verdict = checks.check(name, function_of(text))
     assert verdict.status == "wrong"
     assert phrase in verdict.message
 

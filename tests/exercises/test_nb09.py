@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from answers import function_of
 
 from rmm_lab import checks, pictures, tables
 from rmm_lab.exercises import nb09
@@ -214,25 +215,18 @@ def f(found, labels):
 ]
 
 
-def made(text: str):
-    """A student's function ``f`` from its text."""
-    space = {"torch": torch}
-    exec(text, space)
-    return space["f"]
-
-
 @pytest.mark.parametrize(("name", "text"), RIGHT)
 def test_right_variants_pass(name, text):
-    assert checks.check(name, made(text)).status == "correct"
+    assert checks.check(name, function_of(text)).status == "correct"
 
 
 def test_the_frame_of_the_wrong_answers_is_right():
-    assert checks.check("09.layer_groups", made(GROUPS % RULES)).status == "correct"
+    assert checks.check("09.layer_groups", function_of(GROUPS % RULES)).status == "correct"
 
 
 @pytest.mark.parametrize(("name", "text", "phrase"), WRONG)
 def test_wrong_answers_get_their_hint(name, text, phrase):
-    verdict = checks.check(name, made(text))
+    verdict = checks.check(name, function_of(text))
     assert verdict.status == "wrong"
     assert phrase in verdict.message
 
