@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
 import nbformat
 import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
@@ -138,3 +143,20 @@ def test_an_error_in_an_output_widget_is_seen():
     assert not any(o.output_type == "error" for o in nb.cells[1].outputs)  # the cell is green
     (fault,) = course.faults(nb, 1)
     assert "ValueError: hidden" in fault
+
+
+def test_nbmake_fails_where_a_widget_hides_an_error(tmp_path):
+    """The run of the notebooks itself, with the conftest.py that stands beside them."""
+    shutil.copy(Path(__file__).parent.parent / "notebooks" / "conftest.py", tmp_path)
+    hidden = (
+        "import ipywidgets as w\nout = w.Output()\nwith out:\n    raise ValueError('hidden')\nout"
+    )
+    for name, source in (("good", "print(1)"), ("bad", hidden)):
+        nb = notebook(source)
+        nb.metadata["kernelspec"] = {"name": "python3", "display_name": "p", "language": "python"}
+        nbformat.write(nb, tmp_path / f"{name}.ipynb")
+    command = [sys.executable, "-m", "pytest", "-q", "--nbmake", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
+    assert done.returncode == 1, done.stdout
+    assert "bad.ipynb: an error inside an Output widget: ValueError: hidden" in done.stdout
+    assert "1 failed, 1 passed" in done.stdout
