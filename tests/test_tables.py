@@ -116,3 +116,12 @@ def test_all_methods_stand_in_the_vision_table(tiny, tmp_path, monkeypatch):
 def test_an_unknown_group_is_refused(tmp_path, capsys):
     assert tables.main(["vision", "--only", "cats", "--out", str(tmp_path)]) == 2
     assert "--only: expected some of digits+textures" in capsys.readouterr().err
+
+
+def test_what_a_stopped_command_left_of_a_cell_is_replaced(tmp_path):
+    table = Tables("searches", out=tmp_path, episodes=40)
+    for n, value in (("a", 1), ("b", 2)):
+        table._add("curve", [{"group": n, "value": value}, {"group": n, "value": value}], "group")
+    table._add("curve", [{"group": "b", "value": 3}], "group")  # measured again after the stop
+    rows = runs.from_csv((tmp_path / "curve.csv").read_text())
+    assert [(r["group"], r["value"]) for r in rows] == [("a", 1), ("a", 1), ("b", 3)]
