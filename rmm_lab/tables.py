@@ -77,7 +77,7 @@ class Tables:
         self._methods("vision", self._wanted(VISION), self.seeds)
 
     def language(self) -> None:
-        """All methods on the groups of T5s; the uniform merges, which hardly depend on it, at one seed."""
+        """All methods on the groups of T5s, at the first seed alone: tuning the uniform merges takes long."""
         self._methods("language", self._wanted(LANGUAGE), self.seeds[:1])
 
     def _methods(self, name: str, groups: dict[str, tuple[str, ...]], seeds: Sequence[int]) -> None:
