@@ -20,6 +20,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -27,6 +28,7 @@ from rmm_lab.errors import InputError
 
 Option = float | str
 Rng = torch.Generator | None
+BLOCK = 2**16  # entries of a layer that are merged at once: what lies between fits a core's cache
 
 # ---------------------------------------------------------------- steps of the papers
 
@@ -46,19 +48,12 @@ def trim(deltas: Tensor, density: float) -> Tensor:
 
     deltas: (N, *shape) task vectors; density: kept fraction in (0, 1]. Exactly
     ``k = max(1, int(density * numel))`` entries per expert are kept, by magnitude over its whole
-    tensor; among equal magnitudes the lower index is kept. Returns (N, *shape). Raises InputError.
+    tensor; among equal magnitudes the lower index is kept. Of an expert with a NaN nothing but the NaN
+    is kept. Returns (N, *shape). Raises InputError.
     """
     _check_stack("deltas", deltas)
     _check_options(density=density)
-    magnitude = deltas.abs().reshape(len(deltas), -1)  # (N, *shape) -> (N, numel)
-    k = max(1, int(density * magnitude.shape[1]))
-    top = magnitude.topk(k, dim=1, sorted=False).values  # (N, numel) -> (N, k)
-    threshold = top.amin(dim=1, keepdim=True)  # (N, k) -> (N, 1)
-    above, tied = magnitude > threshold, magnitude == threshold
-    # Entries tied at the threshold share the places that the larger ones leave, in index order.
-    places = k - above.sum(dim=1, keepdim=True)  # (N, numel) -> (N, 1)
-    keep = above | (tied & (tied.cumsum(dim=1) <= places))  # (N, numel)
-    return deltas * keep.reshape(deltas.shape)  # (N, numel) -> (N, *shape)
+    return deltas * torch.stack([_largest(delta, density) for delta in deltas])
 
 
 def elect_sign(deltas: Tensor) -> Tensor:
@@ -99,17 +94,7 @@ def drop_and_rescale(deltas: Tensor, drop_rate: float, generator: Rng = None) ->
     _check_options(drop_rate=drop_rate)
     if drop_rate == 0:
         return deltas.clone()
-    if not isinstance(generator, torch.Generator):
-        raise InputError(
-            "A random operator needs a seeded generator so that the tested model is the searched "
-            f"one, but generator is {generator!r}: pass torch.Generator().manual_seed(seed)."
-        )
-    # torch.rand, not bernoulli_: its stream of numbers does not depend on how torch was built.
-    uniform = torch.rand(
-        deltas.shape, generator=generator, device=generator.device, dtype=torch.float64
-    )  # (N, *shape) in [0, 1)
-    keep = (uniform >= drop_rate).to(deltas.device)
-    return deltas * keep / (1 - drop_rate)
+    return deltas * _not_dropped(deltas, drop_rate, generator) / (1 - drop_rate)
 
 
 # ---------------------------------------------------------------- the six operators
@@ -175,8 +160,15 @@ def ties(
     base: (*shape), experts: (N, *shape); density: kept fraction in (0, 1]; scale: finite;
     merge: "mean" (the TIES paper) or "sum". Returns (*shape). Raises InputError.
     """
-    deltas = trim(task_vectors(base, experts), density)
-    return _add(base, disjoint_merge(deltas, elect_sign(deltas), merge), scale)
+    _check_layer(base, experts)
+    _check_options(density=density)
+    keep = torch.stack([_largest(task_vectors(base, e[None])[0], density) for e in experts])
+
+    def elect_and_merge(base: Tensor, experts: Tensor, keep: Tensor) -> Tensor:
+        deltas = task_vectors(base, experts) * keep  # trimmed, see trim
+        return _add(base, disjoint_merge(deltas, elect_sign(deltas), merge), scale)
+
+    return _in_blocks(elect_and_merge, base, experts, keep)
 
 
 def dare(
@@ -192,8 +184,14 @@ def dare(
     base: (*shape), experts: (N, *shape); drop_rate in [0, 1); scale: finite; generator: seeded,
     needed unless drop_rate is 0. Returns (*shape). Raises InputError.
     """
-    deltas = drop_and_rescale(task_vectors(base, experts), drop_rate, generator)
-    return _add(base, deltas.sum(dim=0), scale)  # (N, *shape) -> (*shape)
+    _check_layer(base, experts)
+    keep = _not_dropped(experts, drop_rate, generator)
+
+    def rescale_and_add(base: Tensor, experts: Tensor, keep: Tensor) -> Tensor:
+        deltas = task_vectors(base, experts) * keep / (1 - drop_rate)  # see drop_and_rescale
+        return _add(base, deltas.sum(dim=0), scale)  # (N, *shape) -> (*shape)
+
+    return _in_blocks(rescale_and_add, base, experts, keep)
 
 
 def dare_ties(
@@ -210,8 +208,14 @@ def dare_ties(
     base: (*shape), experts: (N, *shape); drop_rate in [0, 1); scale: finite; merge: "mean" or
     "sum"; generator: seeded, needed unless drop_rate is 0. Returns (*shape). Raises InputError.
     """
-    deltas = drop_and_rescale(task_vectors(base, experts), drop_rate, generator)
-    return _add(base, disjoint_merge(deltas, elect_sign(deltas), merge), scale)
+    _check_layer(base, experts)
+    keep = _not_dropped(experts, drop_rate, generator)
+
+    def rescale_elect_and_merge(base: Tensor, experts: Tensor, keep: Tensor) -> Tensor:
+        deltas = task_vectors(base, experts) * keep / (1 - drop_rate)  # see drop_and_rescale
+        return _add(base, disjoint_merge(deltas, elect_sign(deltas), merge), scale)
+
+    return _in_blocks(rescale_elect_and_merge, base, experts, keep)
 
 
 OPERATORS: dict[str, Callable[..., Tensor]] = {
@@ -219,6 +223,68 @@ OPERATORS: dict[str, Callable[..., Tensor]] = {
     for operator in (weight_average, weighted_average, task_arithmetic, ties, dare, dare_ties)
 }
 RANDOM = frozenset({"dare", "dare_ties"})  # these need a seeded generator
+
+# ---------------------------------------------------------------- which entries stay, a block at a time
+
+
+def _largest(delta: Tensor, density: float) -> Tensor:
+    """Where the ``max(1, int(density * numel))`` largest magnitudes of delta are: (*shape) -> bool."""
+    size = delta.detach().abs().flatten()  # (*shape) -> (numel,)
+    size = size.to(torch.promote_types(size.dtype, torch.float32))  # numpy has no bfloat16
+    k = max(1, int(density * size.numel()))
+    threshold = _smallest_of_top(size, k)
+    keep = size >= threshold
+    surplus = int(keep.count_nonzero()) - k  # entries tied at the threshold have too few places
+    if surplus > 0 and threshold > 0:  # zeros are zeros, kept or not
+        tied = (size == threshold).nonzero().squeeze(1)
+        keep[tied[-surplus:]] = False  # the lower indices stay
+    return keep.reshape(delta.shape)
+
+
+def _smallest_of_top(size: Tensor, k: int) -> Tensor:
+    """The least of the k largest entries, NaN if there is one: (numel,) -> ()."""
+    if size.device.type != "cpu":
+        return size.topk(k, sorted=False).values.amin()
+    below = size.numel() - k
+    parted = np.partition(size.numpy(), below)  # as topk, NaN is largest; in half of its time
+    return torch.from_numpy(parted[below:]).amin()
+
+
+def _not_dropped(deltas: Tensor, drop_rate: float, generator: Rng) -> Tensor:
+    """DARE's mask, False where an entry is dropped: (N, *shape) -> (N, *shape) bool."""
+    _check_options(drop_rate=drop_rate)
+    if drop_rate == 0:
+        return torch.ones(deltas.shape, dtype=torch.bool, device=deltas.device)
+    if not isinstance(generator, torch.Generator):
+        raise InputError(
+            "A random operator needs a seeded generator so that the tested model is the searched "
+            f"one, but generator is {generator!r}: pass torch.Generator().manual_seed(seed)."
+        )
+    keep = torch.empty(deltas.numel(), dtype=torch.bool, device=generator.device)
+    # A CPU generator's stream is the same in pieces as at once; another one's need not be.
+    block = BLOCK if generator.device.type == "cpu" else deltas.numel()
+    for part in keep.split(block):
+        # torch.rand, not bernoulli_: its stream of numbers does not depend on how torch was built.
+        uniform = torch.rand(
+            len(part), generator=generator, device=generator.device, dtype=torch.float64
+        )  # in [0, 1)
+        torch.ge(uniform, drop_rate, out=part)
+    return keep.to(deltas.device).reshape(deltas.shape)
+
+
+def _in_blocks(merge: Callable[..., Tensor], base: Tensor, *stacks: Tensor) -> Tensor:
+    """``merge(base, *stacks)`` of a function that works entry by entry, so that a block is enough.
+
+    base: (*shape), stacks: (N, *shape) each. Returns (*shape). A GPU takes all entries at once.
+    """
+    numel = base.numel()
+    # The last block takes the rest: torch adds the last columns, up to a vector's width, in another
+    # order, and so every block but that one must be a whole number of vectors.
+    ends = tuple(range(BLOCK, numel - BLOCK + 1, BLOCK)) if base.device.type == "cpu" else ()
+    flat = [base.reshape(-1), *(s.reshape(len(s), -1) for s in stacks)]  # (numel,), (N, numel), ...
+    blocks = zip(*(x.tensor_split(ends, dim=-1) for x in flat), strict=True)
+    return torch.cat([merge(*block) for block in blocks]).reshape(base.shape)
+
 
 # ---------------------------------------------------------------- plumbing: text, checks, dtypes
 
@@ -319,11 +385,15 @@ def _check_stack(name: str, stack: Tensor, shape: torch.Size | None = None) -> N
         )
 
 
-def _checked(base: Tensor, experts: Tensor) -> tuple[Tensor, Tensor]:
-    """Both inputs in the dtype to compute in: float32, or float64 if one of them is."""
+def _check_layer(base: Tensor, experts: Tensor) -> None:
     if not base.is_floating_point():
         raise InputError(f"base must be floating, but is {base.dtype}: use base.float().")
     _check_stack("experts", experts, base.shape)
+
+
+def _checked(base: Tensor, experts: Tensor) -> tuple[Tensor, Tensor]:
+    """Both inputs in the dtype to compute in: float32, or float64 if one of them is."""
+    _check_layer(base, experts)
     dtype = torch.promote_types(torch.promote_types(base.dtype, experts.dtype), torch.float32)
     return base.to(dtype), experts.to(dtype)
 

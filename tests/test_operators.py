@@ -146,6 +146,23 @@ def test_trim_breaks_ties_by_lower_index_and_keeps_at_least_one(density, kept):
     assert ops.trim(deltas, density).tolist() == [expected]
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_trim_works_in_each_dtype(dtype):
+    deltas = torch.tensor([[0.5, -4.0, 2.0, -2.0, 1.0]], dtype=dtype)
+    trimmed = ops.trim(deltas, 0.4)
+    assert (trimmed.dtype, trimmed.tolist()) == (dtype, [[0.0, -4.0, 2.0, 0.0, 0.0]])
+
+
+def test_trim_of_zeros_and_of_fewer_entries_than_places():
+    assert ops.trim(torch.zeros(2, 5), 0.4).tolist() == [[0.0] * 5] * 2
+    assert ops.trim(torch.tensor([[0.0, 3.0, 0.0, 0.0, 0.0]]), 0.6).tolist() == [[0, 3, 0, 0, 0]]
+
+
+def test_trim_keeps_nothing_of_an_expert_with_a_nan_but_the_nan():
+    trimmed = ops.trim(torch.tensor([[1.0, math.nan, 5.0, 2.0], [1.0, 3.0, 5.0, 2.0]]), 0.5)
+    assert str(trimmed.tolist()) == "[[0.0, nan, 0.0, 0.0], [0.0, 3.0, 5.0, 0.0]]"
+
+
 def test_trim_rounds_the_count_down():
     assert ops.trim(torch.arange(1.0, 8.0)[None], 0.4).tolist() == [[0, 0, 0, 0, 0, 6, 7]]
 
@@ -475,6 +492,69 @@ def test_dare_without_drop_equals_peft(name, oracle, quiet_peft):
     base, experts = gaussian_layer(seed=6)
     expected = base + oracle(list(experts - base), torch.ones(3, dtype=torch.float64), 1.0)
     assert_close(OPERATORS[name](base, experts, drop_rate=0), expected)
+
+
+# ---------------------------------------------------------------- layers of several blocks
+
+LARGE = 3 * ops.BLOCK + 11  # blocks of BLOCK, BLOCK and BLOCK + 11 entries
+
+
+@pytest.mark.parametrize("n", [2, 5])
+def test_a_large_ties_equals_peft(n):
+    base, experts = gaussian_layer(seed=7, n=n, shape=(LARGE,))
+    expected = base + peft_merge.ties(list(experts - base), torch.ones(n), 0.3)
+    assert_close(ops.ties(base, experts, density=0.3), expected)
+
+
+@pytest.mark.parametrize(
+    ("name", "oracle"), [("dare", peft_merge.dare_linear), ("dare_ties", peft_merge.dare_ties)]
+)
+def test_a_large_dare_draws_one_stream_over_all_experts(name, oracle, our_masks_in_peft):
+    """The masks of all blocks are those of one draw of shape (N, numel), expert after expert."""
+    base, experts = gaussian_layer(seed=8, shape=(LARGE,))
+    our_masks_in_peft.extend(mask_of((3, LARGE), 0.34, seed=9))
+    expected = base + oracle(list(experts - base), torch.ones(3), 0.66)
+    assert_close(apply(name, base, experts, seed=9), expected)
+
+
+def test_a_large_drop_draws_and_leaves_the_generator_as_one_draw_does():
+    deltas, generator, whole = torch.ones(2, LARGE), seeded(3), seeded(3)
+    dropped = ops.drop_and_rescale(deltas, 0.5, generator)
+    uniform = torch.rand((2, LARGE), generator=whole, dtype=torch.float64)
+    assert torch.equal(dropped, 2.0 * (uniform >= 0.5))
+    assert torch.equal(generator.get_state(), whole.get_state())
+
+
+@pytest.mark.parametrize("name", ["ties", "dare", "dare_ties"])
+@pytest.mark.parametrize("n", [2, 9])
+def test_blocks_change_no_bit(name, n, monkeypatch):
+    base, experts = (x.float() for x in gaussian_layer(seed=10, n=n, shape=(3, 4999)))
+    whole = apply(name, base, experts)  # smaller than one block
+    monkeypatch.setattr(ops, "BLOCK", 1024)
+    assert torch.equal(apply(name, base, experts), whole)
+
+
+@pytest.mark.parametrize("name", ["ties", "dare", "dare_ties"])
+def test_a_nan_of_a_large_layer_stays_where_it_is(name):
+    base, experts = gaussian_layer(shape=(LARGE,))
+    experts[1, ops.BLOCK] = math.nan
+    assert apply(name, base, experts).isnan().nonzero().tolist() == [[ops.BLOCK]]
+
+
+@pytest.mark.parametrize("name", ["ties", "dare", "dare_ties"])
+def test_merging_a_large_layer_needs_less_memory_than_its_task_vectors(name, monkeypatch):
+    """Eight experts: the whole stack of task vectors in float32 would take 8 times the layer."""
+    monkeypatch.setattr(ops, "BLOCK", 1024)
+    base, experts = (x.float() for x in gaussian_layer(n=8, shape=(100_000,)))
+    with torch.profiler.profile(profile_memory=True) as profile:
+        apply(name, base, experts)
+    held = peak = 0
+    for event in profile.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            held += event.nbytes()
+            peak = max(peak, held)
+    layer = base.nbytes
+    assert layer < peak < 8 * layer
 
 
 # ---------------------------------------------------------------- operators as text
