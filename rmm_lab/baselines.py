@@ -160,11 +160,9 @@ def random_search(scorer: Scorer, evaluations: int, seed: int) -> list[tuple[Pat
     Returns (path, reward in [0, 1]) of each of the ``evaluations``; subsets come in turn.
     """
     rng = np.random.default_rng(seed)
-    out = []
-    for i in range(evaluations):
-        path = _random_path(scorer, rng)
-        out.append((path, reward(scorer.score(path, i % scorer.n_subsets))))
-    return out
+    drawn = [(_random_path(scorer, rng), i % scorer.n_subsets) for i in range(evaluations)]
+    scorer.prefetch(drawn)
+    return [(path, reward(scorer.score(path, subset))) for path, subset in drawn]
 
 
 def coordinate_ascent(scorer: Scorer, evaluations: int, seed: int) -> list[tuple[Path, float]]:
@@ -190,10 +188,13 @@ def coordinate_ascent(scorer: Scorer, evaluations: int, seed: int) -> list[tuple
         best = score(path, subset)
         for place in rng.permutation(len(path)):
             own, k = path[place]
-            for source in rng.permutation(len(scorer.sources)):
-                if source == own or len(out) >= evaluations:
-                    continue
-                other = (*path[:place], (int(source), k), *path[place + 1 :])
+            others = [
+                (*path[:place], (int(source), k), *path[place + 1 :])
+                for source in rng.permutation(len(scorer.sources))
+                if source != own
+            ][: max(0, evaluations - len(out))]
+            scorer.prefetch([(other, subset) for other in others])
+            for other in others:
                 if (value := score(other, subset)) > best:
                     best, path, changed = value, other, True
     return out

@@ -26,11 +26,12 @@ from torch import Tensor, nn
 
 from rmm_lab import report
 from rmm_lab.errors import InputError, one_sentence
+from rmm_lab.memory import keep_freed_memory
 from rmm_lab.path import LayerPath
 from rmm_lab.problem import OPERATORS, STEM, Problem, load_problem
 from rmm_lab.runs import Row, RunFolder, check_new, optimiser_tensors, restore_optimiser
+from rmm_lab.scoring import PRECISIONS, Plan, Scorer, shortlist
 from rmm_lab.scoring import Path as Steps
-from rmm_lab.scoring import shortlist
 
 # =============================================================================================
 # Arguments
@@ -161,8 +162,14 @@ class Args:
     """Folder of a stopped run to go on with, to the same result as an unbroken one."""
     threads: int = 1
     """CPU threads for torch; with more than one, small models are often slower. 0: torch's choice."""
-    cache_mb: float = 128.0
-    """Memory for activations that are used again, in MiB; it changes no reward."""
+    workers: int | str = 1
+    """Scoring at once: a number of threads, or ray, or ray://HOST:PORT (a cluster); changes no reward."""
+    cache_mb: float | None = None
+    """MiB for activations that are used again, by default a quarter of free memory; changes no reward."""
+    device: str = "cpu"
+    """Where the models run: cpu, or a GPU such as cuda."""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """Of the models in the search; bfloat16 may be faster, and changes rewards a little. Tables: float32."""
     quiet: bool = False
     """Print nothing while searching."""
 
@@ -186,12 +193,14 @@ class Args:
             ("dar", "0 to 1", lambda v: 0 <= v <= 1),
             ("learning_rate critic_learning_rate clip", "more than 0", lambda v: 0 < v < np.inf),
             ("entropy entropy_end value_coef target_kl", "0 or more", lambda v: 0 <= v < np.inf),
-            ("finalists cache_mb", "0 or more", lambda v: 0 <= v < np.inf),
+            ("finalists", "0 or more", lambda v: 0 <= v < np.inf),
+            ("cache_mb", "0 or more", lambda v: v is None or 0 <= v < np.inf),
+            ("precision", " or ".join(PRECISIONS), lambda v: v in PRECISIONS),
             ("penalty", "0 or less", lambda v: -np.inf < v <= 0),
         ):
             for name in names.split():
                 value = getattr(self, name)
-                if isinstance(value, str) or not ok(value):
+                if isinstance(value, str) != (name == "precision") or not ok(value):
                     raise InputError(
                         f"--{name.replace('_', '-')}: expected {expected}, found "
                         f"{getattr(self, name)}; correct it"
@@ -200,7 +209,7 @@ class Args:
     def config(self) -> dict[str, Any]:
         """What determines the result, as JSON; where and how loudly it runs is left out."""
         data = dataclasses.asdict(self)
-        for name in ("run_dir", "resume", "quiet", "threads", "cache_mb"):
+        for name in ("run_dir", "resume", "quiet", "threads", "workers", "cache_mb"):
             del data[name]
         return {k: list(v) if isinstance(v, tuple) else v for k, v in data.items()}
 
@@ -242,6 +251,13 @@ def mlp(n_in: int, n_out: int, last_gain: float) -> nn.Sequential:
     return nn.Sequential(*layers[:-1])
 
 
+def forward(network: nn.Sequential, x: Tensor) -> Tensor:
+    """``network(x)``, layer by layer: for one observation a module's call costs as much as its sums."""
+    for layer in network:
+        x = layer.forward(x)
+    return x
+
+
 class Agent(nn.Module):
     """Separate actor and critic over the flattened observation. obs: (..., D) float."""
 
@@ -252,11 +268,11 @@ class Agent(nn.Module):
 
     def log_probs(self, obs: Tensor, mask: Tensor) -> Tensor:
         """log pi(a|s): (B, D), mask (B, A) bool -> (B, A); masked actions get a probability of 0."""
-        return self.actor(obs).masked_fill(~mask, -1e9).log_softmax(-1)
+        return torch.where(mask, forward(self.actor, obs), -1e9).log_softmax(-1)
 
     def value(self, obs: Tensor) -> Tensor:
         """V(s): (B, D) -> (B,)."""
-        return self.critic(obs).squeeze(-1)  # (B, 1) -> (B,)
+        return forward(self.critic, obs).squeeze(-1)  # (B, 1) -> (B,)
 
 
 # =============================================================================================
@@ -322,14 +338,14 @@ def play(
             mask = torch.ones_like(mask)
         with torch.no_grad():
             log_probs = agent.log_probs(x[None], mask[None])[0]  # (A,)
+            policy = log_probs.exp()  # (A,)
         if generator is None:
             action = int(log_probs.argmax())
         else:
-            action = int(torch.multinomial(log_probs.exp(), 1, generator=generator))
+            action = int(torch.multinomial(policy, 1, generator=generator))
         layer = info["layer"]
         obs, reward, terminated, truncated, info = env.step(action)
         done = terminated or truncated
-        policy = log_probs.exp()  # (A,)
         seen = (x, mask, action, log_probs[action], float(reward), layer, policy)
         for name, value in zip(steps, seen, strict=True):
             steps[name].append(value)
@@ -390,14 +406,14 @@ def update(
         optimiser.step()
         with torch.no_grad():
             kl = float((ratio - 1 - log_ratio).mean())  # Schulman's estimator k3, never negative
-            clipped = float(((ratio - 1).abs() > args.clip).float().mean())
+    clipped = (ratio.detach() - 1).abs() > args.clip  # (B,)
     return {
         "policy_objective": float(policy.detach()),
         "value_loss": float(value_loss.detach()),
         "entropy": float(entropy.detach()),
         "entropy_coef": entropy_coef,
         "approx_kl": kl,
-        "clip_fraction": clipped,
+        "clip_fraction": float(clipped.float().mean()),
         "explained_variance": explained,
         "epochs": epoch,
     }
@@ -408,16 +424,30 @@ def update(
 # =============================================================================================
 
 
-def make_env(problem: Problem, args: Args) -> Any:
-    """The environment of a problem, by Gymnasium's own way, under the DAR wrapper."""
+def make_scorer(problem: Problem, args: Args) -> Scorer:
+    """What scores the paths of a search: on the reward split, with the arguments' share of the data."""
+    return problem.scorer(
+        fraction=args.data_fraction,
+        seed=args.seed,
+        cache_mb=args.cache_mb,
+        workers=args.workers,
+        device=args.device,
+        precision=args.precision,
+    )
+
+
+def make_env(problem: Any, args: Args, scorer: Any = None) -> Any:
+    """The environment of a ``Problem``, by Gymnasium's own way, under the DAR wrapper.
+
+    scorer: what scores its paths; with one given, ``problem`` may be None.
+    """
     import gymnasium as gym
 
     from rmm_lab.env import DynamicAverageReward
 
-    scorer = problem.scorer(fraction=args.data_fraction, seed=args.seed, cache_mb=args.cache_mb)
     env = gym.make(
         "rmm_lab/Merging-v0",
-        scorer=scorer,
+        scorer=make_scorer(problem, args) if scorer is None else scorer,
         observation=args.observation,
         penalty=args.penalty,
         max_steps=args.max_steps,
@@ -425,6 +455,22 @@ def make_env(problem: Problem, args: Args) -> Any:
         episodes_per_subset=args.episodes_per_subset,
     )
     return DynamicAverageReward(env, scale=args.dar, max_episodes=args.episodes)
+
+
+def look_ahead(
+    plan: Any, agent: Agent, generator: torch.Generator, args: Args, start: int, n: int
+) -> list[tuple[Steps, int | None]]:
+    """The (path, subset) of the n episodes from number ``start`` on, played before with no scores.
+
+    Nothing in a rollout depends on scores, so the same draws lead to the same paths; the generator is
+    left as it was.
+    """
+    state = generator.get_state()
+    for i in range(n):
+        options = {"episode": start + i}
+        play(plan, agent, generator, masked=args.mask_actions, options=options)
+    generator.set_state(state)
+    return plan.unwrapped.scorer.take()
 
 
 def search(
@@ -461,13 +507,20 @@ def search(
                 f"{folder.file('checkpoint.safetensors')}, found another one ({error}); start the "
                 "search anew in another folder"
             ) from error
+    scorer = env.unwrapped.scorer
+    several = isinstance(scorer, Scorer) and not scorer.alone
+    plan = make_env(None, args, Plan(scorer)) if several else None
     progress = report.Progress(args.episodes, len(episodes), quiet=args.quiet)
     options: dict[str, Any] | None = {
         "episode": len(episodes)
     }  # whose turn it is, also after a resume
     while len(episodes) < args.episodes:
         played = []
-        for _ in range(min(args.episodes_per_update, args.episodes - len(episodes))):
+        n = min(args.episodes_per_update, args.episodes - len(episodes))
+        if plan is not None:
+            wanted = look_ahead(plan, agent, generator, args, len(episodes), n)
+            scorer.prefetch(wanted)  # by all workers; the episodes then find their scores
+        for _ in range(n):
             steps, info = play(env, agent, generator, masked=args.mask_actions, options=options)
             options = None
             played.append(steps)
@@ -480,10 +533,11 @@ def search(
         folder.save_checkpoint(
             {f"agent.{k}": v for k, v in agent.state_dict().items()}
             | optimiser_tensors(optimiser, "adam")
-            | {"generator": generator.get_state(), "policies": torch.stack(policies)},
+            | {"generator": generator.get_state()},
             {"dar_episode": env.episode, "dar_previous": env.previous},
             episodes,
             updates,
+            policies,
         )
     progress.end()
     return agent, episodes, updates, policies
@@ -509,6 +563,8 @@ def choose(env: Any, agent: Agent, episodes: Sequence[Row], args: Args) -> list[
             f"search: expected at least one legal episode in {args.episodes}, found none; raise "
             "--episodes or use --mask-actions"
         )
+    if isinstance(scorer, Scorer):
+        scorer.prefetch([(path, None) for path in candidates])
     rows = [
         {"path": path, "found": how, "reward": float(scorer.score(path, None).mean())}
         for path, how in candidates.items()
@@ -540,6 +596,7 @@ def train(args: Args, *, problem: Problem | None = None, table: bool = True) -> 
     args.check()
     if args.threads:
         torch.set_num_threads(args.threads)
+    keep_freed_memory()
     if args.resume is None and args.run_dir is not None:
         check_new(args.run_dir)
     if problem is None:
@@ -568,8 +625,11 @@ def train(args: Args, *, problem: Problem | None = None, table: bool = True) -> 
         folder = RunFolder(args.resume)
     else:
         folder = RunFolder.create(args.run_dir, args.config())
-    agent, episodes, updates, policies = search(env, args, folder)
-    finalists = choose(env, agent, episodes, args)
+    try:
+        agent, episodes, updates, policies = search(env, args, folder)
+        finalists = choose(env, agent, episodes, args)
+    finally:
+        env.unwrapped.scorer.close()
     best: Steps = finalists[0]["path"]
     sources = problem.pool.sources
     steps = [(sources[a], k) for a, k in best]

@@ -37,9 +37,23 @@ class Problem:
     stem: str
     multi_task: Checkpoint | None = None
 
-    def scorer(self, **options: Any) -> Scorer:
-        """A scorer of paths; the options are those of ``Scorer``."""
-        return Scorer(self.pool, self.tasks, **{"stem": self.stem} | options)
+    def scorer(self, *, workers: int | str = 1, **options: Any) -> Scorer:
+        """A scorer of paths; the options are those of ``Scorer``.
+
+        workers: a number of threads, or ``ray`` or ``ray://HOST:PORT``: a cluster, see ``RayEngine``.
+        """
+        options = {"stem": self.stem} | options
+        if str(workers).startswith("ray"):
+            from rmm_lab.cluster import RayEngine
+
+            engine = RayEngine(self.pool, self.tasks, str(workers), options)
+            return Scorer(self.pool, self.tasks, **engine.options, engine=engine)
+        if not str(workers).isdecimal() or int(workers) < 1:
+            raise InputError(
+                f"--workers: expected a number of threads from 1, ray, or ray://HOST:PORT, found "
+                f"{workers!r}"
+            )
+        return Scorer(self.pool, self.tasks, **options, workers=int(workers))
 
 
 def load_problem(

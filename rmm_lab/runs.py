@@ -1,10 +1,16 @@
-"""A run folder: what outlives a search, each file written whole or not at all.
+"""A run folder: what outlives a search.
 
 config.json             the arguments
 episodes.csv            one row per episode: raw scores, raw and DAR reward, path
 updates.csv             one row per policy update: the diagnostics
+policies.bin            what the policy did at each layer, one update after another: float32 (U, P, A)
 checkpoint.safetensors  policy, optimiser, generator and counters after the last update
 policy.safetensors, path.json, table.json, table.md, *.png, merged/    the result
+
+After an update episodes.csv, updates.csv and policies.bin grow by what is new, so that a save costs the
+same however long the search has run; then the checkpoint, which names their length, is replaced. A search
+that is stopped between the two leaves more than the checkpoint knows of, perhaps half a line: that is cut
+off when it goes on. All other files are written whole or not at all.
 """
 
 from __future__ import annotations
@@ -12,7 +18,10 @@ from __future__ import annotations
 import csv
 import io
 import json
+import math
+import os
 from collections.abc import Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +33,7 @@ from torch import Tensor
 from rmm_lab.errors import InputError
 
 Row = dict[str, Any]
+GROWING = ("episodes.csv", "updates.csv", "policies.bin")
 
 
 def write(file: Path, content: str | bytes) -> None:
@@ -38,19 +48,37 @@ def write(file: Path, content: str | bytes) -> None:
         scratch.unlink(missing_ok=True)
 
 
-def to_csv(rows: Sequence[Row]) -> str:
-    """Rows with equal keys as CSV with a header; floats in full precision."""
+def append(file: Path, content: bytes) -> None:
+    """Add to the end of a file. Where that fails (OSError: no space) the file is what it was."""
+    with file.open("ab", buffering=0) as stream:
+        size = stream.seek(0, os.SEEK_END)
+        left = memoryview(content)
+        try:
+            while left:  # one write; a device that takes only a part says why at the next one
+                left = left[stream.write(left) :]
+        except OSError:
+            stream.truncate(size)
+            raise
+
+
+def to_csv(rows: Sequence[Row], *, header: bool = True) -> str:
+    """Rows with equal keys as CSV; floats in full precision."""
     text = io.StringIO()
     if rows:
         writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
-        writer.writeheader()
+        if header:
+            writer.writeheader()
         writer.writerows(rows)
     return text.getvalue()
 
 
-def from_csv(text: str) -> list[Row]:
-    """The inverse of ``to_csv``: numbers come back as int or float, the rest as text."""
-    return [{k: _number(v) for k, v in row.items()} for row in csv.DictReader(io.StringIO(text))]
+def from_csv(text: str, n: int | None = None) -> list[Row]:
+    """The inverse of ``to_csv``, or its first n rows: numbers come back as int or float.
+
+    Raises TypeError at a row with too few or too many cells.
+    """
+    rows = islice(csv.DictReader(io.StringIO(text)), n)
+    return [{k: _number(v) for k, v in row.items()} for row in rows]
 
 
 def _number(text: str) -> int | float | str:
@@ -67,6 +95,7 @@ class RunFolder:
 
     def __init__(self, path: Path | None) -> None:
         self.path = path
+        self._saved = dict.fromkeys(GROWING, 0)  # rows of each file that a checkpoint may build on
 
     @classmethod
     def create(cls, path: Path | None, config: Mapping[str, Any]) -> RunFolder:
@@ -104,20 +133,45 @@ class RunFolder:
         counters: Mapping[str, Any],
         episodes: Sequence[Row],
         updates: Sequence[Row],
+        policies: Sequence[Tensor],
     ) -> None:
-        """Store the state after an update; tables first, since the checkpoint names their length."""
+        """Store the state after an update; what is already in the growing files is not touched.
+
+        episodes, updates: all rows so far. policies: one for each update so far, (P, A) float32 each.
+        Raises OSError where there is no space; the folder can then be resumed from the last checkpoint.
+        """
         if self.path is None:
             return
-        self.write("episodes.csv", to_csv(episodes))
-        self.write("updates.csv", to_csv(updates))
-        counters = {"episodes": len(episodes), "updates": len(updates)} | dict(counters)
+        for name, rows in (("episodes.csv", episodes), ("updates.csv", updates)):
+            known = self._saved[name]
+            self._grow(name, to_csv(rows[known:], header=not known).encode(), len(rows))
+        new = b"".join(p.numpy().tobytes() for p in policies[self._saved["policies.bin"] :])
+        self._grow("policies.bin", new, len(policies))
+        counters = {
+            "episodes": len(episodes),
+            "updates": len(updates),
+            "policies": [len(policies), *policies[-1].shape],
+        } | dict(counters)
         tensors = {k: v.detach().clone().contiguous() for k, v in tensors.items()}
         self.write("checkpoint.safetensors", save(tensors, {"counters": json.dumps(counters)}))
+
+    def _grow(self, name: str, new: bytes, total: int) -> None:
+        assert self.path is not None
+        if self._saved[name]:
+            append(self.path / name, new)
+        else:
+            self.write(name, new)  # whole, in place of what a stopped search may have left
+        self._saved[name] = total
 
     def load_checkpoint(
         self,
     ) -> tuple[dict[str, Tensor], dict[str, Any], list[Row], list[Row]] | None:
-        """What ``save_checkpoint`` stored last, tables cut to its length; None before the first."""
+        """What ``save_checkpoint`` stored last, None before the first time.
+
+        The policies are the tensor ``policies``, (U, P, A). Cuts off what was written after that
+        checkpoint, in the files too, each replaced as a whole. Raises InputError for a checkpoint or a
+        table that is not whole.
+        """
         file = self.file("checkpoint.safetensors")
         if self.path is None or file is None or not file.exists():
             return None
@@ -125,22 +179,53 @@ class RunFolder:
             with safe_open(file, framework="pt") as stored:
                 counters = json.loads(stored.metadata()["counters"])
                 tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
+            lengths = [counters["episodes"], counters["updates"], counters["policies"][0]]
         except (SafetensorError, ValueError, KeyError, TypeError) as error:
             raise InputError(
                 f"--resume: expected a whole checkpoint in {file}, found a truncated or altered one "
                 f"({error}); start the search anew in another folder"
             ) from error
-        tables = []
-        for name in ("episodes", "updates"):
-            table = self.path / f"{name}.csv"
-            rows = from_csv(table.read_text("utf-8")) if table.exists() else []
-            if len(rows) < counters[name]:
-                raise InputError(
-                    f"--resume: expected at least {counters[name]} rows in {table}, found {len(rows)}; "
-                    "start the search anew in another folder"
-                )
-            tables.append(rows[: counters[name]])
-        return tensors, counters, tables[0], tables[1]
+        episodes = self._read_table("episodes.csv", counters["episodes"])
+        updates = self._read_table("updates.csv", counters["updates"])
+        tensors["policies"] = self._read_policies(counters["policies"])
+        self._saved = dict(zip(GROWING, lengths, strict=True))
+        return tensors, counters, episodes, updates
+
+    def _read_table(self, name: str, n: int) -> list[Row]:
+        """The first n rows of a table; the file is cut to them."""
+        data = self._read(name)
+        whole = data[: data.rfind(b"\n") + 1]  # a write that was stopped may leave half a line
+        try:
+            rows = from_csv(whole.decode("utf-8"), n)
+        except (TypeError, ValueError, csv.Error) as error:
+            raise self._too_short(name, f"{n} rows", "an altered one") from error
+        if len(rows) < n:
+            raise self._too_short(name, f"{n} rows", str(len(rows)))
+        self._cut(name, data, to_csv(rows).encode())
+        return rows
+
+    def _read_policies(self, shape: Sequence[int]) -> Tensor:
+        """The policies (U, P, A) of the first U updates; the file is cut to them."""
+        name, size = "policies.bin", 4 * math.prod(shape)
+        data = self._read(name)
+        if len(data) < size:
+            raise self._too_short(name, f"{size} bytes", str(len(data)))
+        self._cut(name, data, data[:size])
+        return torch.frombuffer(bytearray(data[:size]), dtype=torch.float32).reshape(*shape)
+
+    def _read(self, name: str) -> bytes:
+        assert self.path is not None
+        return (self.path / name).read_bytes() if (self.path / name).exists() else b""
+
+    def _cut(self, name: str, found: bytes, kept: bytes) -> None:
+        if found != kept:
+            self.write(name, kept)
+
+    def _too_short(self, name: str, expected: str, found: str) -> InputError:
+        return InputError(
+            f"--resume: expected at least {expected} in {self.file(name)}, found {found}; start the "
+            "search anew in another folder"
+        )
 
 
 def check_new(path: Path) -> None:

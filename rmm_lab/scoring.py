@@ -5,19 +5,24 @@ A path is a tuple of ``(source number, layer number)`` in the order in which the
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, Protocol
+import copy
+import itertools
+import math
+import threading
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from rmm_lab.errors import InputError
+from rmm_lab.memory import Cache, free_bytes
 from rmm_lab.pool import LayerPool
 
 Path = tuple[tuple[int, int], ...]
-BATCH = 256  # examples that go through a layer at once, by default
+PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 class Task(Protocol):
@@ -68,8 +73,36 @@ def shortlist(scored: Iterable[tuple[str, float]], n: int) -> list[str]:
     return sorted(seen, key=lambda p: (-(sum(seen[p]) + 2 * prior) / (len(seen[p]) + 2), p))[:n]
 
 
-def _batches(n: int, size: int = BATCH) -> Iterator[slice]:
-    return (slice(i, min(i + size, n)) for i in range(0, n, size))
+# ------------------------------------------------------------------- how many examples at once
+
+_WIDEST = (
+    2**20
+)  # numbers in the largest tensor of a layer: 4 MiB in float32, a share of a CPU's cache
+_FEWEST, MOST = (
+    32,
+    256,
+)  # examples: below, calls cost more than they compute; above, nothing is won
+
+
+def batch_size(architecture: Any, stem: nn.Module, task: Task, split: str) -> int:
+    """Examples of a task that go through a layer at once, so that a layer's tensors stay in the cache.
+
+    Found from a sample of the split. On a GPU always ``MOST``.
+    """
+    n = len(task.split(split))
+    sample = np.unique(np.linspace(0, n - 1, min(n, _FEWEST)).astype(int))
+    weight = next(stem.parameters())
+    if weight.device.type != "cpu":
+        return MOST
+    with torch.inference_mode():
+        batch = architecture.place(task.batch(split, sample), weight.device, weight.dtype)
+        widest = architecture.widest(architecture.embed(stem, batch))
+    return min(MOST, max(_FEWEST, _WIDEST // widest))
+
+
+def parts_of(rows: np.ndarray, size: int) -> list[np.ndarray]:
+    """Cut rows into parts of at most ``size``, as equal as can be."""
+    return np.array_split(rows, max(1, math.ceil(len(rows) / size)))
 
 
 @torch.inference_mode()
@@ -78,10 +111,13 @@ def answers(
 ) -> Tensor:
     """The answers (n,) that a model given in pieces finds in a split: numbers of classes or choices."""
     found = []
-    for part in _batches(len(task.split(split))):
-        state = architecture.embed(stem, task.batch(split, part))
-        for layer in layers:
+    size = batch_size(architecture, stem, task, split)
+    for rows in parts_of(np.arange(len(task.split(split))), size):
+        state = architecture.embed(stem, task.batch(split, rows))
+        for layer in layers[:-1]:
             state = architecture.apply(layer, state)
+        for layer in layers[-1:]:
+            state = architecture.apply_last(layer, state)
         found.append(architecture.logits(stem, state, head).argmax(-1))  # (n, answers) -> (n,)
     return torch.cat(found)
 
@@ -105,8 +141,27 @@ def evaluate(
     return np.array([t.score(f, t.split(split).labels) for t, f in zip(tasks, found, strict=True)])
 
 
+# ---------------------------------------------------------------------------------- the scorer
+
+
+class Job(NamedTuple):
+    """What a worker does at a time: some paths on one part of one task's subset."""
+
+    subset: int | None
+    part: int  # number of the part, over all tasks
+    paths: tuple[Path, ...]
+
+
+# Runs jobs in any order and place; yields what ``Scorer.work`` returns, in the order of the jobs.
+Engine = Callable[[Sequence[Job]], Iterable[tuple[list[Tensor], int]]]
+
+
 class Scorer:
     """Scores paths through a pool of layers on a fixed partition of each task's examples.
+
+    A step that a path shares with one seen before on the same examples is not computed again: activations
+    are kept by (subset, part of a task's examples, path prefix). The parts are the same whatever is
+    kept and whoever works, so rewards are the same to the bit for any budget and number of workers.
 
     Args:
         pool: the layers.
@@ -117,9 +172,14 @@ class Scorer:
         stem: where the weights outside the layers come from: ``base``, an expert, an operator, or
             ``agent``: a path may then start with ``(source number, -1)``, and without it takes the base's.
         seed: of the partition.
-        cache_mb: budget for activations of path prefixes, in MiB; 0 keeps none. Rewards are the same
-            to the bit whatever the budget.
-        batch_size: examples that go through a layer at once.
+        cache_mb: budget for what is kept, in MiB; 0 keeps no activations, None takes a quarter of the
+            memory that is free now.
+        batch_size: examples that go through a layer at once; None: as many as suit the cache of the CPU.
+        workers: threads that score at the same time.
+        device: ``cpu``, ``cuda`` or another of torch's.
+        precision: ``float32`` or ``bfloat16`` for the models' weights and activations; the latter
+            changes rewards a little.
+        engine: what runs the work in place of threads; ``cluster.RayEngine`` is one.
     """
 
     def __init__(
@@ -131,14 +191,25 @@ class Scorer:
         fraction: float = 0.1,
         stem: str = "task_arithmetic",
         seed: int = 0,
-        cache_mb: float = 128,
-        batch_size: int = BATCH,
+        cache_mb: float | None = None,
+        batch_size: int | None = None,
+        workers: int = 1,
+        device: str = "cpu",
+        precision: str = "float32",
+        engine: Engine | None = None,
     ) -> None:
         if not 0 < fraction <= 1:
             raise InputError(f"data fraction: expected a number in (0, 1], found {fraction}")
         if len(tasks) != pool.n_models:
             raise InputError(
                 f"tasks: expected one for each of {pool.n_models} experts, found {len(tasks)}"
+            )
+        if precision not in PRECISIONS:
+            raise InputError(f"precision: expected float32 or bfloat16, found {precision!r}")
+        if workers < 1 or (batch_size is not None and batch_size < 1):
+            raise InputError(
+                f"scorer: expected at least 1 worker and batches of at least 1 example, found {workers} "
+                f"and {batch_size}"
             )
         self.pool, self.tasks, self.split = pool, list(tasks), split
         self.architecture = pool.architecture  # now, since it finds weights that do not fit
@@ -147,15 +218,27 @@ class Scorer:
         self.task_names = [task.name for task in tasks]
         self.n_layers, self.chooses_stem = pool.n_layers, stem == "agent"
         self.stacks: Sequence[range] = pool.stacks
-        self.batch_size = batch_size
         self.n_subsets = max(1, round(1 / fraction))
+        self.device, self.dtype = torch.device(check_device(device)), PRECISIONS[precision]
+        self._batch_size = batch_size
         self._rows = [deal(len(t.split(split)), self.n_subsets, seed) for t in tasks]
-        self._budget = int(cache_mb * 2**20)
-        self._cache: OrderedDict[tuple[int, int | None, Path], list[Any]] = OrderedDict()
-        self._cached_bytes = 0
+        self._parts: dict[int | None, list[tuple[int, np.ndarray]]] = {}
+        budget = free_bytes(device) // 4 if cache_mb is None else int(cache_mb * 2**20)
+        self.cache = Cache(budget)
+        self._moved: dict[tuple[str, int], nn.Module] = {}
+        self._heads = [
+            {k: v.to(self.device, self.dtype) for k, v in pool.heads[name].items()}
+            for name in pool.names
+        ]
+        self._lock = threading.Lock()
         self._seen: dict[tuple[Path, int | None], np.ndarray] = {}
+        self._workers = workers
+        self.alone = engine is None and workers == 1  # then nothing is won by looking ahead
+        self._engine = engine or (self._serial if self.alone else self._threaded)
+        self._threads: ThreadPoolExecutor | None = None
         self.evaluations = 0  # paths scored, repeats included
-        self.layers_run = 0  # layers applied to a task's subset
+        self.work_asked = 0  # layers of these paths x examples
+        self.work_run = 0  # layers applied x examples they were applied to
 
     def stem_of(self, path: Path) -> tuple[str, int]:
         """The source of a path's stem, and where in the path the layers start."""
@@ -163,65 +246,183 @@ class Scorer:
             return self.sources[path[0][0]], 1
         return self.stem, 0
 
-    @torch.inference_mode()
+    # ------------------------------------------------------------------------------- scores
+
     def score(self, path: Path, subset: int | None = None) -> np.ndarray:
         """Each task's metric of the path: (N,) in [0, 1]; ``subset`` None uses all examples."""
         self.evaluations += 1
-        key = (path, subset)
-        if key not in self._seen:
-            scores = [self._score_task(i, path, subset) for i in range(self.n_models)]
-            self._seen[key] = np.array(scores)
-        return self._seen[key].copy()
+        examples = sum(len(self.rows(i, subset)) for i in range(self.n_models))
+        self.work_asked += examples * (len(path) - self.stem_of(path)[1])
+        self.prefetch([(path, subset)])
+        return self._seen[path, subset].copy()
 
-    def _score_task(self, i: int, path: Path, subset: int | None) -> float:
-        task, labels = self.tasks[i], self.tasks[i].split(self.split).labels
-        if subset is not None:
-            labels = labels[torch.from_numpy(self._rows[i][subset])]
-        head = self.pool.heads[self.pool.names[i]]
-        stem = self.pool.stem(self.stem_of(path)[0])
-        logits = self.architecture.logits
-        found = [logits(stem, state, head).argmax(-1) for state in self._run(i, path, subset)]
-        return task.score(torch.cat(found), labels)
-
-    def _run(self, i: int, path: Path, subset: int | None) -> list[Any]:
-        """Activations after the path, batch by batch, from the longest prefix that has them kept."""
-        stem_source, first = self.stem_of(path)
-        length, states = len(path), None
-        while length >= first and (states := self._recall((i, subset, path[:length]))) is None:
-            length -= 1
-        architecture = self.architecture
-        if states is None:
-            task, stem = self.tasks[i], self.pool.stem(stem_source)
-            rows = np.arange(len(task.split(self.split)))
-            rows = rows if subset is None else self._rows[i][subset]
-            states = [
-                architecture.embed(stem, task.batch(self.split, rows[part]))
-                for part in _batches(len(rows), self.batch_size)
+    def prefetch(self, wanted: Iterable[tuple[Path, int | None]]) -> None:
+        """Score (path, subset) pairs together, so that ``score`` has them at hand: work for all workers."""
+        unseen = sorted(
+            {key for key in wanted if key not in self._seen},
+            key=lambda key: (-1 if key[1] is None else key[1], key[0]),
+        )
+        jobs = []
+        for subset, keys in itertools.groupby(unseen, lambda key: key[1]):
+            paths = [path for path, _ in keys]
+            # Paths that begin alike stay together, in the order that shares the most; others share
+            # nothing, and can go to another worker.
+            starts = [tuple(group) for _, group in itertools.groupby(paths, lambda path: path[:1])]
+            jobs += [
+                Job(subset, j, group)
+                for j in range(len(self.parts(subset)))
+                for group in ([tuple(paths)] if self.alone else starts)
             ]
-            length = first
-            self._keep((i, subset, path[:first]), states)
-        for end in range(length + 1, len(path) + 1):
-            source, k = path[end - 1]
-            layer = self.pool.layer(self.sources[source], k)
-            states = [architecture.apply(layer, state) for state in states]
-            self.layers_run += 1
-            if end < len(path):  # a whole path has its scores kept instead
-                self._keep((i, subset, path[:end]), states)
-        return states
+        found: dict[tuple[Path, int | None], list[list[Tensor]]] = {}
+        for job, (answered, layers) in zip(jobs, self._engine(jobs), strict=True):
+            i, rows = self.parts(job.subset)[job.part]
+            self.work_run += layers * len(rows)
+            for path, answer in zip(job.paths, answered, strict=True):
+                found.setdefault((path, job.subset), [[] for _ in self.tasks])[i].append(answer)
+        for (path, subset), by_task in found.items():
+            scores = []
+            for i, (task, parts) in enumerate(zip(self.tasks, by_task, strict=True)):
+                labels = task.split(self.split).labels[torch.from_numpy(self.rows(i, subset))]
+                scores.append(task.score(torch.cat(parts), labels))
+            self._seen[path, subset] = np.array(scores)
 
-    # Least recently used first; what does not fit the budget is forgotten.
+    def rows(self, i: int, subset: int | None) -> np.ndarray:
+        """Row numbers of task i in a subset; all for None."""
+        if subset is None:
+            return np.arange(len(self.tasks[i].split(self.split)))
+        return self._rows[i][subset]
 
-    def _recall(self, key: tuple[int, int | None, Path]) -> list[Any] | None:
-        if key in self._cache:
-            self._cache.move_to_end(key)
-        return self._cache.get(key)
+    def parts(self, subset: int | None) -> list[tuple[int, np.ndarray]]:
+        """A subset cut into batches: (task number, row numbers); task by task, rows in order."""
+        if subset not in self._parts:
+            if None not in self._parts:  # sizes are found once, for all subsets
+                stem = self._module(self.stem, -1)
+                self._sizes = [
+                    self._batch_size or batch_size(self.architecture, stem, task, self.split)
+                    for task in self.tasks
+                ]
+            for key in {None, subset}:
+                self._parts[key] = [
+                    (i, part)
+                    for i, size in enumerate(self._sizes)
+                    for part in parts_of(self.rows(i, key), size)
+                ]
+        return self._parts[subset]
 
-    def _keep(self, key: tuple[int, int | None, Path], states: list[Any]) -> None:
-        self._cache[key] = states
-        self._cached_bytes += _bytes(states)
-        while self._cached_bytes > self._budget and self._cache:
-            self._cached_bytes -= _bytes(self._cache.popitem(last=False)[1])
+    # ------------------------------------------------------------------- what workers do
+
+    def _serial(self, jobs: Sequence[Job]) -> Iterable[tuple[list[Tensor], int]]:
+        return map(self.work, jobs)
+
+    def _threaded(self, jobs: Sequence[Job]) -> Iterable[tuple[list[Tensor], int]]:
+        if self._threads is None:
+            threads = torch.get_num_threads()
+            self._threads = ThreadPoolExecutor(
+                self._workers, "scorer", torch.set_num_threads, (threads,)
+            )
+        return self._threads.map(self.work, jobs)
+
+    def close(self) -> None:
+        """End the threads, or the engine's workers; a scorer with threads can be used again."""
+        if self._threads is not None:
+            self._threads.shutdown()
+            self._threads = None
+        if hasattr(self._engine, "close"):
+            self._engine.close()
+
+    @torch.inference_mode()
+    def work(self, job: Job) -> tuple[list[Tensor], int]:
+        """Each path's answers (n,) on the job's part, and how many layers were computed for them."""
+        found, layers = [], 0
+        for path in job.paths:
+            logits, n = self._logits(job.subset, job.part, path)
+            found.append(logits.argmax(-1).cpu())  # (n, answers) -> (n,)
+            layers += n
+        return found, layers
+
+    def _logits(self, subset: int | None, j: int, path: Path) -> tuple[Tensor, int]:
+        """From the longest prefix whose activations are kept, and the number of layers from there."""
+        source, first = self.stem_of(path)
+        stem, architecture = self._module(source, -1), self.architecture
+        # The last layer is never a prefix: it may compute only what the head needs.
+        known, state = max(first, len(path) - 1), None
+        while known >= first and (state := self.cache.get((subset, j, path[:known]))) is None:
+            known -= 1
+        if state is None:
+            known = first
+            state = architecture.embed(stem, self._batch(subset, j))
+            self._keep((subset, j, path[:first]), state)
+        for end in range(known + 1, len(path) + 1):
+            layer = self._module(self.sources[path[end - 1][0]], path[end - 1][1])
+            if end == len(path):
+                state = architecture.apply_last(layer, state)
+            else:
+                state = architecture.apply(layer, state)
+                self._keep((subset, j, path[:end]), state)
+        head = self._heads[self.parts(subset)[j][0]]
+        return architecture.logits(stem, state, head), len(path) - known
+
+    def _keep(self, key: tuple[int | None, int, Path], state: Any) -> None:
+        self.cache.put(key, state, self.architecture.tensors(state))
+
+    def _batch(self, subset: int | None, j: int) -> Any:
+        """The examples of a part as the models take them, made once while the budget allows."""
+        key = (subset, j, "batch")
+        if (batch := self.cache.get(key)) is None:
+            i, rows = self.parts(subset)[j]
+            batch = self.tasks[i].batch(self.split, rows)
+            batch = self.architecture.place(batch, self.device, self.dtype)
+            self.cache.put(key, batch, [batch] if isinstance(batch, Tensor) else batch)
+        return batch
+
+    def _module(self, source: str, k: int) -> nn.Module:
+        """Layer k of a source, -1 for the stem, on the device and in the precision of the scorer."""
+        with self._lock:  # a layer is merged once, whoever asks first
+            module = self.pool.stem(source) if k < 0 else self.pool.layer(source, k)
+            if self.device.type == "cpu" and self.dtype == torch.float32:
+                return module
+            if (source, k) not in self._moved:
+                moved = copy.deepcopy(module).to(self.device, self.dtype)
+                self._moved[source, k] = moved
+            return self._moved[source, k]
 
 
-def _bytes(states: Sequence[Any]) -> int:
-    return sum(state.nbytes for state in states)
+class Plan:
+    """A scorer that scores nothing, and notes what it was asked for: so a rollout can be looked ahead.
+
+    Args:
+        scorer: whose sources, layers and subsets it has.
+    """
+
+    def __init__(self, scorer: Scorer) -> None:
+        self.sources, self.n_models, self.n_layers = (
+            scorer.sources,
+            scorer.n_models,
+            scorer.n_layers,
+        )
+        self.stacks, self.n_subsets = scorer.stacks, scorer.n_subsets
+        self.task_names, self.chooses_stem = scorer.task_names, scorer.chooses_stem
+        self.asked: list[tuple[Path, int | None]] = []
+
+    def score(self, path: Path, subset: int | None = None) -> np.ndarray:
+        """Zeros (N,)."""
+        self.asked.append((path, subset))
+        return np.zeros(self.n_models)
+
+    def take(self) -> list[tuple[Path, int | None]]:
+        """All that was asked for since the last time."""
+        asked, self.asked = self.asked, []
+        return asked
+
+
+def check_device(device: str) -> str:
+    """The device's name; InputError for one that is not there."""
+    try:
+        torch.zeros(1, device=device).item()  # meta, say, has no numbers
+    except (RuntimeError, AssertionError, ImportError) as error:
+        reason = str(error).split(". ")[0].splitlines()[0]
+        raise InputError(
+            f"device {device!r}: expected cpu, or a GPU that torch can use here, such as cuda, found none "
+            f"({reason}); choose cpu"
+        ) from error
+    return device

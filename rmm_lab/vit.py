@@ -124,7 +124,9 @@ class ViT:
         model = create(config, depth=None, num_classes=0)
         self.shapes = {k: tuple(v.shape) for k, v in model.state_dict().items()}
         self.n_layers = len(model.blocks)
-        self._blocks = list(model.blocks)  # kept only as shapes for new layers
+        self._pools_token = _pools_token(model)
+        model = model.to("meta")  # shapes only: every number comes from a checkpoint
+        self._blocks = list(model.blocks)
         model.blocks = nn.Sequential()
         self._trunk = model
 
@@ -137,6 +139,22 @@ class ViT:
         return fill(self._blocks[k], weights)
 
     @staticmethod
+    def place(images: Tensor, device: torch.device | str, dtype: torch.dtype) -> Tensor:
+        """A batch where the layers are, in their precision."""
+        return images.to(device, dtype)
+
+    @staticmethod
+    def tensors(tokens: Tensor) -> list[Tensor]:
+        """All memory that a state holds."""
+        return [tokens]
+
+    def widest(self, tokens: Tensor) -> int:
+        """Numbers per example in the largest tensor of a layer, the hidden one of the MLP as a rule."""
+        block: Any = self._blocks[0]
+        outs = [m.out_features for m in block.modules() if isinstance(m, nn.Linear)]
+        return tokens.shape[1] * max(outs, default=tokens.shape[2])
+
+    @staticmethod
     def embed(stem: nn.Module, images: Tensor) -> Tensor:
         """Images (n, channels, height, width), normalised -> tokens (n, tokens, width)."""
         return stem.trunk.forward_features(images)  # type: ignore[operator, union-attr]
@@ -145,6 +163,14 @@ class ViT:
     def apply(layer: nn.Module, tokens: Tensor) -> Tensor:
         """One layer: tokens (n, tokens, width) -> tokens (n, tokens, width)."""
         return layer(tokens)
+
+    def apply_last(self, layer: nn.Module, tokens: Tensor) -> Tensor:
+        """The last layer of a path: what ``logits`` needs of it, (n, 1 or all tokens, width).
+
+        Where the class token alone is pooled, the other tokens are only its keys and values: a sixth of
+        the layer's work.
+        """
+        return _class_token(layer, tokens) if self._pools_token else layer(tokens)
 
     @staticmethod
     def logits(stem: nn.Module, tokens: Tensor, head: Weights) -> Tensor:
@@ -193,6 +219,50 @@ class Stem(nn.Module):
         self.trunk = trunk
 
 
+def _pools_token(model: Any) -> bool:
+    """Whether ``_class_token`` is the whole of what a model of this architecture pools.
+
+    Asked of timm's names, and then of the numbers: the shortcut must agree with the whole layer.
+    """
+    from timm.layers.attention import Attention
+    from timm.models.vision_transformer import Block
+
+    known = {"qkv", "q_norm", "k_norm", "attn_drop", "norm", "proj", "proj_drop"}
+    if not model.blocks:  # said by a config.json that does not fit its weights
+        return False
+    block = model.blocks[0]
+    if (
+        model.global_pool != "token"
+        or getattr(model, "attn_pool", None) is not None
+        or any(type(b) is not Block or type(b.attn) is not Attention for b in model.blocks)
+        or any(name not in known for name, _ in block.attn.named_children())
+    ):
+        return False
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randn(2, 5, model.embed_dim, generator=generator)
+    with torch.inference_mode():
+        whole = block(tokens)[:, :1]
+        return torch.allclose(_class_token(block, tokens), whole, rtol=1e-4, atol=1e-5)
+
+
+def _class_token(layer: Any, tokens: Tensor) -> Tensor:
+    """timm's pre-norm Block for the class token alone: (n, tokens, width) -> (n, 1, width)."""
+    attn, width = layer.attn, layer.attn.num_heads * layer.attn.head_dim
+    normed, weight, bias = layer.norm1(tokens), attn.qkv.weight, attn.qkv.bias
+    parts = []
+    for i, x in enumerate((normed[:, :1], normed, normed)):  # query, key, value
+        own = slice(i * width, (i + 1) * width)
+        part = nn.functional.linear(x, weight[own], None if bias is None else bias[own])
+        parts.append(part.unflatten(-1, (attn.num_heads, -1)).transpose(1, 2))  # (n, heads, t, d)
+    q, k, v = parts
+    mixed = nn.functional.scaled_dot_product_attention(
+        attn.q_norm(q), attn.k_norm(k), v, scale=attn.scale
+    )
+    mixed = attn.proj(getattr(attn, "norm", nn.Identity())(mixed.transpose(1, 2).flatten(2)))
+    token = tokens[:, :1] + layer.ls1(mixed)
+    return token + layer.ls2(layer.mlp(layer.norm2(token)))
+
+
 def head_slices(heads: Mapping[str, Weights]) -> dict[str, tuple[int, int]]:
     """First and last + 1 of each task's logits in the assembled model's."""
     slices, start = {}, 0
@@ -239,7 +309,7 @@ def create(config: Mapping[str, Any], *, depth: int | None, num_classes: int) ->
             f"architecture {config['architecture']!r}: expected a timm VisionTransformer, found "
             f"{type(model).__name__}; other families are not supported"
         )
-    if any(hasattr(block.attn, "lambda_init") for block in model.blocks):
+    if any(hasattr(module, "lambda_init") for module in model.blocks.modules()):
         raise InputError(
             f"architecture {config['architecture']!r}: expected layers that compute the same wherever "
             "they stand, found differential attention, which depends on the layer's number; such "

@@ -738,7 +738,8 @@ def finished(tiny, tmp_path_factory) -> Path:
 def stopped(finished) -> Path:
     """A copy of the short search's folder as an interruption leaves it: no result yet."""
     Path("stopped").mkdir()
-    for name in ("config.json", "episodes.csv", "updates.csv", "checkpoint.safetensors"):
+    names = ("config.json", "episodes.csv", "updates.csv", "policies.bin", "checkpoint.safetensors")
+    for name in names:
         shutil.copy(finished / name, Path("stopped") / name)
     return Path("stopped")
 

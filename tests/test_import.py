@@ -13,12 +13,12 @@ before = (torch.get_num_threads(), torch.initial_seed(), torch.get_default_dtype
 start = time.perf_counter()
 import rmm_lab
 print(time.perf_counter() - start)
-import rmm_lab.baselines, rmm_lab.env, rmm_lab.path, rmm_lab.ppo, rmm_lab.zoo
+import rmm_lab.baselines, rmm_lab.cluster, rmm_lab.env, rmm_lab.path, rmm_lab.ppo, rmm_lab.zoo
 after = (torch.get_num_threads(), torch.initial_seed(), torch.get_default_dtype(),
          torch.is_grad_enabled(), random.getstate(), dict(os.environ), sorted(os.listdir()))
 assert before == after
 for heavy in ("timm", "transformers", "tokenizers", "datasets", "torchvision", "matplotlib",
-              "huggingface_hub"):
+              "huggingface_hub", "ray"):
     assert heavy not in sys.modules, heavy
 """
 
@@ -40,10 +40,10 @@ def test_imports_go_one_way():
     import rmm_lab
 
     order = (
-        *("errors", "operators", "parts", "vit", "t5", "models"),
+        *("errors", "operators", "parts", "vit", "t5", "memory", "models"),
         *("render", "tasks", "grammar", "formats", "texts", "training"),
-        *("pool", "scoring", "zoo", "path", "problem", "env", "baselines"),
-        *("runs", "plots", "report", "ppo", "tables"),
+        *("pool", "scoring", "cluster", "zoo", "path", "problem", "env", "baselines"),
+        *("runs", "plots", "report", "ppo", "tables", "bench"),
         *("tiny", "walk", "views", "pictures", "explorers", "widgets", "checks", "course"),
     )
     folder = Path(rmm_lab.__file__).parent

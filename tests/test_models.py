@@ -153,6 +153,144 @@ def test_pieces_run_as_timm_does(variant):
     torch.testing.assert_close(vit.logits(stem, tokens, parts.head), expected)
 
 
+# Architectures whose class token alone is pooled, and is computed alone in the last layer.
+SHORT = {
+    "plain": {},
+    "registers": {"reg_tokens": 2},
+    "query and key normed": {"qk_norm": True},
+    "attention normed": {"scale_attn_norm": True, "scale_mlp_norm": True},
+    "layer scale": {"init_values": 0.1},
+    "no biases": {"qkv_bias": False, "proj_bias": False},
+    "pre-norm, pooled norm": {"pre_norm": True, "fc_norm": True},
+    "one head": {"num_heads": 1},
+    "dropout": VARIANTS["dropout"],
+    "another activation": {"mlp_ratio": 2, "act_layer": "silu"},
+}
+# And those of which nothing of the kind is known.
+WHOLE = {
+    "average pool": ("vit_tiny_patch16_224", {"global_pool": "avg"}),
+    "no class token": ("vit_tiny_patch16_224", {"global_pool": "avg", "class_token": False}),
+    "average of all": (
+        "vit_tiny_patch16_224",
+        {"global_pool": "avg", "pool_include_prefix": True},
+    ),
+    "maximum": ("vit_tiny_patch16_224", {"global_pool": "max"}),
+    "attention pool": ("vit_tiny_patch16_224", {"global_pool": "map"}),
+    "norm behind the branch": ("vit_base_patch16_rpn_224", {}),
+    "norm behind, class token": ("vit_base_patch16_rpn_224", {"global_pool": "token"}),
+    "attention beside MLP": ("vit_base_patch16_xp_224", {}),
+    "two of each side by side": ("vit_small_patch16_18x2_224", {}),
+}
+WHOLE["norm behind, class token"][1]["class_token"] = True
+
+
+def shaken(architecture: str, args: dict, seed: int = 0):
+    """A timm model of depth 3, every parameter of which is random, and its config."""
+    config = TINY | {"architecture": architecture, "model_args": TINY["model_args"] | args}
+    model = timm.create_model(architecture, num_classes=5, **config["model_args"]).eval()
+    assert type(model) is VisionTransformer
+    g = torch.Generator().manual_seed(seed)
+    for parameter in model.requires_grad_(False).parameters():
+        parameter += 0.3 * torch.randn(parameter.shape, generator=g)
+    return model, config
+
+
+def run_short(family, model, x, path):
+    """Logits as the scorer computes them: the last layer by ``apply_last``."""
+    parts = split(model.state_dict())
+    stem = family.stem(parts.stem)
+    tokens = family.embed(stem, x)
+    for k in path[:-1]:
+        tokens = family.apply(family.layer(k, parts.layers[k]), tokens)
+    for k in path[-1:]:
+        tokens = family.apply_last(family.layer(k, parts.layers[k]), tokens)
+    return tokens, family.logits(stem, tokens, parts.head)
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("args", SHORT.values(), ids=SHORT)
+def test_the_class_token_alone_in_the_last_layer_is_timms(args, path):
+    model, config = shaken("vit_tiny_patch16_224", args)
+    family, x = ViT(config), images()
+    with torch.no_grad():
+        tokens, logits = run_short(family, model, x, path)
+        expected, seen = model.forward_features(x), []
+        assert tokens.shape == ((4, 1, 16) if path else expected.shape)
+        parts = split(model.state_dict())
+        whole = family.assemble(parts.stem, [(k, parts.layers[k]) for k in path], {"": parts.head})
+        expected = whole(x)
+        if path:
+            whole.blocks[-1].register_forward_hook(lambda _, __, out: seen.append(out))
+            whole(x)
+            torch.testing.assert_close(tokens, seen[0][:, :1], rtol=1e-4, atol=1e-4)
+    assert expected.std() > 1e-3
+    torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(("architecture", "args"), WHOLE.values(), ids=WHOLE)
+def test_the_last_layer_is_whole_where_more_than_the_class_token_counts(architecture, args):
+    model, config = shaken(architecture, args)
+    family, x = ViT(config), images()
+    assert not family._pools_token
+    with torch.no_grad():
+        tokens, logits = run_short(family, model, x, (0, 2, 1, 1))
+        parts = split(model.state_dict())
+        layers = [(k, parts.layers[k]) for k in (0, 2, 1, 1)]
+        expected = family.assemble(parts.stem, layers, {"": parts.head})(x)
+        torch.testing.assert_close(run_short(family, model, x, (0, 1, 2))[1], model(x))
+    assert tokens.shape[1] >= 4
+    assert expected.std() > 1e-3
+    torch.testing.assert_close(logits, expected)
+
+
+class _Mixing(torch.nn.Module):
+    """An MLP that sees the other tokens."""
+
+    def __init__(self, in_features, hidden_features, **_):
+        super().__init__()
+        self.fc = torch.nn.Linear(in_features, in_features)
+
+    def forward(self, x):
+        return self.fc(x - x.mean(1, keepdim=True))
+
+
+class _Own(timm.models.vision_transformer.Block):
+    """A block of another class may compute anything."""
+
+
+def test_a_block_that_the_shortcut_does_not_know_is_run_whole(monkeypatch):
+    def model(**args):
+        args = TINY["model_args"] | {"num_classes": 0} | args
+        return timm.create_model("vit_tiny_patch16_224", **args).eval()
+
+    assert vit._pools_token(model())
+    assert not vit._pools_token(model(mlp_layer=_Mixing))  # found by the numbers
+    assert not vit._pools_token(model(block_fn=_Own))
+    assert not vit._pools_token(model(depth=0))
+    other = model()
+    other.blocks[0].attn.gate = torch.nn.Linear(16, 16)  # as some releases have
+    assert not vit._pools_token(other)
+    other = model()
+    other.blocks[2] = _Own(16, 2)  # not the first one only
+    assert not vit._pools_token(other)
+    other = model()
+    other.blocks[0].attn.scale *= 50  # the same name for another thing
+    other.blocks[0].attn.fused_attn = True  # which takes its own scale
+    other.blocks[0].attn.qkv.weight.data.mul_(20)
+    assert not vit._pools_token(other)
+    original = vit._class_token
+    monkeypatch.setattr(vit, "_class_token", lambda *args: 1.001 * original(*args))
+    assert not vit._pools_token(model())
+
+
+def test_an_architecture_holds_no_numbers():
+    """Only shapes: else a pool would hold one model more than its own."""
+    family = ViT(TINY)
+    held = [*family._trunk.parameters(), *(p for b in family._blocks for p in b.parameters())]
+    assert len(held) > 30
+    assert all(p.is_meta for p in held)
+
+
 @pytest.mark.parametrize("path", PATHS)
 def test_skipped_and_repeated_layers_equal_a_timm_model_of_that_depth(variant, path):
     model, x = timm_model(variant), images(1)

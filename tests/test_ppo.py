@@ -18,13 +18,14 @@ import pytest
 import torch
 from torch.distributions import Categorical
 
-from rmm_lab import ppo
+from rmm_lab import ppo, runs
 from rmm_lab.env import DynamicAverageReward, MergingEnv
 from rmm_lab.path import LayerPath
 from rmm_lab.pool import LayerPool
 from rmm_lab.ppo import PRESETS, Args, train
 from rmm_lab.problem import Problem
 from rmm_lab.runs import RunFolder, from_csv
+from rmm_lab.scoring import Plan, Scorer
 
 # ------------------------------------------------------------------------------- formulas by hand
 
@@ -363,6 +364,99 @@ def test_an_agent_that_chooses_the_stem_leaves_it_in_the_path(trained):
     assert scores.mean() == pytest.approx(result.reward)
 
 
+# ------------------------------------------------------------------- looking ahead, and workers
+
+
+@pytest.mark.parametrize("preset", ["default", "paper"])
+def test_what_is_looked_ahead_is_what_is_played(trained, preset):
+    """In the middle of a search: generator, environment and DAR are left as they were."""
+    args = Args(preset=preset, episodes=40, data_fraction=0.2, quiet=True)
+    env = ppo.make_env(trained, args)
+    plan = ppo.make_env(None, args, Plan(env.unwrapped.scorer))
+    torch.manual_seed(0)
+    agent = ppo.Agent(int(np.prod(env.observation_space.shape)), int(env.action_space.n))
+    generator = torch.Generator().manual_seed(7)
+    penalised = 0
+    options = {"episode": 0}
+    for start in (0, 7, 14):
+        before = generator.get_state(), torch.get_rng_state()
+        env_before = {k: repr(v) for k, v in vars(env.unwrapped).items()}
+        scorer_before = env.unwrapped.scorer.evaluations, env.unwrapped.scorer.work_run
+        dar_before = env.episode, env.previous
+        wanted = ppo.look_ahead(plan, agent, generator, args, start, 7)
+        assert torch.equal(generator.get_state(), before[0])
+        assert torch.equal(torch.get_rng_state(), before[1])
+        assert {k: repr(v) for k, v in vars(env.unwrapped).items()} == env_before
+        assert (env.episode, env.previous) == dar_before
+        scorer = env.unwrapped.scorer
+        assert (scorer.evaluations, scorer.work_run) == scorer_before
+        played = []
+        for _ in range(7):
+            _, info = ppo.play(env, agent, generator, masked=args.mask_actions, options=options)
+            options = None
+            penalised += info["penalised"]
+            if not info["penalised"]:
+                played.append((info["path"], info["subset"]))
+        assert wanted == played
+        assert len({subset for _, subset in played}) > (preset == "paper")  # subsets take turns
+        assert not plan.unwrapped.scorer.take()  # and nothing is asked for again
+    assert bool(penalised) == (preset == "paper")
+
+
+@pytest.mark.parametrize("preset", ["default", "paper"])
+def test_a_search_is_the_same_with_any_number_of_workers(trained, preset, monkeypatch):
+    found, asked = [], []
+    original = ppo.look_ahead
+
+    def spy(*args):
+        asked.append(original(*args))
+        return asked[-1]
+
+    monkeypatch.setattr(ppo, "look_ahead", spy)
+    for workers in ("1", "2", "3"):
+        args = Args(preset=preset, episodes=48, workers=workers, quiet=True)
+        found.append(train(args, problem=trained, table=False))
+        if workers == "1":
+            assert not asked  # nothing is won by it
+    one = found[0]
+    for other in found[1:]:
+        assert other.episodes == one.episodes
+        assert other.updates == one.updates
+        assert other.finalists == one.finalists
+        assert (other.path, other.reward) == (one.path, one.reward)
+        weights = other.agent.state_dict()
+        assert all(torch.equal(weights[k], v) for k, v in one.agent.state_dict().items())
+    fair = sum(not e["penalised"] for e in one.episodes)
+    assert sum(map(len, asked)) == 2 * fair
+    assert fair < 48 if preset == "paper" else fair == 48
+
+
+def test_a_search_that_looks_ahead_finds_every_score_at_hand(trained, monkeypatch):
+    """All that an update needs goes to the workers at once, and no episode computes on its own."""
+    groups = []
+    original = Scorer.prefetch
+
+    def spy(self, wanted):
+        wanted = list(wanted)
+        unseen = {key for key in wanted if key not in self._seen}
+        if unseen:
+            groups.append(len(unseen))
+        original(self, wanted)
+
+    monkeypatch.setattr(Scorer, "prefetch", spy)
+    args = Args(episodes=60, workers="2", quiet=True)
+    train(args, problem=trained, table=False)
+    assert len(groups) == 60 // 20 + 2  # updates, the greedy path, the finalists
+
+
+def test_the_number_of_workers_is_no_part_of_the_result():
+    """A run may go on with other workers and another budget, not with another precision or device."""
+    plain = Args().config()
+    assert Args(workers="4", cache_mb=3.0, threads=2).config() == plain
+    assert Args(precision="bfloat16").config() != plain
+    assert Args(device="cuda").config() != plain
+
+
 # ----------------------------------------------------------------------------- run folder, resume
 
 
@@ -385,6 +479,7 @@ def test_a_run_folder_holds_what_the_readme_says(tiny, tmp_path, capsys):
     assert files(folder) == {
         *("config.json", "episodes.csv", "updates.csv", "checkpoint.safetensors"),
         *(
+            "policies.bin",
             "policy.safetensors",
             "policies.safetensors",
             "path.json",
@@ -466,8 +561,42 @@ def test_ctrl_c_says_how_to_go_on(tiny, tmp_path, monkeypatch, capsys):
     assert len(from_csv((folder / "episodes.csv").read_text())) == 40
 
 
-def test_a_checkpoint_cut_off_between_its_files_is_still_good(tiny, tmp_path):
-    """Tables are written before the checkpoint: rows that it does not know of are dropped."""
+RESULT = ("episodes.csv", "updates.csv", "policies.safetensors", "policy.safetensors", "path.json")
+
+
+@pytest.mark.parametrize("stop", ["episodes.csv", "updates.csv", "policies.bin", "checkpoint"])
+@pytest.mark.parametrize("save", [1, 3])
+def test_a_search_stopped_between_the_files_of_a_save_ends_as_an_unbroken_one(
+    tiny, tmp_path, monkeypatch, stop, save
+):
+    """Stopped before the named file of the first and of the third save, and with half a line left."""
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    assert ppo.main(arguments(tiny, whole, 16)) == 0
+    count = 0
+
+    def stopped(original):
+        def write(file, content):
+            nonlocal count
+            count += stop in file.name
+            if stop in file.name and count == save:
+                raise KeyboardInterrupt
+            original(file, content)
+
+        return write
+
+    with monkeypatch.context() as patched:
+        for how in ("append", "write"):
+            patched.setattr(runs, how, stopped(getattr(runs, how)))
+        assert ppo.main(arguments(tiny, broken, 16)) == 130
+    assert (broken / "checkpoint.safetensors").exists() == (save > 1)
+    with (broken / "episodes.csv").open("ab") as table:
+        table.write(b"17,4,0.12")
+    assert ppo.main(["--resume", str(broken)]) == 0
+    for name in (*RESULT, "policies.bin"):
+        assert (whole / name).read_bytes() == (broken / name).read_bytes(), name
+
+
+def test_a_finished_search_that_is_resumed_cuts_its_tables(tiny, tmp_path):
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     assert ppo.main(arguments(tiny, whole, 16)) == 0
     assert ppo.main(arguments(tiny, broken, 16)) == 0
@@ -475,8 +604,8 @@ def test_a_checkpoint_cut_off_between_its_files_is_still_good(tiny, tmp_path):
     lines = table.read_text().splitlines(keepends=True)
     table.write_text("".join([*lines, lines[-1].replace("15,", "16,", 1)]))
     assert ppo.main(["--resume", str(broken)]) == 0
-    assert len(from_csv((broken / "episodes.csv").read_text())) in (16, 17)
-    assert (whole / "path.json").read_text() == (broken / "path.json").read_text()
+    for name in RESULT:
+        assert (whole / name).read_bytes() == (broken / name).read_bytes(), name
 
 
 def test_losses_stay_finite_with_one_step_in_a_batch():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import resource
 from types import SimpleNamespace
 
 import pytest
@@ -10,10 +11,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rmm_lab import baselines, plots, report
+from rmm_lab import baselines, plots, report, runs
 from rmm_lab.baselines import Row
 from rmm_lab.errors import InputError, one_sentence
-from rmm_lab.runs import check_new, from_csv, to_csv, write
+from rmm_lab.runs import RunFolder, append, check_new, from_csv, to_csv, write
 
 ROWS = [Row("base", "as it is", (0.25, 0.5)), Row("RMM", "9 episodes", (0.875, 0.625))]
 
@@ -101,6 +102,141 @@ def test_write_replaces_whole_files_only(tmp_path, monkeypatch):
     assert file.read_text() == "old"
     assert [p.name for p in tmp_path.iterdir()] == ["table.csv"]
     assert "expected space on the device" in one_sentence(caught.value)
+
+
+def test_append_adds_to_the_end(tmp_path):
+    file = tmp_path / "table.csv"
+    for part in (b"one\n", b"", b"two\n"):
+        append(file, part)
+    assert file.read_bytes() == b"one\ntwo\n"
+
+
+def test_an_append_that_finds_no_space_leaves_the_file_as_it_was(tmp_path):
+    """A real limit: the kernel takes three of the bytes, and refuses the rest."""
+    file = tmp_path / "table.csv"
+    append(file, b"one\n")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (7, limits[1]))
+    try:
+        with pytest.raises(OSError, match="too large"):
+            append(file, b"two\nthree\n")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert file.read_bytes() == b"one\n"
+    append(file, b"two\n")
+    assert file.read_bytes() == b"one\ntwo\n"
+
+
+def saved(folder, n, start=0):
+    """n updates of two episodes each; returns the rows and policies that were saved last."""
+    episodes = [{"episode": i, "reward": i / 3, "path": f"a@{i % 7}"} for i in range(2 * n)]
+    updates = [{"update": i, "loss": 1 / (i + 1)} for i in range(n)]
+    policies = [torch.tensor([[i, 0.1], [float("nan"), 2]]) for i in range(n)]
+    for i in range(start + 1, n + 1):
+        tensors, counters = {"w": torch.tensor([i])}, {"dar_episode": 2 * i}
+        folder.save_checkpoint(tensors, counters, episodes[: 2 * i], updates[:i], policies[:i])
+    return episodes, updates, policies
+
+
+def test_saving_costs_the_same_after_a_hundred_updates_as_after_two(tmp_path, monkeypatch):
+    """Every row is formatted once and every byte of the tables is written once."""
+    rows_formatted, written = [], {}
+    original = {name: getattr(runs, name) for name in ("to_csv", "append", "write")}
+
+    def to_csv(rows, **options):
+        rows_formatted.append(len(rows))
+        return original["to_csv"](rows, **options)
+
+    def counted(how):
+        def write(file, content):
+            written.setdefault(file.name, []).append(len(content))
+            original[how](file, content)
+
+        return write
+
+    monkeypatch.setattr(runs, "to_csv", to_csv)
+    for how in ("append", "write"):
+        monkeypatch.setattr(runs, how, counted(how))
+    saved(RunFolder(tmp_path), 100)
+    assert rows_formatted == [2, 1] * 100
+    for name in ("episodes.csv", "updates.csv", "policies.bin"):
+        assert sum(written[name]) == (tmp_path / name).stat().st_size
+    checkpoints = written["checkpoint.safetensors"]
+    assert len(checkpoints) == 100
+    assert max(checkpoints) <= checkpoints[0] + 16  # digits of the counters, and what pads them
+
+
+def test_a_checkpoint_comes_back_as_it_was(tmp_path):
+    assert RunFolder(tmp_path).load_checkpoint() is None
+    episodes, updates, policies = saved(RunFolder(tmp_path), 3)
+    before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
+    folder = RunFolder(tmp_path)
+    tensors, counters, *tables = folder.load_checkpoint()
+    assert tables == [episodes, updates]
+    assert counters["dar_episode"] == 6
+    assert tensors["w"].tolist() == [3]
+    assert torch.equal(
+        tensors["policies"].view(torch.int32), torch.stack(policies).view(torch.int32)
+    )
+    assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
+    inode = (tmp_path / "episodes.csv").stat().st_ino
+    saved(folder, 5, start=3)  # goes on
+    assert (tmp_path / "episodes.csv").stat().st_ino == inode  # in the same file, not in a new one
+    (tmp_path / "whole").mkdir()
+    saved(RunFolder(tmp_path / "whole"), 5)
+    for name in before:
+        assert (tmp_path / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
+
+
+@pytest.mark.parametrize(
+    ("name", "more"),
+    [
+        ("episodes.csv", b"6,2.0,a@6\n"),
+        ("episodes.csv", b"6,2.0,a@6\n7,2.3"),
+        ("episodes.csv", b'6,2.0,"a\n'),
+        ("episodes.csv", "7,2.3,\N{GREEK SMALL LETTER ALPHA}".encode()[:-1]),
+        ("updates.csv", b"3"),
+        ("policies.bin", bytes(16)),
+        ("policies.bin", bytes(3)),
+    ],
+)
+def test_what_a_stopped_search_wrote_after_its_checkpoint_is_cut_off(tmp_path, name, more):
+    episodes, updates, _ = saved(RunFolder(tmp_path), 3)
+    whole = (tmp_path / name).read_bytes()
+    append(tmp_path / name, more)
+    tensors, _, *tables = RunFolder(tmp_path).load_checkpoint()
+    assert tables == [episodes, updates]
+    assert tensors["policies"].shape == (3, 2, 2)
+    assert (tmp_path / name).read_bytes() == whole
+
+
+@pytest.mark.parametrize(
+    ("name", "left", "message"),
+    [
+        ("episodes.csv", None, "at least 6 rows in .*episodes.csv, found 0"),
+        ("episodes.csv", b"episode,reward,path\n0,0.0,a@0\n", "at least 6 rows .*found 1"),
+        ("episodes.csv", b"episode,reward,path\n" + 6 * b"0,0.0\n", "6 rows .*an altered one"),
+        ("updates.csv", b"update,loss\n0,1.0\n1,0.5\n2,0.3", "at least 3 rows .*found 2"),
+        ("policies.bin", bytes(47), "at least 48 bytes in .*policies.bin, found 47"),
+    ],
+)
+def test_a_table_that_lacks_rows_is_refused(tmp_path, name, left, message):
+    saved(RunFolder(tmp_path), 3)
+    (tmp_path / name).unlink()
+    if left is not None:
+        (tmp_path / name).write_bytes(left)
+    with pytest.raises(InputError, match=message):
+        RunFolder(tmp_path).load_checkpoint()
+
+
+def test_the_first_save_replaces_what_a_search_without_a_checkpoint_left(tmp_path):
+    (tmp_path / "episodes.csv").write_bytes(b"episode,reward,path\n0,0.1,a@0\n1,")
+    (tmp_path / "policies.bin").write_bytes(bytes(5))
+    folder = RunFolder(tmp_path)
+    assert folder.load_checkpoint() is None
+    episodes, *_ = saved(folder, 2)
+    assert from_csv((tmp_path / "episodes.csv").read_text()) == episodes
+    assert (tmp_path / "policies.bin").stat().st_size == 32
 
 
 def test_a_new_folder_is_absent_or_empty(tmp_path):

@@ -2,15 +2,35 @@
 
 from __future__ import annotations
 
+import itertools
+import threading
+from collections import Counter
+from collections.abc import Mapping
+
 import numpy as np
 import pytest
 import torch
+from conftest import TINY
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from torch import nn
 
 from rmm_lab import vit
+from rmm_lab.baselines import coordinate_ascent, random_search
 from rmm_lab.errors import InputError
-from rmm_lab.scoring import Scorer, deal, evaluate, reward, shortlist
+from rmm_lab.memory import Cache
+from rmm_lab.pool import LayerPool
+from rmm_lab.problem import load_problem
+from rmm_lab.scoring import (
+    Job,
+    Scorer,
+    batch_size,
+    deal,
+    evaluate,
+    parts_of,
+    reward,
+    shortlist,
+)
 
 
 def oracle(problem, path, rows=None, split="reward"):
@@ -89,44 +109,497 @@ def test_deal_depends_on_its_seed_alone():
     )
 
 
+# --------------------------------------------------- what is kept, and who works, changes no bit
+
+
+class Recorder(Scorer):
+    """A scorer that notes the logits behind its scores: rewards are fractions, which hide last bits."""
+
+    def __init__(self, *args, **options) -> None:
+        super().__init__(*args, **options)
+        self.logits: dict[tuple, torch.Tensor] = {}
+        self.largest = 0
+
+    def _logits(self, subset, j, path):
+        found = super()._logits(subset, j, path)
+        self.logits[subset, j, path] = found[0]
+        return found
+
+    def _keep(self, key, state):
+        super()._keep(key, state)
+        if self.alone:  # else another thread may be putting something in
+            check_cache(self.cache)
+
+
+def reachable(*roots, without=(nn.Module,)) -> dict[int, int]:
+    """Address -> bytes of all memory of the tensors that objects lead to, found by walking them."""
+    storages, seen, stack = {}, set(), list(roots)
+    while stack:
+        one = stack.pop()
+        if id(one) in seen or isinstance(one, (type, *without)):
+            continue
+        seen.add(id(one))
+        if isinstance(one, torch.Tensor):
+            if not one.is_meta:
+                storages[one.untyped_storage().data_ptr()] = one.untyped_storage().nbytes()
+        elif isinstance(one, Mapping):
+            stack += one.values()
+        elif isinstance(one, (list, tuple, set)):
+            stack += one
+        elif hasattr(one, "__dict__"):
+            stack += vars(one).values()
+    return storages
+
+
+def check_cache(cache) -> None:
+    """What the cache says that it holds is what it holds, and no more than it may."""
+    held = reachable([value for value, _ in cache._values.values()])
+    assert sum(held.values()) == cache.bytes <= cache.budget
+    assert cache.bytes <= cache.peak <= cache.budget
+
+
+def check_that_nothing_changes_a_bit(problem, path, data, **options) -> None:
+    """The same to the bit for any budget, number of workers and way of looking ahead.
+
+    path: a strategy of paths. Half of the cases repeat a path, or go on from one.
+    """
+    asked = data.draw(
+        st.lists(st.tuples(path, st.sampled_from([None, 0, 1, 2])), min_size=1, max_size=10)
+    )
+    asked += data.draw(st.lists(st.sampled_from(asked), max_size=4))
+    plain = Recorder(problem.pool, problem.tasks, **options, cache_mb=0)
+    expected = [plain.score(*one) for one in asked]
+    assert plain.work_run == sum(work_of(plain, *one) for one in set(asked))
+    budgets = [
+        256.0,
+        8.0,
+        0.02,
+        0.004,
+        0.0,
+    ]  # MiB; the small ones hold an activation or two, or none
+    for budget in data.draw(st.lists(st.sampled_from(budgets), min_size=1, max_size=3)):
+        workers = data.draw(st.integers(1, 3))
+        scorer = Recorder(problem.pool, problem.tasks, **options, cache_mb=budget, workers=workers)
+        order = data.draw(st.permutations(range(len(asked))))
+        size = data.draw(st.sampled_from([0, 1, 3, 20]))  # looked ahead at once; 0: never
+        for n, i in enumerate(order):
+            if size and n % size == 0:
+                scorer.prefetch([asked[k] for k in order[n : n + size]])
+            assert np.array_equal(scorer.score(*asked[i]), expected[i])
+            check_cache(scorer.cache)
+        assert scorer.logits.keys() == plain.logits.keys()
+        assert all(torch.equal(scorer.logits[key], plain.logits[key]) for key in plain.logits)
+        assert (scorer.evaluations, scorer.work_asked) == (plain.evaluations, plain.work_asked)
+        assert scorer.work_run <= plain.work_run
+
+
+def work_of(scorer, path, subset) -> int:
+    """Layers of a path x examples of a subset, over all tasks."""
+    layers = sum(k >= 0 for _, k in path)
+    return layers * sum(len(scorer.rows(i, subset)) for i in range(scorer.n_models))
+
+
+STEPS = st.tuples(st.integers(0, 3), st.integers(0, 2))
+STEM = st.lists(st.tuples(st.integers(0, 3), st.just(-1)), max_size=1)
+
+
 @settings(
-    max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 @given(st.data())
-def test_the_cache_changes_no_score_and_keeps_its_budget(problem, data):
-    """On, off or tiny, over random paths with skips and stacks: the same to the bit."""
-    step = st.tuples(st.integers(0, 3), st.integers(0, 2))
-    paths = data.draw(
-        st.lists(
-            st.tuples(st.lists(step, max_size=6).map(tuple), st.sampled_from([None, 0, 1, 2])),
-            min_size=1,
-            max_size=12,
-        )
-    )
-    budgets = [256.0, 0.0, 0.02]  # MiB; the tiny one holds two or three activations
-    scorers = [
-        Scorer(
-            problem.pool, problem.tasks, fraction=1 / 3, stem=problem.stem, cache_mb=b, batch_size=5
-        )
-        for b in budgets
+def test_nothing_but_the_path_changes_a_score(problem, data):
+    """Skips, stacks, repeats and stems chosen by the path."""
+    path = st.tuples(STEM, st.lists(STEPS, max_size=6)).map(lambda p: (*p[0], *p[1]))
+    options = {"fraction": 1 / 3, "stem": "agent", "batch_size": 5}
+    check_that_nothing_changes_a_bit(problem, path, data, **options)
+
+
+def test_eight_mib_are_never_exceeded(problem):
+    """Deep stacks of which 8 MiB hold only a part, looked ahead in groups, with one worker and two."""
+    rng = np.random.default_rng(0)
+    paths = [
+        tuple(zip(rng.integers(0, 4, 12).tolist(), rng.integers(0, 3, 12).tolist(), strict=True))
+        for _ in range(60)
     ]
-    for path, subset in paths:
-        first, *others = (s.score(path, subset) for s in scorers)
-        assert all(np.array_equal(first, other) for other in others)
-        for scorer, budget in zip(scorers, budgets, strict=True):
-            held = sum(t.nbytes for states in scorer._cache.values() for t in states)
-            assert held == scorer._cached_bytes <= budget * 2**20
-    assert scorers[0].layers_run <= scorers[2].layers_run <= scorers[1].layers_run
+    found = {}
+    for cache_mb, workers in ((0, 1), (8, 1), (8, 2)):
+        scorer = problem.scorer(
+            fraction=1.0, stem="base", cache_mb=cache_mb, workers=workers, batch_size=36
+        )
+        for n in range(0, len(paths), 20):
+            scorer.prefetch([(path, None) for path in paths[n : n + 20]])
+            check_cache(scorer.cache)
+        again = [scorer.score((*path[:11], (0, 0))).tolist() for path in paths]
+        found[cache_mb, workers] = [scorer.score(path).tolist() for path in paths] + again
+        assert scorer.cache.peak <= cache_mb * 2**20
+        if cache_mb:
+            assert scorer.cache.peak > 7.9 * 2**20
+            assert scorer.cache.evicted > 100
+    assert found[0, 1] == found[8, 1] == found[8, 2]
 
 
 def test_a_shared_prefix_is_computed_once(problem):
     scorer = problem.scorer(fraction=1.0)
     scorer.score(((0, 0), (0, 1), (0, 2)))
-    assert scorer.layers_run == 6  # three layers for two tasks
+    assert scorer.work_run == 3 * 72  # three layers for 36 examples of each of two tasks
     scorer.score(((0, 0), (0, 1), (1, 2)))
-    assert scorer.layers_run == 8
+    assert scorer.work_run == 4 * 72
     scorer.score(((0, 0), (0, 1), (0, 2)))
-    assert (scorer.layers_run, scorer.evaluations) == (8, 3)
+    assert (scorer.work_run, scorer.evaluations, scorer.work_asked) == (4 * 72, 3, 9 * 72)
+
+
+# ------------------------------------------------------------------------------ cost, by counting
+
+
+@pytest.fixture
+def calls(problem, monkeypatch):
+    """How often each of the parts is called, with one part of each task."""
+    counts = Counter()
+    vit_class, pool_class = type(problem.pool.architecture), type(problem.pool)
+
+    def counted(owner, name, static=False):
+        original = getattr(owner, name)
+
+        def spy(*args):
+            counts[name] += 1
+            return original(*args)
+
+        monkeypatch.setattr(owner, name, staticmethod(spy) if static else spy)
+
+    for name in ("embed", "apply", "logits"):
+        counted(vit_class, name, static=True)
+    counted(vit_class, "apply_last")
+    counted(pool_class, "_merge")
+    counted(Cache, "get")
+    return counts
+
+
+ALL_PATHS = list(itertools.product(*([(a, k) for a in range(4)] for k in range(3))))
+
+
+def test_ten_times_the_episodes_cost_ten_times_as_much(problem, calls):
+    costs = []
+    for n in (6, 60):
+        scorer = problem.scorer(fraction=1.0, cache_mb=0)
+        before = calls.copy()
+        for path in ALL_PATHS[:n]:
+            scorer.score(path)
+        layers = calls["apply"] + calls["apply_last"] - before["apply"] - before["apply_last"]
+        costs.append(np.array([scorer.work_run, layers, calls["embed"] - before["embed"] - 2]))
+    assert costs[0].tolist() == [6 * 3 * 72, 6 * 3 * 2, 6 * 2]  # 2: the batches' size is found once
+    assert costs[1].tolist() == (10 * costs[0]).tolist()
+    assert (
+        calls["_merge"] <= 6 + 1
+    )  # an operator's layer is merged once, however many paths take it
+
+
+def test_kept_activations_make_more_episodes_cheaper_not_dearer(problem):
+    """All 64 paths share their beginnings: 4 first layers, 16 second ones, 64 last ones."""
+    scorer = problem.scorer(fraction=1.0)
+    for path in ALL_PATHS:
+        scorer.score(path)
+    assert scorer.work_run == (4 + 16 + 64) * 72
+    assert scorer.work_asked == 3 * 64 * 72
+
+
+@pytest.mark.parametrize("cache_mb", [0, 256])
+def test_ten_times_the_layers_cost_ten_times_as_much(problem, calls, cache_mb):
+    found = []
+    for n in (3, 30, 60, 90):
+        scorer = problem.scorer(fraction=1.0, cache_mb=cache_mb)
+        before = calls.copy()
+        scorer.score(((0, 0), (1, 1), (2, 2)) * (n // 3))
+        assert scorer.work_run == n * 72
+        calls.subtract(before)
+        assert calls["apply"] + calls["apply_last"] == 2 * n
+        found.append(calls["get"])
+        calls.clear()
+    # So do look-ups: as many more from 30 to 60 layers as from 60 to 90, at most two a layer and task.
+    assert found[2] - found[1] == found[3] - found[2] <= 2 * 2 * 30
+
+
+def test_ten_times_the_tasks_cost_ten_times_as_much(problem):
+    base, (one, _) = problem.pool.base, problem.pool.experts
+    work = []
+    for n in (2, 20):
+        pool = LayerPool(base, [one] * n, [f"e{i}" for i in range(n)], ())
+        scorer = Scorer(pool, problem.tasks[:1] * n, fraction=1.0, stem="base", cache_mb=0)
+        scorer.score(((0, 0), (1, 1), (0, 2)))
+        work.append(scorer.work_run)
+    assert work == [2 * 3 * 36, 20 * 3 * 36]
+
+
+def test_what_is_asked_for_twice_is_computed_once(problem, calls):
+    scorer = problem.scorer(fraction=0.5, cache_mb=0, workers=2)
+    path = ALL_PATHS[37]
+    scorer.prefetch([(path, 0), (path, 0), (path, 1), (path, 0)])
+    assert scorer.work_run == 3 * 72  # both halves
+    assert scorer.evaluations == scorer.work_asked == 0
+    before = calls.copy()
+    scorer.prefetch([(path, 1), (path, 0)])
+    for subset in (0, 1, 0):
+        scorer.score(path, subset)
+    scorer.prefetch([])
+    assert calls == before
+    assert (scorer.work_run, scorer.evaluations, scorer.work_asked) == (3 * 72, 3, 3 * 3 * 36)
+
+
+def test_looking_ahead_shares_more_within_a_small_budget(problem):
+    """Paths in an order that shares the most: a budget for one path's activations is enough."""
+    rng = np.random.default_rng(1)
+    wanted = [(ALL_PATHS[i], 0) for i in rng.permutation(64)]
+    scorers = [problem.scorer(fraction=1.0, cache_mb=0.1) for _ in range(2)]
+    scorers[0].prefetch(wanted)
+    for path, subset in wanted:
+        scorers[1].score(path, subset)
+    assert scorers[0].work_run == (4 + 16 + 64) * 72 < scorers[1].work_run
+
+
+def test_memory_for_the_pool_is_the_models_and_the_operators_layers_that_were_asked_for(problem):
+    """At most (N + 1) models and each operator's layer in use, counted by the tensors' own memory."""
+    pool = problem.pool
+    size = [sum(t.nbytes for t in w.values()) for w in pool._base_parts.layers]
+    model = sum(t.nbytes for t in pool.base.weights.values())
+    scorer = problem.scorer(fraction=0.5, workers=2)
+    rng = np.random.default_rng(0)
+    for i in range(30):  # both experts everywhere; one operator in layer 0, the other in layer 2
+        path = tuple(
+            (int(rng.choice([0, 1, *([2] if k == 0 else [3] if k == 2 else [])])), k)
+            for k in range(3)
+        )
+        scorer.score(path, i % 2)
+    operators = {key for key in pool._weights if key[0] in pool.operators}
+    assert operators == {(pool.sources[2], 0), (pool.sources[3], 2)}
+    held = sum(reachable(pool, without=()).values())
+    assert (
+        (pool.n_models + 1) * model
+        < held
+        <= 1.01 * ((pool.n_models + 1) * model + size[0] + size[2])
+    )
+
+
+# ------------------------------------------------------------------------- batches, worker by worker
+
+
+@given(st.integers(0, 400), st.integers(1, 70))
+def test_parts_cover_each_row_once_in_order(n, size):
+    rows = np.random.default_rng(n).permutation(n)
+    parts = parts_of(rows, size)
+    assert np.concatenate(parts).tolist() == rows.tolist()
+    lengths = [len(part) for part in parts]
+    assert max(lengths) - min(lengths) <= 1
+    assert max(lengths) <= size
+    assert len(parts) == max(1, -(-n // size))
+
+
+def test_parts_by_hand(problem):
+    scorer = problem.scorer(fraction=1 / 3, batch_size=5, seed=2)
+    own = deal(36, 3, 2)[1]  # 12 rows of each of two tasks, in 4 + 4 + 4
+    assert [(i, rows.tolist()) for i, rows in scorer.parts(1)] == [
+        (i, own[a : a + 4].tolist()) for i in (0, 1) for a in (0, 4, 8)
+    ]
+    assert [(i, len(rows)) for i, rows in scorer.parts(None)] == [
+        (i, n) for i in (0, 1) for n in (5, 5, 5, 5, 4, 4, 4, 4)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("width", "pixels", "expected"),
+    [
+        (192, 48, 32),  # 145 tokens x 768 hidden numbers: 2**20 // 111,360 = 9, but never below 32
+        (16, 32, 252),  # 65 x 64: 2**20 // 4,160
+        (16, 8, 256),  # 5 x 64: 2**20 // 320 = 3,276, but never above 256
+    ],
+)
+def test_the_batches_size_by_hand(problem, width, pixels, expected):
+    args = TINY["model_args"] | {"embed_dim": width, "img_size": pixels}
+    config = TINY | {"model_args": args}
+    family = vit.ViT(config)
+    stem = family.stem(vit.split(vit.create(config, depth=1, num_classes=0).state_dict()).stem)
+
+    class Blank:
+        def split(self, name):
+            return range(7)
+
+        def batch(self, name, rows):
+            assert len(rows) <= 7
+            return torch.zeros(len(rows), 1, pixels, pixels)
+
+    assert batch_size(family, stem, Blank(), "reward") == expected
+
+
+def test_all_workers_have_the_threads_of_the_first(problem, monkeypatch):
+    """Sums in another number of threads may have other last bits."""
+    seen = set()
+    original = Scorer.work
+
+    def spy(self, job):
+        seen.add((threading.current_thread().name.split("_")[0], torch.get_num_threads()))
+        return original(self, job)
+
+    monkeypatch.setattr(Scorer, "work", spy)
+    problem.scorer(workers=3, fraction=0.5).score(ALL_PATHS[0], 0)
+    assert seen == {("scorer", torch.get_num_threads())}
+
+
+def test_an_engine_runs_jobs_in_any_order_and_place(problem):
+    """Here backwards, and by another scorer: what ``Job`` says is all that a worker needs."""
+    other = problem.scorer(fraction=0.5, batch_size=7)
+    jobs_seen = []
+
+    def backwards(jobs):
+        jobs_seen.extend(jobs)
+        return reversed([other.work(job) for job in reversed(jobs)])
+
+    options = {"fraction": 0.5, "stem": problem.stem, "batch_size": 7}
+    scorer = Scorer(problem.pool, problem.tasks, **options, engine=backwards)
+    plain = Scorer(problem.pool, problem.tasks, **options)
+    wanted = [(path, s) for path in ALL_PATHS[::5] for s in (0, 1, None)]
+    scorer.prefetch(wanted)
+    n = len(jobs_seen)
+    assert n > 6
+    assert all(np.array_equal(scorer.score(*w), plain.score(*w)) for w in wanted)
+    assert len(jobs_seen) == n
+    assert scorer.work_run <= scorer.work_asked
+    assert not scorer.alone
+    assert plain.alone
+
+
+def test_an_error_in_a_worker_is_the_callers(problem, monkeypatch):
+    scorer = problem.scorer(workers=2)
+
+    def broken(self, job):
+        raise InputError("a layer is missing")
+
+    monkeypatch.setattr(Scorer, "work", broken)
+    with pytest.raises(InputError, match="a layer is missing"):
+        scorer.score(ALL_PATHS[0], 0)
+    monkeypatch.undo()
+    expected = problem.scorer().score(ALL_PATHS[0], 0)
+    assert np.array_equal(scorer.score(ALL_PATHS[0], 0), expected)  # and nothing wrong was noted
+
+
+@pytest.mark.parametrize("search", [random_search, coordinate_ascent])
+@pytest.mark.parametrize("stem", ["base", "agent"])
+def test_other_searches_are_the_same_with_any_number_of_workers(problem, search, stem):
+    found = []
+    for workers in (1, 2, 3):
+        scorer = problem.scorer(fraction=0.25, stem=stem, workers=workers)
+        found.append(search(scorer, 50, seed=4))
+        assert scorer.evaluations == 50
+    assert found[0] == found[1] == found[2]
+    assert len(found[0]) == 50
+    # Each reward is that of a scorer that was never asked to look ahead.
+    plain = problem.scorer(fraction=0.25, stem=stem, cache_mb=0)
+    if search is random_search:
+        assert [r for _, r in found[0]] == [
+            reward(plain.score(path, i % 4)) for i, (path, _) in enumerate(found[0])
+        ]
+
+
+@pytest.mark.parametrize("workers", ["0", "-1", "1.5", "two", "²", ""])
+def test_workers_that_are_no_number_are_refused(problem, workers):
+    with pytest.raises(InputError, match="--workers: expected a number of threads from 1"):
+        problem.scorer(workers=workers)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"workers": 0}, "at least 1 worker"),
+        ({"batch_size": 0}, "batches of at least 1 example, found 1 and 0"),
+        ({"precision": "float16"}, "precision: expected float32 or bfloat16, found 'float16'"),
+        ({"cache_mb": -1}, "expected a budget of 0 bytes or more"),
+    ],
+)
+def test_options_out_of_range_are_refused(problem, options, words):
+    with pytest.raises(InputError, match=words):
+        Scorer(problem.pool, problem.tasks, **options)
+
+
+# ----------------------------------------------------------------------------- device and precision
+
+
+@pytest.mark.parametrize("device", ["cuda:99", "meta", "nonsense", "hpu", ""])
+def test_a_device_that_is_not_there_is_refused(problem, device):
+    with pytest.raises(InputError, match=r"device '.*': expected cpu, or a GPU .*; choose cpu"):
+        problem.scorer(device=device)
+
+
+@pytest.fixture(scope="module")
+def demo():
+    """The pair that ships: trained, so that most answers are sure ones."""
+    return load_problem(("demo",))
+
+
+def answers_of(scorer, paths) -> torch.Tensor:
+    """All answers on the first subset, whatever the batches."""
+    found = []
+    for j in range(len(scorer.parts(0))):
+        found.append(torch.cat([a[None] for a in scorer.work(Job(0, j, tuple(paths)))[0]]))
+    return torch.cat(found, 1)
+
+
+DEMO_PATHS = [
+    tuple((0, k) for k in range(6)),
+    tuple((1, k) for k in range(6)),
+    ((4, -1), (0, 0), (2, 1), (2, 1), (1, 3), (4, 5)),
+]
+
+
+def compare_with_float32(demo, least: float, **options) -> None:
+    plain = demo.scorer(fraction=0.2)
+    other = demo.scorer(fraction=0.2, **options)
+    first, second = answers_of(plain, DEMO_PATHS), answers_of(other, DEMO_PATHS)
+    assert first.shape == second.shape
+    assert first.shape[1] > 150
+    assert len(first.unique()) > 5
+    for a, b in zip(first, second, strict=True):
+        assert float((a == b).float().mean()) > least
+    for path in DEMO_PATHS:
+        scores = other.score(path, 0)
+        assert ((scores >= 0) & (scores <= 1)).all()
+        assert scores == pytest.approx(plain.score(path, 0), abs=0.05)
+    check_cache(other.cache)
+
+
+def test_bfloat16_finds_nearly_the_same_answers(demo):
+    before = {k: v.clone() for k, v in demo.pool.base.weights.items()}
+    compare_with_float32(demo, 0.95, precision="bfloat16")
+    scorer = demo.scorer(precision="bfloat16")
+    state = scorer.architecture.embed(scorer._module("base", -1), scorer._batch(0, 0))
+    assert state.dtype == scorer._heads[0]["weight"].dtype == torch.bfloat16
+    assert all(p.dtype == torch.bfloat16 for p in scorer._module("ties", 2).parameters())
+    # The pool's own layers stay as they are, for tables and exports.
+    assert all(p.dtype == torch.float32 for p in demo.pool.layer("ties", 2).parameters())
+    assert all(torch.equal(v, before[k]) for k, v in demo.pool.base.weights.items())
+
+
+def test_a_path_that_began_another_one_has_the_same_logits(demo):
+    """The last layer is computed for the class token alone: at real sizes in other last bits."""
+    options = {"fraction": 0.2, "stem": demo.stem}
+    longer = (*DEMO_PATHS[0], (1, 5))
+    used, fresh = (Recorder(demo.pool, demo.tasks, **options) for _ in range(2))
+    used.score(longer, 0)
+    for scorer in (used, fresh):
+        scorer.score(DEMO_PATHS[0], 0)
+    for j in range(len(fresh.parts(0))):
+        key = (0, j, DEMO_PATHS[0])
+        assert torch.equal(used.logits[key], fresh.logits[key])
+    assert used.work_run == work_of(used, longer, 0) + work_of(used, longer, 0) // 7
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU that torch can use")
+@pytest.mark.parametrize(("precision", "least"), [("float32", 0.995), ("bfloat16", 0.95)])
+def test_a_gpu_finds_the_same_answers(demo, precision, least):
+    compare_with_float32(demo, least, device="cuda", precision=precision)
+    scorer = demo.scorer(device="cuda", precision=precision)
+    scorer.score(DEMO_PATHS[2], 0)
+    assert scorer._module("ties", 2).norm1.weight.device.type == "cuda"
+    assert demo.pool.layer("ties", 2).norm1.weight.device.type == "cpu"
+    assert all(
+        t.device.type == "cuda" for value, _ in scorer.cache._values.values() for t in [value]
+    )
 
 
 def test_a_returned_score_can_be_changed_without_harm(problem):
@@ -138,14 +611,16 @@ def test_a_returned_score_can_be_changed_without_harm(problem):
 def test_no_gradient_is_ever_enabled(problem, monkeypatch):
     """Every layer runs in inference mode, also when the caller has gradients on."""
     seen = []
-    original = problem.pool.architecture.apply
+    architecture = problem.pool.architecture
+    for name in ("apply", "apply_last"):
+        original = getattr(architecture, name)
 
-    def spy(layer, tokens):
-        out = original(layer, tokens)
-        seen.append((out.requires_grad, torch.is_inference(out), torch.is_grad_enabled()))
-        return out
+        def spy(layer, tokens, original=original):
+            out = original(layer, tokens)
+            seen.append((out.requires_grad, torch.is_inference(out), torch.is_grad_enabled()))
+            return out
 
-    monkeypatch.setattr(type(problem.pool.architecture), "apply", staticmethod(spy))
+        monkeypatch.setattr(architecture, name, spy)
     with torch.enable_grad():
         problem.scorer().score(PATHS[0], 0)
         evaluate(problem.pool, problem.tasks, [("e1", 0)], "base", "test")

@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from sklearn.metrics import balanced_accuracy_score
 from test_bad_input import refused
+from test_scoring import STEM, check_cache, check_that_nothing_changes_a_bit, reachable
 from tokenizers import Tokenizer, pre_tokenizers, processors
 from tokenizers.models import WordLevel
 from torch import nn
@@ -38,7 +39,7 @@ from rmm_lab.models import architecture, read_checkpoint
 from rmm_lab.path import LayerPath
 from rmm_lab.pool import LayerPool
 from rmm_lab.problem import load_problem
-from rmm_lab.scoring import Scorer, answers, answers_of_path, evaluate
+from rmm_lab.scoring import answers, answers_of_path, batch_size, evaluate
 from rmm_lab.t5 import T5, TextBatch
 from rmm_lab.texts import TextFormat, TextTask
 
@@ -336,6 +337,162 @@ def test_what_stands_in_the_padding_changes_nothing():
     assert torch.equal(
         run(family, parts.stem, layers, batch), run(family, parts.stem, layers, other)
     )
+
+
+# ------------------------------------------------------------------------------ our own attention
+
+
+@pytest.fixture(params=[torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def blocks(request, variant):
+    """An encoder's and a decoder's block of transformers, and random tokens (n, tokens, width)."""
+    model = hf_model(variant, 5).to(request.param)
+    assert model.encoder.block[0].layer[0].SelfAttention.config._attn_implementation == "sdpa"
+    model.set_attn_implementation("eager")
+    g = torch.Generator().manual_seed(1)
+    tokens, memory = (torch.randn(3, n, 16, generator=g).to(request.param) for n in (7, 9))
+    return model, tokens, memory
+
+
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("batched", [False, True])
+def test_attention_of_an_encoder_is_transformers_to_the_bit(blocks, padded, batched):
+    model, tokens, _ = blocks
+    first, second = (b.layer[0].SelfAttention for b in model.encoder.block[:2])
+    with torch.no_grad():
+        bias = first.compute_bias(7, 7)  # (1, heads, 7, 7)
+        if batched:
+            bias = bias.repeat(3, 1, 1, 1)
+        if padded:
+            mask = torch.zeros(3, 1, 1, 7, dtype=tokens.dtype)
+            mask[0, ..., 4:] = mask[2, ..., 6:] = torch.finfo(tokens.dtype).min
+            bias = bias + mask
+        for attention in (first, second):
+            found = t5._attend(attention, tokens, tokens, bias)
+            expected = attention(tokens, position_bias=bias)[0]
+            assert torch.equal(found, expected)
+            assert found.shape == (3, 7, 16)
+            assert found.dtype == tokens.dtype
+            if padded:  # a hidden token has no say
+                other = tokens.clone()
+                other[0, 4:] += 1
+                assert torch.equal(t5._attend(attention, other, other, bias)[0, :4], found[0, :4])
+
+
+def test_attention_of_a_decoder_is_transformers_to_the_bit(blocks):
+    model, tokens, memory = blocks
+    low = torch.finfo(tokens.dtype).min
+    with torch.no_grad():
+        for block in model.decoder.block:
+            own, cross = block.layer[0].SelfAttention, block.layer[1].EncDecAttention
+            bias = model.decoder.block[0].layer[0].SelfAttention.compute_bias(7, 7)
+            bias = bias + torch.full((7, 7), low, dtype=tokens.dtype).triu(1)
+            found = t5._attend(own, tokens, tokens, bias)
+            assert torch.equal(found, own(tokens, position_bias=bias)[0])
+            later = tokens.clone()
+            later[:, 3:] += 1  # seen by no token before
+            assert torch.equal(t5._attend(own, later, later, bias)[:, :3], found[:, :3])
+            mask = torch.zeros(3, 1, 1, 9, dtype=tokens.dtype)
+            mask[1, ..., 5:] = low
+            found = t5._attend(cross, tokens, memory, mask)
+            expected = cross(tokens, key_value_states=memory, position_bias=mask)[0]
+            assert torch.equal(found, expected)
+            none = torch.zeros(1, 1, 1, 9, dtype=tokens.dtype)
+            expected = cross(tokens, key_value_states=memory)[0]
+            assert torch.equal(t5._attend(cross, tokens, memory, none), expected)
+
+
+def test_attention_leaves_its_arguments_alone(blocks):
+    model, tokens, memory = blocks
+    attention = model.decoder.block[0].layer[1].EncDecAttention
+    bias = torch.randn(3, 3, 7, 9).to(tokens.dtype)
+    before = [x.clone() for x in (tokens, memory, bias)]
+    with torch.no_grad():
+        t5._attend(attention, tokens, memory, bias)
+    assert all(torch.equal(a, b) for a, b in zip((tokens, memory, bias), before, strict=True))
+
+
+def test_half_precision_is_near(variant):
+    """bfloat16 has 8 bits: log-probabilities of about 10 are off by some hundredths of them."""
+    model = hf_model(variant, 6)
+    for parameter in model.parameters():
+        parameter *= 0.5  # answers of trained models are no sums of such large numbers
+    family, parts = taken_apart(model)
+    layers, batch = list(enumerate(parts.layers)), batch_of(ROWS)
+    expected = run(family, parts.stem, layers, batch)
+    stem = family.stem(parts.stem).to(torch.bfloat16)
+    state = family.embed(stem, family.place(batch, "cpu", torch.bfloat16))
+    with torch.no_grad():
+        for k, weights in layers:
+            layer = copy.deepcopy(family.layer(k, weights)).to(torch.bfloat16)
+            state = (family.apply if k < len(layers) - 1 else family.apply_last)(layer, state)
+            assert state.encoded.dtype == state.bias.dtype == torch.bfloat16
+        found = family.logits(stem, state, {})
+    assert found.dtype == torch.float32  # of the sums over tokens
+    there = expected.isfinite()
+    assert (found[~there] == -torch.inf).all()
+    assert not torch.equal(found[there], expected[there])
+    torch.testing.assert_close(found[there], expected[there], rtol=0.05, atol=0.3)
+
+
+def test_a_state_tells_all_the_memory_that_it_holds(variant):
+    model = hf_model(variant)
+    family, parts = taken_apart(model)
+    batch = batch_of(ROWS)
+    state = family.embed(family.stem(parts.stem), batch)
+    fields = [f.name for f in dataclasses.fields(state)]
+    shared = reachable(batch)
+    for k, weights in enumerate(parts.layers):
+        told = {t.untyped_storage().data_ptr() for t in family.tensors(state)}
+        assert told == set(reachable([getattr(state, name) for name in fields]))
+        assert told >= set(shared)
+        state = family.apply(family.layer(k, weights), state)
+    assert state.decoded is not None
+    assert family.tensors(state) == state.tensors
+
+
+def test_scores_of_half_precision_and_of_a_gpu(t5s):
+    problem = problem_of(t5s)
+    options = [{"precision": "bfloat16"}]
+    if torch.cuda.is_available():
+        options += [{"device": "cuda"}, {"device": "cuda", "precision": "bfloat16"}]
+    for more in options:
+        scorer = problem.scorer(fraction=0.5, **more)
+        for path in SCORED:
+            scores = scorer.score(path, 0)
+            assert ((scores >= 0) & (scores <= 1)).all()
+        check_cache(scorer.cache)
+    plain, gpu = problem.scorer(fraction=0.5), problem.scorer(fraction=0.5, **options[-1])
+    assert plain.score(SCORED[0], 0) == pytest.approx(gpu.score(SCORED[0], 0), abs=0.35)
+
+
+def test_the_batches_size_by_hand(t5s):
+    """The widest of a layer's tensors, in numbers per example, at the sample's lengths."""
+    problem = problem_of(t5s)
+    family, stem = problem.pool.architecture, problem.pool.stem("base")
+    by_hand = {
+        (7, 2, 3): 7 * 24,  # S d_ff
+        (100, 2, 3): 3 * 100 * 100,  # heads S S
+        (2, 9, 2): 18 * 24,  # C T d_ff
+        (40, 4, 30): 3 * 120 * 40,  # heads C T S
+        (2, 4, 30): 3 * 120 * 30,  # heads C T T
+    }
+    for (s, c, t), widest in by_hand.items():
+        ids = torch.zeros(4, s, dtype=torch.long)
+        choices = torch.zeros(4, c, t, dtype=torch.long)
+        given = TextBatch(ids, ids == 0, choices, choices, torch.ones(4, c, t))
+        assert family.widest(family.embed(stem, given)) == widest
+
+        class Given:
+            def split(self, name):
+                return range(1000)
+
+            def batch(self, name, rows, given=given):
+                assert len(rows) <= 32
+                return given
+
+        size = max(32, min(256, 2**20 // widest))
+        assert batch_size(family, stem, Given(), "reward") == size
+    assert 2**20 // (3 * 100 * 100) == 34  # so that one of them lies between the bounds
 
 
 def test_few_logits_at_once_change_nothing(monkeypatch):
@@ -999,36 +1156,15 @@ def test_scores_are_those_of_the_exported_model(t5s, tmp_path, variant):
     assert len(set(seen)) >= 7  # the paths' answers differ
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(st.data())
-def test_the_cache_changes_no_score_and_keeps_its_budget(shared_problem, data):
-    """On, off or tiny, over random paths with skips and stacks: the same to the bit."""
-    problem = shared_problem
+def test_nothing_but_the_path_changes_a_score(shared_problem, data):
+    """Skips, stacks, repeats and stems: the same to the bit for any budget, workers and looking ahead."""
     encoder = st.lists(st.tuples(st.integers(0, 3), st.integers(0, 1)), max_size=3)
     decoder = st.lists(st.tuples(st.integers(0, 3), st.integers(2, 3)), max_size=3)
-    stem = st.lists(st.tuples(st.integers(0, 3), st.just(-1)), max_size=1)
-    paths = data.draw(
-        st.lists(
-            st.tuples(
-                st.tuples(stem, encoder, decoder).map(lambda p: tuple(s for q in p for s in q)),
-                st.sampled_from([None, 0, 1, 2]),
-            ),
-            min_size=2,
-            max_size=8,
-        )
-    )
-    budgets = [256.0, 0.0, 0.02]  # MiB
-    scorers = [
-        Scorer(problem.pool, problem.tasks, fraction=1 / 3, stem="agent", cache_mb=b, batch_size=5)
-        for b in budgets
-    ]
-    for path, subset in paths:
-        first, *others = (s.score(path, subset) for s in scorers)
-        assert all(np.array_equal(first, other) for other in others)
-        for scorer, budget in zip(scorers, budgets, strict=True):
-            held = sum(t.nbytes for states in scorer._cache.values() for t in states)
-            assert held == scorer._cached_bytes <= budget * 2**20
-    assert scorers[0].layers_run <= scorers[2].layers_run <= scorers[1].layers_run
+    path = st.tuples(STEM, encoder, decoder).map(lambda p: tuple(s for q in p for s in q))
+    options = {"fraction": 1 / 3, "stem": "agent", "batch_size": 5}
+    check_that_nothing_changes_a_bit(shared_problem, path, data, **options)
 
 
 @pytest.fixture(scope="session")
