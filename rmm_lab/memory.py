@@ -104,6 +104,12 @@ class Cache:
             self._values[key] = value, memory
             self.peak = max(self.peak, self.bytes)
 
+    def clear(self) -> None:
+        """Forget everything."""
+        with self._lock:
+            while self._values:
+                self._drop(next(iter(self._values)))
+
     def _new(self, memory: set[tuple[int, int]]) -> int:
         return sum(part[1] for part in memory if part not in self._holders)
 

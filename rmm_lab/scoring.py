@@ -234,7 +234,7 @@ class Scorer:
         self._seen: dict[tuple[Path, int | None], np.ndarray] = {}
         self._workers = workers
         self.alone = engine is None and workers == 1  # then nothing is won by looking ahead
-        self._engine = engine or (self._serial if self.alone else self._threaded)
+        self._engine = engine
         self._threads: ThreadPoolExecutor | None = None
         self.evaluations = 0  # paths scored, repeats included
         self.work_asked = 0  # layers of these paths x examples
@@ -274,7 +274,7 @@ class Scorer:
                 for group in ([tuple(paths)] if self.alone else starts)
             ]
         found: dict[tuple[Path, int | None], list[list[Tensor]]] = {}
-        for job, (answered, layers) in zip(jobs, self._engine(jobs), strict=True):
+        for job, (answered, layers) in zip(jobs, self._run(jobs), strict=True):
             i, rows = self.parts(job.subset)[job.part]
             self.work_run += layers * len(rows)
             for path, answer in zip(job.paths, answered, strict=True):
@@ -311,10 +311,12 @@ class Scorer:
 
     # ------------------------------------------------------------------- what workers do
 
-    def _serial(self, jobs: Sequence[Job]) -> Iterable[tuple[list[Tensor], int]]:
-        return map(self.work, jobs)
-
-    def _threaded(self, jobs: Sequence[Job]) -> Iterable[tuple[list[Tensor], int]]:
+    def _run(self, jobs: Sequence[Job]) -> Iterable[tuple[list[Tensor], int]]:
+        """What ``work`` returns for each job, by whoever does it."""
+        if self._engine is not None:
+            return self._engine(jobs)
+        if self.alone:
+            return map(self.work, jobs)
         if self._threads is None:
             threads = torch.get_num_threads()
             self._threads = ThreadPoolExecutor(
@@ -323,7 +325,11 @@ class Scorer:
         return self._threads.map(self.work, jobs)
 
     def close(self) -> None:
-        """End the threads, or the engine's workers; a scorer with threads can be used again."""
+        """Forget activations, end the threads or the engine's workers.
+
+        The scores stay, and without an engine the scorer can be used again.
+        """
+        self.cache.clear()
         if self._threads is not None:
             self._threads.shutdown()
             self._threads = None

@@ -300,3 +300,15 @@ def test_other_systems_are_left_alone(monkeypatch):
     monkeypatch.setattr(memory.sys, "platform", "darwin")
     assert keep_freed_memory() is False
     assert len(calls) == before
+
+
+def test_a_cleared_cache_holds_nothing_and_goes_on():
+    cache = Cache(1000)
+    shared = torch.zeros(50)
+    cache.put("a", 1, [shared])
+    cache.put("b", 2, [shared, torch.zeros(10)])
+    assert cache.bytes == 240
+    cache.clear()
+    assert (len(cache), cache.bytes, cache.get("a")) == (0, 0, None)
+    cache.put("a", 3, [shared])
+    assert (cache.bytes, cache.get("a"), cache.peak) == (200, 3, 240)

@@ -663,3 +663,16 @@ def test_the_shortlist_draws_means_towards_the_mean_of_all():
     assert shortlist(scored, 9) == ["steady", "lucky", "poor"]
     assert shortlist([("b", 0.5), ("a", 0.5)], 2) == ["a", "b"]
     assert shortlist([], 3) == []
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_closed_scorer_gives_its_memory_back_at_once(problem, workers):
+    """Not only when Python next looks for circles: activations may fill a quarter of the memory."""
+    scorer = problem.scorer(fraction=1.0, workers=workers)
+    before = scorer.score(PATHS[0])
+    assert scorer.cache.bytes > 0
+    scorer.close()
+    assert (scorer.cache.bytes, len(scorer.cache)) == (0, 0)
+    assert np.array_equal(scorer.score(PATHS[0]), before)
+    assert scorer.score(PATHS[1]).shape == (2,)  # and it works on
+    scorer.close()
