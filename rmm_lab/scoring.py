@@ -333,8 +333,8 @@ class Scorer:
         if self._threads is not None:
             self._threads.shutdown()
             self._threads = None
-        if hasattr(self._engine, "close"):
-            self._engine.close()
+        if (close := getattr(self._engine, "close", None)) is not None:
+            close()
 
     @torch.inference_mode()
     def work(self, job: Job) -> tuple[list[Tensor], int]:
