@@ -630,6 +630,8 @@ def train(args: Args, *, problem: Problem | None = None, table: bool = True) -> 
         finalists = choose(env, agent, episodes, args)
     finally:
         env.unwrapped.scorer.close()
+    if not args.quiet:
+        print(report.cost(env.unwrapped.scorer))
     best: Steps = finalists[0]["path"]
     sources = problem.pool.sources
     steps = [(sources[a], k) for a, k in best]

@@ -89,6 +89,17 @@ class Progress:
             print()
 
 
+def cost(scorer: Any) -> str:
+    """What a search's scores took, in a line: layers that were not computed again, memory in use."""
+    times = scorer.work_asked / max(1, scorer.work_run)
+    cache = scorer.cache
+    kept = f"{cache.peak / 2**20:.0f} of at most {cache.budget / 2**20:.0f} MiB of activations kept"
+    return (
+        f"scored {scorer.evaluations} paths: {times:.2f} times as many layers asked for as computed"
+        + (f", {kept}, {cache.evicted} forgotten" if cache.peak else "")
+    )
+
+
 # ----------------------------------------------------------------------------------------- results
 
 

@@ -324,3 +324,16 @@ def test_many_sources_look_different_each():
     figure = plots.path_picture([(s, 0) for s in sources], sources, 1, "base")
     boxes = figure.axes[1].patches[1:]  # the first is the stem
     assert len({(box.get_facecolor(), box.get_hatch()) for box in boxes}) == 20
+
+
+def test_the_cost_of_a_search_in_a_line():
+    cache = SimpleNamespace(peak=3 * 2**20, budget=8 * 2**20, evicted=5)
+    scorer = SimpleNamespace(evaluations=71, work_asked=900, work_run=400, cache=cache)
+    assert report.cost(scorer) == (
+        "scored 71 paths: 2.25 times as many layers asked for as computed, 3 of at most 8 MiB of "
+        "activations kept, 5 forgotten"
+    )
+    cache.peak = 0  # all that was kept is with the workers of a cluster
+    assert report.cost(scorer) == (
+        "scored 71 paths: 2.25 times as many layers asked for as computed"
+    )
