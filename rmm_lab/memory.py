@@ -39,8 +39,8 @@ def keep_freed_memory() -> bool:
     """Let the process keep memory that it frees, to use it again; False where that can't be set.
 
     A layer's activations are some hundred kilobytes: glibc gives such blocks back to the system and asks
-    for them again, page by page, at every layer. That took a third of the time of a forward pass
-    (``python -m rmm_lab.bench`` measures it). Up to 1 GiB stays with the process in exchange.
+    for them again, page by page, at every layer. ``python -m rmm_lab.bench`` measures what a search gains.
+    Up to 1 GiB stays with the process in exchange.
     """
     if not sys.platform.startswith("linux"):
         return False

@@ -441,7 +441,7 @@ def _attend(attention: Any, tokens: Tensor, memory: Tensor, bias: Tensor) -> Ten
     """T5's attention with the weights of a transformers' module: softmax(q k' + bias) v, unscaled.
 
     tokens: (n, Q, width) ask, memory: (n, K, width) answers; bias: broadcasts to (n, heads, Q, K).
-    The same bits as transformers' own, in three quarters of its time. Source: Raffel et al. 2020, Sec. 2.1.
+    The same bits as transformers' own, with fewer copies. Source: Raffel et al. 2020, Sec. 2.1.
     """
     n, heads = len(tokens), attention.n_heads
     q, k, v = (  # (n, Q or K, width) -> (n, heads, Q or K, d_kv)
