@@ -161,7 +161,7 @@ def random_search(scorer: Scorer, evaluations: int, seed: int) -> list[tuple[Pat
     """
     rng = np.random.default_rng(seed)
     drawn = [(_random_path(scorer, rng), i % scorer.n_subsets) for i in range(evaluations)]
-    scorer.prefetch(drawn)
+    _prefetch(scorer, drawn)
     return [(path, reward(scorer.score(path, subset))) for path, subset in drawn]
 
 
@@ -193,11 +193,17 @@ def coordinate_ascent(scorer: Scorer, evaluations: int, seed: int) -> list[tuple
                 for source in rng.permutation(len(scorer.sources))
                 if source != own
             ][: max(0, evaluations - len(out))]
-            scorer.prefetch([(other, subset) for other in others])
+            _prefetch(scorer, [(other, subset) for other in others])
             for other in others:
                 if (value := score(other, subset)) > best:
                     best, path, changed = value, other, True
     return out
+
+
+def _prefetch(scorer: Scorer, wanted: Sequence[tuple[Path, int | None]]) -> None:
+    """Let several workers score what will be asked for; a scorer by formula needs no such thing."""
+    if hasattr(scorer, "prefetch"):
+        scorer.prefetch(wanted)
 
 
 def _random_path(scorer: Scorer, rng: np.random.Generator) -> Path:
