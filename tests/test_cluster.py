@@ -46,7 +46,7 @@ def ray_processes():
 
 def gone(before):
     """Wait until no process of Ray is left that was not there before."""
-    end = time.monotonic() + 15
+    end = time.monotonic() + 60
     while ray_processes() - before and time.monotonic() < end:
         time.sleep(0.1)
     assert not ray_processes() - before
