@@ -75,13 +75,10 @@ def shortlist(scored: Iterable[tuple[str, float]], n: int) -> list[str]:
 
 # ------------------------------------------------------------------- how many examples at once
 
-_WIDEST = (
-    2**20
-)  # numbers in the largest tensor of a layer: 4 MiB in float32, a share of a CPU's cache
-_FEWEST, MOST = (
-    32,
-    256,
-)  # examples: below, calls cost more than they compute; above, nothing is won
+# Numbers in the largest tensor of a layer: 4 MiB in float32, a share of a CPU's cache.
+_WIDEST = 2**20
+# Examples: below the first, calls cost more than they compute; above the second, nothing is won.
+_FEWEST, MOST = 32, 256
 
 
 def batch_size(architecture: Any, stem: nn.Module, task: Task, split: str) -> int:
@@ -401,11 +398,8 @@ class Plan:
     """
 
     def __init__(self, scorer: Scorer) -> None:
-        self.sources, self.n_models, self.n_layers = (
-            scorer.sources,
-            scorer.n_models,
-            scorer.n_layers,
-        )
+        self.sources, self.n_models = scorer.sources, scorer.n_models
+        self.n_layers = scorer.n_layers
         self.stacks, self.n_subsets = scorer.stacks, scorer.n_subsets
         self.task_names, self.chooses_stem = scorer.task_names, scorer.chooses_stem
         self.asked: list[tuple[Path, int | None]] = []

@@ -224,8 +224,7 @@ def _pools_token(model: Any) -> bool:
 
     Asked of timm's names, and then of the numbers: the shortcut must agree with the whole layer.
     """
-    from timm.layers.attention import Attention
-    from timm.models.vision_transformer import Block
+    from timm.models.vision_transformer import Attention, Block
 
     known = {"qkv", "q_norm", "k_norm", "attn_drop", "norm", "proj", "proj_drop"}
     if not model.blocks:  # said by a config.json that does not fit its weights

@@ -67,6 +67,8 @@ def test_the_plain_way_counts_whole_split_scores_by_their_examples(monkeypatch):
     assert found["forward"] == pytest.approx(1.8)
     assert found["examples"] == 180
     assert found["difference"] == 0  # the sample is the first and the third
+    stream[2] = (path, 2, 0.75)  # the plain way finds 0.25
+    assert bench.plain_way(problem, args, stream, sample=2)["difference"] == 0.5
 
 
 def test_a_stopwatch_sees_the_models_and_changes_nothing():
