@@ -68,10 +68,10 @@ def family_of(source: str, config: Mapping[str, Any]) -> Family:
     )
 
 
-def architecture(config: Mapping[str, Any]) -> Any:
+def architecture(config: Mapping[str, Any], unit: str = "block") -> Any:
     """What runs and rebuilds models with this config.json piece by piece: a ``ViT`` or a ``T5``."""
     family = family_of("config.json", config)
-    return family.ViT(config) if family is vit else family.T5(config)
+    return family.ViT(config, unit) if family is vit else family.T5(config, unit)
 
 
 # --------------------------------------------------------------------------- reading and writing

@@ -40,7 +40,8 @@ class LayerPath:
 
     ``steps``: (source, layer) in the order in which the layers are run; a source is an expert's name
     or an operator's specification. ``stem``: the source of all weights outside layers and heads.
-    ``seed`` and ``scope``: those of the pool, so that random operators draw the same masks.
+    ``seed`` and ``scope``: those of the pool, so that random operators draw the same masks. ``unit``:
+    what a layer is, ``block`` or ``sublayer``.
     """
 
     steps: tuple[tuple[str, int], ...]
@@ -50,6 +51,7 @@ class LayerPath:
     scope: str
     seed: int
     stem: str
+    unit: str = "block"
 
     @classmethod
     def of(cls, pool: LayerPool, steps: Sequence[tuple[str, int]], stem: str) -> LayerPath:
@@ -64,6 +66,7 @@ class LayerPath:
             scope=pool.scope,
             seed=pool.seed,
             stem=stem,
+            unit=pool.unit,
         )
 
     def to_json(self) -> str:
@@ -82,7 +85,11 @@ class LayerPath:
             for s in data["steps"]:
                 if type(s["layer"]) is not int or s["layer"] < 0 or type(s["source"]) is not str:
                     raise ValueError(f"the step {s} is not a source and a layer's number")
-            for key, kind in (("seed", int), ("stem", str), ("scope", str), ("operators", list)):
+            data.setdefault("unit", "block")  # paths written before there were sublayers
+            for key, kind in (
+                *(("seed", int), ("stem", str), ("scope", str), ("operators", list)),
+                ("unit", str),
+            ):
                 if type(data[key]) is not kind:
                     raise ValueError(f"{key} is no {kind.__name__}")
             data["steps"] = tuple((s["source"], s["layer"]) for s in data["steps"])
@@ -110,7 +117,13 @@ class LayerPath:
             checkpoints.append(checkpoint)
         names = [e.name for e in self.experts]
         return LayerPool(
-            checkpoints[0], checkpoints[1:], names, self.operators, scope=self.scope, seed=self.seed
+            checkpoints[0],
+            checkpoints[1:],
+            names,
+            self.operators,
+            scope=self.scope,
+            seed=self.seed,
+            unit=self.unit,
         )
 
     def build(self, pool: LayerPool | None = None) -> Any:

@@ -16,7 +16,7 @@ from rmm_lab.errors import InputError
 from rmm_lab.models import Checkpoint, architecture, check_same_architecture
 from rmm_lab.operators import OPERATORS as ALL
 from rmm_lab.operators import RANDOM, OperatorSpec, expand_operators, parse_operator
-from rmm_lab.parts import Parts, Weights, outside_head
+from rmm_lab.parts import UNITS, Parts, Weights, divide, outside_head
 
 SCOPES = ("layer", "tensor", "global")
 
@@ -34,6 +34,8 @@ class LayerPool:
             each tensor alone; ``global``: the whole model. It matters where an operator trims.
         seed: of the random operators' masks; each operator and layer has a generator of its own, so
             that a mask does not depend on what was asked for before.
+        unit: what a layer is: a ``block``, as in the paper, or a ``sublayer``: attention and MLP of a
+            block apart.
     """
 
     def __init__(
@@ -45,6 +47,7 @@ class LayerPool:
         *,
         scope: str = "layer",
         seed: int = 0,
+        unit: str = "block",
     ) -> None:
         if len(experts) < 2:
             raise InputError(
@@ -56,6 +59,8 @@ class LayerPool:
             )
         if scope not in SCOPES:
             raise InputError(f"scope {scope!r}: expected one of {', '.join(SCOPES)}")
+        if unit not in UNITS:
+            raise InputError(f"unit {unit!r}: expected one of {', '.join(UNITS)}")
         check_same_architecture(base, experts)
         self.base, self.experts, self.names = base, list(experts), tuple(names)
         self.operators: dict[str, OperatorSpec] = {}
@@ -64,7 +69,7 @@ class LayerPool:
             if spec.name in self.operators:
                 raise InputError(f"operators: expected each once, found {spec.name!r} twice")
             self.operators[spec.name] = spec
-        self.scope, self.seed = scope, seed
+        self.scope, self.seed, self.unit = scope, seed, unit
         if clash := sorted({*ALL, "base"} & set(self.names)):
             raise InputError(
                 f"experts: expected names that no operator and no base has, found {clash[0]!r}; "
@@ -72,7 +77,7 @@ class LayerPool:
             )
         self.sources = self.names + tuple(self.operators)  # actions in the order models, operators
         self.n_models, self.n_operators = len(experts), len(self.operators)
-        split = base.family.split
+        split = self.split
         self._base_parts = split(base.weights)
         # In the base's order: flattened layers must line up whatever order a file has.
         self._parts = [
@@ -85,6 +90,7 @@ class LayerPool:
             )
         self.heads = {n: p.head for n, p in zip(self.names, self._parts, strict=True)}
         self.n_layers, self.stacks = len(self._base_parts.layers), self._base_parts.stacks
+        self.blocks = self._base_parts.blocks
         self._architecture: Any = None
         self._weights: dict[tuple[str, int], Weights] = {}
         self._modules: dict[tuple[str, int], nn.Module] = {}
@@ -92,11 +98,16 @@ class LayerPool:
         self._global: dict[str, tuple[Tensor, ...]] = {}
         self._specs = dict(self.operators)
 
+    def split(self, weights: Weights) -> Parts:
+        """A model's weights by owner, in layers of this pool's unit."""
+        parts = self.base.family.split(weights)
+        return parts if self.unit == "block" else divide(parts, self.base.family.sublayers)
+
     @property
     def architecture(self) -> Any:
         """What runs the layers (a ``ViT`` or a ``T5``), built when first needed: reading stays fast."""
         if self._architecture is None:
-            found = architecture(self.base.config)
+            found = architecture(self.base.config, self.unit)
             optional = getattr(found, "optional", {})
             for name, shape in found.shapes.items():
                 tensor = self.base.weights.get(name)
@@ -146,6 +157,7 @@ class LayerPool:
                 del store[key]
         for source in gone:
             self._stems.pop(source, None)
+            self._specs.pop(source, None)
             self._global.pop(source, None)
 
     def layer(self, source: str, k: int) -> nn.Module:

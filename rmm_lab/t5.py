@@ -1,6 +1,7 @@
 """A Hugging Face T5 (t5, flan-t5, t5-v1_1) seen as stem -> encoder blocks -> decoder blocks.
 
-L = encoder blocks, then decoder blocks, in two stacks. The *stem* is what no block owns: the shared
+L = encoder blocks, then decoder blocks, in two stacks; or their sublayers (self-attention, the decoder's
+cross-attention, feed-forward) as layers of their own. The *stem* is what no block owns: the shared
 embeddings (counted once, however often a file holds them), the final norms, ``lm_head`` where it is not
 tied, and the relative position biases of both stacks. transformers stores these biases in block 0, but
 every block of the stack uses them: a skipped or repeated block 0 must not lose or double them.
@@ -22,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from rmm_lab.errors import InputError
-from rmm_lab.parts import Parts, Weights, fill
+from rmm_lab.parts import Parts, Weights, begins, fill, gather
 
 NAME = "a T5"
 # What stands beside config and weights, and is copied on export: the tokenizer.
@@ -36,6 +37,7 @@ FILES = (
 _LAYER = re.compile(r"(encoder|decoder)\.block\.(\d+)\.(.+)")
 _BIAS = "layer.0.SelfAttention.relative_attention_bias.weight"
 _STACKS = ("encoder", "decoder")
+_SUBLAYER = re.compile(r"layer\.(\d+)\.")
 # In the files of the first T5s, and used by no model: cross-attention has no positions.
 _UNUSED = "decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight"
 # Arguments that change how weights are used, with transformers' defaults; shapes do not show them.
@@ -162,6 +164,20 @@ def split(weights: Mapping[str, Tensor]) -> Parts:
     return Parts(stem, layers, {}, (range(n), range(n, len(layers))))
 
 
+def sublayers(block: Weights) -> list[Weights]:
+    """A block's weights by sublayer, names unchanged: self-attention, (cross-attention,) feed-forward."""
+    found: dict[int, Weights] = {}
+    for name, tensor in block.items():
+        match = _SUBLAYER.match(name)
+        if match is None:
+            raise InputError(
+                f"expected the sublayers layer.0, layer.1, ... in a block of a T5, found {name!r}; merge "
+                "whole blocks: --unit block"
+            )
+        found.setdefault(int(match[1]), {})[name] = tensor
+    return [found[i] for i in sorted(found)]
+
+
 def join(stem: Weights, encoder: Sequence[Weights], decoder: Sequence[Weights]) -> Weights:
     """The inverse of ``split``: names as transformers has them, blocks renumbered in the order given.
 
@@ -266,6 +282,15 @@ class T5Stem(nn.Module):
         return table(bucket).permute(2, 0, 1)[None]  # (length, length, heads) -> (1, heads, ...)
 
 
+class Sublayer(nn.Module):
+    """One sublayer of a T5's block, under the name that it has there; ``T5.apply`` runs it."""
+
+    def __init__(self, block: Any, number: int) -> None:
+        super().__init__()
+        self.layer = nn.ModuleDict({str(number): block.layer[number]})
+        self.is_decoder = block.is_decoder
+
+
 class T5:
     """Runs and rebuilds the T5s of one architecture piece by piece.
 
@@ -274,21 +299,21 @@ class T5:
 
     Args:
         config: transformers' config.json of any model of the architecture.
+        unit: what a layer is: a ``block``, or a ``sublayer`` of one.
     """
 
-    def __init__(self, config: Mapping[str, Any]) -> None:
+    def __init__(self, config: Mapping[str, Any], unit: str = "block") -> None:
         from transformers.activations import ACT2FN
         from transformers.models.t5.modeling_t5 import T5Block
 
-        self.config = dict(config)
+        self.config, self.unit = dict(config), unit
         self._hf = hf = _hf_config(config)
         if hf.dense_act_fn not in ACT2FN:
             raise InputError(
                 "config.json of a T5: expected an activation that transformers knows, found "
                 f"{hf.dense_act_fn!r}; save the model with transformers again"
             )
-        self.n_layers = hf.num_layers + hf.num_decoder_layers
-        self.stacks = (range(hf.num_layers), range(hf.num_layers, self.n_layers))
+        depths = (hf.num_layers, hf.num_decoder_layers)
         self.scale = hf.d_model**-0.5 if _scaled(config) else 1.0
         with torch.device("meta"):  # shapes only
             self._blocks = []
@@ -297,10 +322,19 @@ class T5:
                 self._blocks.append(T5Block(hf, has_relative_attention_bias=False, layer_idx=0))
             self._stem = T5Stem(hf)
         self.shapes = {_file_name(k): tuple(v.shape) for k, v in self._stem.state_dict().items()}
-        for stack, block, name in zip(self.stacks, self._blocks, _STACKS, strict=True):
-            for j in range(len(stack)):
+        for depth, block, name in zip(depths, self._blocks, _STACKS, strict=True):
+            for j in range(depth):
                 for key, tensor in block.state_dict().items():
                     self.shapes[f"{name}.block.{j}.{key}"] = tuple(tensor.shape)
+        each: list[list[Any]] = [[block] for block in self._blocks]
+        if unit == "sublayer":
+            each = [[Sublayer(b, i) for i in range(len(b.layer))] for b in self._blocks]
+        self._layers = [layer for n, own in zip(depths, each, strict=True) for layer in own * n]
+        self.n_layers, border = len(self._layers), depths[0] * len(each[0])
+        self.stacks = (range(border), range(border, self.n_layers))
+        self._kinds = [
+            i for n, own in zip(depths, each, strict=True) for i in [*range(len(own))] * n
+        ]
         self.optional = {"lm_head.weight": (hf.vocab_size, hf.d_model)}
 
     def stem(self, weights: Weights) -> nn.Module:
@@ -316,8 +350,8 @@ class T5:
         return stem
 
     def layer(self, k: int, weights: Weights) -> nn.Module:
-        """Layer k, an encoder or a decoder block, as a module that holds ``weights`` without copying."""
-        return fill(self._blocks[k >= self.stacks[1].start], weights)
+        """Layer k, of the encoder or the decoder, as a module that holds ``weights`` without copying."""
+        return fill(self._layers[k], weights)
 
     @staticmethod
     def place(batch: TextBatch, device: torch.device | str, dtype: torch.dtype) -> TextBatch:
@@ -348,28 +382,36 @@ class T5:
 
     @staticmethod
     def apply(layer: nn.Module, state: State) -> State:
-        """One block, of the stack that it belongs to. The first decoder block ends the encoder.
+        """One layer, of the stack that it belongs to. The decoder's first ends the encoder.
 
         All choices of an input share its encoded tokens: cross-attention sees them as one sequence of
         C * T queries, which is the same (it has no positions) and computes keys and values once.
         """
-        blocks: Any = layer.layer  # self-attention, (cross-attention,) feed-forward
-        if not layer.is_decoder:
-            if state.decoded is not None:
-                raise InputError("layer path: expected encoder blocks before decoder blocks")
-            normed = blocks[0].layer_norm(state.encoded)
-            attention = _attend(blocks[0].SelfAttention, normed, normed, state.bias)
-            return replace(state, encoded=blocks[-1](state.encoded + attention))
-        state = _begin_decoder(state)
-        assert state.decoded is not None
-        n, c, t, width = state.decoded.shape
-        tokens = state.decoded.reshape(n * c, t, width)
-        normed = blocks[0].layer_norm(tokens)
-        tokens = tokens + _attend(blocks[0].SelfAttention, normed, normed, state.bias)
-        tokens = tokens.reshape(n, c * t, width)
-        normed = blocks[1].layer_norm(tokens)
-        tokens = tokens + _attend(blocks[1].EncDecAttention, normed, state.encoded, state.hidden)
-        return replace(state, decoded=blocks[-1](tokens).reshape(n, c, t, width))
+        if layer.is_decoder:
+            state = _begin_decoder(state)
+        elif state.decoded is not None:
+            raise InputError("layer path: expected encoder blocks before decoder blocks")
+        tokens = state.decoded if layer.is_decoder else state.encoded
+        assert tokens is not None
+        shape, width = tokens.shape, tokens.shape[-1]
+        parts: Any = layer.layer
+        for own in parts.children():
+            if hasattr(own, "SelfAttention"):
+                tokens = tokens.reshape(-1, shape[-2], width)  # (n C, T, width) in the decoder
+                normed = own.layer_norm(tokens)
+                tokens = tokens + _attend(own.SelfAttention, normed, normed, state.bias)
+                continue
+            tokens = tokens.reshape(shape[0], -1, width)  # (n, C T, width) in the decoder
+            if hasattr(own, "EncDecAttention"):
+                normed = own.layer_norm(tokens)
+                mixed = _attend(own.EncDecAttention, normed, state.encoded, state.hidden)
+                tokens = tokens + mixed
+            else:
+                tokens = own(tokens)
+        tokens = tokens.reshape(shape)
+        if layer.is_decoder:
+            return replace(state, decoded=tokens)
+        return replace(state, encoded=tokens)
 
     apply_last = apply  # all positions of the last block count
 
@@ -393,8 +435,9 @@ class T5:
     ) -> nn.Module:
         """A real T5ForConditionalGeneration with the stacks' own depths; every block is a copy.
 
-        layers: (number in the base, weights) in running order; raises InputError for an encoder block
-        behind a decoder block.
+        layers: (number in the base, weights) in running order; raises InputError for a layer of the
+        encoder behind one of the decoder. Sublayers are put together to blocks again, with zeros for
+        those that a block lacks.
         """
         from transformers import T5ForConditionalGeneration
 
@@ -405,9 +448,15 @@ class T5:
                 f"layer path: expected encoder blocks (0 to {border - 1}) before decoder blocks, found "
                 f"the order {numbers}; take path.json of a run with these models"
             )
-        encoder = [w for k, w in layers if k < border]
-        decoder = [w for k, w in layers if k >= border]
-        weights = join(stem, encoder, decoder)
+        stacks = ([x for x in layers if x[0] < border], [x for x in layers if x[0] >= border])
+        blocks = [[weights for _, weights in stack] for stack in stacks]
+        if self.unit == "sublayer":
+            shapes = [
+                {k: tuple(v.shape) for k, v in block.state_dict().items()} for block in self._blocks
+            ]
+            own = [shapes[k >= border] for k in range(self.n_layers)]
+            blocks = [gather(stack, self._kinds, own) for stack in stacks]
+        weights = join(stem, *blocks)
         config = _hf_config(self.merged_config(numbers, heads, {}))
         model = T5ForConditionalGeneration(config)
         if "lm_head.weight" in weights:
@@ -429,8 +478,12 @@ class T5:
         config = {
             k: v for k, v in self.config.items() if k not in ("rmm_lab", "dtype", "torch_dtype")
         }
-        config["num_layers"] = sum(k < border for k in numbers)
-        config["num_decoder_layers"] = sum(k >= border for k in numbers)
+        stacks = [[k for k in numbers if k < border], [k for k in numbers if k >= border]]
+        if self.unit == "sublayer":  # those that begin a block, in place of all
+            stacks = [
+                [k for k, new in zip(s, begins(s, self._kinds), strict=True) if new] for s in stacks
+            ]
+        config["num_layers"], config["num_decoder_layers"] = map(len, stacks)
         if config["num_decoder_layers"] > config["num_layers"]:
             # generate makes its cache as deep as the encoder (transformers 5): IndexError.
             config["use_cache"] = False

@@ -3,7 +3,8 @@
 A checkpoint's weights fall into three kinds, by name:
 
 * ``head.*``: the classifier; it stays with its task and is never merged;
-* ``blocks.k.*``: layer k, the unit that the agent chooses (f_i^l of the paper);
+* ``blocks.k.*``: block k, the layer that the agent chooses (f_i^l of the paper), or its two sublayers,
+  attention and MLP, as layers of their own;
 * all the rest, the *stem*: patch and position embeddings, class token, final norm.
 """
 
@@ -18,10 +19,12 @@ import torch
 from torch import Tensor, nn
 
 from rmm_lab.errors import InputError
-from rmm_lab.parts import Parts, Weights, fill
+from rmm_lab.parts import Parts, Weights, begins, fill, gather
 
 NAME = "a timm ViT"
 FILES: tuple[str, ...] = ()  # what stands beside config and weights, and is copied on export
+# The modules of a pre-norm block's sublayers: norm, function, scale.
+_SUBLAYERS = (("norm1", "attn", "ls1"), ("norm2", "mlp", "ls2"))
 _LAYER = re.compile(r"blocks\.(\d+)\.(.+)")
 # Arguments of timm's ViT that change no tensor outside the head, or nothing at evaluation.
 _FREE_ARGS = {"num_classes", "drop_rate", "pos_drop_rate", "patch_drop_rate", "proj_drop_rate"}
@@ -76,6 +79,20 @@ def split(weights: Mapping[str, Tensor]) -> Parts:
     return Parts(stem, [layers[k] for k in range(len(layers))], head, (range(len(layers)),))
 
 
+def sublayers(block: Weights) -> list[Weights]:
+    """A block's weights by sublayer: attention, then MLP, names unchanged."""
+    found: list[Weights] = [{} for _ in _SUBLAYERS]
+    for name, tensor in block.items():
+        owner = [i for i, own in enumerate(_SUBLAYERS) if name.partition(".")[0] in own]
+        if not owner:
+            raise InputError(
+                f"expected blocks of attention and MLP, each with a norm before it, found {name!r} in a "
+                "block; merge whole blocks: --unit block"
+            )
+        found[owner[0]][name] = tensor
+    return found
+
+
 def join(stem: Weights, layers: Sequence[Weights], head: Weights) -> Weights:
     """The inverse of ``split``: names as timm has them, layers renumbered in the order given."""
     weights = dict(stem)
@@ -117,18 +134,29 @@ class ViT:
 
     Args:
         config: timm's config.json of any model of the architecture.
+        unit: what a layer is: a ``block``, or a ``sublayer``: attention or MLP of a block.
     """
 
-    def __init__(self, config: Mapping[str, Any]) -> None:
-        self.config = dict(config)
+    def __init__(self, config: Mapping[str, Any], unit: str = "block") -> None:
+        self.config, self.unit = dict(config), unit
         model = create(config, depth=None, num_classes=0)
         self.shapes = {k: tuple(v.shape) for k, v in model.state_dict().items()}
-        self.n_layers = len(model.blocks)
+        if unit == "sublayer":
+            _check_sublayers(config["architecture"], model)
         self._pools_token = _pools_token(model)
         model = model.to("meta")  # shapes only: every number comes from a checkpoint
         self._blocks = list(model.blocks)
+        self._layers: list[Any] = self._blocks
+        if unit == "sublayer":
+            self._layers = [Sublayer(block, own) for block in self._blocks for own in _SUBLAYERS]
+        self.n_layers = len(self._layers)
         model.blocks = nn.Sequential()
         self._trunk = model
+
+    @property
+    def _kinds(self) -> list[int]:
+        """What each sublayer is: 0 for an attention, 1 for an MLP."""
+        return [i for _ in self._blocks for i in range(len(_SUBLAYERS))]
 
     def stem(self, weights: Weights) -> nn.Module:
         """Everything outside the layers and the head as a module."""
@@ -136,7 +164,7 @@ class ViT:
 
     def layer(self, k: int, weights: Weights) -> nn.Module:
         """Layer k as a module that holds ``weights`` without copying them."""
-        return fill(self._blocks[k], weights)
+        return fill(self._layers[k], weights)
 
     @staticmethod
     def place(images: Tensor, device: torch.device | str, dtype: torch.dtype) -> Tensor:
@@ -170,7 +198,11 @@ class ViT:
         Where the class token alone is pooled, the other tokens are only its keys and values: a sixth of
         the layer's work.
         """
-        return _class_token(layer, tokens) if self._pools_token else layer(tokens)
+        if not self._pools_token:
+            return layer(tokens)
+        if isinstance(layer, Sublayer):
+            return _class_attention(layer, tokens) if layer.mixes else layer(tokens[:, :1])
+        return _class_token(layer, tokens)
 
     @staticmethod
     def logits(stem: nn.Module, tokens: Tensor, head: Weights) -> Tensor:
@@ -184,17 +216,24 @@ class ViT:
         """A real timm model of depth ``len(layers)`` whose classifier holds all heads, one after another.
 
         layers: (number in the base, weights) in running order; a timm ViT does not mind the number.
+        Sublayers are put together to blocks again, with zeros for an attention or an MLP that is missing.
         The logits of a task are a slice of the model's: see ``head_slices``.
         """
         total = sum(len(h["weight"]) for h in heads.values())
-        model = create(self.config, depth=len(layers), num_classes=total)
+        blocks = [weights for _, weights in layers]
+        if self.unit == "sublayer":
+            shapes = [
+                {k: tuple(v.shape) for k, v in block.state_dict().items()} for block in self._blocks
+            ]
+            blocks = gather(layers, self._kinds, [s for s in shapes for _ in _SUBLAYERS])
+        model = create(self.config, depth=len(blocks), num_classes=total)
         head = {
             "weight": torch.cat([h["weight"] for h in heads.values()]),
             "bias": torch.cat(
                 [h.get("bias", torch.zeros(len(h["weight"]))) for h in heads.values()]
             ),
         }
-        model.load_state_dict(join(stem, [weights for _, weights in layers], head))
+        model.load_state_dict(join(stem, blocks, head))
         return model.eval()
 
     def merged_config(
@@ -203,7 +242,8 @@ class ViT:
         """config.json of an assembled model: its depth, all classes as ``task/class``, heads' slices."""
         slices = head_slices(heads)
         total = sum(stop - start for start, stop in slices.values())
-        config = model_config(self.config, depth=len(numbers), num_classes=total)
+        depth = len(numbers) if self.unit == "block" else sum(begins(numbers, self._kinds))
+        config = model_config(self.config, depth=depth, num_classes=total)
         config["label_names"] = [f"{name}/{label}" for name in heads for label in labels[name]]
         config["rmm_lab"] = {"heads": {name: list(part) for name, part in slices.items()}}
         return config
@@ -217,6 +257,40 @@ class Stem(nn.Module):
         self.norm = trunk.norm
         trunk.norm = nn.Identity()
         self.trunk = trunk
+
+
+class Sublayer(nn.Module):
+    """Attention or MLP of a pre-norm block, with the residual: x + scale(function(norm(x)))."""
+
+    def __init__(self, block: nn.Module, names: tuple[str, str, str]) -> None:
+        super().__init__()
+        for name in names:
+            setattr(self, name, getattr(block, name))
+        self.names, self.mixes = names, "attn" in names
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Tokens (n, tokens, width) -> tokens (n, tokens, width)."""
+        norm, function, scale = (getattr(self, name) for name in self.names)
+        return tokens + scale(function(norm(tokens)))
+
+
+def _check_sublayers(architecture: str, model: Any) -> None:
+    """InputError unless a block of this architecture is its two sublayers, one after the other."""
+    generator = torch.Generator().manual_seed(0)
+    for block in model.blocks[:1]:
+        fits = all(hasattr(block, name) for own in _SUBLAYERS for name in own)
+        if fits:
+            tokens = torch.randn(2, 5, model.embed_dim, generator=generator)
+            with torch.inference_mode():
+                found = tokens
+                for own in _SUBLAYERS:
+                    found = Sublayer(block, own)(found)
+                fits = torch.allclose(found, block(tokens), rtol=1e-4, atol=1e-5)
+        if not fits:
+            raise InputError(
+                f"architecture {architecture!r}: expected blocks of attention and MLP, each with a norm "
+                "before it, found others; merge whole blocks: --unit block"
+            )
 
 
 def _pools_token(model: Any) -> bool:
@@ -246,6 +320,12 @@ def _pools_token(model: Any) -> bool:
 
 def _class_token(layer: Any, tokens: Tensor) -> Tensor:
     """timm's pre-norm Block for the class token alone: (n, tokens, width) -> (n, 1, width)."""
+    token = _class_attention(layer, tokens)
+    return token + layer.ls2(layer.mlp(layer.norm2(token)))
+
+
+def _class_attention(layer: Any, tokens: Tensor) -> Tensor:
+    """A block's attention sublayer for the class token alone: (n, tokens, width) -> (n, 1, width)."""
     attn, width = layer.attn, layer.attn.num_heads * layer.attn.head_dim
     normed, weight, bias = layer.norm1(tokens), attn.qkv.weight, attn.qkv.bias
     parts = []
@@ -258,8 +338,7 @@ def _class_token(layer: Any, tokens: Tensor) -> Tensor:
         attn.q_norm(q), attn.k_norm(k), v, scale=attn.scale
     )
     mixed = attn.proj(getattr(attn, "norm", nn.Identity())(mixed.transpose(1, 2).flatten(2)))
-    token = tokens[:, :1] + layer.ls1(mixed)
-    return token + layer.ls2(layer.mlp(layer.norm2(token)))
+    return tokens[:, :1] + layer.ls1(mixed)
 
 
 def head_slices(heads: Mapping[str, Weights]) -> dict[str, tuple[int, int]]:

@@ -123,6 +123,7 @@ def test_json_names_everything_that_is_needed(pool, tiny):
         "scope": "layer",
         "seed": 4,
         "stem": "ties",
+        "unit": "block",
     }
 
 
