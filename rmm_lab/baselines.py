@@ -1,8 +1,7 @@
-"""What RMM is compared with: the base, the experts, multi-task training, uniform merges, other searches.
+"""What RMM is compared with: the base, the experts, multi-task training, uniform merges.
 
 Scales and densities of the uniform merges are chosen on the reward split; the test split is only
-reported. The other searches choose among the agent's sources at each place, under its number of
-evaluations on the same subsets.
+reported. Other searches under the same number of evaluations are in ``searches``.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ from torch import Tensor
 
 from rmm_lab import t5
 from rmm_lab.problem import Problem
-from rmm_lab.scoring import Path, Scorer, answers, answers_of_path, evaluate, reward
+from rmm_lab.scoring import answers, answers_of_path, evaluate
 from rmm_lab.texts import TextTask
 
 SCALES = (0.2, 0.3, 0.4, 0.5, 0.6, 0.8, 1.0)
@@ -66,13 +65,14 @@ def path_row(
     problem: Problem, name: str, setting: str, steps: Sequence[tuple[str, int]], stem: str
 ) -> Row:
     """A line of the table for a path of (source, layer)."""
-    found = answers_of_path(problem.pool, problem.tasks, steps, stem, "test")
+    found = answers_of_path(problem.pool, problem.tasks, steps, stem, "test", problem.device)
     return row(problem, name, setting, found)
 
 
 def uniform(problem: Problem, source: str, split_name: str) -> np.ndarray:
     """One source for the stem and every layer, a whole-model merge: each task's metric (N,)."""
-    return evaluate(problem.pool, problem.tasks, _all(problem, source), source, split_name)
+    steps = _all(problem, source)
+    return evaluate(problem.pool, problem.tasks, steps, source, split_name, problem.device)
 
 
 def _all(problem: Problem, source: str) -> list[tuple[str, int]]:
@@ -115,7 +115,7 @@ def rows(problem: Problem) -> Iterator[Row]:
     yield merge("base", "with the experts' heads" if images else "as pretrained", "base")
     own: list[Tensor] = []
     for i, name in enumerate(pool.names):
-        found = answers_of_path(pool, tasks, _all(problem, name), name, "test")
+        found = answers_of_path(pool, tasks, _all(problem, name), name, "test", problem.device)
         own.append(found[i])
         yield row(problem, f"expert {name}", "on every task", found)
     yield row(problem, "fine-tuned", "each expert on its task: the upper bound", own)
@@ -137,7 +137,7 @@ def _joint(problem: Problem) -> list[Tensor]:
     """Each task's answers on the test split of the multi-task model; of a ViT, by the task's own head."""
     joint, architecture = problem.multi_task, problem.pool.architecture
     assert joint is not None
-    parts = joint.family.split(joint.weights)
+    parts = problem.pool.split(joint.weights)
     stem = architecture.stem(parts.stem)
     layers = [architecture.layer(k, weights) for k, weights in enumerate(parts.layers)]
     found = []
@@ -146,66 +146,5 @@ def _joint(problem: Problem) -> list[Tensor]:
         if parts.head:
             own = slice(*joint.config["rmm_lab"]["heads"][task.name])
             head = {key: value[own] for key, value in parts.head.items()}
-        found.append(answers(architecture, stem, layers, head, task, "test"))
+        found.append(answers(architecture, stem, layers, head, task, "test", problem.device))
     return found
-
-
-# ----------------------------------------------------------------------------------- other searches
-
-
-def random_search(scorer: Scorer, evaluations: int, seed: int) -> list[tuple[Path, float]]:
-    """Paths with a source drawn uniformly at each place, each scored on one data subset.
-
-    No skip and no back: paths with them are worse on average, so this is the stronger of the two.
-    Returns (path, reward in [0, 1]) of each of the ``evaluations``; subsets come in turn.
-    """
-    rng = np.random.default_rng(seed)
-    drawn = [(_random_path(scorer, rng), i % scorer.n_subsets) for i in range(evaluations)]
-    _prefetch(scorer, drawn)
-    return [(path, reward(scorer.score(path, subset))) for path, subset in drawn]
-
-
-def coordinate_ascent(scorer: Scorer, evaluations: int, seed: int) -> list[tuple[Path, float]]:
-    """Improve a random path one place at a time; start again from another one when nothing helps.
-
-    A sweep visits all places in random order on one data subset, so that like is compared with like, and
-    takes at each the best of all sources. After a sweep without a change comes a fresh start; each sweep
-    takes the next subset. Returns (path, reward in [0, 1]) of each of the ``evaluations``.
-    """
-    rng = np.random.default_rng(seed)
-    out: list[tuple[Path, float]] = []
-
-    def score(path: Path, subset: int) -> float:
-        out.append((path, reward(scorer.score(path, subset))))
-        return out[-1][1]
-
-    sweep, path, changed = 0, _random_path(scorer, rng), True
-    while len(out) < evaluations:
-        if not changed:
-            path = _random_path(scorer, rng)
-        subset, changed = sweep % scorer.n_subsets, False
-        sweep += 1
-        best = score(path, subset)
-        for place in rng.permutation(len(path)):
-            own, k = path[place]
-            others = [
-                (*path[:place], (int(source), k), *path[place + 1 :])
-                for source in rng.permutation(len(scorer.sources))
-                if source != own
-            ][: max(0, evaluations - len(out))]
-            _prefetch(scorer, [(other, subset) for other in others])
-            for other in others:
-                if (value := score(other, subset)) > best:
-                    best, path, changed = value, other, True
-    return out
-
-
-def _prefetch(scorer: Scorer, wanted: Sequence[tuple[Path, int | None]]) -> None:
-    """Let several workers score what will be asked for; a scorer by formula needs no such thing."""
-    if hasattr(scorer, "prefetch"):
-        scorer.prefetch(wanted)
-
-
-def _random_path(scorer: Scorer, rng: np.random.Generator) -> Path:
-    places = range(-1 if scorer.chooses_stem else 0, scorer.n_layers)
-    return tuple((int(rng.integers(len(scorer.sources))), k) for k in places)

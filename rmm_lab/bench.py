@@ -35,14 +35,15 @@ from torch import Tensor
 
 from rmm_lab import operators as merging
 from rmm_lab import ppo, runs, t5, vit
-from rmm_lab.errors import InputError, one_sentence
+from rmm_lab.cells import commit
+from rmm_lab.errors import InputError, run_command
 from rmm_lab.memory import keep_freed_memory
 from rmm_lab.models import Checkpoint
 from rmm_lab.pool import LayerPool
 from rmm_lab.problem import OPERATORS, STEM, Problem, load_problem
 from rmm_lab.scoring import Path as Steps
 from rmm_lab.scoring import parts_of
-from rmm_lab.tables import commit
+from rmm_lab.searches import random_path
 from rmm_lab.tasks import Split
 
 BATCH = 256  # examples that the plain way takes at once
@@ -56,12 +57,12 @@ class Case:
     experts: str
     fraction: float
     episodes: int = 700
-    preset: str = "default"
+    preset: str = "agent"
 
     @property
     def name(self) -> str:
         """What ``--only`` calls it."""
-        tail = "" if self.preset == "default" else f"/{self.preset}"
+        tail = "" if self.preset == "agent" else f"/{self.preset}"
         return f"{self.experts}@{self.fraction:g}{tail}"
 
 
@@ -72,7 +73,7 @@ CASES = {
         *(Case("demo", fraction, preset="paper") for fraction in (0.1, 1.0)),
         *(Case("qa", fraction) for fraction in (0.01, 0.1)),
         Case("qa", 1.0, episodes=100),
-        *(Case("vit_small_patch32_224", 0.1, preset=preset) for preset in ("default", "paper")),
+        *(Case("vit_small_patch32_224", 0.1, preset=preset) for preset in ("agent", "paper")),
         Case("vit_base_patch16_224", 0.1),  # where there is a GPU
     )
 }
@@ -537,7 +538,7 @@ def data_times(repeats: int = 5) -> list[Cell]:
     """What one evaluation in the plain way takes on 100, 10 and 1 % of the data: the paper's speed-up."""
     cells = []
     for experts in ("demo", "qa", "vit_small_patch32_224"):
-        args = ppo.Args(experts=(experts,), operators=OPERATORS, stem=STEM, quiet=True)
+        args = ppo.Args(preset="agent", experts=(experts,), quiet=True)
         problem = problem_of(experts, args, pictures=400)
         source, n = problem.pool.names[0], problem.pool.n_layers
         path = ((0, -1), *((0, k) for k in range(n)))
@@ -569,13 +570,12 @@ def subset_noise(paths: int = 60, batch: int = 20) -> list[Cell]:
     with those on the whole reward split: once with one subset for the batch, once with another subset
     for each episode. Means over all subsets.
     """
-    from rmm_lab.baselines import random_search
-
     problem = load_problem(("demo",), seed=1)
     cells = []
     for fraction in (0.1, 0.01):
         scorer = problem.scorer(fraction=fraction, seed=1)
-        drawn = [path for path, _ in random_search(scorer, paths, 1)]
+        rng = np.random.default_rng(1)
+        drawn = [random_path(scorer, rng) for _ in range(paths)]
         whole = np.array([scorer.score(path, None).mean() for path in drawn])  # (paths,)
         subsets = range(scorer.n_subsets)
         scorer.prefetch([(path, s) for path in drawn for s in subsets])
@@ -626,7 +626,7 @@ def layer_times(repeats: int = 30) -> list[Cell]:
 
     with torch.inference_mode():
         for experts, n in (("demo", 120), ("vit_small_patch32_224", 32)):
-            args = ppo.Args(experts=(experts,), quiet=True)
+            args = ppo.Args(preset="agent", experts=(experts,), quiet=True)
             problem = problem_of(experts, args, pictures=n)
             pool, source = problem.pool, problem.pool.names[0]
             layer, family = pool.layer(source, 1), pool.architecture
@@ -772,19 +772,7 @@ SHOW: dict[str, Callable[[Sequence[Cell]], str]] = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line; returns the exit code: 0, 2 for bad input, 130 after Ctrl-C."""
-    import tyro
-
-    try:
-        tyro.cli(
-            Bench, args=None if argv is None else list(argv), prog="python -m rmm_lab.bench"
-        ).run()
-    except (InputError, OSError) as error:
-        print(f"\nerror: {one_sentence(error)}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("\nstopped; what was measured is stored", file=sys.stderr)
-        return 130
-    return 0
+    return run_command(Bench, "python -m rmm_lab.bench", argv, "what was measured is stored")
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from rmm_lab import hub
 from rmm_lab.errors import InputError
 
 Row = dict[str, Any]
@@ -340,23 +341,7 @@ def _from_hub(name: str, rest: str, thing: str) -> dict[str, list[Row]]:
         raise _wrong(thing, "a data set that the hub has", "one that it has not", remedy)
     repository, _, revision = rest.removeprefix("hf-hub").removeprefix(":").partition("@")
     repository = repository or form.hub[0]
-    try:
-        import datasets  # type: ignore[import-not-found, import-untyped, unused-ignore]
-    except ImportError as error:
-        remedy = f"install it with pip install -e '.[hub]', or {remedy}"
-        raise _wrong(thing, "the optional library datasets", "none", remedy) from error
-    from huggingface_hub import HfApi, constants
-
-    try:
-        if not constants.HF_HUB_OFFLINE:
-            # One cheap question first: datasets itself tries for minutes without a network.
-            HfApi().dataset_info(repository, revision=revision or None, timeout=2)
-        data = datasets.load_dataset(
-            repository, form.hub[1], revision=revision or None, trust_remote_code=False
-        )
-    except Exception as error:  # whatever the network stack raises, the user needs one sentence
-        expected = f"{repository} on the hub, or with HF_HUB_OFFLINE=1 in its cache"
-        raise _wrong(thing, expected, f"neither ({type(error).__name__})", remedy) from error
+    data = hub.load(repository, form.hub[1], revision or None, thing=thing, remedy=remedy)
     parts = {}
     for split in form.files:
         if split in data:

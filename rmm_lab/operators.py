@@ -4,6 +4,7 @@
     weight average      theta = mean_i theta_i                         Wortsman et al. 2022
     weighted average    theta = theta_base + scale * sum_i w_i delta_i, sum_i w_i = 1
     task arithmetic     theta = theta_base + scale * sum_i delta_i     Ilharco et al. 2022
+                        theta = theta_base + sum_i scale_i * delta_i   with a scale per expert
     TIES                trim -> elect sign -> disjoint merge           Yadav et al. 2023
     DARE                drop and rescale -> task arithmetic            Yu et al. 2024
     DARE-TIES           drop and rescale -> elect sign -> disjoint merge
@@ -26,7 +27,7 @@ from torch import Tensor
 
 from rmm_lab.errors import InputError
 
-Option = float | str
+Option = float | str | tuple[float, ...]
 Rng = torch.Generator | None
 BLOCK = 2**16  # entries of a layer that are merged at once: what lies between fits a core's cache
 
@@ -136,14 +137,29 @@ def weighted_average(
 
 
 def task_arithmetic(
-    base: Tensor, experts: Tensor, *, scale: float = 1.0, generator: Rng = None
+    base: Tensor,
+    experts: Tensor,
+    *,
+    scale: float | tuple[float, ...] = 1.0,
+    generator: Rng = None,
 ) -> Tensor:
     """``theta_base + scale * sum_i delta_i``; generator is ignored (Ilharco et al. 2022, Sec. 2).
 
-    base: (*shape), experts: (N, *shape); scale: finite. Returns (*shape). Raises InputError.
+    base: (*shape), experts: (N, *shape); scale: finite, or a tuple of N, one for each expert:
+    ``theta_base + sum_i scale_i * delta_i``. Returns (*shape). Raises InputError.
     """
-    merged = task_vectors(base, experts).sum(dim=0)  # (N, *shape) -> (*shape)
-    return _add(base, merged, scale)
+    deltas = task_vectors(base, experts)
+    if not isinstance(scale, tuple):
+        return _add(base, deltas.sum(dim=0), scale)  # (N, *shape) -> (*shape)
+    for one in scale:
+        _check_options(scale=one)
+    if len(scale) != len(deltas):
+        raise InputError(
+            f"Option scale must be one number, or one for each of {len(deltas)} experts, but is "
+            f"{_text(scale)!r}: give {len(deltas)}."
+        )
+    weights = deltas.new_tensor(scale)
+    return _add(base, torch.tensordot(weights, deltas, dims=1), 1.0)  # (N, *shape) -> (*shape)
 
 
 def ties(
@@ -305,8 +321,9 @@ class OperatorSpec:
 def parse_operator(spec: str) -> OperatorSpec:
     """Read text such as "ties", "ties:density=0.3,scale=1" or "task_arithmetic:scale=0.5".
 
-    Options not given keep the function's defaults. Raises InputError on an unknown operator, an
-    unknown or repeated option, or a value out of range.
+    "task_arithmetic:scale=0.3/0.6" has one scale for each expert; their number is checked when it is
+    applied. Options not given keep the function's defaults. Raises InputError on an unknown operator,
+    an unknown or repeated option, or a value out of range.
     """
     function, colon, text = (part.strip() for part in spec.partition(":"))
     if function not in OPERATORS:
@@ -323,11 +340,14 @@ def parse_operator(spec: str) -> OperatorSpec:
                 f"{problem} option {key!r} in {spec!r}: write {function}:key=value,... with each "
                 f"key at most once, out of {', '.join(known) or 'none, it takes no option'}."
             )
+        each = (function, key) == ("task_arithmetic", "scale") and "/" in value
         try:
-            options[key] = float(value)
+            options[key] = tuple(map(float, value.split("/"))) if each else float(value)
         except ValueError:
             options[key] = value  # right for merge; for a number refused in the next line
-    _check_options(**options)
+    for key, found in options.items():
+        for one in found if isinstance(found, tuple) else (found,):
+            _check_options(**{key: one})
     ordered = tuple(sorted(options.items()))
     name = function + (":" if ordered else "") + ",".join(f"{k}={_text(v)}" for k, v in ordered)
     return OperatorSpec(name, function, ordered)
@@ -351,9 +371,11 @@ def expand_operators(specs: Sequence[str], n: int) -> list[str]:
 
 
 def _text(value: Option) -> str:
-    """%g, with more digits only where %g would name another number."""
+    """%g, with more digits only where %g would name another number; several with / between them."""
     if isinstance(value, str):
         return value
+    if isinstance(value, tuple):
+        return "/".join(map(_text, value))
     return f"{value:g}" if float(f"{value:g}") == value else repr(value)
 
 

@@ -17,6 +17,8 @@ from torch import Tensor
 from rmm_lab.errors import InputError
 from rmm_lab.plots import COLOURS, HATCHES, draw_map, moving_average
 from rmm_lab.scoring import Path
+from rmm_lab.sheets import mean_and_sd as mean_and_sd
+from rmm_lab.sheets import t_interval as t_interval
 
 # ------------------------------------------------------------------------------------ notebooks 00 and 01
 
@@ -374,22 +376,6 @@ def diagnostics_picture(
     return figure
 
 
-def mean_and_sd(
-    rows: Sequence[Mapping[str, Any]], value: str, *keys: str
-) -> dict[tuple[Any, ...], tuple[int, float, float]]:
-    """Rows in groups of equal ``keys``: key values -> (number, mean, sample standard deviation).
-
-    The deviation of a single row is NaN. Groups come in the order of their first row.
-    """
-    groups: dict[tuple[Any, ...], list[float]] = {}
-    for row in rows:
-        groups.setdefault(tuple(row[k] for k in keys), []).append(float(row[value]))
-    return {
-        k: (len(v), float(np.mean(v)), float(np.std(v, ddof=1)) if len(v) > 1 else float("nan"))
-        for k, v in groups.items()
-    }
-
-
 def spread_picture(
     groups: Mapping[str, Mapping[str, Sequence[float]]], xlabel: str, n_columns: int = 2
 ) -> Figure:
@@ -552,21 +538,6 @@ def dar_curve_picture(rows: Sequence[Mapping[str, Any]], window: int = 100) -> F
         axes.legend(fontsize=8, loc="lower right", bbox_to_anchor=(1, 1), ncols=3, frameon=False)
     panels[-1].set_xlabel("episode", fontsize=9)
     return figure
-
-
-# 97.5 % quantiles of Student's t for 1 to 9 degrees of freedom.
-T_975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
-
-
-def t_interval(values: Sequence[float] | np.ndarray) -> tuple[float, float]:
-    """Mean and half width of its 95 % confidence interval, for 2 to 10 independent values.
-
-    ``mean ± t sd / sqrt(n)`` with the sample deviation; Student's t since n is small.
-    """
-    v = np.asarray(values, float)
-    if not 2 <= len(v) <= len(T_975) + 1:
-        raise InputError(f"t_interval: expected 2 to {len(T_975) + 1} values, found {len(v)}")
-    return float(v.mean()), float(T_975[len(v) - 2] * v.std(ddof=1) / len(v) ** 0.5)
 
 
 # ---- notebook 04

@@ -30,8 +30,9 @@ from rmm_lab.memory import keep_freed_memory
 from rmm_lab.path import LayerPath
 from rmm_lab.problem import OPERATORS, STEM, Problem, load_problem
 from rmm_lab.runs import Row, RunFolder, check_new, optimiser_tensors, restore_optimiser
-from rmm_lab.scoring import PRECISIONS, Plan, Scorer, shortlist
+from rmm_lab.scoring import PRECISIONS, Blocks, Plan, Scorer, shortlist, steps_of
 from rmm_lab.scoring import Path as Steps
+from rmm_lab.surrogate import Surrogate
 
 # =============================================================================================
 # Arguments
@@ -44,8 +45,11 @@ PRESETS: dict[str, dict[str, Any]] = {
         "metric": "accuracy",
         "operators": ("task_arithmetic", "ties", "dare"),
         "stem": "task_arithmetic",
+        "unit": "block",
         "observation": "map",
         "mask_actions": False,
+        "start": False,
+        "finish": 0.0,
         "episodes_per_update": 4,
         "episodes_per_subset": 1,
         "update_epochs": 40,
@@ -59,12 +63,15 @@ PRESETS: dict[str, dict[str, Any]] = {
         "target_kl": 0.0,
         "dar": 0.8,
     },
-    "default": {  # chosen on the reward split, figures in the README; DAR off: one subset an update
+    "agent": {  # the agent alone, as it measures best on the reward split; figures in the README
         "metric": "auto",
         "operators": OPERATORS,
         "stem": STEM,
+        "unit": "block",
         "observation": "map+cursor",
         "mask_actions": True,
+        "start": False,
+        "finish": 0.0,
         "episodes_per_update": 20,
         "episodes_per_subset": 20,
         "update_epochs": 20,
@@ -76,9 +83,11 @@ PRESETS: dict[str, dict[str, Any]] = {
         "entropy": 0.1,
         "entropy_end": 0.02,
         "target_kl": 0.05,
-        "dar": 0.0,
+        "dar": 0.0,  # off: the episodes of an update share a subset
     },
 }
+# The agent walks through whole blocks; a local search around the best paths then takes them apart.
+PRESETS["default"] = PRESETS["agent"] | {"unit": "both", "start": True, "finish": 0.75}
 
 
 @dataclass
@@ -107,9 +116,12 @@ class Args:
     stem: str = FROM_PRESET
     """Source of the weights outside the layers: base, an expert, an operator, or agent (it chooses)."""
 
+    unit: Literal["block", "sublayer", "both"] = FROM_PRESET
+    """What is chosen at a time: block (the paper), sublayer (attention, MLP), both: blocks, then these."""
+
     # --- the search
-    preset: Literal["default", "paper"] = "default"
-    """default: what measures best here; paper: the published hyper-parameters. Both set what follows."""
+    preset: Literal["default", "agent", "paper"] = "default"
+    """default: what measures best here; agent: its agent alone; paper: as published. It sets what follows."""
     episodes: int = 700
     """Merged models to evaluate, T_max of Eq. 10."""
     data_fraction: float = 0.1
@@ -128,6 +140,10 @@ class Args:
     """Longest episode in actions; by default four times the layers, and one."""
     max_depth: int | None = None
     """Most layers of a merged model; by default twice the layers."""
+    start: bool = FROM_PRESET
+    """Score the uniform path of each source first; these count as episodes."""
+    finish: float = FROM_PRESET
+    """Share of the episodes, the last ones, for a local search around the best paths, in [0, 1]."""
     finalists: int = 10
     """Best paths, besides the greedy one, that are scored on the whole reward split at the end."""
 
@@ -190,7 +206,7 @@ class Args:
             ("threads", "0 to 1024", lambda v: 0 <= v <= 1024),
             ("data_fraction", "at least 1e-6", lambda v: not 0 < v < 1e-6),
             ("data_fraction gamma", "more than 0 and at most 1", lambda v: 0 < v <= 1),
-            ("dar", "0 to 1", lambda v: 0 <= v <= 1),
+            ("dar finish", "0 to 1", lambda v: 0 <= v <= 1),
             ("learning_rate critic_learning_rate clip", "more than 0", lambda v: 0 < v < np.inf),
             ("entropy entropy_end value_coef target_kl", "0 or more", lambda v: 0 <= v < np.inf),
             ("finalists", "0 or more", lambda v: 0 <= v < np.inf),
@@ -205,6 +221,11 @@ class Args:
                         f"--{name.replace('_', '-')}: expected {expected}, found "
                         f"{getattr(self, name)}; correct it"
                     )
+        if self.finish == 1 and not self.start:
+            raise InputError(
+                "--finish: expected less than 1 without --start, found 1; a local search needs paths to "
+                "start from"
+            )
 
     def config(self) -> dict[str, Any]:
         """What determines the result, as JSON; where and how loudly it runs is left out."""
@@ -325,8 +346,12 @@ def play(
     *,
     masked: bool,
     options: dict[str, Any] | None = None,
+    actions: Sequence[int] = (),
 ) -> tuple[dict[str, list[Any]], dict[str, Any]]:
-    """One episode; actions are sampled, or the most probable where ``generator`` is None (Eq. 1)."""
+    """One episode; actions are sampled, or the most probable where ``generator`` is None (Eq. 1).
+
+    ``actions``: what to do in the first steps, whatever the policy says.
+    """
     names = ("obs", "mask", "action", "log_prob", "reward", "layer", "policy")
     steps: dict[str, list[Any]] = {k: [] for k in names}
     obs, info = env.reset(options=options)
@@ -339,7 +364,9 @@ def play(
         with torch.no_grad():
             log_probs = agent.log_probs(x[None], mask[None])[0]  # (A,)
             policy = log_probs.exp()  # (A,)
-        if generator is None:
+        if (t := len(steps["action"])) < len(actions):
+            action = actions[t]
+        elif generator is None:
             action = int(log_probs.argmax())
         else:
             action = int(torch.multinomial(policy, 1, generator=generator))
@@ -445,9 +472,12 @@ def make_env(problem: Any, args: Args, scorer: Any = None) -> Any:
 
     from rmm_lab.env import DynamicAverageReward
 
+    scorer = make_scorer(problem, args) if scorer is None else scorer
+    if args.unit == "both" and isinstance(scorer, Scorer) and scorer.blocks:
+        scorer = Blocks(scorer)
     env = gym.make(
         "rmm_lab/Merging-v0",
-        scorer=make_scorer(problem, args) if scorer is None else scorer,
+        scorer=scorer,
         observation=args.observation,
         penalty=args.penalty,
         max_steps=args.max_steps,
@@ -507,29 +537,11 @@ def search(
                 f"{folder.file('checkpoint.safetensors')}, found another one ({error}); start the "
                 "search anew in another folder"
             ) from error
-    scorer = env.unwrapped.scorer
-    several = isinstance(scorer, Scorer) and not scorer.alone
-    plan = make_env(None, args, Plan(scorer)) if several else None
+    scorer, places = env.unwrapped.scorer, range(env.unwrapped.first, env.unwrapped.n_layers)
+    plan = make_env(None, args, Plan(scorer)) if getattr(scorer, "alone", True) is False else None
     progress = report.Progress(args.episodes, len(episodes), quiet=args.quiet)
-    options: dict[str, Any] | None = {
-        "episode": len(episodes)
-    }  # whose turn it is, also after a resume
-    while len(episodes) < args.episodes:
-        played = []
-        n = min(args.episodes_per_update, args.episodes - len(episodes))
-        if plan is not None:
-            wanted = look_ahead(plan, agent, generator, args, len(episodes), n)
-            scorer.prefetch(wanted)  # by all workers; the episodes then find their scores
-        for _ in range(n):
-            steps, info = play(env, agent, generator, masked=args.mask_actions, options=options)
-            options = None
-            played.append(steps)
-            episodes.append(report.episode_row(len(episodes), len(updates), steps, info, env))
-            progress.show(episodes)
-        done = len(episodes) / args.episodes
-        policies.append(mean_policy(played, env.unwrapped.first, env.unwrapped.n_layers))
-        diagnostics = update(agent, optimiser, collect(played, args.gamma), args, done)
-        updates.append({"update": len(updates), "episodes": len(episodes)} | diagnostics)
+
+    def save() -> None:
         folder.save_checkpoint(
             {f"agent.{k}": v for k, v in agent.state_dict().items()}
             | optimiser_tensors(optimiser, "adam")
@@ -539,25 +551,100 @@ def search(
             updates,
             policies,
         )
+
+    if args.finish and env.unwrapped.max_depth < env.unwrapped.n_layers:
+        raise InputError(
+            f"--max-depth: expected at least {env.unwrapped.n_layers} layers, found "
+            f"{env.unwrapped.max_depth}; the local search at the end skips none: use --finish 0"
+        )
+
+    # 1. The uniform path of each source, which any user has. They teach the agent nothing: it has not
+    # chosen them.
+    n_start = min(args.episodes, env.unwrapped.n_sources) if args.start else 0
+    while len(episodes) < n_start:
+        steps, info = play(
+            env,
+            agent,
+            None,
+            masked=args.mask_actions,
+            options={"subset": 0},
+            actions=[len(episodes)] * len(places),
+        )
+        episodes.append(report.episode_row(len(episodes), 0, steps, info, env))
+        progress.show(episodes)
+
+    # 2. PPO.
+    n_agent = args.episodes - round(args.finish * (args.episodes - n_start))
+    options: dict[str, Any] | None = {
+        "episode": len(episodes) - n_start
+    }  # whose turn it is, also after a resume
+    while len(episodes) < n_agent:
+        played = []
+        n = min(args.episodes_per_update, n_agent - len(episodes))
+        if plan is not None:
+            wanted = look_ahead(plan, agent, generator, args, len(episodes) - n_start, n)
+            scorer.prefetch(wanted)  # by all workers; the episodes then find their scores
+        for _ in range(n):
+            steps, info = play(env, agent, generator, masked=args.mask_actions, options=options)
+            options = None
+            played.append(steps)
+            episodes.append(report.episode_row(len(episodes), len(updates), steps, info, env))
+            progress.show(episodes)
+        done = (len(episodes) - n_start) / (n_agent - n_start)
+        policies.append(mean_policy(played, places[0], len(places) + places[0]))
+        diagnostics = update(agent, optimiser, collect(played, args.gamma), args, done)
+        updates.append({"update": len(updates), "episodes": len(episodes)} | diagnostics)
+        save()
+
+    # 3. The best paths' neighbours, layer by layer.
+    scorer = getattr(scorer, "scorer", scorer)  # sublayers, where the agent saw blocks
+    while len(episodes) < args.episodes:
+        subset = len(episodes) // args.episodes_per_update % scorer.n_subsets
+        n = min(args.episodes_per_update, args.episodes - len(episodes))
+        paths = surrogate_of(scorer, episodes, args).propose(n)
+        if hasattr(scorer, "prefetch"):
+            scorer.prefetch([(path, subset) for path in paths])
+        for path in paths:
+            scores = scorer.score(path, subset)
+            episodes.append(
+                report.scored_row(len(episodes), len(updates), path, subset, scores, scorer)
+            )
+            progress.show(episodes)
+        save()
     progress.end()
     return agent, episodes, updates, policies
+
+
+def surrogate_of(scorer: Any, episodes: Sequence[Row], args: Args) -> Surrogate:
+    """What all episodes without a penalty have taught, as a Gaussian process over paths."""
+    scored = [
+        (steps_of(e["path"], scorer.sources), e["subset"], e["raw_reward"])
+        for e in episodes
+        if not e["penalised"]
+    ]
+    places = range(-1 if scorer.chooses_stem else 0, scorer.n_layers)
+    return Surrogate(scored, places, len(scorer.sources), args.seed)
 
 
 def choose(env: Any, agent: Agent, episodes: Sequence[Row], args: Args) -> list[Row]:
     """Candidates for the final path, scored on the whole reward split, the best first.
 
-    They are the greedy rollout (Eq. 1) and the ``shortlist`` of ``args.finalists`` paths. The test
-    split is not used.
+    They are the greedy rollout (Eq. 1) and ``args.finalists`` paths: those of the best expected reward after
+    a local search, else the ``shortlist``. The test split is not used.
     """
-    scorer = env.unwrapped.scorer
+    view = env.unwrapped.scorer
+    scorer = getattr(view, "scorer", view)  # sublayers, where the agent saw blocks
     fair = [(e["path"], e["raw_reward"]) for e in episodes if not e["penalised"]]
-    ranked = shortlist(fair, args.finalists)
-    candidates = {report.steps_of(p, scorer.sources): "best" for p in ranked}
+    candidates = {steps_of(p, scorer.sources): "best" for p in shortlist(fair, args.finalists)}
+    if args.finish:
+        surrogate = surrogate_of(scorer, episodes, args)
+        candidates = dict.fromkeys(surrogate.finalists(args.finalists), "best")
     dar = (env.episode, env.previous)
     _, info = play(env, agent, None, masked=args.mask_actions, options={"subset": None})
     env.episode, env.previous = dar  # the greedy rollout is no episode of the search
     if not info["penalised"]:
-        candidates[info["path"]] = "greedy"
+        greedy = view.expand(info["path"]) if isinstance(view, Blocks) else info["path"]
+        candidates[greedy] = "greedy"
     if not candidates:
         raise InputError(
             f"search: expected at least one legal episode in {args.episodes}, found none; raise "
@@ -609,6 +696,7 @@ def train(args: Args, *, problem: Problem | None = None, table: bool = True) -> 
             stem=args.stem,
             scope=args.scope,
             seed=args.seed,
+            unit=args.unit,
             multi_task=args.multi_task,
             metric=args.metric,
             normalise_length=args.normalise_length,
@@ -631,7 +719,8 @@ def train(args: Args, *, problem: Problem | None = None, table: bool = True) -> 
     finally:
         env.unwrapped.scorer.close()
     if not args.quiet:
-        print(report.cost(env.unwrapped.scorer))
+        view = env.unwrapped.scorer
+        print(report.cost(getattr(view, "scorer", view)))
     best: Steps = finalists[0]["path"]
     sources = problem.pool.sources
     steps = [(sources[a], k) for a, k in best]
@@ -644,7 +733,7 @@ def train(args: Args, *, problem: Problem | None = None, table: bool = True) -> 
         reward=finalists[0]["reward"],
         episodes=episodes,
         updates=updates,
-        policies=torch.stack(policies),
+        policies=torch.stack(policies) if policies else torch.zeros(0, 0, 0),
         scores={},
         agent=agent,
         folder=folder.path,

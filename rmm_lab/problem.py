@@ -16,7 +16,7 @@ from rmm_lab.pool import LayerPool
 from rmm_lab.scoring import Scorer
 from rmm_lab.tasks import InputFormat, Task
 from rmm_lab.texts import TextFormat, TextTask
-from rmm_lab.zoo import GROUPS, base_of, is_shipped, locate, multi_task_of
+from rmm_lab.zoo import GROUPS, SETS, base_of, is_shipped, locate, multi_task_of
 
 # Measured on the reward split: see the README's section on the default preset.
 OPERATORS = (
@@ -30,12 +30,16 @@ STEM = "agent"
 
 @dataclass
 class Problem:
-    """N experts of one base with their tasks, as a pool of layers; ``stem`` is the stem's source."""
+    """N experts of one base with their tasks, as a pool of layers; ``stem`` is the stem's source.
+
+    ``device``: where whole splits are scored for tables; a search's scorer has one of its own.
+    """
 
     pool: LayerPool
     tasks: list[Any]  # Task of pictures or TextTask
     stem: str
     multi_task: Checkpoint | None = None
+    device: str = "cpu"
 
     def scorer(self, *, workers: int | str = 1, **options: Any) -> Scorer:
         """A scorer of paths; the options are those of ``Scorer``.
@@ -66,6 +70,7 @@ def load_problem(
     stem: str = STEM,
     scope: str = "layer",
     seed: int = 0,
+    unit: str = "block",
     multi_task: str | None = None,
     metric: str = "auto",
     normalise_length: bool = False,
@@ -76,10 +81,11 @@ def load_problem(
         experts: a group that ships (demo, glyphs, vision; qa, mixed), names that ship, folders or hub
             names; all ViTs or all T5s.
         base: folder or hub name; may be left out where all experts ship.
-        images: for ViTs, one folder or set that ships per expert; texts: for T5s, one folder, jsonl
-            file, ``FORMAT:FOLDER`` or set that ships per expert. May be left out where all experts ship.
-        operators, scope, seed: see ``LayerPool``. stem: ``base``, an expert's name, an operator,
-            or ``agent``.
+        images: for ViTs, one source of ``Task`` per expert: a folder, ``FORMAT:FOLDER`` or set that ships, or
+            half of one; texts: for T5s, one folder, jsonl file, ``FORMAT:FOLDER`` or set that ships per
+            expert. May be left out where all experts ship.
+        operators, scope, seed, unit: see ``LayerPool``; ``both`` is ``sublayer`` too. stem: ``base``, an
+            expert's name, an operator, or ``agent``.
         multi_task: folder of a multi-task model for the table; found by itself where one ships.
         metric, normalise_length: of language tasks, see ``TextTask``.
 
@@ -106,7 +112,8 @@ def load_problem(
             f"--images: expected a folder for each expert (ViTs), or --texts (T5s), found none for "
             f"{first!r}"
         )
-    sets = list(map(str, images or texts)) or names
+    shipped_sets = [SETS.get(n, n) for n in names]
+    sets = list(map(str, images or texts)) or shipped_sets
     if len(sets) != len(names):
         raise InputError(
             f"{option}: expected one for each of {len(names)} experts, in their order, found "
@@ -140,7 +147,8 @@ def load_problem(
     for task, name in zip(tasks, _distinct([t.name for t in tasks]), strict=True):
         task.name = name
     short = _distinct([Path(n.partition("@")[0]).name.replace(" ", "_") for n in names])
-    pool = LayerPool(origin, checkpoints, short, operators, scope=scope, seed=seed)
+    unit = "sublayer" if unit == "both" else unit
+    pool = LayerPool(origin, checkpoints, short, operators, scope=scope, seed=seed, unit=unit)
     if origin.family is not t5:
         _check_normalisation(origin, checkpoints)
     if stem != "agent":
@@ -148,7 +156,7 @@ def load_problem(
     joint = None
     if multi_task is not None:
         joint = read_checkpoint(multi_task)
-    elif all_ship and sets == names and base is None:
+    elif all_ship and sets == shipped_sets and base is None:
         folder = multi_task_of(names)
         joint = read_checkpoint(folder) if folder else None
     if joint is not None:

@@ -13,26 +13,14 @@ from rmm_lab import baselines
 from rmm_lab.baselines import Row
 from rmm_lab.problem import Problem
 from rmm_lab.runs import RunFolder
-from rmm_lab.scoring import Path
+from rmm_lab.scoring import Blocks, Path, reward, text_of
+from rmm_lab.scoring import steps_of as steps_of  # for those who look for it here
 
 if TYPE_CHECKING:
     from rmm_lab.ppo import Result
 
 
-# ------------------------------------------------------------------------------- paths and episodes
-
-
-def text_of(path: Path, sources: Sequence[str]) -> str:
-    """A path as text, ``digits@0 ties@1``: source and layer in the order in which they run."""
-    return " ".join(f"{sources[a]}@{k}" for a, k in path)
-
-
-def steps_of(text: str, sources: Sequence[str]) -> Path:
-    """The inverse of ``text_of``."""
-    numbers = {name: a for a, name in enumerate(sources)}
-    return tuple(
-        (numbers[source], int(k)) for source, _, k in (s.rpartition("@") for s in text.split())
-    )
+# ---------------------------------------------------------------------------------------- episodes
 
 
 def episode_row(
@@ -41,6 +29,7 @@ def episode_row(
     """One line of episodes.csv: what was done, raw scores per task, raw and DAR reward apart."""
     scorer = env.unwrapped.scorer
     scores = info.get("scores") or dict.fromkeys(scorer.task_names, "")
+    path = scorer.expand(info["path"]) if isinstance(scorer, Blocks) else info["path"]
     return {
         "episode": episode,
         "update": update,
@@ -49,9 +38,28 @@ def episode_row(
         "dar_reward": info["dar_reward"],
         "penalised": int(info["penalised"]),
         **{f"score_{name}": value for name, value in scores.items()},
-        "depth": sum(k >= 0 for _, k in info["path"]),
+        "depth": sum(k >= 0 for _, k in path),
         "actions": " ".join(map(str, steps["action"])),
-        "path": text_of(info["path"], scorer.sources),
+        "path": text_of(path, scorer.sources),
+    }
+
+
+def scored_row(
+    episode: int, update: int, path: Path, subset: int, scores: Any, scorer: Any
+) -> dict[str, Any]:
+    """The same line for a path that no agent walked: without actions, and DAR leaves it alone."""
+    value = reward(scores)
+    return {
+        "episode": episode,
+        "update": update,
+        "subset": subset,
+        "raw_reward": value,
+        "dar_reward": value,
+        "penalised": 0,
+        **{f"score_{n}": s for n, s in zip(scorer.task_names, scores.tolist(), strict=True)},
+        "depth": sum(k >= 0 for _, k in path),
+        "actions": "",
+        "path": text_of(path, scorer.sources),
     }
 
 

@@ -25,6 +25,19 @@ Path = tuple[tuple[int, int], ...]
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
+def text_of(path: Path, sources: Sequence[str]) -> str:
+    """A path as text, ``digits@0 ties@1``: source and layer in the order in which they run."""
+    return " ".join(f"{sources[a]}@{k}" for a, k in path)
+
+
+def steps_of(text: str, sources: Sequence[str]) -> Path:
+    """The inverse of ``text_of``."""
+    numbers = {name: a for a, name in enumerate(sources)}
+    return tuple(
+        (numbers[source], int(k)) for source, _, k in (s.rpartition("@") for s in text.split())
+    )
+
+
 class Task(Protocol):
     """What scoring needs of a task; ``tasks.Task`` (pictures) and ``texts.TextTask`` are such."""
 
@@ -104,37 +117,61 @@ def parts_of(rows: np.ndarray, size: int) -> list[np.ndarray]:
 
 @torch.inference_mode()
 def answers(
-    architecture: Any, stem: Any, layers: Sequence[Any], head: Any, task: Task, split: str
+    architecture: Any,
+    stem: Any,
+    layers: Sequence[Any],
+    head: Any,
+    task: Task,
+    split: str,
+    device: str = "cpu",
 ) -> Tensor:
-    """The answers (n,) that a model given in pieces finds in a split: numbers of classes or choices."""
+    """The answers (n,) that a model given in pieces finds in a split: numbers of classes or choices.
+
+    ``device``: where it runs; a model elsewhere than on the CPU is a copy.
+    """
+    if device != "cpu":
+        stem, *layers = (copy.deepcopy(m).to(device) for m in (stem, *layers))
+        head = {name: tensor.to(device) for name, tensor in head.items()}
     found = []
     size = batch_size(architecture, stem, task, split)
     for rows in parts_of(np.arange(len(task.split(split))), size):
-        state = architecture.embed(stem, task.batch(split, rows))
+        batch = architecture.place(task.batch(split, rows), device, torch.float32)
+        state = architecture.embed(stem, batch)
         for layer in layers[:-1]:
             state = architecture.apply(layer, state)
         for layer in layers[-1:]:
             state = architecture.apply_last(layer, state)
-        found.append(architecture.logits(stem, state, head).argmax(-1))  # (n, answers) -> (n,)
+        logits = architecture.logits(stem, state, head)  # (n, answers)
+        found.append(logits.argmax(-1).cpu())  # (n,)
     return torch.cat(found)
 
 
 def answers_of_path(
-    pool: LayerPool, tasks: Sequence[Task], steps: Sequence[tuple[str, int]], stem: str, split: str
+    pool: LayerPool,
+    tasks: Sequence[Task],
+    steps: Sequence[tuple[str, int]],
+    stem: str,
+    split: str,
+    device: str = "cpu",
 ) -> list[Tensor]:
     """For each task the answers (n,) of a path of (source, layer) on a whole split, nothing kept."""
     layers = [pool.layer(source, k) for source, k in steps]
     return [
-        answers(pool.architecture, pool.stem(stem), layers, pool.heads[name], task, split)
+        answers(pool.architecture, pool.stem(stem), layers, pool.heads[name], task, split, device)
         for name, task in zip(pool.names, tasks, strict=True)
     ]
 
 
 def evaluate(
-    pool: LayerPool, tasks: Sequence[Task], steps: Sequence[tuple[str, int]], stem: str, split: str
+    pool: LayerPool,
+    tasks: Sequence[Task],
+    steps: Sequence[tuple[str, int]],
+    stem: str,
+    split: str,
+    device: str = "cpu",
 ) -> np.ndarray:
     """Each task's metric (N,) of a path of (source, layer) on a whole split, nothing kept."""
-    found = answers_of_path(pool, tasks, steps, stem, split)
+    found = answers_of_path(pool, tasks, steps, stem, split, device)
     return np.array([t.score(f, t.split(split).labels) for t, f in zip(tasks, found, strict=True)])
 
 
@@ -215,6 +252,7 @@ class Scorer:
         self.task_names = [task.name for task in tasks]
         self.n_layers, self.chooses_stem = pool.n_layers, stem == "agent"
         self.stacks: Sequence[range] = pool.stacks
+        self.blocks: Sequence[range] = pool.blocks
         self.n_subsets = max(1, round(1 / fraction))
         self.device, self.dtype = torch.device(check_device(device)), PRECISIONS[precision]
         self._batch_size = batch_size
@@ -388,6 +426,41 @@ class Scorer:
                 moved = copy.deepcopy(module).to(self.device, self.dtype)
                 self._moved[source, k] = moved
             return self._moved[source, k]
+
+
+class Blocks:
+    """A scorer of sublayers seen as one of blocks: a source taken at a block is taken in all of it.
+
+    What ``MergingEnv`` needs of a scorer; ``expand`` gives the path of sublayers.
+    """
+
+    def __init__(self, scorer: Any) -> None:
+        self.scorer = scorer
+        self.sources, self.n_models = scorer.sources, scorer.n_models
+        self.n_subsets, self.task_names = scorer.n_subsets, scorer.task_names
+        self.chooses_stem, self.alone = scorer.chooses_stem, getattr(scorer, "alone", True)
+        self.blocks = scorer.blocks
+        self.n_layers = len(self.blocks)
+        first = [stack.start for stack in scorer.stacks]
+        starts = [i for i, block in enumerate(self.blocks) if block.start in first]
+        ends = [*starts[1:], self.n_layers]
+        self.stacks = tuple(range(a, b) for a, b in zip(starts, ends, strict=True))
+
+    def expand(self, path: Path) -> Path:
+        """A path of (source, block) -> that of (source, sublayer); the stem stays."""
+        return tuple((a, j) for a, k in path for j in ([k] if k < 0 else self.blocks[k]))
+
+    def score(self, path: Path, subset: int | None = None) -> np.ndarray:
+        """Each task's metric (N,) in [0, 1] of a path of blocks."""
+        return self.scorer.score(self.expand(path), subset)
+
+    def prefetch(self, wanted: Iterable[tuple[Path, int | None]]) -> None:
+        """As the scorer's."""
+        self.scorer.prefetch([(self.expand(path), subset) for path, subset in wanted])
+
+    def close(self) -> None:
+        """As the scorer's."""
+        self.scorer.close()
 
 
 class Plan:

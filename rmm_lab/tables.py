@@ -1,258 +1,204 @@
-"""The kit's results from one command each, into ``results/``: means and spread over seeds.
+"""The paper's tables and Fig. 3 from one command each: at this kit's scale, or at the paper's.
 
-    python -m rmm_lab.tables vision       Tables I and II at our scale: all methods, groups of ViTs
-    python -m rmm_lab.tables language     Table III at our scale: all methods, groups of T5s
-    python -m rmm_lab.tables dar          Table IV and Fig. 3 at our scale: data share, DAR on and off
+    python -m rmm_lab.tables I            halves of each small set, two sizes of ViT
+    python -m rmm_lab.tables II           two sets that differ more: digits and textures
+    python -m rmm_lab.tables III          T5s on question answering and on four kinds of task
+    python -m rmm_lab.tables IV           data share and DAR
+    python -m rmm_lab.tables fig3         reward per episode at 1 % of the data, with DAR and without
+    python -m rmm_lab.tables all          all of these; about three quarters of an hour with --jobs 2
     python -m rmm_lab.tables searches     RMM beside other searches at the same number of evaluations
+    python -m rmm_lab.tables groups       Table II's methods on other groups of sets
+    python -m rmm_lab.tables agent        the default preset with one choice put back
+    python -m rmm_lab.tables show         only write the sheets anew from the CSV files
 
-A table is a CSV file; each cell (a group and a seed, say) is written as soon as it is measured, and a
-stopped command goes on where it was. Scores are in % of the test split, ``reward_split`` in % of the
-split that chose the path. Nothing here is chosen by the test split.
+``--scale paper`` takes the paper's own models and sets, for Tables I to IV and Fig. 3: see ``paper_scale``.
+A table is a CSV file with a page (.md) and a figure (.png) beside it; a stopped command goes on where it
+was. Nothing here is chosen by the test split.
 """
 
 from __future__ import annotations
 
-import functools
-import subprocess
 import sys
-import time
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
-
-from rmm_lab import baselines, report, runs
-from rmm_lab.errors import InputError, one_sentence
-from rmm_lab.ppo import Args, Result, train
-from rmm_lab.problem import Problem, load_problem
-from rmm_lab.scoring import Scorer, reward, shortlist
+from rmm_lab import cells, plots, runs, searches, sheet_figures, sheets
+from rmm_lab.cells import Cell, Group, Job, Tables, method_jobs
+from rmm_lab.cells import commit as commit  # used by others under these names
+from rmm_lab.cells import split_stem as split_stem
+from rmm_lab.errors import InputError, run_command
+from rmm_lab.paper_scale import PaperScale
+from rmm_lab.ppo import Args
+from rmm_lab.searches import curve_of as curve_of
+from rmm_lab.searches import whole as whole
 from rmm_lab.tasks import data_folder
 
 # The groups of experts of each table, by the name that the table calls them.
-VISION = {
-    "digits+textures": ("digits", "textures"),
+SETS = ("digits", "letters", "symbols", "textures")
+SIZES = {"ViT, width 32": "tiny-", "ViT, width 64": ""}
+PAIR = "digits+textures"
+VISION: dict[str, tuple[str, ...]] = {
+    PAIR: ("digits", "textures"),  # Table II's
     "letters+symbols": ("letters", "symbols"),
     "digits+letters": ("digits", "letters"),
     "digits+letters+textures": ("digits", "letters", "textures"),
 }
 LANGUAGE = {"qa": ("qa",), "mixed": ("mixed",)}
 DATA = (1.0, 0.1, 0.01)  # Table IV's shares of the data
-Cell = dict[str, Any]  # one line of a CSV file
+FILES = {"I": "halves", "II": "vision", "III": "language", "groups": "vision"}
+ALL = ("I", "II", "III", "IV", "fig3")
+# The default preset with one choice changed: name -> options of Args.
+AGENT: dict[str, dict[str, Any]] = {
+    "default preset": {},
+    "the local search alone": {"finish": 1.0},
+    "the agent alone": {"finish": 0.0},
+    "half of the episodes for the local search": {"finish": 0.5},
+    "without the uniform paths": {"start": False},
+    "whole blocks": {"unit": "block"},
+    "sublayers for the agent too": {"unit": "sublayer"},
+    "the paper's operators and stem": {
+        "operators": ("task_arithmetic", "ties", "dare"),
+        "stem": "task_arithmetic",
+    },
+    "agent preset": {"preset": "agent"},
+    "paper preset": {"preset": "paper"},
+}
+ORDER = {
+    "group": (*SETS, *VISION, *LANGUAGE),
+    "size": tuple(SIZES),
+    "setting": tuple(AGENT),
+}
+
+
+def kit_groups() -> dict[str, list[Group]]:
+    """Each table's groups of experts that ship. Table IV takes Table II's."""
+    vision = [Group(n, "ViT, width 64", {"experts": e}) for n, e in VISION.items()]
+    language = [Group(n, "T5, width 64", {"experts": e}) for n, e in LANGUAGE.items()]
+    halves = [
+        Group(name, size, {"experts": (f"{prefix}{name}-first", f"{prefix}{name}-second")})
+        for size, prefix in SIZES.items()
+        for name in SETS
+    ]
+    return {
+        **{"I": halves, "II": vision[:1], "III": language, "IV": vision[:1], "fig3": vision[:1]},
+        **{"groups": vision[1:], "searches": vision + language, "agent": [vision[0], language[0]]},
+    }
 
 
 @dataclass
-class Tables:
-    """Measure one table, or go on with it."""
+class Command:
+    """Measure a table, or go on with it, and write its page and figure."""
 
-    table: Literal["vision", "language", "dar", "searches"]
-    """Which one; see the module's text."""
+    table: Literal["I", "II", "III", "IV", "fig3", "searches", "groups", "agent", "all", "show"]
+    """Which one: see above."""
+    scale: Literal["kit", "paper"] = "kit"
+    """kit: the models that ship, on a CPU; paper: the paper's models and sets."""
     seeds: tuple[int, ...] = (1, 2, 3, 4, 5)
     """Seeds of the search."""
     episodes: int = 700
     """Evaluations of each search."""
     only: tuple[str, ...] = ()
-    """Groups, or shares of data such as 0.01, to measure now; all by default."""
-    out: Path = Path("results")
-    """Folder of the CSV files."""
+    """Groups, or Table IV's shares of the data such as 0.01, to measure now; all by default."""
+    out: Path | None = None
+    """Folder of the results; by default results, at the paper's scale results-paper."""
+    jobs: int = 1
+    """Cells to measure at once, each in a process of its own."""
     threads: int = 1
-    """CPU threads for torch."""
+    """CPU threads of each process."""
+    device: str = "cpu"
+    """Where the models run: cpu, or a GPU such as cuda."""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """Of the models in a search; what is reported is scored in float32."""
+    paper: PaperScale = field(default_factory=PaperScale)
+    """The options of --scale paper."""
 
     def run(self) -> None:
-        """Measure what is not in the file yet."""
-        torch.set_num_threads(self.threads)
-        self.out.mkdir(parents=True, exist_ok=True)
-        {
-            "vision": self.vision,
-            "language": self.language,
-            "dar": self.dar,
-            "searches": self.searches,
-        }[self.table]()
-
-    # ------------------------------------------------------------------------------- the tables
-
-    def vision(self) -> None:
-        """All methods on the groups of ViTs, every seed."""
-        self._methods("vision", self._wanted(VISION), self.seeds)
-
-    def language(self) -> None:
-        """All methods on the groups of T5s, at the first seed alone: tuning the uniform merges takes long."""
-        self._methods("language", self._wanted(LANGUAGE), self.seeds[:1])
-
-    def _methods(self, name: str, groups: dict[str, tuple[str, ...]], seeds: Sequence[int]) -> None:
-        for group, experts in groups.items():
-            for seed in seeds:
-                if self._known(name, group=group, seed=seed):
-                    continue
-                args = self._args(experts=experts, seed=seed)
-                problem = load_problem(experts, seed=seed)
-                result, seconds = timed(args, problem)
-                cells = [
-                    cell_of(problem, row) | {"reward_split": "", "seconds": "", "path": ""}
-                    for row in baselines.rows(problem)
-                ]
-                cells.append(found(problem, result, args) | {"seconds": round(seconds, 1)})
-                self._add(name, [{"group": group, "seed": seed} | cell for cell in cells])
-
-    def dar(self) -> None:
-        """The paper's preset on the demo's pair at 100, 10 and 1 %, with DAR and without; ours beside it.
-
-        At 100 % every episode begins a new window, so DAR has no effect and is measured once.
-        """
-        settings = [("paper", f, dar) for f in DATA for dar in ((0.8,) if f == 1 else (0.8, 0.0))]
-        settings += [("default", f, 0.0) for f in reversed(DATA)]
-        shares = self._wanted({f"{f:g}": f for f in DATA}).values()
-        for preset, fraction, scale in settings:
-            for seed in self.seeds if fraction in shares else ():
-                key = {"preset": preset, "data_fraction": fraction, "dar": scale, "seed": seed}
-                if self._known("dar", **key):
-                    continue
-                args = self._args(preset=preset, seed=seed, data_fraction=fraction, dar=scale)
-                problem = load_problem(
-                    args.experts, operators=args.operators, stem=args.stem, seed=seed
-                )
-                result, seconds = timed(args, problem)
-                cell = found(problem, result, args) | {"seconds": round(seconds, 1)}
-                if preset == "paper" and fraction == min(DATA) and seed == self.seeds[0]:
-                    curve = [
-                        {"dar": scale, "episode": e["episode"]}
-                        | {k: round(100 * e[k], 2) for k in ("raw_reward", "dar_reward")}
-                        for e in result.episodes
-                    ]
-                    self._add("dar-curve", curve, "dar")
-                self._add("dar", [key | cell])
-
-    def searches(self) -> None:
-        """RMM, random search and coordinate ascent; the curve is the incumbent's score on all data."""
-        for group, experts in self._wanted(VISION | LANGUAGE).items():
-            for seed in self.seeds:
-                for method in ("RMM", *SEARCHES):
-                    if self._known("searches", group=group, seed=seed, method=method):
-                        continue
-                    problem = load_problem(experts, seed=seed)
-                    args = self._args(experts=experts, seed=seed)
-                    key = {"group": group, "seed": seed, "method": method}
-                    scorer = problem.scorer(
-                        fraction=args.data_fraction, seed=seed, cache_mb=args.cache_mb
+        """Measure what is not in the files yet, and write the sheets."""
+        for name in ("episodes", "jobs", "threads"):
+            if getattr(self, name) < 1:
+                raise InputError(f"--{name}: expected at least 1, found {getattr(self, name)}")
+        out = self.out or Path("results" if self.scale == "kit" else "results-paper")
+        if self.table != "show":
+            names = ALL if self.table == "all" else (self.table,)
+            tables, groups = Tables(out, ORDER), kit_groups()
+            if self.scale == "paper":
+                groups = self.paper.groups()
+                if odd := set(names) - set(groups):
+                    raise InputError(
+                        f"--scale paper: expected one of {', '.join(groups)}, found {odd.pop()!r}"
                     )
-                    if method == "RMM":
-                        result, seconds = timed(args, problem)
-                        cell = found(problem, result, args)
-                        scored = [
-                            (e["path"], e["raw_reward"])
-                            for e in result.episodes
-                            if not e["penalised"]
-                        ]
-                    else:
-                        start = time.perf_counter()
-                        pairs = SEARCHES[method](scorer, self.episodes, seed)
-                        scored = [(report.text_of(p, scorer.sources), r) for p, r in pairs]
-                        cell = self._best(problem, scorer, scored, args)
-                        seconds = time.perf_counter() - start
-                    curve = [key | c for c in curve_of(scorer, scored)]
-                    self._add("searches-curve", curve, *key)
-                    self._add("searches", [key | cell | {"seconds": round(seconds, 1)}])
+            groups = self._wanted(names, groups)
+            if self.scale == "paper":
+                wanted = {id(g): g for own in groups.values() for g in own}
+                self.paper.prepare(list(wanted.values()), self.device, self.threads)
+            jobs = [job for name in names for job in self._jobs(name, tables, groups[name])]
+            once = {(j.table, *j.key.values()): j for j in jobs}  # fig3 is a part of IV
+            print(f"{len(once)} cells to measure into {out}", flush=True)
+            cells.measure_all(list(once.values()), tables, self.jobs, self.threads)
+        for file in write_sheets(out):
+            print(f"written: {file}")
 
-    def _best(
-        self, problem: Problem, scorer: Scorer, scored: Sequence[tuple[str, float]], args: Args
-    ) -> Cell:
-        """The final choice as RMM makes it: the best of the shortlist on the whole reward split."""
-        value, text = max((whole(scorer, text), text) for text in shortlist(scored, args.finalists))
-        steps, stem = split_stem(text, problem)
-        row = baselines.path_row(problem, "", f"{self.episodes} evaluations", steps, stem)
-        cell = cell_of(problem, row) | {"reward_split": round(100 * value, 2), "path": text}
-        del cell["method"]
-        return cell
-
-    # ------------------------------------------------------------------------------- the files
-
-    def _args(self, **options: Any) -> Args:
-        return Args(**{"episodes": self.episodes, "threads": self.threads, "quiet": True} | options)
-
-    def _wanted(self, known: dict[str, Any]) -> dict[str, Any]:
-        if unknown := set(self.only) - set(known):
+    def _wanted(
+        self, names: Sequence[str], groups: Mapping[str, list[Group]]
+    ) -> dict[str, list[Group]]:
+        known = {g.name for name in names for g in groups[name]}
+        shares = {f"{f:g}" for f in DATA} if "IV" in names else set()
+        if unknown := set(self.only) - known - shares:
             raise InputError(
-                f"--only: expected some of {', '.join(known)}, found {unknown.pop()!r}"
+                f"--only: expected some of {', '.join(sorted(known | shares))}, found {unknown.pop()!r}"
             )
-        return {name: v for name, v in known.items() if not self.only or name in self.only}
+        if not set(self.only) & known:
+            return {name: groups[name] for name in names}
+        return {name: [g for g in groups[name] if g.name in self.only] for name in names}
 
-    def _read(self, name: str) -> list[Cell]:
-        file = self.out / f"{name}.csv"
-        return runs.from_csv(file.read_text("utf-8")) if file.is_file() else []
+    def _jobs(self, name: str, tables: Tables, groups: Sequence[Group]) -> Iterator[Job]:
+        """What is not in the files yet."""
+        search = {"episodes": self.episodes, "device": self.device, "precision": self.precision}
+        if name in FILES:
+            presets = ("default",) if self.scale == "kit" else ("default", "paper")
+            yield from method_jobs(tables, FILES[name], groups, self.seeds, search, presets)
+            return
+        for group in groups:
+            for seed in self.seeds:
+                of_seed = group.options | search | {"seed": seed}
+                make = {"searches": self._searches, "agent": self._agent}.get(name, self._dar)
+                for job in make(name, group, of_seed):
+                    done = tables.has(job.table, job.key)
+                    if job.kind == "rmm_curve":
+                        done = done and tables.has("dar-curve", {"dar": job.args.dar})
+                    if not done:
+                        yield job
 
-    def _known(self, name: str, **key: Any) -> bool:
-        return any(all(cell[k] == v for k, v in key.items()) for cell in self._read(name))
+    def _dar(self, name: str, group: Group, options: dict[str, Any]) -> Iterator[Job]:
+        """The paper's preset at each share of the data, with DAR and without; ours beside it.
 
-    def _add(self, name: str, cells: Iterable[Cell], *key: str) -> None:
-        """Append to a table, in place of lines with the same key that a stopped command left."""
-        cells = [cell | {"episodes": self.episodes, "commit": commit()} for cell in cells]
-        kept = [c for c in self._read(name) if not key or any(c[k] != cells[0][k] for k in key)]
-        runs.write(self.out / f"{name}.csv", runs.to_csv([*kept, *cells]))
-        last = {k: v for k, v in cells[-1].items() if k not in ("path", "by_task", "commit")}
-        print(time.strftime("%H:%M:%S"), name, *(f"{k}={v}" for k, v in last.items()), flush=True)
+        At 100 % every episode begins a new window, so DAR has no effect and is measured once. Fig. 3 shows
+        the first seed's searches at the smallest share.
+        """
+        settings: list[tuple[str, float, float | None]]
+        settings = [("paper", f, dar) for f in DATA for dar in ((0.8,) if f == 1 else (0.8, 0.0))]
+        settings += [("default", f, None) for f in DATA]
+        shares = [f for f in DATA if f"{f:g}" in self.only] or DATA
+        for preset, fraction, dar in settings:
+            drawn = preset == "paper" and fraction == min(DATA) and options["seed"] == self.seeds[0]
+            if drawn if name == "fig3" else fraction in shares:
+                own = options | {"preset": preset, "data_fraction": fraction}
+                args = Args(**(own if dar is None else own | {"dar": dar}))
+                key = {"preset": preset, "data_fraction": fraction, "dar": args.dar}
+                kind = "rmm_curve" if drawn else "rmm"
+                yield Job("dar", kind, key | {"seed": args.seed}, args)
 
+    def _searches(self, name: str, group: Group, options: dict[str, Any]) -> Iterator[Job]:
+        for method in ("RMM", *searches.SEARCHES):
+            key = {"group": group.name, "seed": options["seed"], "method": method}
+            yield Job("searches", "search", key, Args(**options))
 
-SEARCHES = {
-    "random search": baselines.random_search,
-    "coordinate ascent": baselines.coordinate_ascent,
-}
-
-
-def timed(args: Args, problem: Problem) -> tuple[Result, float]:
-    """A search without its table, and its seconds, from loaded models to the chosen path."""
-    for task in problem.tasks:
-        task.split("reward")
-    start = time.perf_counter()
-    result = train(args, problem=problem, table=False)
-    return result, time.perf_counter() - start
-
-
-def cell_of(problem: Problem, row: baselines.Row) -> Cell:
-    """A row of a result table as a line of CSV, in %."""
-    names = [task.name for task in problem.tasks]
-    by_task = " ".join(f"{n}={100 * s:.2f}" for n, s in zip(names, row.scores, strict=True))
-    return {
-        "method": row.name,
-        "setting": row.setting,
-        "mean": round(100 * row.mean, 2),
-        "by_task": by_task,
-    }
-
-
-def found(problem: Problem, result: Result, args: Args) -> Cell:
-    """RMM's line: the chosen path on the test split."""
-    path = result.path
-    setting = f"{args.episodes} episodes"
-    row = baselines.path_row(problem, "RMM", setting, path.steps, path.stem)
-    cell = cell_of(problem, row)
-    cell["reward_split"] = round(100 * result.reward, 2)
-    return cell | {"path": " ".join(f"{s}@{k}" for s, k in [(path.stem, -1), *path.steps])}
-
-
-def whole(scorer: Scorer, text: str) -> float:
-    """The reward of a path, given as text, on the whole reward split."""
-    return reward(scorer.score(report.steps_of(text, scorer.sources), None))
-
-
-def split_stem(text: str, problem: Problem) -> tuple[list[tuple[str, int]], str]:
-    """A path as text -> its (source, layer) and its stem."""
-    steps = [(s, int(k)) for s, _, k in (step.rpartition("@") for step in text.split())]
-    if steps and steps[0][1] < 0:
-        return steps[1:], steps[0][0]
-    return steps, "base" if problem.stem == "agent" else problem.stem
-
-
-def curve_of(
-    scorer: Scorer, scored: Sequence[tuple[str, float]], every: int = 20
-) -> Iterator[Cell]:
-    """Every 20 evaluations and at the end: the path that would be chosen now, on the whole reward split.
-
-    These scores serve the plot, and no search sees them.
-    """
-    for n in sorted({*range(every, len(scored), every), len(scored)}):
-        best = shortlist(scored[:n], 1)[0]
-        yield {"evaluations": n, "reward_split": round(100 * whole(scorer, best), 2)}
+    def _agent(self, name: str, group: Group, options: dict[str, Any]) -> Iterator[Job]:
+        for setting, changed in AGENT.items():
+            key = {"group": group.name, "setting": setting, "seed": options["seed"]}
+            yield Job("agent", "rmm", key, Args(**(options | changed)))
 
 
 def read(name: str) -> list[Cell]:
@@ -266,34 +212,25 @@ def read(name: str) -> list[Cell]:
     return runs.from_csv(file.read_text("utf-8"))
 
 
-@functools.cache
-def commit() -> str:
-    """The commit that measures, with a + where files differ from it; empty outside a repository."""
-    command = ["git", "describe", "--always", "--dirty=+", "--exclude=*"]
-    done = subprocess.run(
-        command, capture_output=True, text=True, cwd=Path(__file__).parent, check=False
-    )
-    return done.stdout.strip()
+def write_sheets(folder: Path) -> Iterator[Path]:
+    """Write the page and the figure of each table whose CSV files are in the folder."""
+    paper = read("paper")
+    for name, needed in sheets.FILES.items():
+        files = [folder / f"{table}.csv" for table in needed]
+        if not all(file.is_file() for file in files):
+            continue
+        rows = [runs.from_csv(file.read_text("utf-8")) for file in files]
+        if name in sheets.SHOW:
+            runs.write(folder / f"{name}.md", sheets.SHOW[name](*rows, paper=paper))
+            yield folder / f"{name}.md"
+        if name in sheet_figures.DRAW:
+            runs.write(folder / f"{name}.png", plots.png(sheet_figures.DRAW[name](*rows)))
+            yield folder / f"{name}.png"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line; returns the exit code: 0, 2 for bad input, 130 after Ctrl-C."""
-    import tyro
-
-    try:
-        tyro.cli(
-            Tables,
-            args=None if argv is None else list(argv),
-            prog="python -m rmm_lab.tables",
-            config=(tyro.conf.PositionalRequiredArgs,),
-        ).run()
-    except (InputError, OSError) as error:
-        print(f"\nerror: {one_sentence(error)}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("\nstopped; the same command goes on", file=sys.stderr)
-        return 130
-    return 0
+    return run_command(Command, "python -m rmm_lab.tables", argv, "the same command goes on")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The data sets: the small ones that ship, and a user's own image folders.
+"""The data sets: the small ones that ship, a user's own image folders, the paper's four, and halves.
 
 Every task has three splits, and each has one use: ``train`` to fine-tune an expert, ``reward`` to
 search, ``test`` to report once. Images are kept as uint8 and normalised batch by batch.
@@ -7,20 +7,19 @@ search, ``test`` to report once. Images are kept as uint8 and normalised batch b
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from rmm_lab import render
+from rmm_lab import image_formats, images, render
 from rmm_lab.errors import InputError
+from rmm_lab.images import SPLITS, InputFormat, Listing, Pictures
 
-SPLITS = ("train", "reward", "test")
-SPLIT_SEED = 0  # of the split made for a user's folder: fixed, so that fine-tuning and search agree
+HALVES = ("first", "second")  # of a set's classes: NAME:first and NAME:second
 _TEXTURE_NAMES = list(render.TEXTURES)
 # name -> (class names, images per class in train, reward, test)
 SMALL: dict[str, tuple[list[str], tuple[int, int, int]]] = {
@@ -29,7 +28,6 @@ SMALL: dict[str, tuple[list[str], tuple[int, int, int]]] = {
     "symbols": (list(render.SYMBOLS), (150, 50, 83)),
     "textures": (_TEXTURE_NAMES, (250, 75, 125)),
 }
-_IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".ppm", ".tif", ".tiff"}
 
 
 def data_folder() -> Path:
@@ -44,48 +42,13 @@ def data_folder() -> Path:
 
 
 @dataclass(frozen=True)
-class InputFormat:
-    """What a model takes, as timm's ``pretrained_cfg`` says: shape (C, H, W), mean and std."""
-
-    shape: tuple[int, int, int]
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-    interpolation: str = "bicubic"
-    crop: float = 1.0  # share of the resized image that the centre crop keeps
-    crop_mode: str = "center"  # timm's name of the crop
-
-    @classmethod
-    def of(cls, config: Mapping[str, Any]) -> InputFormat:
-        """From a timm config.json; ``model_args`` win over ``pretrained_cfg`` where both speak."""
-        cfg, args = dict(config.get("pretrained_cfg") or {}), config.get("model_args") or {}
-        c, h, w = cfg.get("input_size") or (3, 224, 224)
-        size = args.get("img_size", (h, w))
-        h, w = (size, size) if isinstance(size, int) else size
-        c = args.get("in_chans", c)
-        mean, std = (tuple(cfg.get(key) or (0.5,) * c) for key in ("mean", "std"))
-        # One mean for a grey model made from a colour one, as timm does.
-        mean, std = (v if len(v) == c else (sum(v) / len(v),) * c for v in (mean, std))
-        return cls(
-            (c, h, w),
-            mean,
-            std,
-            cfg.get("interpolation") or "bicubic",
-            cfg.get("crop_pct") or 1.0,
-            cfg.get("crop_mode") or "center",
-        )
-
-    def normalise(self, images: Tensor) -> Tensor:
-        """(n, C, H, W) uint8 -> float32, (x / 255 - mean) / std per channel."""
-        mean = torch.tensor(self.mean).view(-1, 1, 1)  # (C, 1, 1)
-        std = torch.tensor(self.std).view(-1, 1, 1)  # (C, 1, 1)
-        return (images.float() / 255 - mean) / std
-
-
-@dataclass(frozen=True)
 class Split:
-    """``images``: (n, C, H, W) uint8; ``labels``: (n,) int64 class numbers."""
+    """``images``: (n, C, H, W) uint8; ``labels``: (n,) int64 class numbers.
 
-    images: Tensor = field(repr=False)
+    Large sets decode their images when they are asked for by rows, see ``images.Pictures``.
+    """
+
+    images: Tensor | Pictures = field(repr=False)
     labels: Tensor = field(repr=False)
 
     def __len__(self) -> int:
@@ -96,9 +59,19 @@ class Task:
     """A classification task with three splits, read when first asked for and kept.
 
     Args:
-        source: a name that ships (digits, letters, symbols, textures) or a folder of images:
-            ``SPLIT/CLASS/image`` with splits train, reward (or val) and test, or ``CLASS/image``.
+        source: one of
+
+            * a set that ships: digits, letters, symbols, textures;
+            * a folder of images: ``SPLIT/CLASS/image`` with splits train, reward (or val) and test, or
+              ``CLASS/image``;
+            * ``FORMAT:FOLDER`` or ``FORMAT:hf-hub``: cifar10, cifar100, cub200 or dogs as downloaded, see
+              ``image_formats``;
+            * any of these with ``:first`` or ``:second`` behind it: the first or second half of its classes
+              in the set's order (Han et al. 2025, Sec. III-A1), numbered from 0. Of an odd number of
+              classes the first half has one more. The splits are those of the whole set.
         input_format: what the models take; images are resized, cropped and recoloured to it.
+
+    ``name``: the set's, folder's or format's, with ``-first`` or ``-second`` for a half.
 
     A folder without all three splits gets them by a fixed, seeded draw within each class: train and
     test alone give a fifth of train to reward; classes alone are dealt 60 : 20 : 20.
@@ -109,26 +82,43 @@ class Task:
     def __init__(self, source: str, input_format: InputFormat) -> None:
         self.source, self.format = source, input_format
         self._splits: dict[str, Split] = {}
-        if source in SMALL:
-            self.name = source
-            self.classes: list[str] = SMALL[source][0]
-            self._files: dict[str, list[tuple[Path, int]]] = {}
+        self._files: Listing = {}
+        self._place, half = _halved(source)
+        if self._place in SMALL:
+            self.name, classes = self._place, SMALL[self._place][0]
+        elif image_formats.is_format(self._place):
+            self.name, classes, self._files = image_formats.load(self._place)
         else:
-            root = Path(source).expanduser()
+            root = Path(self._place).expanduser()
+            expected = (
+                f"a folder SPLIT/CLASS/image, a name that ships ({', '.join(SMALL)}), or FORMAT:FOLDER "
+                f"({', '.join(image_formats.FORMATS)})"
+            )
             self.name = root.resolve().name
-            self.classes, self._files = _list_folder(root)
+            classes, self._files = images.list_folder(root, expected)
+        self._kept = range(len(classes))  # class numbers in the whole set
+        if half:
+            self.name = f"{self.name}-{half}"
+            self._kept = _half(source, half, len(classes))
+            self._files = {
+                split: [(file, c - self._kept.start) for file, c in files if c in self._kept]
+                for split, files in self._files.items()
+            }
+        self.classes: list[str] = [classes[c] for c in self._kept]
 
     def split(self, name: str) -> Split:
         """The split ``train``, ``reward`` or ``test``."""
         if name not in SPLITS:
             raise InputError(f"split {name!r}: expected one of {', '.join(SPLITS)}")
         if name not in self._splits:
-            if self._files:
-                self._splits[name] = _read_files(self._files[name], self.format)
-            else:
-                images, per_class = _small(self.source, name)
+            if self._place in SMALL:
+                pixels, per_class = _small(self._place, name, self._kept)
                 labels = torch.arange(len(self.classes)).repeat_interleave(per_class)
-                self._splits[name] = Split(_fit(images, self.format), labels)
+                self._splits[name] = Split(_fit(pixels, self.format), labels)
+            else:
+                files = self._files[name]
+                labels = torch.tensor([label for _, label in files])
+                self._splits[name] = Split(images.read([f for f, _ in files], self.format), labels)
         return self._splits[name]
 
     def batch(self, name: str, rows: np.ndarray | slice) -> Tensor:
@@ -160,6 +150,23 @@ class Task:
             )
 
 
+def _halved(source: str) -> tuple[str, str]:
+    """A source without ``:first`` or ``:second``, and which of them; a folder may be called so."""
+    place, _, half = source.rpartition(":")
+    if place and half in HALVES and not Path(source).expanduser().is_dir():
+        return place, half
+    return source, ""
+
+
+def _half(source: str, half: str, n: int) -> range:
+    """The class numbers of the first or second half of n classes."""
+    if n < 4:
+        raise InputError(
+            f"images {source!r}: expected at least 4 classes to halve, found {n}; take the whole set"
+        )
+    return range(n)[: (n + 1) // 2] if half == "first" else range(n)[(n + 1) // 2 :]
+
+
 # ------------------------------------------------------------------------------ the sets that ship
 
 
@@ -184,20 +191,24 @@ def write_sheet(name: str, split: str) -> Path:
     return file
 
 
-def _small(name: str, split: str) -> tuple[Tensor, int]:
-    """Images (n, 1, 28, 28) of a set that ships, class by class, and their number per class."""
+def _small(name: str, split: str, kept: range) -> tuple[Tensor, int]:
+    """Images (n, 1, 28, 28) of some classes of a set that ships, class by class; number per class."""
     from PIL import Image
 
     per_class = SMALL[name][1][SPLITS.index(split)]
     file = sheet_file(name, split)
     if split == "train" and not file.exists():
-        return render.render(name, split, per_class), per_class
+        drawn = render.render(name, split, per_class)  # all classes: they share one generator
+        rows = drawn[kept.start * per_class : kept.stop * per_class]
+        return rows.clone() if len(rows) < len(drawn) else drawn, per_class
     if not file.exists():
         raise InputError(
             f"expected the set {name!r} in {file}, found no such file; run python -m rmm_lab.zoo"
         )
     with Image.open(file) as picture:
-        sheet = torch.from_numpy(np.array(picture.convert("L")))  # (classes * 28, per_class * 28)
+        box = (0, kept.start * render.SIZE, picture.width, kept.stop * render.SIZE)
+        sheet = torch.from_numpy(np.array(picture.crop(box).convert("L")))
+    # (classes * 28, per_class * 28) -> (classes * per_class, 1, 28, 28)
     rows = sheet.view(-1, render.SIZE, per_class, render.SIZE).permute(0, 2, 1, 3)
     return rows.reshape(-1, 1, render.SIZE, render.SIZE).contiguous(), per_class
 
@@ -210,123 +221,3 @@ def _fit(images: Tensor, fmt: InputFormat) -> Tensor:
         )
         images = resized.round().clamp(0, 255).to(torch.uint8)
     return images.expand(-1, fmt.shape[0], -1, -1)
-
-
-# ---------------------------------------------------------------------------- a user's own folders
-
-
-def _subfolders(folder: Path) -> dict[str, Path]:
-    return {
-        p.name: p for p in sorted(folder.iterdir()) if p.is_dir() and not p.name.startswith(".")
-    }
-
-
-def _list_folder(root: Path) -> tuple[list[str], dict[str, list[tuple[Path, int]]]]:
-    """Class names and, for each split, its files with their class numbers; no image is opened."""
-    if not root.is_dir():
-        raise InputError(
-            f"images {str(root)!r}: expected a folder SPLIT/CLASS/image or a name that ships "
-            f"({', '.join(SMALL)}), found no such folder; check the spelling"
-        )
-    found = _subfolders(root)
-    aliases = {"val": "reward", "valid": "reward", "validation": "reward"}
-    parts = {aliases.get(k, k): v for k, v in found.items() if aliases.get(k, k) in SPLITS}
-    if len(parts) < sum(aliases.get(k, k) in SPLITS for k in found):
-        raise InputError(
-            f"images {str(root)!r}: expected one folder for the reward split, found several of "
-            f"{', '.join(k for k in found if aliases.get(k, k) == 'reward')}; keep one of them"
-        )
-    if "train" in parts and "test" not in parts and "reward" in parts:
-        parts["test"] = parts.pop("reward")  # the held-out part there is is reported, not searched
-    if parts and not {"train", "test"} <= set(parts):
-        raise InputError(
-            f"images {str(root)!r}: expected the splits train and test (reward is optional), found "
-            f"{', '.join(sorted(found))}; add the missing one, or put the class folders right there "
-            "(a class must not be called like a split)"
-        )
-    tree = {name: _list_classes(p) for name, p in (parts or {"all": root}).items()}
-    classes = sorted(next(iter(tree.values())))
-    for name, listing in tree.items():
-        if sorted(listing) != classes:
-            odd = sorted(set(listing) ^ set(classes))
-            raise InputError(
-                f"images {str(root)!r}: expected the same classes in every split, found {odd[0]!r} "
-                f"in one of {', '.join(tree)} only (see {name}); add or remove that folder"
-            )
-    rng = np.random.default_rng(SPLIT_SEED)
-    files: dict[str, list[tuple[Path, int]]] = {name: [] for name in SPLITS}
-    for label, c in enumerate(classes):
-        if "all" in tree:
-            shares = {"train": 0.6, "reward": 0.2, "test": 0.2}
-            deal = _deal(tree["all"][c], shares, rng)
-        elif "reward" in tree:
-            deal = {name: tree[name][c] for name in SPLITS}
-        else:
-            deal = _deal(tree["train"][c], {"train": 0.8, "reward": 0.2}, rng)
-            deal["test"] = tree["test"][c]
-        for name in SPLITS:
-            files[name] += [(f, label) for f in deal[name]]
-    return classes, files
-
-
-def _list_classes(folder: Path) -> dict[str, list[Path]]:
-    listing = {}
-    for name, path in _subfolders(folder).items():
-        files = sorted(p for p in path.iterdir() if p.suffix.lower() in _IMAGE_SUFFIXES)
-        if not files:
-            raise InputError(
-                f"images: expected pictures ({', '.join(sorted(_IMAGE_SUFFIXES))}) in class folder "
-                f"{path}, found none; fill it or remove it"
-            )
-        listing[name] = files
-    if len(listing) < 2:
-        raise InputError(
-            f"images: expected at least two class folders in {folder}, found {len(listing)}; "
-            "lay the pictures out as CLASS/image"
-        )
-    return listing
-
-
-def _deal(
-    files: list[Path], shares: dict[str, float], rng: np.random.Generator
-) -> dict[str, list[Path]]:
-    """Shuffle one class and deal it out; every split gets at least one image."""
-    if len(files) < len(shares):
-        raise InputError(
-            f"images: expected at least {len(shares)} pictures in {files[0].parent} to make the "
-            f"splits {', '.join(shares)}, found {len(files)}; add pictures or provide the splits"
-        )
-    order = [files[i] for i in rng.permutation(len(files))]
-    counts = {k: max(1, int(len(files) * v)) for k, v in shares.items()}
-    counts["train"] = len(files) - sum(n for k, n in counts.items() if k != "train")
-    out, start = {}, 0
-    for name, n in counts.items():
-        out[name] = sorted(order[start : start + n])
-        start += n
-    return out
-
-
-def _read_files(files: list[tuple[Path, int]], fmt: InputFormat) -> Split:
-    """Decode, resize and crop as timm does at evaluation, without normalising."""
-    from PIL import Image
-    from timm.data import create_transform
-
-    transform = create_transform(
-        fmt.shape,
-        is_training=False,
-        interpolation=fmt.interpolation,
-        crop_pct=fmt.crop,
-        crop_mode=fmt.crop_mode,
-        normalize=False,
-    )
-    images = []
-    for file, _ in files:
-        try:
-            with Image.open(file) as picture:
-                images.append(transform(picture.convert("L" if fmt.shape[0] == 1 else "RGB")))
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-            raise InputError(
-                f"images: expected a readable picture, but {file} is broken ({error}); replace or "
-                "remove it"
-            ) from error
-    return Split(torch.stack(images), torch.tensor([label for _, label in files]))

@@ -41,6 +41,10 @@ SMALL_VIT: dict[str, Any] = {
         "license": "mit",
     },
 }
+# The same at width 32, its 2 heads as wide as those 4: about 0.08 M parameters.
+NARROW_VIT: dict[str, Any] = SMALL_VIT | {
+    "model_args": SMALL_VIT["model_args"] | {"embed_dim": 32, "num_heads": 2}
+}
 # A T5 of 4 encoder and 4 decoder blocks, width 64: about 0.4 M parameters with its vocabulary.
 SMALL_T5: dict[str, Any] = {
     "model_type": "t5",
@@ -124,11 +128,13 @@ def fine_tune(
     batch_size: int = 128,
     label: str = "fine-tune",
     augment: bool = True,
+    device: str = "cpu",
 ) -> tuple[dict[str, Any], Weights]:
     """Fine-tune all of a ViT on the train split of one task (an expert) or several (multi-task).
 
     Images are turned by at most 8 degrees, scaled by a tenth and shifted by at most 7 %: safe for
-    digits, letters and signs, which flips are not. Returns the timm config and the weights.
+    digits, letters and signs, which flips are not. ``device``: where the model is trained. Returns the timm
+    config and the weights, there.
     """
     total = sum(len(task.classes) for task in on)
     torch.manual_seed(seed)  # timm initialises the new head from the global generator
@@ -140,6 +146,7 @@ def fine_tune(
             f"base {base.source!r}: expected the weights that its config.json describes, found "
             f"{(unexpected + missing)[0]!r} out of place; save the model with timm again"
         )
+    model.to(device)
     parts, start = [], 0
     for task in on:
         parts.append(slice(start, start + len(task.classes)))
@@ -156,7 +163,8 @@ def fine_tune(
                 images = low + render.distort(
                     images - low, generator, degrees=8, scale=(0.9, 1.1), shift=0.07
                 )
-            out.append(_classification_loss(model(images)[:, part], data.labels[rows]))
+            logits = model(images.to(device))[:, part]
+            out.append(_classification_loss(logits, data.labels[rows].to(device)))
         return out
 
     optimise(model, losses, steps=steps, learning_rate=learning_rate, seed=seed, label=label)
@@ -175,15 +183,20 @@ def _classification_loss(logits: Tensor, labels: Tensor) -> Tensor:
     return nn.functional.cross_entropy(logits, labels, label_smoothing=0.05)
 
 
-def pretrain_vit(*, steps: int, seed: int) -> tuple[dict[str, Any], Weights]:
-    """The small ViT from random weights on glyphs of scripts that no task uses."""
+def pretrain_vit(
+    like: dict[str, Any] = SMALL_VIT, *, steps: int, seed: int, label: str = "base"
+) -> tuple[dict[str, Any], Weights]:
+    """A small ViT from random weights on glyphs of scripts that no task uses.
+
+    ``like``: timm config of its architecture, ``SMALL_VIT`` or ``NARROW_VIT``.
+    """
     n_classes = len(render.BASE_GLYPHS)
     per_class = 250
     images = render.glyphs("base", per_class, seed=10)  # (n, 1, 28, 28) uint8
     labels = torch.arange(n_classes).repeat_interleave(per_class)
-    fmt = tasks.InputFormat.of(SMALL_VIT)
+    fmt = tasks.InputFormat.of(like)
     torch.manual_seed(seed)
-    model = vit.create(SMALL_VIT, depth=None, num_classes=n_classes)
+    model = vit.create(like, depth=None, num_classes=n_classes)
 
     def losses(generator: torch.Generator) -> list[Tensor]:
         rows = torch.randint(len(labels), (128,), generator=generator)
@@ -192,8 +205,8 @@ def pretrain_vit(*, steps: int, seed: int) -> tuple[dict[str, Any], Weights]:
         )
         return [_classification_loss(model(x - 1), labels[rows])]
 
-    optimise(model, losses, steps=steps, learning_rate=2e-3, seed=seed, label="base")
-    config = vit.model_config(SMALL_VIT, depth=None, num_classes=n_classes)
+    optimise(model, losses, steps=steps, learning_rate=2e-3, seed=seed, label=label)
+    config = vit.model_config(like, depth=None, num_classes=n_classes)
     config["label_names"] = list(render.BASE_GLYPHS)
     return config, dict(model.state_dict())
 
@@ -210,15 +223,16 @@ def fine_tune_t5(
     seed: int,
     batch_size: int = 64,
     label: str = "fine-tune",
+    device: str = "cpu",
 ) -> tuple[dict[str, Any], Weights]:
     """Fine-tune all of a T5 on the train split of one task (an expert) or several (multi-task).
 
-    The target is the right choice's text, the loss its mean cross-entropy per token. Returns the
-    transformers config and the weights, each tensor once.
+    The target is the right choice's text, the loss its mean cross-entropy per token. ``device``: where the
+    model is trained. Returns the transformers config and the weights, there, each tensor once.
     """
     architecture, parts = models.architecture(base.config), t5.split(base.weights)
     torch.manual_seed(seed)  # dropout, where the base's config asks for it
-    model = architecture.assemble(parts.stem, list(enumerate(parts.layers)), {})
+    model = architecture.assemble(parts.stem, list(enumerate(parts.layers)), {}).to(device)
 
     def losses(generator: torch.Generator) -> list[Tensor]:
         out = []
@@ -242,6 +256,8 @@ def _text_loss(
     ids, mask = _pad(inputs, fmt.pad)
     wanted, there = _pad(targets, fmt.pad)
     start = torch.full((len(wanted), 1), fmt.start)
+    device = next(model.parameters()).device
+    ids, mask, wanted, there, start = (x.to(device) for x in (ids, mask, wanted, there, start))
     out = model(
         input_ids=ids,
         attention_mask=mask,

@@ -19,8 +19,26 @@ from rmm_lab import grammar, models, t5, tasks, texts, training
 from rmm_lab.errors import InputError, one_sentence
 from rmm_lab.scoring import answers
 
-# Groups of ViTs; the pairs are those whose multi-task model ships, the first is the demo's.
-PAIRS = (("digits", "textures"), ("letters", "symbols"), ("digits", "letters"))
+# A second, smaller size of the ViTs; its models are called like the others with this in front.
+TINY = "tiny-"
+# Experts on the first and second half of a set's classes, as in the paper's Table I, in both sizes.
+HALVES = {n: (f"{n}-{tasks.HALVES[0]}", f"{n}-{tasks.HALVES[1]}") for n in tasks.SMALL}
+TINY_HALVES = {n: (TINY + pair[0], TINY + pair[1]) for n, pair in HALVES.items()}
+# The pairs of ViTs whose multi-task model ships, the first is the demo's.
+PAIRS = (
+    ("digits", "textures"),
+    ("letters", "symbols"),
+    ("digits", "letters"),
+    *HALVES.values(),
+    *TINY_HALVES.values(),
+)
+# The set that each expert was trained on.
+SETS = {n: n for n in (*tasks.SMALL, *grammar.TASKS)} | {
+    expert: f"{n}:{half}"
+    for halves in (HALVES, TINY_HALVES)
+    for n, pair in halves.items()
+    for expert, half in zip(pair, tasks.HALVES, strict=True)
+}
 # Groups of T5s as the paper groups its tasks; the multi-task model of each ships under its name.
 TEXT_GROUPS = {
     "qa": ("colours", "answers", "antonyms"),
@@ -32,24 +50,29 @@ GROUPS: dict[str, tuple[str, ...]] = {
     "vision": ("digits", "letters", "textures"),
     **TEXT_GROUPS,
 }
-TEXT_BASE = "text-base"
+BASE, TINY_BASE, TEXT_BASE = "base", "tiny-base", "text-base"
 
 
 def model_folder(name: str) -> Path:
-    """The folder of a model that ships: ``base``, a task's name, or two joined by ``+`` (ViTs);
-    ``text-base``, a task's name, ``qa`` or ``mixed`` (T5s)."""
+    """The folder of a model that ships: a base, an expert, or the multi-task model of a group.
+
+    ViTs: ``base`` or ``tiny-base``; a name of ``SETS``; two of them joined by ``+``. T5s: ``text-base``, a
+    task's name, ``qa`` or ``mixed``.
+    """
     is_text = name == TEXT_BASE or name in grammar.TASKS or name in TEXT_GROUPS
     return tasks.data_folder() / "models" / ("t5" if is_text else "vit") / name
 
 
 def is_shipped(name: str) -> bool:
     """Whether ``name`` is an expert that ships rather than a folder or hub name."""
-    return name in tasks.SMALL or name in grammar.TASKS
+    return name in SETS
 
 
 def base_of(expert: str) -> str:
     """The name of the base of an expert that ships."""
-    return TEXT_BASE if expert in grammar.TASKS else "base"
+    if expert in grammar.TASKS:
+        return TEXT_BASE
+    return TINY_BASE if expert.startswith(TINY) else BASE
 
 
 def multi_task_of(experts: Sequence[str]) -> Path | None:
@@ -63,7 +86,7 @@ def multi_task_of(experts: Sequence[str]) -> Path | None:
 
 def locate(name: str) -> str:
     """The folder of a model that ships, by its name; any other source as it is."""
-    return str(model_folder(name)) if is_shipped(name) or name in ("base", TEXT_BASE) else name
+    return str(model_folder(name)) if name in (*SETS, BASE, TINY_BASE, TEXT_BASE) else name
 
 
 # --------------------------------------------------------------------------------------- commands
@@ -78,13 +101,18 @@ class Build:
     seed: int = 0
     """Seed of every initialisation and batch."""
     only: tuple[str, ...] = ()
-    """Rebuild only these (sets, base, digits, digits+textures, text-sets, text-base, swaps, qa, ...)."""
+    """Rebuild only these (sets, base, digits, digits+textures, digits-first, digits-first+digits-second,
+    tiny-base, tiny-digits-first, ..., text-sets, text-base, swaps, qa, ...)."""
     pretrain_steps: int = 3000
-    """Steps of 128 images for the ViTs' base."""
+    """Steps of 128 images for the ViTs' bases."""
     steps: int = 1500
-    """Steps of 128 images for each ViT."""
+    """Steps of 128 images for each ViT on whole sets."""
+    half_steps: int = 750
+    """Steps of 128 images for each ViT on halves of sets: half the classes."""
     learning_rate: float = 1e-3
-    """Peak learning rate of fine-tuning the ViTs."""
+    """Peak learning rate of fine-tuning the ViTs of width 64."""
+    tiny_learning_rate: float = 3e-3
+    """Peak learning rate of fine-tuning the ViTs of width 32."""
     text_pretrain_steps: int = 4000
     """Steps of 256 texts for the T5s' base."""
     text_rehearsal_steps: int = 1500
@@ -96,9 +124,10 @@ class Build:
 
     def run(self) -> None:
         torch.set_num_threads(self.threads)
-        vits = {"+".join(group): group for group in [*((n,) for n in tasks.SMALL), *PAIRS]}
+        experts = [(name,) for name in SETS if name not in grammar.TASKS]
+        vits = {"+".join(group): group for group in [*experts, *PAIRS]}
         t5s = {name: (name,) for name in grammar.TASKS} | TEXT_GROUPS
-        known = ["sets", "base", *vits, "text-sets", TEXT_BASE, *t5s]
+        known = ["sets", BASE, TINY_BASE, *vits, "text-sets", TEXT_BASE, *t5s]
         if unknown := set(self.only) - set(known):
             raise InputError(
                 f"--only: expected some of {', '.join(known)}, found {unknown.pop()!r}"
@@ -111,17 +140,22 @@ class Build:
         for name in tasks.SMALL if "sets" in wanted else ():
             for split in ("reward", "test") if name != "digits" else tasks.SPLITS:
                 print(f"set: {tasks.write_sheet(name, split)}")
-        if "base" in wanted:
-            config, weights = training.pretrain_vit(steps=self.pretrain_steps, seed=self.seed)
-            models.write_checkpoint(model_folder("base"), config, weights, dtype=torch.float16)
+        for name, like in ((BASE, training.SMALL_VIT), (TINY_BASE, training.NARROW_VIT)):
+            if name in wanted:
+                config, weights = training.pretrain_vit(
+                    like, steps=self.pretrain_steps, seed=self.seed, label=name
+                )
+                models.write_checkpoint(model_folder(name), config, weights, dtype=torch.float16)
+        rates = {BASE: self.learning_rate, TINY_BASE: self.tiny_learning_rate}
         for name, group in groups.items():
-            base = models.read_checkpoint(model_folder("base"))
+            base_name = base_of(group[0])
+            base = models.read_checkpoint(model_folder(base_name))
             fmt = tasks.InputFormat.of(base.config)
             config, weights = training.fine_tune(
                 base,
-                [tasks.Task(n, fmt) for n in group],
-                steps=self.steps,
-                learning_rate=self.learning_rate,
+                [tasks.Task(SETS[n], fmt) for n in group],
+                steps=self.half_steps if ":" in SETS[group[0]] else self.steps,
+                learning_rate=rates[base_name],
                 seed=self.seed + 1,
                 label=name,
             )
@@ -166,7 +200,9 @@ class Finetune:
     out: Path
     """New or empty folder to write the fine-tuned model to."""
     images: tuple[str, ...] = ()
-    """For a ViT: image folders (SPLIT/CLASS/image or CLASS/image) or sets that ship; train is used."""
+    """For a ViT: image folders (SPLIT/CLASS/image or CLASS/image), FORMAT:FOLDER or FORMAT:hf-hub (cifar10,
+    cifar100, cub200, dogs), or sets that ship; with :first or :second behind, half of its classes. The
+    split train is used."""
     texts: tuple[str, ...] = ()
     """For a T5: folders or files of jsonl, FORMAT:FOLDER, FORMAT:hf-hub, or sets that ship; train is used."""
     steps: int = 1000

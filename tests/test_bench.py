@@ -15,7 +15,7 @@ ROOT = Path(bench.__file__).parent.parent
 
 
 def some_args(experts: str, **options) -> ppo.Args:
-    return ppo.Args(experts=(experts,), episodes=2, quiet=True, **options)
+    return ppo.Args(preset="agent", experts=(experts,), episodes=2, quiet=True, **options)
 
 
 @pytest.mark.parametrize("experts", ["demo", "mixed"])

@@ -14,11 +14,12 @@ start = time.perf_counter()
 import rmm_lab
 print(time.perf_counter() - start)
 import rmm_lab.baselines, rmm_lab.cluster, rmm_lab.env, rmm_lab.path, rmm_lab.ppo, rmm_lab.zoo
+import rmm_lab.searches
 after = (torch.get_num_threads(), torch.initial_seed(), torch.get_default_dtype(),
          torch.is_grad_enabled(), random.getstate(), dict(os.environ), sorted(os.listdir()))
 assert before == after
 for heavy in ("timm", "transformers", "tokenizers", "datasets", "torchvision", "matplotlib",
-              "huggingface_hub", "ray"):
+              "huggingface_hub", "ray", "optuna", "cmaes"):
     assert heavy not in sys.modules, heavy
 """
 
@@ -41,9 +42,12 @@ def test_imports_go_one_way():
 
     order = (
         *("errors", "operators", "parts", "vit", "t5", "memory", "models"),
-        *("render", "tasks", "grammar", "formats", "texts", "training"),
-        *("pool", "scoring", "cluster", "zoo", "path", "problem", "env", "baselines"),
-        *("runs", "plots", "report", "ppo", "tables", "bench"),
+        *("hub", "render", "images", "image_formats", "tasks"),
+        *("grammar", "formats", "texts", "training"),
+        *("pool", "scoring", "surrogate", "cluster", "zoo", "path", "problem", "env", "baselines"),
+        "searches",
+        *("runs", "plots", "sheets", "sheet_figures", "report", "ppo"),
+        *("cells", "paper_scale", "tables", "bench"),
         *("tiny", "walk", "views", "pictures", "explorers", "widgets", "checks", "course"),
     )
     folder = Path(rmm_lab.__file__).parent

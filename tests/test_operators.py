@@ -2,6 +2,7 @@
 
 import inspect
 import math
+import re
 import warnings
 
 import pytest
@@ -83,6 +84,30 @@ def test_weighted_average_by_hand():
     assert merged.tolist() == [0.25 * 2 + 0.5 * 4 + 0.25 * 6, 0.25 * 0 + 0.5 * 8 + 0.25 * 4]
     stretched = ops.weighted_average(base, experts, expert=2, share=0.5, scale=2.0)
     assert stretched.tolist() == [1 + 2 * (4.0 - 1), 2 + 2 * (5.0 - 2)]
+
+
+def test_task_arithmetic_with_a_scale_per_expert_by_hand():
+    base = torch.tensor([1.0, 2.0])
+    experts = torch.tensor([[3.0, 0.0], [5.0, 10.0]])  # task vectors [2, -2] and [4, 8]
+    merged = ops.task_arithmetic(base, experts, scale=(0.5, -0.25))
+    assert merged.tolist() == [1 + 0.5 * 2 - 0.25 * 4, 2 + 0.5 * -2 - 0.25 * 8]
+    spec = parse_operator("task_arithmetic:scale=0.5/-0.25")
+    assert spec(base, experts).tolist() == merged.tolist()
+    assert ops.task_arithmetic(base, experts, scale=(0.0, 1.0)).tolist() == [5.0, 10.0]
+
+
+@pytest.mark.parametrize("scales", [(0.3, 0.7, -0.2), (1.0, 1.0, 1.0)])
+def test_a_scale_per_expert_equals_peft(scales):
+    base, experts = gaussian_layer(seed=1)
+    weights = torch.tensor(scales, dtype=torch.float64)
+    expected = base + peft_merge.task_arithmetic(list(experts - base), weights)
+    assert_close(ops.task_arithmetic(base, experts, scale=scales), expected)
+
+
+@pytest.mark.parametrize("scales", [(0.5,), (0.5, 0.5), (0.5, 0.5, 0.5, 0.5), ()])
+def test_another_number_of_scales_than_experts_is_refused(scales):
+    with pytest.raises(InputError, match=r"scale must be .* one for each of 3 experts, but is"):
+        ops.task_arithmetic(BASE, EXPERTS, scale=scales)
 
 
 def test_a_share_of_one_is_the_expert_and_an_equal_share_the_average():
@@ -610,6 +635,14 @@ def test_parse_operator(text, expected):
 
 
 @law
+@given(st.lists(st.floats(-1e6, 1e6), min_size=2, max_size=4))
+def test_the_name_of_several_scales_says_them_exactly(scales):
+    spec = parse_operator(f"task_arithmetic:scale={'/'.join(map(repr, scales))}")
+    assert spec.options == (("scale", tuple(scales)),)
+    assert parse_operator(spec.name) == spec
+
+
+@law
 @given(st.sampled_from(NAMES[1:]), st.floats(-1e6, 1e6))
 def test_the_name_says_exactly_which_operator_it_is(function, scale):
     spec = parse_operator(f"{function}:scale={scale!r}")
@@ -655,6 +688,10 @@ def test_a_spec_passes_the_generator_on():
         ("dare:drop_rate=1", r"drop_rate must be a number in \[0, 1\), but is 1\.0"),
         ("dare:drop_rate=-0.1", r"drop_rate .*-0\.1"),
         ("ties:scale=inf", r"scale must be a finite number, but is inf"),
+        ("ties:scale=0.3/0.5", r"scale must be a finite number, but is '0.3/0.5'"),
+        ("ties:density=0.3/0.5", r"density must be a number in \(0, 1\], but is '0.3/0.5'"),
+        ("task_arithmetic:scale=0.3/", r"scale must be a finite number, but is '0.3/'"),
+        ("task_arithmetic:scale=0.3/inf", r"scale must be a finite number, but is inf"),
         ("ties:merge=median", r"merge must be 'mean' or 'sum', but is 'median'"),
         ("ties:merge=1", r"merge must be 'mean' or 'sum'"),
     ],
@@ -724,12 +761,13 @@ def test_a_sign_of_another_shape_is_refused():
         ("ties", "scale", math.nan),
         ("dare", "scale", -math.inf),
         ("dare_ties", "scale", None),
+        ("ties", "scale", (0.5, 0.5, 0.5)),
         ("ties", "merge", "max"),
         ("dare_ties", "merge", None),
     ],
 )
 def test_wrong_options_are_refused(name, option, value):
-    with pytest.raises(InputError, match=f"{option} must be .*but is {value!r}"):
+    with pytest.raises(InputError, match=f"{option} must be .*but is {re.escape(repr(value))}"):
         apply(name, BASE, EXPERTS, **{option: value})
 
 

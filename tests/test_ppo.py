@@ -20,12 +20,13 @@ from torch.distributions import Categorical
 
 from rmm_lab import ppo, runs
 from rmm_lab.env import DynamicAverageReward, MergingEnv
+from rmm_lab.errors import InputError
 from rmm_lab.path import LayerPath
 from rmm_lab.pool import LayerPool
 from rmm_lab.ppo import PRESETS, Args, train
-from rmm_lab.problem import Problem
+from rmm_lab.problem import Problem, load_problem
 from rmm_lab.runs import RunFolder, from_csv
-from rmm_lab.scoring import Plan, Scorer
+from rmm_lab.scoring import Plan, Scorer, reward, steps_of
 
 # ------------------------------------------------------------------------------- formulas by hand
 
@@ -150,7 +151,7 @@ def test_the_agent_solves_a_probe():
 
             return np.array([sum(a == (k + 1) for a, k in path if len(path) == 3) / 3])
 
-    args = Args(episodes=400, quiet=True, seed=3)
+    args = Args(preset="agent", episodes=400, quiet=True, seed=3)
     env = ppo.make_env(_Fixed(Probe()), args)
     agent, episodes, *_ = ppo.search(env, args, ppo.RunFolder(None))
     _, info = ppo.play(env, agent, None, masked=True)
@@ -281,7 +282,7 @@ def test_ppo_finds_the_best_path_of_two_tables_on_five_of_five_seeds(seed):
     assert len(paths[0]) == 4
     assert first > second + 0.01  # one best path, so that finding it is no matter of luck
     for s in range(1, 6):
-        args = Args(seed=s, max_depth=4, entropy=0.2, quiet=True)
+        args = Args(preset="agent", seed=s, max_depth=4, entropy=0.2, quiet=True)
         assert best_of_search(table, args) == paths[0]
 
 
@@ -292,11 +293,99 @@ def test_ppo_ends_among_the_best_paths_of_trained_models(trained):
     scorer = problem.scorer(fraction=1.0)
     scores = sorted((float(scorer.score(p).mean()) for p in reachable(3, 2, 4)), reverse=True)
     assert len(scores) == 511
-    options = {"data_fraction": 1.0, "max_depth": 4, "entropy": 0.2, "quiet": True}
+    options = {
+        "preset": "agent",
+        "data_fraction": 1.0,
+        "max_depth": 4,
+        "entropy": 0.2,
+        "quiet": True,
+    }
     found = [
         train(Args(seed=seed, **options), problem=problem, table=False) for seed in range(1, 6)
     ]
     assert min(r.reward for r in found) >= scores[9]
+
+
+def test_the_default_search_starts_uniform_then_walks_blocks_then_seeks_nearby(tiny):
+    """Phase by phase, on sublayers: L = 3 blocks of two, a stem to choose, S = 4 sources."""
+    options = dict(tiny) | {"operators": ("weight_average", "ties")}
+    args = Args(**options, episodes=124, data_fraction=0.25, quiet=True)
+    result = train(args, table=False)
+    rows = result.episodes
+    assert len(rows) == 124
+    sources = ["e1", "e2", "weight_average", "ties"]
+    for source, row in zip(sources, rows, strict=False):
+        assert row["path"] == " ".join(f"{source}@{k}" for k in range(-1, 6))
+        assert (row["subset"], row["penalised"]) == (0, 0)
+    walked = rows[4:34]  # 124 - 4 = 120, a quarter of it for the agent
+    assert [r["update"] for r in walked] == [0] * 20 + [1] * 10
+    assert [r["subset"] for r in walked] == [0] * 20 + [1] * 10
+    for row in walked:  # attention and MLP of a block from one source
+        steps = [s.rpartition("@") for s in row["path"].split()]
+        layers = [(source, int(k)) for source, _, k in steps if int(k) >= 0]
+        pairs = list(zip(layers[::2], layers[1::2], strict=True))
+        assert all(a == b and i + 1 == j and i % 2 == 0 for (a, i), (b, j) in pairs)
+    near = rows[34:]
+    assert all(r["actions"] == "" and not r["penalised"] for r in near)
+    assert all(len(r["path"].split()) == 7 for r in near)
+    apart = [r for r in near if not blockwise(r["path"])]
+    assert len(apart) > 30  # now attention and MLP differ
+    assert [u["episodes"] for u in result.updates] == [24, 34]
+    for start in range(34, 124, 20):  # each batch on one subset, no path twice in it
+        batch = near[start - 34 : start - 14]
+        assert len({r["subset"] for r in batch}) == 1
+        assert len({r["path"] for r in batch}) == len(batch)
+    assert result.path.unit == "sublayer"
+    whole = load_problem(**options, unit="sublayer", stem="agent", seed=1).scorer(fraction=1.0)
+    text = " ".join(f"{s}@{k}" for s, k in [(result.path.stem, -1), *result.path.steps])
+    assert result.reward == pytest.approx(reward(whole.score(steps_of(text, whole.sources))))
+
+
+def blockwise(text: str) -> bool:
+    sources = [s.rpartition("@")[0] for s in text.split()][1:]
+    return sources[::2] == sources[1::2]
+
+
+def test_a_local_search_finds_what_the_agent_has_no_time_for():
+    """A sum over eight places with four sources each, noisy: 65,536 paths, 200 scores."""
+
+    class Sum:
+        sources, n_models, n_layers, n_subsets = ("a", "b", "c", "d"), 2, 8, 10
+        stacks, task_names, chooses_stem = (range(8),), ["t"], False
+        worth = np.random.default_rng(0).permuted(np.tile([0.0, 0.02, 0.05, 0.1], (8, 1)), axis=1)
+        noise = np.random.default_rng(1)
+
+        def score(self, path, subset=None):
+            value = sum(self.worth[k, a] for a, k in path)
+            return np.array(
+                [value + (0 if subset is None else 0.02 * self.noise.standard_normal())]
+            )
+
+    found = []
+    for finish in (0.75, 0.0):
+        options = {"start": True, "finish": finish, "max_depth": 8}
+        args = Args(preset="agent", episodes=200, quiet=True, seed=1, **options)
+        env = ppo.make_env(_Fixed(Sum()), args)
+        agent, episodes, *_ = ppo.search(env, args, RunFolder(None))
+        found.append(ppo.choose(env, agent, episodes, args)[0]["reward"])
+    assert found[0] == pytest.approx(0.8)  # the best of all
+    assert found[1] < 0.75
+
+
+def test_impossible_finishes_are_refused(trained):
+    with pytest.raises(InputError, match=r"--finish: expected 0 to 1, found 1.5"):
+        Args(finish=1.5).check()
+    with pytest.raises(InputError, match="--finish: expected less than 1 without --start"):
+        Args(finish=1.0, start=False).check()
+    with pytest.raises(InputError, match="--max-depth: expected at least 3 layers, found 2"):
+        train(Args(max_depth=2, episodes=8, quiet=True), problem=trained, table=False)
+
+
+def test_a_search_without_the_agent_has_no_update(trained):
+    result = train(Args(finish=1.0, episodes=30, quiet=True), problem=trained, table=False)
+    assert len(result.episodes) == 30
+    assert result.updates == []
+    assert result.policies.shape == (0, 0, 0)
 
 
 def test_a_run_is_determined_by_its_seed(trained):
@@ -403,7 +492,7 @@ def test_what_is_looked_ahead_is_what_is_played(trained, preset):
     assert bool(penalised) == (preset == "paper")
 
 
-@pytest.mark.parametrize("preset", ["default", "paper"])
+@pytest.mark.parametrize("preset", ["default", "agent", "paper"])
 def test_a_search_is_the_same_with_any_number_of_workers(trained, preset, monkeypatch):
     found, asked = [], []
     original = ppo.look_ahead
@@ -426,9 +515,11 @@ def test_a_search_is_the_same_with_any_number_of_workers(trained, preset, monkey
         assert (other.path, other.reward) == (one.path, one.reward)
         weights = other.agent.state_dict()
         assert all(torch.equal(weights[k], v) for k, v in one.agent.state_dict().items())
-    fair = sum(not e["penalised"] for e in one.episodes)
+    walked = [e for e in one.episodes[len(trained.pool.sources) * args.start :] if e["actions"]]
+    fair = sum(not e["penalised"] for e in walked)
     assert sum(map(len, asked)) == 2 * fair
-    assert fair < 48 if preset == "paper" else fair == 48
+    assert fair < 48 if preset == "paper" else fair == len(walked)
+    assert len(walked) == {"default": 48 - 4 - 33, "agent": 48, "paper": 48}[preset]
 
 
 def test_a_search_that_looks_ahead_finds_every_score_at_hand(trained, monkeypatch):
@@ -444,7 +535,7 @@ def test_a_search_that_looks_ahead_finds_every_score_at_hand(trained, monkeypatc
         original(self, wanted)
 
     monkeypatch.setattr(Scorer, "prefetch", spy)
-    args = Args(episodes=60, workers="2", quiet=True)
+    args = Args(preset="agent", episodes=60, workers="2", quiet=True)
     train(args, problem=trained, table=False)
     assert len(groups) == 60 // 20 + 2  # updates, the greedy path, the finalists
 
@@ -629,7 +720,7 @@ def test_mean_policy_is_the_mean_over_the_steps_at_a_place():
 
 
 def test_policies_are_the_agents_own_and_end_near_its_last_ones(problem):
-    args = Args(episodes=40, episodes_per_update=20, episodes_per_subset=20, quiet=True, seed=3)
+    args = Args(preset="agent", episodes=40, quiet=True, seed=3)
     result = ppo.train(args, problem=problem, table=False)
     policies = result.policies
     assert policies.shape == (2, 3, 6)  # two updates, three layers, N + M + skip + back

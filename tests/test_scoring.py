@@ -16,7 +16,6 @@ from hypothesis import strategies as st
 from torch import nn
 
 from rmm_lab import vit
-from rmm_lab.baselines import coordinate_ascent, random_search
 from rmm_lab.errors import InputError
 from rmm_lab.memory import Cache
 from rmm_lab.pool import LayerPool
@@ -477,24 +476,6 @@ def test_an_error_in_a_worker_is_the_callers(problem, monkeypatch):
     monkeypatch.undo()
     expected = problem.scorer().score(ALL_PATHS[0], 0)
     assert np.array_equal(scorer.score(ALL_PATHS[0], 0), expected)  # and nothing wrong was noted
-
-
-@pytest.mark.parametrize("search", [random_search, coordinate_ascent])
-@pytest.mark.parametrize("stem", ["base", "agent"])
-def test_other_searches_are_the_same_with_any_number_of_workers(problem, search, stem):
-    found = []
-    for workers in (1, 2, 3):
-        scorer = problem.scorer(fraction=0.25, stem=stem, workers=workers)
-        found.append(search(scorer, 50, seed=4))
-        assert scorer.evaluations == 50
-    assert found[0] == found[1] == found[2]
-    assert len(found[0]) == 50
-    # Each reward is that of a scorer that was never asked to look ahead.
-    plain = problem.scorer(fraction=0.25, stem=stem, cache_mb=0)
-    if search is random_search:
-        assert [r for _, r in found[0]] == [
-            reward(plain.score(path, i % 4)) for i, (path, _) in enumerate(found[0])
-        ]
 
 
 @pytest.mark.parametrize("workers", ["0", "-1", "1.5", "two", "²", ""])

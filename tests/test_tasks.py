@@ -164,6 +164,77 @@ def test_write_sheet_stores_what_is_read(shipped, monkeypatch, tmp_path):
         Task("textures", GREY).split("reward")
 
 
+# ------------------------------------------------------------------------------------------ halves
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+@pytest.mark.parametrize("split", SPLITS)
+def test_halves_of_a_set_that_ships_are_its_parts(shipped, name, split):
+    """As slices of the whole set: the classes stand one after another, equally many of each."""
+    whole = shipped[name].split(split)
+    n, k = len(whole) // 2, len(shipped[name].classes) // 2
+    for half, rows, classes in (
+        ("first", slice(0, n), slice(0, k)),
+        ("second", slice(n, None), slice(k, None)),
+    ):
+        task = Task(f"{name}:{half}", GREY)
+        assert task.name == f"{name}-{half}"
+        assert task.classes == shipped[name].classes[classes]
+        found = task.split(split)
+        assert torch.equal(found.images, whole.images[rows])
+        assert torch.equal(found.labels, whole.labels[rows] - (k if half == "second" else 0))
+        assert (
+            found.images.untyped_storage().nbytes() == found.images.numel()
+        )  # the rest is not kept
+
+
+def test_halves_at_another_input_format(shipped):
+    whole = Task("digits", InputFormat((3, 32, 32), *IMAGENET)).split("test").images
+    half = Task("digits:second", InputFormat((3, 32, 32), *IMAGENET)).split("test").images
+    assert torch.equal(half, whole[300:])
+
+
+@pytest.mark.parametrize(("n", "first"), [(4, 2), (5, 3), (6, 3)])
+def test_halves_of_a_folder_are_its_parts(tmp_path, n, first):
+    """Of an odd number of classes the first half has one more; the splits are the whole folder's."""
+    root = tmp_path / "pets"
+    write_marked(root, {"": dict(zip("abcdef", [7, 5, 9, 4, 6, 8][:n], strict=False))})
+    every = read_marked(root)
+    for half, classes in (("first", "abcdef"[:first]), ("second", "abcdef"[first:n])):
+        task = Task(f"{root}:{half}", MARKED)
+        assert (task.name, task.classes) == (f"pets-{half}", list(classes))
+        for split in SPLITS:
+            data = task.split(split)
+            expected = [(k, c) for c, name in enumerate(classes) for k in every[split][name]]
+            found = zip(data.images[:, 0, 0, 0].tolist(), data.labels.tolist(), strict=True)
+            assert list(found) == expected
+
+
+def test_too_few_classes_to_halve_and_a_folder_called_like_a_half(tmp_path, monkeypatch):
+    write_images(tmp_path / "x", 0)
+    for half in ("first", "second"):
+        with pytest.raises(InputError, match="at least 4 classes to halve, found 3"):
+            Task(f"{tmp_path / 'x'}:{half}", MARKED)
+    (tmp_path / "x").rename(tmp_path / "x:first")
+    assert Task(f"{tmp_path / 'x'}:first", MARKED).classes == ["class0", "class1", "class2"]
+    with pytest.raises(InputError, match="no such folder"):
+        Task(f"{tmp_path / 'x'}:second", MARKED)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match=r"one of the formats.*'digits'"):
+        Task("digits:third", MARKED)
+
+
+def test_a_head_of_the_other_half_is_refused():
+    task = Task("digits:second", GREY)
+    task.check_head("model", 5, list("56789"))
+    with pytest.raises(
+        InputError, match=r"class 0 to be '5' as in images 'digits:second', found '0'"
+    ):
+        task.check_head("model", 5, list("01234"))
+    with pytest.raises(InputError, match=r"head of 5 classes.*found 10"):
+        task.check_head("model", 10, list("0123456789"))
+
+
 # -------------------------------------------------------------------------------- the input format
 
 
@@ -281,7 +352,8 @@ def test_classes_alone_are_dealt_60_20_20(tmp_path, seed_of_numpy):
     }
     check_dealt(found, numbers)
     assert read_marked(tmp_path) == found  # the same deal twice
-    assert found["train"]["ant"] != list(range(18))  # drawn, not the first ones
+    by_name = sorted(range(30), key=str)
+    assert sorted(found["train"]["ant"]) != sorted(by_name[:18])  # drawn, not the first ones
     assert set(found["test"]["ant"]) != set(range(24, 30))
 
 

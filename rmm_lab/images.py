@@ -1,0 +1,271 @@
+"""Pictures as they lie in folders: listed by split and class, decoded as a model takes them."""
+
+from __future__ import annotations
+
+import functools
+import io
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from rmm_lab.errors import InputError
+
+SPLITS = ("train", "reward", "test")
+SPLIT_SEED = 0  # of the splits that we draw: fixed, so that fine-tuning and search agree
+KEPT_MB = 1024  # a split that is larger when decoded is decoded batch by batch instead
+Picture = Path | bytes  # a picture's file, or what stands in it
+Listing = dict[str, list[tuple[Picture, int]]]  # split -> its pictures with their class numbers
+_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".ppm", ".tif", ".tiff"}
+
+
+@dataclass(frozen=True)
+class InputFormat:
+    """What a model takes, as timm's ``pretrained_cfg`` says: shape (C, H, W), mean and std."""
+
+    shape: tuple[int, int, int]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    interpolation: str = "bicubic"
+    crop: float = 1.0  # share of the resized image that the centre crop keeps
+    crop_mode: str = "center"  # timm's name of the crop
+
+    @classmethod
+    def of(cls, config: Mapping[str, Any]) -> InputFormat:
+        """From a timm config.json; ``model_args`` win over ``pretrained_cfg`` where both speak."""
+        cfg, args = dict(config.get("pretrained_cfg") or {}), config.get("model_args") or {}
+        c, h, w = cfg.get("input_size") or (3, 224, 224)
+        size = args.get("img_size", (h, w))
+        h, w = (size, size) if isinstance(size, int) else size
+        c = args.get("in_chans", c)
+        mean, std = (tuple(cfg.get(key) or (0.5,) * c) for key in ("mean", "std"))
+        # One mean for a grey model made from a colour one, as timm does.
+        mean, std = (v if len(v) == c else (sum(v) / len(v),) * c for v in (mean, std))
+        return cls(
+            (c, h, w),
+            mean,
+            std,
+            cfg.get("interpolation") or "bicubic",
+            cfg.get("crop_pct") or 1.0,
+            cfg.get("crop_mode") or "center",
+        )
+
+    def normalise(self, images: Tensor) -> Tensor:
+        """(n, C, H, W) uint8 -> float32, (x / 255 - mean) / std per channel."""
+        mean = torch.tensor(self.mean).view(-1, 1, 1)  # (C, 1, 1)
+        std = torch.tensor(self.std).view(-1, 1, 1)  # (C, 1, 1)
+        return (images.float() / 255 - mean) / std
+
+
+# ---------------------------------------------------------------------------------------- decoding
+
+
+class Pictures:
+    """Pictures that are decoded when asked for, and then forgotten: ``pictures[rows]``, as of a tensor.
+
+    A split of CIFAR-10 at 224 px is 6 GB as uint8, and 0.1 GB as PNGs. Only the latter is kept here
+    where the pictures are bytes, and nothing but names where they are files. Decoding is done by as many
+    threads as torch uses. A copy that is sent to another process takes the files' contents along.
+
+    Args:
+        pictures: n files or their contents.
+        input_format: what the models take; pictures are resized, cropped and recoloured to it.
+
+    Raises InputError for a picture that cannot be opened; one that breaks off within is found later.
+    """
+
+    def __init__(self, pictures: Sequence[Picture], input_format: InputFormat) -> None:
+        self._pictures, self._format = list(pictures), input_format
+        for picture in self._pictures:
+            with _open(picture):  # reads the size and mode alone
+                pass
+
+    def __len__(self) -> int:
+        return len(self._pictures)
+
+    def __getitem__(self, rows: int | slice | np.ndarray | Tensor) -> Tensor:
+        """(n, C, H, W) uint8, or (C, H, W) for one row."""
+        chosen = np.arange(len(self))[rows.numpy() if isinstance(rows, Tensor) else rows]
+        if not np.ndim(chosen):
+            return _decode(self._pictures[int(chosen)], self._format)
+        # An array, since a tensor of inference mode could not be filled by threads without it.
+        out = np.empty((len(chosen), *self._format.shape), np.uint8)
+
+        def fill(i: int) -> None:
+            out[i] = _decode(self._pictures[chosen[i]], self._format).numpy()
+
+        with ThreadPoolExecutor(torch.get_num_threads()) as threads:
+            for _ in threads.map(fill, range(len(chosen))):
+                pass
+        return torch.from_numpy(out)
+
+    def __getstate__(self) -> dict[str, Any]:
+        pictures = [p.read_bytes() if isinstance(p, Path) else p for p in self._pictures]
+        return {"_pictures": pictures, "_format": self._format}
+
+
+def read(pictures: Sequence[Picture], input_format: InputFormat) -> Tensor | Pictures:
+    """n pictures as uint8 (n, C, H, W): decoded now up to ``KEPT_MB``, else whenever asked for."""
+    found = Pictures(pictures, input_format)
+    size = len(pictures) * int(np.prod(input_format.shape))  # bytes
+    return found if size > KEPT_MB * 2**20 else found[:]
+
+
+def _decode(picture: Picture, fmt: InputFormat) -> Tensor:
+    """One picture resized and cropped as timm does at evaluation, without normalising: (C, H, W)."""
+    with _open(picture) as opened:
+        try:
+            return _transform(fmt)(opened.convert("L" if fmt.shape[0] == 1 else "RGB"))
+        except (OSError, ValueError, SyntaxError) as error:
+            raise _broken(picture, error) from error
+
+
+def _open(picture: Picture) -> Any:
+    from PIL import Image
+
+    try:
+        return Image.open(picture if isinstance(picture, Path) else io.BytesIO(picture))
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise _broken(picture, error) from error
+
+
+def _broken(picture: Picture, error: Exception) -> InputError:
+    what = picture if isinstance(picture, Path) else f"one of {len(picture)} bytes"
+    return InputError(
+        f"images: expected a readable picture, but {what} is broken ({error}); replace or remove it"
+    )
+
+
+@functools.cache
+def _transform(fmt: InputFormat) -> Any:
+    from timm.data import create_transform
+
+    return create_transform(
+        fmt.shape,
+        is_training=False,
+        interpolation=fmt.interpolation,
+        crop_pct=fmt.crop,
+        crop_mode=fmt.crop_mode,
+        normalize=False,
+    )
+
+
+# ----------------------------------------------------------------------------------------- listing
+
+
+def list_folder(
+    root: Path, expected: str = "a folder SPLIT/CLASS/image"
+) -> tuple[list[str], Listing]:
+    """Class names and, for each split, its files with their class numbers; no picture is opened.
+
+    Without all three splits a fixed, seeded draw within each class makes them: train and test alone give
+    a fifth of train to reward; classes alone are dealt 60 : 20 : 20.
+
+    Args:
+        root: ``SPLIT/CLASS/picture`` with splits train, reward (or val) and test, or ``CLASS/picture``.
+        expected: what an error says of a folder that is not there.
+    """
+    if not root.is_dir():
+        raise InputError(
+            f"images {str(root)!r}: expected {expected}, found no such folder; check the spelling"
+        )
+    found = _subfolders(root)
+    aliases = {"val": "reward", "valid": "reward", "validation": "reward"}
+    parts = {aliases.get(k, k): v for k, v in found.items() if aliases.get(k, k) in SPLITS}
+    if len(parts) < sum(aliases.get(k, k) in SPLITS for k in found):
+        raise InputError(
+            f"images {str(root)!r}: expected one folder for the reward split, found several of "
+            f"{', '.join(k for k in found if aliases.get(k, k) == 'reward')}; keep one of them"
+        )
+    if "train" in parts and "test" not in parts and "reward" in parts:
+        parts["test"] = parts.pop("reward")  # the held-out part there is is reported, not searched
+    if parts and not {"train", "test"} <= set(parts):
+        raise InputError(
+            f"images {str(root)!r}: expected the splits train and test (reward is optional), found "
+            f"{', '.join(sorted(found))}; add the missing one, or put the class folders right there "
+            "(a class must not be called like a split)"
+        )
+    tree = {name: _list_classes(p) for name, p in (parts or {"all": root}).items()}
+    classes = sorted(next(iter(tree.values())))
+    for name, listing in tree.items():
+        if sorted(listing) != classes:
+            odd = sorted(set(listing) ^ set(classes))
+            raise InputError(
+                f"images {str(root)!r}: expected the same classes in every split, found {odd[0]!r} "
+                f"in one of {', '.join(tree)} only (see {name}); add or remove that folder"
+            )
+    piles = [{name: tree[name][c] for name in tree} for c in classes]
+    return classes, split(piles, classes, f"images {str(root)!r}")
+
+
+def split(
+    piles: Sequence[Mapping[str, Sequence[Picture]]], names: Sequence[str], thing: str
+) -> Listing:
+    """Three splits of the pictures of each class, class by class.
+
+    Args:
+        piles: for each class the pictures of train, reward and test; of train and test, when a fifth of
+            train is drawn for reward; or of ``all``, which is dealt 60 : 20 : 20.
+        names: the classes' names; thing: what an error speaks of.
+    """
+    rng = np.random.default_rng(SPLIT_SEED)
+    files: Listing = {name: [] for name in SPLITS}
+    for label, (pile, name) in enumerate(zip(piles, names, strict=True)):
+        deal = dict(pile)
+        for key, shares in (
+            ("all", {"train": 0.6, "reward": 0.2, "test": 0.2}),
+            ("train", {"train": 0.8, "reward": 0.2}),
+        ):
+            if key in deal and "reward" not in deal:
+                deal |= _deal(deal.pop(key), shares, rng, f"{thing}, class {name!r}")
+        for s in SPLITS:
+            files[s] += [(picture, label) for picture in deal[s]]
+    return files
+
+
+def _deal(
+    pile: Sequence[Picture], shares: Mapping[str, float], rng: np.random.Generator, where: str
+) -> dict[str, list[Picture]]:
+    """Shuffle one class and deal it out, each share in the pile's order; every one gets a picture."""
+    if len(pile) < len(shares):
+        raise InputError(
+            f"{where}: expected at least {len(shares)} pictures to make the splits "
+            f"{', '.join(shares)}, found {len(pile)}; add pictures or provide the splits"
+        )
+    counts = {k: max(1, int(len(pile) * v)) for k, v in shares.items()}
+    counts["train"] = len(pile) - sum(n for k, n in counts.items() if k != "train")
+    order = iter(rng.permutation(len(pile)))
+    return {name: [pile[i] for i in sorted(_take(order, n))] for name, n in counts.items()}
+
+
+def _take(rows: Iterator[int], n: int) -> list[int]:
+    return [next(rows) for _ in range(n)]
+
+
+def _subfolders(folder: Path) -> dict[str, Path]:
+    return {
+        p.name: p for p in sorted(folder.iterdir()) if p.is_dir() and not p.name.startswith(".")
+    }
+
+
+def _list_classes(folder: Path) -> dict[str, list[Path]]:
+    listing = {}
+    for name, path in _subfolders(folder).items():
+        files = sorted(p for p in path.iterdir() if p.suffix.lower() in _SUFFIXES)
+        if not files:
+            raise InputError(
+                f"images: expected pictures ({', '.join(sorted(_SUFFIXES))}) in class folder "
+                f"{path}, found none; fill it or remove it"
+            )
+        listing[name] = files
+    if len(listing) < 2:
+        raise InputError(
+            f"images: expected at least two class folders in {folder}, found {len(listing)}; "
+            "lay the pictures out as CLASS/image"
+        )
+    return listing

@@ -1,0 +1,445 @@
+"""Searches beside RMM's: their budgets, what they find where the best is known, and the paths they give."""
+
+from __future__ import annotations
+
+import sys
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+
+from rmm_lab import models, scoring, searches
+from rmm_lab.errors import InputError
+from rmm_lab.path import LayerPath
+from rmm_lab.scoring import reward, steps_of, text_of
+
+CHOICES = ("random search", "coordinate ascent", "TPE", "NSGA-II")  # a source at each place
+SCALES, ORDER = "CMA-ES, scales", "CMA-ES, order"
+
+
+class Landscape:
+    """A scorer by formula: each place has a best source, and rewards add up. Three subsets, no noise."""
+
+    sources, n_models, n_layers = ("a", "b", "ties"), 2, 4
+    n_subsets, task_names, chooses_stem = 3, ["x"], True
+    stacks = (range(4),)
+    best = {-1: 2, 0: 0, 1: 1, 2: 2, 3: 1}
+
+    def __init__(self) -> None:
+        self.calls: list[tuple] = []
+
+    def score(self, path, subset=None):
+        self.calls.append((path, subset))
+        return np.array([self.value(path)])
+
+    def value(self, path) -> float:
+        return sum(self.best[k] == a for a, k in path) / len(self.best)
+
+
+class Wide(Landscape):
+    """Nine places of seven sources, as the demo's: too many for chance."""
+
+    sources, n_layers, n_subsets = tuple("abcdefg"), 8, 10
+    stacks = (range(8),)
+    best = {k: (3 * k + 5) % 7 for k in range(-1, 8)}
+
+
+def watched(problem, monkeypatch, stem="agent", **options):
+    """A real scorer and a list of the (path as text, subset) that it is asked for, whoever asks."""
+    scorer = problem.scorer(fraction=0.25, stem=stem, **options)
+    asked: list[tuple[str, int | None]] = []
+    score, assembled = scorer.score, searches._assembled
+
+    def note(path, subset=None):
+        asked.append((text_of(path, scorer.sources), subset))
+        return score(path, subset)
+
+    def note_assembled(scorer, text, subset):
+        asked.append((text, subset))
+        return assembled(scorer, text, subset)
+
+    monkeypatch.setattr(scorer, "score", note)
+    monkeypatch.setattr(searches, "_assembled", note_assembled)
+    return scorer, asked
+
+
+# ------------------------------------------------------------------------------------- all searches
+
+
+@pytest.mark.parametrize("budget", [0, 3, 6, 25, 65])
+@pytest.mark.parametrize("name", searches.SEARCHES)
+def test_a_search_spends_its_budget_and_begins_with_the_uniform_paths(
+    problem, monkeypatch, name, budget
+):
+    scorer, asked = watched(problem, monkeypatch)
+    scored = searches.SEARCHES[name](scorer, budget, 1)
+    assert len(scored) == len(asked) == scorer.evaluations == budget
+    assert [text for text, _ in scored] == [text for text, _ in asked]
+    assert all(subset in range(4) for _, subset in asked)  # never the whole split
+    uniform = [" ".join(f"{s}@{k}" for k in (-1, 0, 1, 2)) for s in scorer.sources]
+    assert len(uniform) == 4
+    assert asked[:4] == [(text, 0) for text in uniform][:budget]
+    if budget > 40:
+        assert {subset for _, subset in asked} == {0, 1, 2, 3}
+
+
+@pytest.mark.parametrize("stem", ["agent", "ties"])
+@pytest.mark.parametrize("name", searches.SEARCHES)
+def test_the_same_seed_gives_the_same_search_with_any_number_of_workers(problem, name, stem):
+    search = searches.SEARCHES[name]
+    first = search(problem.scorer(fraction=0.25, stem=stem), 40, 3)
+    assert search(problem.scorer(fraction=0.25, stem=stem, workers=2), 40, 3) == first
+    assert search(problem.scorer(fraction=0.25, stem=stem), 40, 4) != first
+    stems = {text.split()[0].rpartition("@")[2] for text, _ in first if text}
+    assert ("-1" in stems) == (stem == "agent")
+
+
+@pytest.mark.parametrize("stem", ["agent", "ties"])
+@pytest.mark.parametrize("name", searches.SEARCHES)
+def test_rewards_are_those_of_the_paths(problem, monkeypatch, name, stem):
+    """Against a scorer that keeps nothing; a whole split's against ``scoring.evaluate``."""
+    scorer, asked = watched(problem, monkeypatch, stem=stem)
+    scored = searches.SEARCHES[name](scorer, 30, 2)
+    plain = problem.scorer(fraction=0.25, stem=stem, cache_mb=0)
+    asked = list(asked)
+    for (text, value), (_, subset) in list(zip(scored, asked, strict=True))[::3]:
+        assert value == searches.score_text(plain, text, subset)
+        steps = [(s, int(k)) for s, _, k in (step.rpartition("@") for step in text.split())]
+        own = steps.pop(0)[0] if steps[0][1] < 0 else stem
+        expected = scoring.evaluate(problem.pool, problem.tasks, steps, own, "reward").mean()
+        assert searches.whole(plain, text) == pytest.approx(expected, abs=1e-12)
+
+
+@pytest.mark.parametrize("name", CHOICES)
+def test_a_search_over_sources_takes_one_at_each_place(name):
+    scorer = Landscape()
+    scored = searches.SEARCHES[name](scorer, 90, 1)
+    for (text, value), (path, _) in zip(scored, scorer.calls, strict=True):
+        assert text == text_of(path, scorer.sources)
+        assert [k for _, k in path] == [-1, 0, 1, 2, 3]
+        assert value == pytest.approx(scorer.value(path))
+
+
+@pytest.mark.parametrize("name", ["TPE", "NSGA-II"])
+def test_twenty_evaluations_share_a_subset(name):
+    scorer = Wide()
+    searches.SEARCHES[name](scorer, 70, 1)
+    assert [subset for _, subset in scorer.calls] == [i // 20 for i in range(70)]
+
+
+@pytest.mark.parametrize("name", ["TPE", "NSGA-II"])
+def test_tpe_and_nsga2_learn_what_chance_does_not_find(name):
+    def found(name: str, seed: int) -> tuple[float, float]:
+        rewards = [value for _, value in searches.SEARCHES[name](Wide(), 240, seed)]
+        return max(rewards), float(np.mean(rewards[-40:]))
+
+    best, late = np.mean([found(name, seed) for seed in range(3)], axis=0)
+    by_chance, late_by_chance = np.mean([found("random search", seed) for seed in range(3)], axis=0)
+    assert late_by_chance < 0.25  # one in seven
+    assert late > late_by_chance + 0.25
+    assert best > by_chance + 0.1
+
+
+@pytest.mark.parametrize("name", ["TPE", "NSGA-II"])
+def test_optuna_says_nothing_and_stays_as_it_was(name, capfd):
+    import optuna
+
+    before = optuna.logging.get_verbosity()
+    searches.SEARCHES[name](Landscape(), 30, 1)
+    assert capfd.readouterr() == ("", "")
+    assert optuna.logging.get_verbosity() == before == optuna.logging.INFO
+
+
+@pytest.mark.parametrize(
+    ("name", "library"),
+    [("TPE", "optuna"), ("NSGA-II", "optuna"), (SCALES, "cmaes"), (ORDER, "cmaes")],
+)
+def test_a_missing_library_is_named(problem, monkeypatch, name, library):
+    monkeypatch.setitem(sys.modules, library, None)
+    with pytest.raises(InputError, match=rf"library {library}, found none .*'\.\[search\]'"):
+        searches.SEARCHES[name](problem.scorer(fraction=0.25), 30, 1)
+
+
+# ----------------------------------------------------------------- random search, coordinate ascent
+
+
+def test_random_search_draws_each_source_equally_often_and_takes_subsets_in_turn():
+    scorer = Landscape()
+    searches.random_search(scorer, 3003, 0)
+    drawn = np.array([[a for a, _ in path] for path, _ in scorer.calls[3:]])  # (3000, places)
+    shares = np.stack([(drawn == a).mean(0) for a in range(3)])
+    assert np.abs(shares - 1 / 3).max() < 0.04
+    assert [subset for _, subset in scorer.calls[:9]] == [0, 0, 0, 0, 1, 2, 0, 1, 2]
+
+
+def test_coordinate_ascent_climbs_a_separable_landscape_in_one_sweep():
+    scorer = Landscape()
+    # 3 uniform paths, then 5 places times 2 other sources: the start is scored already.
+    scored = searches.coordinate_ascent(scorer, 13, 5)
+    best = tuple((Landscape.best[k], k) for k in (-1, 0, 1, 2, 3))
+    assert max(scored, key=lambda s: s[1]) == (text_of(best, scorer.sources), 1.0)
+    assert {subset for _, subset in scorer.calls} == {0}  # like is compared with like
+    first = scorer.calls[3][0]
+    start = max(scorer.calls[:3], key=lambda call: (scorer.value(call[0]), call[0]))[0]
+    assert sum(a != b for a, b in zip(first, start, strict=True)) == 1
+    more = Landscape()
+    searches.coordinate_ascent(more, 50, 5)
+    subsets = [subset for _, subset in more.calls]
+    assert subsets[:13] == [0] * 13
+    assert subsets[13:24] == [1] * 11  # the next sweep, the next subset: nothing changes
+    assert more.calls[13][0] == best
+    assert more.calls[24][0] != best  # so it starts anew
+    assert subsets[24:35] == [2] * 11
+
+
+# ------------------------------------------------------------------------------------ CMA-ES, scales
+
+
+def scales_of(text: str) -> np.ndarray:
+    """``task_arithmetic:scale=0.1/0.2@-1 ...`` -> (places, N)."""
+    return np.array(
+        [
+            [float(s) for s in step.partition("=")[2].rpartition("@")[0].split("/")]
+            for step in text.split()
+        ]
+    )
+
+
+def test_scales_stand_in_the_text_place_by_place():
+    text = searches.text_of_scales(Landscape(), np.array([1, 0, -0.00004, 0.12345, *[0.5] * 6]))
+    assert text == (
+        "task_arithmetic:scale=1/0@-1 task_arithmetic:scale=0/0.123@0 "
+        "task_arithmetic:scale=0.5/0.5@1 task_arithmetic:scale=0.5/0.5@2 "
+        "task_arithmetic:scale=0.5/0.5@3"
+    )
+
+
+def test_cmaes_finds_the_bottom_of_a_bowl_in_the_scales(monkeypatch):
+    target = np.array([[0.9, 0.1], [0.4, 0.4], [-0.1, 1.2], [0.7, 0.0], [0.3, 0.8]])  # (places, N)
+    asked = []
+
+    def bowl(scorer, text, subset):
+        asked.append((text, subset))
+        return float(np.exp(-np.square(scales_of(text) - target).sum()))
+
+    monkeypatch.setattr(searches, "score_text", bowl)
+    scored = searches.cmaes_scales(Landscape(), 700, 1)
+    assert [scored[i][0] for i in range(3, 700)] == [text for text, _ in asked]
+    for one, (text, subset) in zip(searches.SCALES, asked, strict=False):
+        assert (scales_of(text) == one).all()  # the uniform scales come first
+        assert subset == 0
+    every = np.stack([scales_of(text) for text, _ in asked])  # (697, places, N)
+    assert every.min() >= searches.BOUNDS[0]
+    assert every.max() <= searches.BOUNDS[1]
+    best = scales_of(max(scored[3:], key=lambda s: s[1])[0])
+    assert np.abs(best - target).max() < 0.02
+    assert len({text for text, _ in asked[-3:]}) == 1  # the mean, on each subset once
+    assert sorted(subset for _, subset in asked[-3:]) == [0, 1, 2]
+    assert np.abs(scales_of(asked[-1][0]) - target).max() < 0.01
+    subsets = [subset for _, subset in asked[5:-3]]
+    ends = np.flatnonzero(np.diff(subsets)) + 1  # where a generation ends
+    assert set(np.diff([0, *ends])) == {10}  # 4 + int(3 ln 10)
+    assert subsets[:31:10] == [1, 2, 0, 1]
+
+
+def test_the_scales_start_at_the_best_of_what_is_known(monkeypatch):
+    """One uniform scale where that is best; an expert, as scales of 1 and 0, where no merge works."""
+
+    class Second(Landscape):
+        def value(self, path):
+            return 0.9 if path[0][0] == 1 else 0.1
+
+    monkeypatch.setattr(searches, "score_text", lambda scorer, text, subset: 0.5)
+    first = np.stack([scales_of(t) for t, _ in searches.cmaes_scales(Second(), 400, 1)[8:18]])
+    assert np.abs(first.mean(0) - [0, 1]).max() < 0.35  # ten draws around it, sigma 0.2
+    assert first.std() > 0.1
+
+    def uniform(scorer, text, subset):
+        return 1 - abs(scales_of(text) - 0.8).mean()
+
+    monkeypatch.setattr(searches, "score_text", uniform)
+    first = np.stack([scales_of(t) for t, _ in searches.cmaes_scales(Landscape(), 18, 1)[8:]])
+    assert np.abs(first.mean(0) - 0.8).max() < 0.35
+
+
+def test_a_path_of_scales_is_exported_as_a_timm_model(problem, tmp_path):
+    """Every tensor against the formula, and the exported model's answers against the search's score."""
+    import timm
+
+    scorer, pool = problem.scorer(fraction=0.25, stem="agent"), problem.pool
+    text = searches.cmaes_scales(scorer, 40, 1)[-1][0]
+    scales = scales_of(text)  # (4 places, 2)
+    steps = [(s, int(k)) for s, _, k in (step.rpartition("@") for step in text.split())]
+    path = LayerPath.of(pool, steps[1:], steps[0][0])
+    assert LayerPath.from_json(path.to_json()) == path
+    path.save_pretrained(tmp_path / "merged", pool)
+    model = timm.create_model(f"local-dir:{tmp_path / 'merged'}", pretrained=True).eval()
+    found = model.state_dict()
+    base, experts = pool.base.weights, [e.weights for e in pool.experts]
+    differ = 0
+    for name, tensor in base.items():
+        if name.startswith("head."):
+            continue
+        place = int(name.split(".")[1]) + 1 if name.startswith("blocks.") else 0
+        expected = tensor.double()
+        for scale, expert in zip(scales[place], experts, strict=True):
+            expected = expected + scale * (expert[name].double() - tensor.double())
+        torch.testing.assert_close(found[name].double(), expected, rtol=1e-5, atol=1e-6)
+        differ += not torch.allclose(found[name], tensor)
+    assert differ > 30  # nearly all tensors moved away from the base's
+    heads = models.read_checkpoint(tmp_path / "merged").config["rmm_lab"]["heads"]
+    scores = []
+    for task, name in zip(problem.tasks, pool.names, strict=True):
+        split = task.split("reward")
+        with torch.inference_mode():
+            logits = model(task.batch("reward", slice(None)))[:, slice(*heads[name])]
+        scores.append((logits.argmax(-1) == split.labels).double().mean().item())
+    assert searches.whole(scorer, text) == pytest.approx(np.mean(scores), abs=1e-9)
+
+
+def test_layers_of_a_path_of_scales_are_forgotten(problem):
+    pool = problem.pool
+    searches.cmaes_scales(problem.scorer(fraction=0.25, stem="agent"), 60, 1)
+    kept = {source for source, _ in (*pool._weights, *pool._modules)} | set(pool._stems)
+    assert kept <= {"base", *pool.sources}
+
+
+def test_a_path_may_mix_the_scorers_sources_with_others(problem):
+    scorer, pool = problem.scorer(fraction=0.25, stem="agent"), problem.pool
+    own = pool.sources[0]
+    text = f"{own}@-1 {own}@0 dare:drop_rate=0.5@1 ties@2"
+    steps = [(own, 0), ("dare:drop_rate=0.5", 1), ("ties", 2)]
+    expected = scoring.evaluate(pool, problem.tasks, steps, own, "reward").mean()
+    assert searches.whole(scorer, text) == pytest.approx(expected, abs=1e-12)
+    assert (own, 0) in pool._modules  # an action of the pool stays
+
+
+def test_other_precisions_leave_the_pool_as_it_is(problem):
+    half = problem.scorer(fraction=0.25, stem="ties", precision="bfloat16")
+    text = " ".join(f"task_arithmetic:scale=0.4/0.6@{k}" for k in range(3))
+    assert 0 <= searches.whole(half, text) <= 1
+    assert {p.dtype for p in problem.pool.stem("ties").parameters()} == {torch.float32}
+
+
+# ------------------------------------------------------------------------------------- CMA-ES, order
+
+
+class Pair(Landscape):
+    """Rewards a set of layers of two experts; what is missing, too much or twice there costs."""
+
+    n_layers, stacks = 3, (range(3),)
+    target = ((0, 0), (1, 1), (1, 2), (0, 2))
+
+    def value(self, path):
+        have, want = Counter(step for step in path if step[1] >= 0), Counter(self.target)
+        return 1 - ((have - want).total() + (want - have).total()) / 10
+
+
+def test_an_order_by_hand():
+    """Two experts of three layers, twice: numbers of a0 a1 a2 b0 b1 b2 a0 a1 a2 b0 b1 b2."""
+    numbers = np.array([1.0, -1, 0, -1, 2, 3, -1, -1, 0.5, -1, -1, -1])
+    assert searches.path_of_order(Pair(), numbers) == ((2, -1), (0, 0), (1, 1), (1, 2), (0, 2))
+    most = np.array([0.1, 9, 8, 0.2, 7, 6, 0.3, 5, 0.4, 4, 0.5, -1])  # 11 above 0, 6 have places
+    expected = ((2, -1), (0, 1), (0, 2), (1, 1), (1, 2), (0, 1), (1, 0))
+    assert searches.path_of_order(Pair(), most) == expected
+    none = np.full(12, -0.1)
+    assert searches.path_of_order(Pair(), none) == ((2, -1),)
+    fixed = Pair()
+    fixed.chooses_stem = False
+    assert searches.path_of_order(fixed, numbers)[0] == (0, 0)
+    fixed.chooses_stem, fixed.sources = True, ("a", "b")  # without an operator: the base's stem
+    assert searches.path_of_order(fixed, numbers)[0] == (0, 0)
+
+
+def test_an_order_keeps_two_stacks_apart():
+    """An encoder of layers 0 and 1, a decoder of 2: a0 a1 a2 b0 b1 b2 a0 a1 a2 b0 b1 b2."""
+    scorer = Pair()
+    scorer.stacks = (range(2), range(2, 3))
+    numbers = np.array([1.0, -1, 1, -1, 1, 1, 1, -1, -1, -1, -1, 1])
+    expected = ((2, -1), (0, 0), (1, 1), (0, 0), (0, 2), (1, 2), (1, 2))
+    assert searches.path_of_order(scorer, numbers) == expected
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_cmaes_order_finds_a_known_set_of_layers(seed):
+    scorer = Pair()
+    scored = searches.cmaes_order(scorer, 400, seed)
+    assert (
+        max(value for _, value in scored[:3]) == 0.7
+    )  # b: its first layer too much, two of a's missing
+    best, value = max(scored, key=lambda s: s[1])
+    assert value == 1
+    assert sorted(best.split()[1:]) == ["a@0", "a@2", "b@1", "b@2"]
+    assert np.mean([value for _, value in scored[-50:]]) > 0.9
+
+
+def test_an_order_has_at_most_twice_the_layers():
+    class Long(Pair):
+        def value(self, path):
+            return len(path) / 20
+
+    scorer = Long()
+    searches.cmaes_order(scorer, 400, 1)
+    assert max(sum(k >= 0 for _, k in path) for path, _ in scorer.calls) == 6
+
+
+def test_the_order_starts_at_the_better_expert():
+    class Second(Pair):
+        def value(self, path):
+            return sum(a == 1 for a, k in path if k >= 0) / 6
+
+    scorer = Second()
+    searches.cmaes_order(scorer, 100, 1)
+    first = [path for path, _ in scorer.calls[3:14]]
+    shares = [sum(a == 1 for a, k in p if k >= 0) / max(1, len(p) - 1) for p in first]
+    assert np.mean(shares) > 0.6
+
+
+def test_the_empty_path_has_a_reward(problem):
+    scorer = problem.scorer(fraction=0.25, stem="ties")
+    assert 0 <= reward(scorer.score((), 0)) <= 1
+    assert 0 <= searches.whole(scorer, "") <= 1
+
+
+def test_where_all_is_equal_cmaes_begins_again(monkeypatch):
+    import cmaes
+
+    class Flat(Landscape):
+        n_layers, stacks, chooses_stem = 1, (range(1),), False
+
+        def value(self, path):
+            return 0.5
+
+    begun = []
+
+    class Counted(cmaes.CMA):
+        def __init__(self, **options):
+            super().__init__(**options)
+            begun.append((self.population_size, options["seed"]))
+
+    monkeypatch.setattr(cmaes, "CMA", Counted)
+    assert len(searches.cmaes_order(Flat(), 1000, 1)) == 1000
+    populations = [population for population, _ in begun]
+    assert len(begun) > 1
+    assert populations == [8 * 2**i for i in range(len(begun))]  # 4 + int(3 ln 4) = 8
+    assert len({seed for _, seed in begun}) == len(begun)
+
+
+# ------------------------------------------------------------------------------------------ the curve
+
+
+def test_the_curve_shows_the_path_that_would_be_chosen_on_all_data():
+    scorer = Landscape()
+    best = "ties@-1 a@0 b@1 ties@2 b@3"
+    scored = [("a@-1 a@0 a@1 a@2 a@3", 0.2)] * 20 + [(best, 1.0)] * 35
+    assert list(searches.curve_of(scorer, scored, 10)) == [
+        {"evaluations": n, "reward_split": value}
+        for n, value in ((10, 20.0), (20, 20.0), (30, 100.0), (40, 100.0), (50, 100.0), (55, 100.0))
+    ]
+    # Each of the two paths once, and always on all examples.
+    assert scorer.calls == [
+        (steps_of("a@-1 a@0 a@1 a@2 a@3", scorer.sources), None),
+        (steps_of(best, scorer.sources), None),
+    ]
+    assert [c["evaluations"] for c in searches.curve_of(scorer, scored)] == [50, 55]
