@@ -384,7 +384,8 @@ def _measured(jobs: Sequence[Job], processes: int, threads: int) -> Generator[tu
         for job in jobs:
             yield job, measure(job)
         return
-    share = free_bytes("cpu") / 2**20 / 2 / processes  # or each would take a quarter of the memory
+    # Or each would take a quarter of the memory, and twice where a search and its curve are scored.
+    share = free_bytes("cpu") / 2**20 / 4 / processes
     jobs = [replace(job, args=replace(job.args, cache_mb=share)) for job in jobs]
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(

@@ -346,8 +346,8 @@ def blockwise(text: str) -> bool:
     return sources[::2] == sources[1::2]
 
 
-def test_a_local_search_finds_what_the_agent_has_no_time_for():
-    """A sum over eight places with four sources each, noisy: 65,536 paths, 200 scores."""
+def test_the_local_search_finds_the_best_of_many_by_few_noisy_scores():
+    """A sum over eight places with four sources each: 65,536 paths, 150 scores, no agent."""
 
     class Sum:
         sources, n_models, n_layers, n_subsets = ("a", "b", "c", "d"), 2, 8, 10
@@ -361,15 +361,10 @@ def test_a_local_search_finds_what_the_agent_has_no_time_for():
                 [value + (0 if subset is None else 0.02 * self.noise.standard_normal())]
             )
 
-    found = []
-    for finish in (0.75, 0.0):
-        options = {"start": True, "finish": finish, "max_depth": 8}
-        args = Args(preset="agent", episodes=200, quiet=True, seed=1, **options)
-        env = ppo.make_env(_Fixed(Sum()), args)
-        agent, episodes, *_ = ppo.search(env, args, RunFolder(None))
-        found.append(ppo.choose(env, agent, episodes, args)[0]["reward"])
-    assert found[0] == pytest.approx(0.8)  # the best of all
-    assert found[1] < 0.75
+    args = Args(preset="agent", start=True, finish=1.0, episodes=150, max_depth=8, quiet=True)
+    env = ppo.make_env(_Fixed(Sum()), args)
+    agent, episodes, *_ = ppo.search(env, args, RunFolder(None))
+    assert ppo.choose(env, agent, episodes, args)[0]["reward"] == pytest.approx(0.8)  # the best
 
 
 def test_impossible_finishes_are_refused(trained):
