@@ -46,11 +46,19 @@ class Kernel:
 
     def between(self, a: Tensor, b: Tensor) -> Tensor:
         """(n, P) and (m, P) source numbers -> (n, m)."""
-        same = torch.zeros(len(a), len(b), dtype=torch.float64)
-        for x, y in zip(a.T, b.T, strict=True):
-            same += x[:, None] == y[None]
-        places = a.shape[1]
+        return self.of(common(a, b), a.shape[1])
+
+    def of(self, same: Tensor, places: int) -> Tensor:
+        """The same from the number of equal places, (n, m) -> (n, m)."""
         return self.linear * same / places + self.near * ((same - places) / self.length).exp()
+
+
+def common(a: Tensor, b: Tensor) -> Tensor:
+    """In how many places paths are equal: (n, P) and (m, P) source numbers -> (n, m)."""
+    same = torch.zeros(len(a), len(b), dtype=torch.float64)
+    for x, y in zip(a.T, b.T, strict=True):
+        same += x[:, None] == y[None]
+    return same
 
 
 class GaussianProcess:
@@ -71,18 +79,20 @@ class GaussianProcess:
             for linear, near, length, noise in itertools.product(_LINEAR, _NEAR, _LENGTH, _NOISE)
         ]
         off = rewards.double() - self.prior  # (n,)
+        same = common(paths, paths)  # (n, n), for all kernels alike
         found = [
-            self._condition(k, subsets, off) for k in (kernels if kernel is None else [kernel])
+            self._condition(k, same, subsets, off)
+            for k in (kernels if kernel is None else [kernel])
         ]
         self.log_likelihood, self.kernel, self._root, self._weights = max(
             found, key=lambda one: one[0]
         )
 
     def _condition(
-        self, kernel: Kernel, subsets: Tensor, off: Tensor
+        self, kernel: Kernel, same: Tensor, subsets: Tensor, off: Tensor
     ) -> tuple[float, Kernel, Tensor, Tensor]:
         """Log marginal likelihood, up to a constant (Eq. 2.30), and what predictions need."""
-        cov = kernel.between(self.paths, self.paths)
+        cov = kernel.of(same, self.paths.shape[1])
         cov += kernel.subset * (subsets[:, None] == subsets[None])
         cov += kernel.noise * torch.eye(len(off), dtype=torch.float64)
         root = torch.linalg.cholesky(cov)  # (n, n)
