@@ -233,8 +233,9 @@ def _deal(
 ) -> dict[str, list[Picture]]:
     """Shuffle one class and deal it out, each share in the pile's order; every one gets a picture."""
     if len(pile) < len(shares):
+        folder = f" in {pile[0].parent}" if pile and isinstance(pile[0], Path) else ""
         raise InputError(
-            f"{where}: expected at least {len(shares)} pictures to make the splits "
+            f"{where}: expected at least {len(shares)} pictures{folder} to make the splits "
             f"{', '.join(shares)}, found {len(pile)}; add pictures or provide the splits"
         )
     counts = {k: max(1, int(len(pile) * v)) for k, v in shares.items()}

@@ -572,6 +572,8 @@ def search(
         )
         episodes.append(report.episode_row(len(episodes), 0, steps, info, env))
         progress.show(episodes)
+        if len(episodes) == n_start:
+            save()
 
     # 2. PPO.
     n_agent = args.episodes - round(args.finish * (args.episodes - n_start))
@@ -757,7 +759,8 @@ def parse(argv: Sequence[str]) -> Args:
         name, _, value = word.partition("=")
         if name in ("--preset", "--resume"):
             early[name] = value or (argv[i + 1] if i + 1 < len(argv) else "")
-    default = Args(preset="paper") if early.get("--preset") == "paper" else Args()
+    preset: Any = early.get("--preset")
+    default = Args(preset=preset) if preset in PRESETS else Args()
     stored = None
     if early.get("--resume"):
         stored = RunFolder.read_config(Path(early["--resume"]))

@@ -150,7 +150,7 @@ class RunFolder:
         counters = {
             "episodes": len(episodes),
             "updates": len(updates),
-            "policies": [len(policies), *policies[-1].shape],
+            "policies": [len(policies), *(policies[-1].shape if policies else (0, 0))],
         } | dict(counters)
         tensors = {k: v.detach().clone().contiguous() for k, v in tensors.items()}
         self.write("checkpoint.safetensors", save(tensors, {"counters": json.dumps(counters)}))
@@ -211,6 +211,8 @@ class RunFolder:
         if len(data) < size:
             raise self._too_short(name, f"{size} bytes", str(len(data)))
         self._cut(name, data, data[:size])
+        if not size:  # no update yet
+            return torch.zeros(*shape)
         return torch.frombuffer(bytearray(data[:size]), dtype=torch.float32).reshape(*shape)
 
     def _read(self, name: str) -> bytes:

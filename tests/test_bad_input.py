@@ -730,7 +730,7 @@ def test_run_folder_below_a_file(own, capsys):
 def finished(tiny, tmp_path_factory) -> Path:
     """The run folder of a short search."""
     run = tmp_path_factory.mktemp("finished") / "run"
-    assert ppo.main(Own(tiny).argv("--episodes", 2, "--run-dir", run)) == 0
+    assert ppo.main(Own(tiny).argv("--preset", "agent", "--episodes", 2, "--run-dir", run)) == 0
     return run
 
 
@@ -814,7 +814,7 @@ def test_resume_with_altered_config(stopped, capsys, change, words):
         (["--seed", "7"], ["--seed 1", "found 7"]),
         (["--gamma", "0.5"], ["--gamma 1.0", "found 0.5"]),
         (["--no-mask-actions"], ["--mask-actions True", "found False"]),
-        (["--preset", "paper"], ["--preset default", "found paper"]),
+        (["--preset", "paper"], ["--preset agent", "found paper"]),
         (["--stem", "base"], ["--stem agent", "found base"]),
         (["--operators", "ties"], ["--operators ['weight_average',", "found ['ties']"]),
         (["--experts", "digits", "letters"], ["--experts [", "found ['digits', 'letters']"]),
@@ -1094,12 +1094,14 @@ def test_train_raises_for_python_callers(tiny, change, match):
 def test_resume_with_another_config_for_python_callers(tiny, stopped):
     before = contents(stopped)
     with pytest.raises(InputError, match="seed"):
-        ppo.train(ppo.Args(**tiny, resume=stopped, episodes=2, seed=7, quiet=True))
+        ppo.train(ppo.Args(**tiny, preset="agent", resume=stopped, episodes=2, seed=7, quiet=True))
     assert contents(stopped) == before
 
 
 def test_unknown_preset_for_python_callers():
-    with pytest.raises(InputError, match="--preset: expected paper or default, found 'fast'"):
+    with pytest.raises(
+        InputError, match="--preset: expected paper or agent or default, found 'fast'"
+    ):
         ppo.Args(preset="fast")
 
 

@@ -203,7 +203,12 @@ def test_the_command_line_reads_a_preset_and_overrides_it():
     assert (args.preset, args.episodes, args.gamma, args.dar) == ("paper", 9, 0.99, 0.5)
     args = ppo.parse(["--preset=paper"])
     assert args.update_epochs == 40
-    assert ppo.parse([]).update_epochs == PRESETS["default"]["update_epochs"]
+    for name, values in PRESETS.items():
+        args = ppo.parse(["--preset", name])
+        assert {key: getattr(args, key) for key in values} == values
+    own, usual = ppo.parse([]), Args()
+    assert own.run_dir is not None
+    assert dataclasses.replace(own, run_dir=None) == usual
 
 
 # ------------------------------------------------------------------------------------- the search
@@ -626,6 +631,36 @@ def test_resume_after_kill_ends_as_an_unbroken_run(tiny, tmp_path):
         assert (whole / name).read_bytes() == (broken / name).read_bytes(), name
     model = Path("merged") / "model.safetensors"
     assert (whole / model).read_bytes() == (broken / model).read_bytes()
+
+
+@pytest.mark.parametrize("known", [4, 9, 14, 25])
+def test_resume_in_any_phase_ends_as_an_unbroken_run(tiny, tmp_path, monkeypatch, known):
+    """After the uniform paths, in the agent's part, at its end, in the local search."""
+    options = {"operators": ("weight_average", "ties"), "episodes": 40, "episodes_per_update": 5}
+    options |= {"data_fraction": 0.25, "quiet": True} | dict(tiny)
+    whole = train(Args(**options, run_dir=tmp_path / "whole"), table=False)
+
+    class Stop(Exception):
+        pass
+
+    save = RunFolder.save_checkpoint
+
+    def stop(self, tensors, counters, episodes, updates, policies):
+        save(self, tensors, counters, episodes, updates, policies)
+        if len(episodes) >= known:
+            raise Stop
+
+    monkeypatch.setattr(RunFolder, "save_checkpoint", stop)
+    with pytest.raises(Stop):
+        train(Args(**options, run_dir=tmp_path / "run"), table=False)
+    monkeypatch.undo()
+    again = train(Args(**options, resume=tmp_path / "run"), table=False)
+    assert again.episodes == whole.episodes
+    assert again.updates == whole.updates
+    assert again.finalists == whole.finalists
+    assert torch.equal(again.policies, whole.policies)
+    for name in ("episodes.csv", "updates.csv", "policies.bin", "path.json"):
+        assert (tmp_path / "run" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
 
 
 def test_ctrl_c_says_how_to_go_on(tiny, tmp_path, monkeypatch, capsys):
