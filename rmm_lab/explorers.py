@@ -350,6 +350,7 @@ class DistanceMap(_Explorer):
         self.pairs = [f"{a} – {b}" for a, b in combinations(pool.names, 2)]
         self.names = list(pool.names)
         stacks = zip(("enc ", "dec ") if len(pool.stacks) == 2 else ("",), pool.stacks, strict=True)
+        self.unit = "layer" if pool.unit == "block" else "sublayer"
         self.places = ["stem", *(f"{kind}{j}" for kind, s in stacks for j in range(len(s)))]
         options = [(name, key) for key, (name, _) in QUANTITIES.items()]
         self.quantity = Dropdown(options=options, value=quantity, **_look("quantity"))
@@ -364,7 +365,7 @@ class DistanceMap(_Explorer):
         ends = []
         for flat in (np.nanargmax(values), np.nanargmin(values)):
             k, column = (int(i) for i in np.unravel_index(flat, values.shape))
-            place = f"layer {self.places[k]}" if k else "the stem"
+            place = f"{self.unit} {self.places[k]}" if k else "the stem"
             ends.append(f"{values[k, column]:.2f} in {place} ({names[column]})")
         sentence = (
             f"The {title} is {np.nanmean(values):.2f} on average; highest: {ends[0]}, lowest: "
@@ -387,6 +388,6 @@ class DistanceMap(_Explorer):
             axes.text(k, i, text, ha="center", va="center", fontsize=9, color=colour)
         axes.set_xticks(range(n_places), self.places)
         axes.set_yticks(range(n_names), names)
-        axes.set(xlabel="layer", title=title)
+        axes.set(xlabel=self.unit, title=title)
         figure.colorbar(image, ax=axes)
         return figure

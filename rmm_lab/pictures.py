@@ -336,8 +336,9 @@ def depth_picture(depths: np.ndarray, plain: np.ndarray, n_layers: int) -> Figur
 
 # ------------------------------------------------------------------------------------ notebooks 06 and 07
 
-MARKERS = ("o", "s", "^", "D", "v", "P")
-LINES = ("-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1, 1, 1)))
+MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+TONES = (5, 1, 3, 6, 7, 2, 0)  # of COLOURS, for up to seven lines; black last
+LINES = ("-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1, 1, 1)), (0, (1, 3)))
 
 
 def diagnostics_picture(
@@ -358,8 +359,8 @@ def diagnostics_picture(
             y = np.array([row[key] for row in rows])
             if far:
                 y = np.maximum(y, 1e-5)
-            look = {"color": COLOURS[(5, 1, 3, 6, 7)[i % 5]], "marker": MARKERS[i % 6], "ms": 5}
-            axes.plot(np.arange(1, len(y) + 1), y, ls=LINES[i % 6], lw=1.4, label=label, **look)
+            look = {"color": COLOURS[TONES[i % 7]], "marker": MARKERS[i % 7], "ms": 5}
+            axes.plot(np.arange(1, len(y) + 1), y, ls=LINES[i % 7], lw=1.4, label=label, **look)
         if far:
             axes.set_yscale("log")
         elif min(every) >= 0:
@@ -392,9 +393,9 @@ def spread_picture(
     panels = grid.flatten()
     for axes, (group, methods) in zip(panels, groups.items(), strict=False):
         for y, values in enumerate(methods.values()):
-            v, colour = np.asarray(values, float), COLOURS[(5, 1, 3, 6, 7)[y % 5]]
+            v, colour = np.asarray(values, float), COLOURS[TONES[y % 7]]
             at = y + np.linspace(-0.24, 0.04, len(v))  # equal scores stay visible
-            axes.plot(v, at, MARKERS[y % 6], ms=7, mfc="none", mec=colour, mew=1.4)
+            axes.plot(v, at, MARKERS[y % 7], ms=7, mfc="none", mec=colour, mew=1.4)
             sd = v.std(ddof=1) if len(v) > 1 else 0.0
             axes.errorbar(
                 v.mean(), y + 0.28, xerr=sd, fmt="|", ms=10, mew=2, color="black", capsize=4
@@ -429,12 +430,12 @@ def searches_picture(rows: Sequence[Mapping[str, Any]]) -> Figure:
                     at.setdefault(row["evaluations"], []).append(row["reward_split"])
             x = sorted(at)
             mean = [float(np.mean(at[n])) for n in x]
-            colour = COLOURS[(5, 1, 3)[i % 3]]
+            colour = COLOURS[TONES[i % 7]]
             axes.fill_between(
-                x, [min(at[n]) for n in x], [max(at[n]) for n in x], color=colour, alpha=0.18
+                x, [min(at[n]) for n in x], [max(at[n]) for n in x], color=colour, alpha=0.12
             )
-            look = {"marker": MARKERS[i % 6], "ms": 5, "markevery": max(1, len(x) // 8)}
-            axes.plot(x, mean, ls=LINES[i % 6], color=colour, label=method, **look)
+            look = {"marker": MARKERS[i % 7], "ms": 5, "markevery": max(1, len(x) // 8)}
+            axes.plot(x, mean, ls=LINES[i % 7], color=colour, label=method, **look)
         axes.set_title(group, fontsize=10)
         axes.set_xlabel("evaluations", fontsize=9)
         axes.set_ylabel("reward split, %", fontsize=9)
@@ -442,7 +443,8 @@ def searches_picture(rows: Sequence[Mapping[str, Any]]) -> Figure:
         axes.grid(alpha=0.3)
     for axes in panels[len(groups) :]:
         axes.set_axis_off()
-    panels[0].legend(fontsize=8, loc="best")
+    lines, labels = panels[0].get_legend_handles_labels()
+    figure.legend(lines, labels, fontsize=9, ncols=4, loc="outside upper center")
     return figure
 
 
@@ -676,7 +678,7 @@ def curves(lines: Mapping[str, Sequence[float]], x: str, y: str) -> Figure:
     for i, (name, values) in enumerate(lines.items()):
         axes.plot(
             values, marker="oD^vsP*X"[i % 8], ls=("-", "--", ":", "-.")[i % 4], lw=1.8, ms=5,
-            markevery=max(1, len(values) // 12), color=COLOURS[(5, 1, 3, 6, 7)[i % 5]], label=name,
+            markevery=max(1, len(values) // 12), color=COLOURS[TONES[i % 7]], label=name,
         )  # fmt: skip
     axes.set_xlabel(x)
     axes.set_ylabel(y)

@@ -22,6 +22,7 @@ from torch import Tensor
 from rmm_lab.scoring import Path
 
 CENTRES = 4  # best paths around which is searched
+DRAWS = 20  # of the posterior for each path that is proposed, at most
 SEVERAL = 60  # paths a centre that differ in two to four places, beside all that differ in one
 # What a kernel's parts are tried at, in units of the rewards' variance, and in places; noise in rewards.
 _LINEAR, _NEAR, _LENGTH, _NOISE = (0.3, 1.0, 3.0), (0.3, 1.0), (2.0, 5.0), (0.02, 0.03)
@@ -144,10 +145,14 @@ class Surrogate:
         mean, cov = self.process.joint(near)
         root = torch.linalg.cholesky(cov + 1e-8 * torch.eye(len(cov), dtype=torch.float64))
         chosen = [0]
-        while len(chosen) < min(n, len(near)):
-            draw = mean + root @ torch.from_numpy(self._rng.standard_normal(len(mean)))
-            draw[chosen] = -torch.inf
-            chosen.append(int(draw.argmax()))
+        for _ in range(DRAWS * n):
+            if len(chosen) < min(n, len(near)):
+                draw = mean + root @ torch.from_numpy(self._rng.standard_normal(len(mean)))
+                if (i := int(draw.argmax())) not in chosen:
+                    chosen.append(i)
+        # Where draw after draw has the same few paths on top, the next best by their means.
+        rest = [i for i in mean.argsort(descending=True, stable=True).tolist() if i not in chosen]
+        chosen += rest[: min(n, len(near)) - len(chosen)]
         return [self._path(near[i]) for i in chosen]
 
     def finalists(self, n: int) -> list[Path]:

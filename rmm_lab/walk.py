@@ -20,6 +20,7 @@ from torch import Tensor
 from rmm_lab.env import MergingEnv, PathScorer
 from rmm_lab.errors import InputError
 from rmm_lab.models import read_checkpoint
+from rmm_lab.parts import divide
 from rmm_lab.path import LayerPath
 from rmm_lab.plots import place_name
 from rmm_lab.ppo import Agent, Result
@@ -251,7 +252,8 @@ class Run:
     ``first``: -1 where the agent chose the stem, else 0. ``stem``: where the stem comes from if no step
     chose it. ``episodes``, ``updates``, ``finalists``: rows as in the run folder. ``policies``:
     (updates, places, actions), the mean policy of each rollout, NaN where no step stood at a place;
-    None in folders that lack it.
+    None in folders that lack it. ``blocks``: where layers are sublayers, the numbers of those of each
+    block, as in ``Parts``; the agent may have walked through blocks then, see ``agent_stacks``.
     """
 
     sources: tuple[str, ...]
@@ -266,6 +268,7 @@ class Run:
     policies: Tensor | None
     config: dict[str, Any] = field(default_factory=dict)
     problem: Problem | None = field(default=None, repr=False)
+    blocks: tuple[range, ...] = ()
     _scorer: Scorer | None = field(default=None, init=False, repr=False)
 
     @classmethod
@@ -284,6 +287,7 @@ class Run:
             finalists=result.finalists,
             policies=result.policies,
             problem=problem,
+            blocks=pool.blocks,
         )
 
     @classmethod
@@ -315,6 +319,8 @@ class Run:
             ) from error
         base = read_checkpoint(locate(path.base.source))
         parts = base.family.split(base.weights)
+        if path.unit == "sublayer":
+            parts = divide(parts, base.family.sublayers)
         return cls(
             sources=tuple(e.name for e in path.experts) + path.operators,
             n_layers=len(parts.layers),
@@ -328,12 +334,50 @@ class Run:
             policies=policies,
             config=config,
             problem=problem,
+            blocks=parts.blocks,
         )
 
     @property
     def action_names(self) -> tuple[str, ...]:
         """Models, operators, skip, back."""
         return (*self.sources, "skip", "back")
+
+    # ------------------------------------------------------------------------- which way it was found
+
+    @property
+    def agent_stacks(self) -> tuple[range, ...]:
+        """The stacks that the agent walked through: of blocks where it chose whole ones, else ``stacks``."""
+        places = 0 if self.policies is None else self.policies.shape[1] + self.first
+        if not self.blocks or places == self.n_layers:
+            return self.stacks
+        starts = [[b.start for b in self.blocks].index(stack.start) for stack in self.stacks]
+        return tuple(map(range, starts, [*starts[1:], len(self.blocks)]))
+
+    @property
+    def n_start(self) -> int:
+        """How many of the first episodes were given: the uniform path of each source, or none."""
+        given = self.episodes[: len(self.sources)]
+        uniform = all(set(str(e["actions"]).split()) == {str(i)} for i, e in enumerate(given))
+        return len(given) if uniform else 0
+
+    def phase(self, number: int) -> str:
+        """What proposed an episode's path: ``uniform path``, ``agent`` or ``local search``."""
+        row = self.episode(number)
+        if number < self.n_start:
+            return "uniform path"
+        return "agent" if str(row["actions"]) else "local search"
+
+    def policy(self, number: int) -> Tensor | None:
+        """(places, actions): the policy that played an episode; the last one during the local search.
+
+        None before an agent has acted, and where a search had no agent.
+        """
+        phase = self.phase(number)
+        if self.policies is None or not len(self.policies) or phase == "uniform path":
+            return None
+        return self.policies[-1 if phase == "local search" else self.episode(number)["update"]]
+
+    # ------------------------------------------------------------------------------------ its paths
 
     @property
     def names(self) -> list[str]:
@@ -381,11 +425,19 @@ class Run:
         if self.problem is None:
             same = ("base", "images", "texts", "operators", "stem", "scope", "seed", "metric")
             more = {k: self.config[k] for k in (*same, "normalise_length", "multi_task")}
+            more["unit"] = "sublayer" if self.blocks else "block"
             self.problem = load_problem(self.config["experts"], **more)
-        if self.problem.pool.sources != self.sources:
+        pool = self.problem.pool
+        if pool.sources != self.sources:
             raise InputError(
                 f"run: expected the problem of the search, with the sources {', '.join(self.sources)}, "
-                f"found {', '.join(self.problem.pool.sources)}; load it with the run's config.json"
+                f"found {', '.join(pool.sources)}; load it with the run's config.json"
+            )
+        if pool.n_layers != self.n_layers:
+            unit = "sublayer" if self.blocks else "block"
+            raise InputError(
+                f"run: expected the problem of the search, with {self.n_layers} layers, found "
+                f"{pool.n_layers}; load it with unit={unit!r}"
             )
         return self.problem
 

@@ -44,6 +44,7 @@ __all__ = [
 ]
 
 WIDE = {"description_width": "initial"}  # else long descriptions are cut
+PARTS = "layers are parts of blocks here, in running order: of each, attention first and MLP last"
 
 
 def status(sentence: str) -> str:
@@ -236,9 +237,14 @@ class PathInspector(View):
         ):
             name = number.value if control.value == "episode" else control.value
             if name != "none":  # None as a value would leave the list without a selection
-                text = f"episode {name}" if isinstance(name, int) else name
+                text = self.episode_words(name) if isinstance(name, int) else name
                 out.append((f"{which}: {text}", name))
         return out
+
+    def episode_words(self, episode: int) -> str:
+        """``episode 3``, and what proposed it where that was not the agent."""
+        phase = self.run.phase(episode)
+        return f"episode {episode}" + ("" if phase == "agent" else f", {phase}")
 
     def _show(self) -> None:
         if not self._ready:
@@ -273,6 +279,8 @@ class PathInspector(View):
             (_, a), (_, b) = chosen
             differences = self.run.difference(self.run.path(a), self.run.path(b))
             out += differences or ["both are the same path"]
+        if self.run.blocks:
+            out.append(PARTS)
         return out
 
     def still(self) -> tuple[Figure, str]:
@@ -300,7 +308,7 @@ class TrainingReplay(View):
         self.run, last = run, len(run.episodes) - 1
         self._boxes: list[Any] = []  # of the axes
         self.rewards = np.array([e["raw_reward"] for e in run.episodes])
-        step = max(1, len(run.episodes) // len(run.updates))  # one frame an update
+        step = run.updates[0]["episodes"] - run.n_start if run.updates else 1  # a frame an update
         self.slider = IntSlider(
             0, 0, last, description="episode", continuous_update=False, layout=Layout(width="60%")
         )
@@ -322,41 +330,59 @@ class TrainingReplay(View):
 
     def sentence(self) -> str:
         """What this episode was and found."""
-        row = self.run.episode(self.slider.value)
+        row, phase = self.run.episode(self.slider.value), self.run.phase(self.slider.value)
         what = "the penalty" if row["penalised"] else f"a reward of {row['raw_reward']:.3f}"
         recent = self.rewards[max(0, self.slider.value - 49) : self.slider.value + 1]
+        who = f"policy after {row['update']} updates" if phase == "agent" else phase
         return (
-            f"episode {row['episode']}, policy after {row['update']} updates: {what}; "
+            f"episode {row['episode']}, {who}: {what}; "
             f"mean of the last {len(recent)} episodes {recent.mean():.3f}; path: "
             f"{row['path'] or 'no layer'}"
         )
 
     def still(self) -> tuple[Figure, str]:
         """The reward curve with a marker, the policy's heat map, the merging map of the episode."""
-        run, row = self.run, self.run.episode(self.slider.value)
-        assert run.policies is not None
+        run, number = self.run, self.slider.value
         counts = np.zeros((len(run.sources), run.n_layers - run.first))
-        for a, k in run.path(self.slider.value):
+        for a, k in run.path(number):
             counts[a, k - run.first] += 1
-        policy = run.policies[row["update"]].numpy()  # (P, A)
-        names = run.action_names
+        found, names, stacks = run.policy(number), run.action_names, run.agent_stacks
+        places = range(run.first, stacks[-1].stop)
+        policy = np.full((len(places), len(names)), np.nan) if found is None else found.numpy()
         figure = plots.replay_picture(
-            self.rewards, self.slider.value, policy, counts, names, run.first, run.stacks
+            self.rewards, number, policy, counts, names, run.first, stacks
         )
+        _, left, right = figure.axes
+        if run.phase(number) != "agent":
+            none = f"no policy: {run.phase(number)}"
+            left.set_title(
+                none if found is None else "local search; the agent's last policy", fontsize=10
+            )
+        if stacks != run.stacks:  # the policy is one over blocks, the path one of their parts
+            left.set_xlabel("block", fontsize=9)
+            right.clear()
+            plots.draw_map(right, counts, names, run.first, run.stacks)
+            right.set_yticks(range(len(names)), [""] * len(names))
+            right.set_title(f"merging map of episode {number}: parts of blocks", fontsize=10)
+            right.set_xlabel("sublayer", fontsize=9)
         if not self._boxes:
             figure.draw_without_rendering()
             self._boxes = [axes.get_position() for axes in figure.axes]
         figure.set_layout_engine("none")  # each frame has the first one's: a third of the time less
         for axes, box in zip(figure.axes, self._boxes, strict=True):
             axes.set_position(box)
-        return figure, f"Search at {self.sentence()}. {self.likeliest(policy)}"
+        words = "No policy acted." if found is None else self.likeliest(policy)
+        return figure, f"Search at {self.sentence()}. {words}"
 
     def likeliest(self, policy: np.ndarray) -> str:
         """The most probable action at each place, in words. policy: (P, A)."""
-        out = []
+        out, stacks = [], self.run.agent_stacks
         for k, row in enumerate(policy, self.run.first):
             best = "never visited" if np.isnan(row).any() else self.run.action_names[row.argmax()]
-            out.append(f"{plots.place_name(k, self.run.stacks)} {best}")
+            place = plots.place_name(k, stacks)
+            out.append(
+                f"{place if stacks == self.run.stacks else place.replace('layer', 'block')} {best}"
+            )
         return f"Most probable actions: {', '.join(out)}."
 
 

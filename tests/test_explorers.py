@@ -29,6 +29,7 @@ from rmm_lab.explorers import (
     distances,
     ties_stages,
 )
+from rmm_lab.problem import load_problem
 
 NAN = float("nan")
 
@@ -312,11 +313,11 @@ def test_the_episode_shown_is_the_last_of_its_window(time, window, start):
 # ------------------------------------------------------------------------------ distances
 
 
-def fake(groups: dict, stacks=(range(1),)) -> SimpleNamespace:
+def fake(groups: dict, stacks=(range(1),), unit="block") -> SimpleNamespace:
     """A problem whose pool holds these weights: source -> [stem, layer 0, ...]."""
     names = tuple(name for name in groups if name != "base")
     pool = SimpleNamespace(
-        names=names, n_models=len(names), n_layers=len(groups["base"]) - 1, stacks=stacks,
+        names=names, n_models=len(names), n_layers=len(groups["base"]) - 1, stacks=stacks, unit=unit,
         layer_weights=lambda source, k: groups[source][k + 1],
     )  # fmt: skip
     return SimpleNamespace(pool=pool)
@@ -411,6 +412,18 @@ def test_distance_map_of_two_stacks_tells_encoder_from_decoder():
     groups = {n: [weights(w=[v if k == 2 else 1.0]) for k in range(3)] for n, v in layers.items()}
     problem = fake(groups, stacks=(range(1), range(1, 2)))
     assert "highest: 3.00 in layer dec 0 (b)" in DistanceMap(problem).status.value
+
+
+@pytest.mark.usefixtures("only_text")
+def test_distance_map_of_sublayers_says_so(tiny):
+    groups = {"base": [1.0, 1.0, 1.0], "a": [1.0, 1.0, 2.0], "b": [1.0, 1.5, 1.0]}
+    stored = {name: [weights(w=[v]) for v in values] for name, values in groups.items()}
+    view = DistanceMap(fake(stored, stacks=(range(2),), unit="sublayer"))
+    assert "highest: 1.00 in sublayer 1 (a)" in view.status.value
+    assert view.still()[0].axes[0].get_xlabel() == "sublayer"
+    real = load_problem(**tiny, operators=("ties",), unit="sublayer")
+    assert DistanceMap(real).places == ["stem", *"012345"]
+    assert DistanceMap(load_problem(**tiny, operators=("ties",))).unit == "layer"
 
 
 @pytest.mark.usefixtures("only_text")

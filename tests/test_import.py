@@ -47,7 +47,7 @@ def test_imports_go_one_way():
         *("pool", "scoring", "surrogate", "cluster", "zoo", "path", "problem", "env", "baselines"),
         "searches",
         *("runs", "plots", "sheets", "sheet_figures", "report", "ppo"),
-        *("cells", "paper_scale", "tables", "bench"),
+        *("cells", "paper_scale", "tables", "excerpts", "bench"),
         *("tiny", "walk", "views", "pictures", "explorers", "widgets", "checks", "course"),
     )
     folder = Path(rmm_lab.__file__).parent

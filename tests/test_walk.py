@@ -365,6 +365,7 @@ def searched(tiny, tmp_path_factory):
     folder = tmp_path_factory.mktemp("walk") / "run"
     args = ppo.Args(
         **tiny,
+        preset="agent",
         operators=("task_arithmetic:scale=0.5", "ties"),
         episodes=12,
         episodes_per_update=4,
@@ -503,10 +504,125 @@ def test_broken_files_are_refused_and_policies_may_lack(searched, tmp_path):
 
 
 def test_a_path_without_a_chosen_stem_takes_the_runs():
-    pool = types.SimpleNamespace(sources=SOURCES, n_layers=3, stacks=(range(3),))
+    pool = types.SimpleNamespace(sources=SOURCES, n_layers=3, stacks=(range(3),), blocks=())
     result = types.SimpleNamespace(episodes=[], updates=[], finalists=[], policies=None)
     for stem, expected, first in (("agent", "base", -1), ("ties", "ties", 0)):
         run = Run.of(result, types.SimpleNamespace(pool=pool, stem=stem, tasks=[]))
         assert (run.steps(((1, 0),)), run.first) == (([("m1", 0)], expected), first)
         assert run.steps(((3, -1), (1, 0))) == ([("m1", 0)], "op1")
         assert run.steps(()) == ([], expected)
+
+
+# --------------------------------------------------------------- Run: uniform paths, agent, local search
+
+
+@pytest.fixture(scope="module")
+def in_phases(tiny, tmp_path_factory):
+    """The same by the default preset: 4 uniform paths, 4 episodes of the agent, 12 of the local search."""
+    folder = tmp_path_factory.mktemp("phases") / "run"
+    args = ppo.Args(
+        **tiny,
+        operators=("task_arithmetic:scale=0.5", "ties"),
+        episodes=20,
+        episodes_per_update=2,
+        seed=3,
+        data_fraction=0.5,
+        finalists=3,
+        quiet=True,
+        run_dir=folder,
+    )
+    problem = load_problem(**tiny, operators=args.operators, stem="agent", seed=3, unit="sublayer")
+    return folder, ppo.train(args, problem=problem, table=False), problem
+
+
+def test_a_run_of_the_default_preset_is_one_of_sublayers(in_phases):
+    folder, result, problem = in_phases
+    run, read = Run.of(result, problem), Run.read(folder)
+    for one in (run, read):
+        assert (one.n_layers, one.stacks, one.first) == (6, (range(6),), -1)
+        assert one.blocks == (range(2), range(2, 4), range(4, 6))
+        assert one.agent_stacks == (range(3),)
+        assert one.n_start == 4
+        phases = [one.phase(i) for i in range(20)]
+        assert phases == ["uniform path"] * 4 + ["agent"] * 4 + ["local search"] * 12
+        assert one.path(2) == tuple((2, k) for k in range(-1, 6))
+    assert torch.equal(run.policies, read.policies)
+    assert [run.path(n) for n in run.names] == [read.path(n) for n in run.names]
+    steps, stem = read.steps(read.path("best"))
+    assert (steps, stem) == (list(result.path.steps), result.path.stem)
+    env = MergingEnv(scoring.Blocks(problem.scorer()), observation="map+cursor")
+    _, greedy = ppo.play(env, result.agent, None, masked=True, options={"subset": None})
+    assert run.path("greedy") == env.scorer.expand(greedy["path"])
+
+
+def test_the_scores_of_a_default_run_are_those_of_its_finalists(in_phases):
+    folder, result, _ = in_phases
+    run = Run.read(folder)
+    for name in run.names:
+        mean = np.mean(list(run.scores(run.path(name)).values()))
+        assert mean == pytest.approx(run.finalist(name)["reward"])
+    assert np.mean(list(run.scores(run.path("best")).values())) == pytest.approx(result.reward)
+
+
+def test_each_episode_has_the_policy_that_played_it(in_phases):
+    run = Run.of(*in_phases[1:])
+    assert run.policies.shape == (2, 4, 6)
+    assert run.policy(0) is None
+    assert [torch.equal(run.policy(i), run.policies[0]) for i in (4, 5, 6)] == [True, True, False]
+    for last in (6, 7, 8, 19):
+        assert torch.equal(run.policy(last), run.policies[1])
+
+
+def test_the_agent_of_a_default_run_walks_through_blocks(in_phases):
+    _, result, problem = in_phases
+    walk = Walk(scoring.Blocks(problem.scorer()), agent=result.agent)
+    while not walk.done:
+        walk.agent_step()
+    assert (walk.layer, walk.place()) == (3, "the end")  # three blocks, not six layers
+    with pytest.raises(InputError, match="agent: expected one for"):
+        Walk(problem.scorer(), agent=result.agent)
+
+
+def test_a_default_run_refuses_a_problem_in_blocks(in_phases, tiny):
+    folder, _, _ = in_phases
+    problem = load_problem(**tiny, operators=("task_arithmetic:scale=0.5", "ties"), seed=3)
+    run = Run.read(folder, problem)
+    with pytest.raises(InputError, match="6 layers, found 3; load it with unit='sublayer'"):
+        run.scores(run.path("best"))
+
+
+def test_a_search_without_an_agent_has_no_policy(tiny):
+    problem = load_problem(**tiny, operators=("ties",), unit="sublayer")
+    args = ppo.Args(**tiny, operators=("ties",), episodes=5, finish=1.0, quiet=True)
+    run = Run.of(ppo.train(args, problem=problem, table=False), problem)
+    assert [run.phase(i) for i in range(5)] == ["uniform path"] * 3 + ["local search"] * 2
+    assert [run.policy(i) for i in range(5)] == [None] * 5
+
+
+def test_a_run_of_the_paper_preset_is_one_of_blocks(tiny, tmp_path):
+    args = ppo.Args(
+        **tiny, preset="paper", episodes=8, seed=2, data_fraction=0.5, quiet=True,
+        run_dir=tmp_path / "run", mask_actions=True,
+    )  # fmt: skip
+    problem = load_problem(**tiny, operators=args.operators, stem=args.stem, seed=2)
+    result = ppo.train(args, problem=problem, table=False)
+    for run in (Run.of(result, problem), Run.read(tmp_path / "run")):
+        assert (run.n_layers, run.blocks, run.first) == (3, (), 0)
+        assert (run.stem, run.n_start) == ("task_arithmetic", 0)
+        assert run.agent_stacks == run.stacks
+        assert {run.phase(i) for i in range(8)} == {"agent"}
+        assert torch.equal(run.policy(7), result.policies[1])
+
+
+@pytest.mark.parametrize(
+    ("places", "expected"),
+    [(5, (range(2), range(2, 4))), (11, (range(4), range(4, 10)))],
+)
+def test_the_agents_places_in_two_stacks(places, expected):
+    """A T5 of two encoder blocks (two parts each) and two decoder blocks (three): blocks, or parts."""
+    blocks = (range(2), range(2, 4), range(4, 7), range(7, 10))
+    run = Run(
+        SOURCES, 10, -1, (range(4), range(4, 10)), "base", [], [], [], [],
+        torch.zeros(1, places, 6), blocks=blocks,
+    )  # fmt: skip
+    assert run.agent_stacks == expected

@@ -49,6 +49,7 @@ def row(number, update, reward, path, penalised=0):
         "update": update,
         "raw_reward": reward,
         "penalised": penalised,
+        "actions": "1 2 3",
         "path": path,
     }
 
@@ -79,11 +80,11 @@ def a_run() -> Run:
 
     scorer = Scores(score=score, chooses_stem=True)
     problem = types.SimpleNamespace(
-        pool=types.SimpleNamespace(sources=SOURCES), scorer=lambda: scorer
+        pool=types.SimpleNamespace(sources=SOURCES, n_layers=3), scorer=lambda: scorer
     )
     return Run(
         SOURCES, 3, -1, (range(3),), "base", ["t0", "t1"], episodes,
-        [{"update": 0}, {"update": 1}], finalists, policies, problem=problem,
+        [{"update": 0, "episodes": 3}, {"update": 1, "episodes": 6}], finalists, policies, problem=problem,
     )  # fmt: skip
 
 
@@ -109,6 +110,8 @@ VIEWS = {
     "stepper": stepper,
     "paths": lambda: PathInspector(a_run()),
     "replay": lambda: TrainingReplay(a_run()),
+    "replay of blocks": lambda: TrainingReplay(a_default_run()),
+    "paths of sublayers": lambda: PathInspector(a_default_run()),
     "table": lambda: ResultsTable(ROWS),
 }
 
@@ -403,6 +406,95 @@ def test_frames_have_one_layout_and_are_drawn_quickly():
     for a, b in zip(first.axes, last.axes, strict=True):
         assert a.get_position().bounds == b.get_position().bounds
     assert first.axes[1].get_position().x1 < first.axes[2].get_position().x0
+
+
+def a_default_run() -> Run:
+    """A search over three blocks of two parts: the four uniform paths, one policy, a local search."""
+    run = a_run()
+    policies = torch.full((1, 4, 6), 0.1)
+    policies[0, :, 3] = 0.5  # op1 everywhere
+
+    def all_of(s):
+        return " ".join(f"{s}@{k}" for k in range(-1, 6))
+
+    rows = [
+        row(i, 0, 0.25, all_of(s)) | {"actions": f"{i} {i} {i} {i}"} for i, s in enumerate(SOURCES)
+    ]
+    rows += [row(4, 0, 0.5, "op1@-1 op1@0 op1@1 m1@2 m1@3 op1@4 op1@5") | {"actions": "3 3 1 3"}]
+    rows += [row(5, 1, 0.75, "m0@-1 m0@0 m1@1 m0@2 m0@3 m0@4 op0@5") | {"actions": ""}]
+    finalists = [{"path": rows[5]["path"], "found": "best", "reward": 0.75}]
+    blocks = (range(2), range(2, 4), range(4, 6))
+    run.problem.pool.n_layers = 6
+    return Run(
+        SOURCES, 6, -1, (range(6),), "base", ["t0", "t1"], rows, [{"update": 0, "episodes": 5}],
+        finalists, policies, problem=run.problem, blocks=blocks,
+    )  # fmt: skip
+
+
+def test_a_replay_says_what_proposed_each_episode():
+    view = TrainingReplay(a_default_run())
+    assert view.play.step == 1  # one episode an update, after the four that were given
+    assert words(view.status).startswith("episode 0, uniform path: a reward of 0.250; ")
+    assert alt(view.place).endswith("No policy acted.")
+    _, left, right = view.still()[0].axes
+    assert left.get_title() == "no policy: uniform path"
+    assert len(left.patches) == 4  # each place hatched
+    view.go(4)
+    assert words(view.status).startswith("episode 4, policy after 0 updates: a reward of 0.500; ")
+    assert "stem op1, block 0 op1, block 1 op1, block 2 op1" in alt(view.place)
+    assert "mean probability" in view.still()[0].axes[1].get_title()
+    view.go(5)
+    assert words(view.status).startswith("episode 5, local search: a reward of 0.750; ")
+    _, left, right = view.still()[0].axes
+    assert left.get_title() == "local search; the agent's last policy"
+    assert [t.get_text() for t in left.texts].count("0.5") == 4
+    assert (left.get_xlabel(), right.get_xlabel()) == ("block", "sublayer")
+    assert [t.get_text() for t in right.get_xticklabels()] == ["stem", *"012345"]
+    counts = [t.get_position() for t in right.texts if t.get_text() == "1"]
+    assert sorted(counts) == [(0, 0), (1, 0), (2, 1), (3, 0), (4, 0), (5, 0), (6, 2)]
+
+
+def test_a_replay_of_two_stacks_names_blocks_and_their_parts():
+    run = a_default_run()
+    run.stacks = (range(2), range(2, 6))
+    figure, _ = TrainingReplay(run).still()
+    _, left, right = figure.axes
+    assert [t.get_text() for t in left.get_xticklabels()] == ["stem", "enc 0", "dec 0", "dec 1"]
+    parts = ["stem", "enc 0", "enc 1", "dec 0", "dec 1", "dec 2", "dec 3"]
+    assert [t.get_text() for t in right.get_xticklabels()] == parts
+    borders = [line.get_xdata()[0] for axes in (left, right) for line in axes.lines]
+    assert borders == [1.5, 2.5]
+
+
+def test_a_replay_without_an_agent():
+    run = a_default_run()
+    run.policies, run.updates = torch.zeros(0, 0, 0), []
+    run.episodes = [*run.episodes[:4], run.episodes[5] | {"episode": 4}]
+    view = TrainingReplay(run)
+    view.go(4)
+    assert words(view.status).startswith("episode 4, local search: ")
+    assert alt(view.place).endswith("No policy acted.")
+    assert view.still()[0].axes[1].get_title() == "no policy: local search"
+
+
+def test_the_inspector_says_what_layers_are_and_what_proposed_a_path():
+    view = PathInspector(a_default_run())
+    view.select("best", 0)
+    assert [label for label, _ in view.chosen()] == [
+        "first: best",
+        "second: episode 0, uniform path",
+    ]
+    lines = view.sentences()
+    assert lines[2:5] == [
+        "layer 1: m1 in the first, m0 in the second",
+        "layer 5: op0 in the first, m0 in the second",
+        widgets.PARTS,
+    ]
+    view.select(5)
+    assert view.chosen()[0][0] == "first: episode 5, local search"
+    view.select(4)
+    assert view.chosen()[0][0] == "first: episode 4"
+    assert widgets.PARTS not in PathInspector(a_run()).sentences()
 
 
 def test_a_run_without_policies_is_refused():

@@ -12,7 +12,7 @@ from rmm_lab.checks import Exercise, Mistake, Quiz
 
 Scored = Sequence[tuple[str, float]]
 
-# Four searches of the quiz: what each changes in the default preset.
+# Four searches of the quiz: what each changes in the agent's preset.
 SUSPECTS: dict[str, dict[str, float]] = {
     "A": {"entropy": 2.0, "entropy_end": 2.0},
     "B": {},

@@ -230,13 +230,13 @@ def test_best_so_far_by_hand():
 
 
 def test_the_suspects_are_what_the_quiz_says():
-    default = Args()
+    default = Args(preset="agent")
     assert nb06.SUSPECTS["B"] == {}
     assert nb06.SUSPECTS["C"]["learning_rate"] == pytest.approx(100 * default.learning_rate)
     assert nb06.SUSPECTS["D"]["learning_rate"] == pytest.approx(default.learning_rate / 100)
     assert nb06.SUSPECTS["A"]["entropy"] == pytest.approx(20 * default.entropy)
     for changed in nb06.SUSPECTS.values():
-        Args(**changed).check()
+        Args(preset="agent", **changed).check()
 
 
 # ------------------------------------------------------------------------------------ pictures
@@ -314,3 +314,23 @@ def test_searches_show_the_mean_over_seeds():
     assert list(axes.lines[0].get_xdata()) == [20, 40]
     assert list(axes.lines[0].get_ydata()) == [35.0, 55.0]
     assert list(axes.lines[1].get_ydata()) == [85.0, 105.0]
+
+
+def test_seven_searches_differ_without_their_colours():
+    rows = [
+        {"group": "g", "method": f"m{i}", "seed": 1, "evaluations": n, "reward_split": i + n}
+        for i in range(7)
+        for n in (50, 100)
+    ]
+    figure = pictures.searches_picture(rows)
+    lines = figure.axes[0].lines
+    assert len({line.get_marker() for line in lines}) == 7
+    assert (
+        len({str(line.get_linestyle()) + str(line._unscaled_dash_pattern) for line in lines}) == 7
+    )
+    assert len({line.get_color() for line in lines}) == 7
+    (legend,) = figure.legends  # beside the panels, not over the curves
+    assert [t.get_text() for t in legend.get_texts()] == [f"m{i}" for i in range(7)]
+    points = {"g": {f"m{i}": [1.0, 2.0] for i in range(7)}}
+    axes = pictures.spread_picture(points, "x").axes[0]
+    assert len({line.get_marker() for line in axes.lines if line.get_marker() in "os^DvPX"}) == 7

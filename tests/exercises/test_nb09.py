@@ -279,12 +279,13 @@ def test_balanced_accuracy_is_scikit_learns():
         )
 
 
-def test_searches_never_found_colours():
+def test_the_agent_alone_never_found_colours():
     """What the notebook says of the recorded searches, and what option d's text says."""
-    searches = [s for s in tables.read("language-seeds") if s["group"] == "qa"]
-    assert len(searches) == 10
+    searches = [s for s in tables.read("agent") if s["group"] == "qa"]
+    searches = [s for s in searches if s["setting"] == "agent preset"]
+    assert len(searches) >= 2
     for search in searches:
-        tasks = dict(part.split("=") for part in search["rmm_by_task"].split())
+        tasks = dict(part.split("=") for part in search["by_task"].split())
         assert float(tasks["colours"]) < 20  # chance is 12.5
         assert max(float(tasks["answers"]), float(tasks["antonyms"])) > 80
         assert search["reward_split"] < 62  # colours everywhere has 66 on that split
