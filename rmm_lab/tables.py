@@ -65,6 +65,7 @@ AGENT: dict[str, dict[str, Any]] = {
     "agent preset": {"preset": "agent"},
     "paper preset": {"preset": "paper"},
 }
+ON_TEXTS = ("default preset", "the local search alone", "the agent alone", "agent preset")
 ORDER = {
     "group": (*SETS, *VISION, *LANGUAGE),
     "size": tuple(SIZES),
@@ -197,6 +198,8 @@ class Command:
 
     def _agent(self, name: str, group: Group, options: dict[str, Any]) -> Iterator[Job]:
         for setting, changed in AGENT.items():
+            if group.name in LANGUAGE and setting not in ON_TEXTS:  # whose searches take minutes
+                continue
             key = {"group": group.name, "setting": setting, "seed": options["seed"]}
             yield Job("agent", "rmm", key, Args(**(options | changed)))
 

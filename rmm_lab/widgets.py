@@ -363,8 +363,9 @@ class TrainingReplay(View):
             right.clear()
             plots.draw_map(right, counts, names, run.first, run.stacks)
             right.set_yticks(range(len(names)), [""] * len(names))
-            right.set_title(f"merging map of episode {number}: parts of blocks", fontsize=10)
+            right.set_title(f"merging map of episode {number}", fontsize=10)
             right.set_xlabel("sublayer", fontsize=9)
+            right.tick_params("x", rotation=90, labelsize=8)  # twice as many, in the same width
         if not self._boxes:
             figure.draw_without_rendering()
             self._boxes = [axes.get_position() for axes in figure.axes]

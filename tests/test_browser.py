@@ -259,7 +259,7 @@ RUN = """
 from rmm_lab.ppo import Args, train
 from rmm_lab.problem import load_problem
 from rmm_lab.walk import Run
-problem = load_problem(("demo",))
+problem = load_problem(("demo",), unit="sublayer")
 run = Run.of(train(Args(episodes=40, data_fraction=0.02, quiet=True), problem=problem, table=False), problem)
 """
 

@@ -591,6 +591,19 @@ def test_a_default_run_refuses_a_problem_in_blocks(in_phases, tiny):
         run.scores(run.path("best"))
 
 
+def test_a_default_run_on_a_problem_in_blocks_stays_in_blocks(tiny, tmp_path):
+    args = ppo.Args(
+        **tiny, operators=("ties",), episodes=9, quiet=True, run_dir=tmp_path / "run", finish=0.5
+    )
+    problem = load_problem(**tiny, operators=("ties",), seed=args.seed)
+    result = ppo.train(args, problem=problem, table=False)
+    for run in (Run.of(result, problem), Run.read(tmp_path / "run", problem)):
+        assert (run.n_layers, run.blocks, run.agent_stacks) == (3, (), (range(3),))
+        phases = ["uniform path"] * 3 + ["agent"] * 3 + ["local search"] * 3
+        assert [run.phase(i) for i in range(9)] == phases
+        assert np.mean(list(run.scores(run.path("best")).values())) == pytest.approx(result.reward)
+
+
 def test_a_search_without_an_agent_has_no_policy(tiny):
     problem = load_problem(**tiny, operators=("ties",), unit="sublayer")
     args = ppo.Args(**tiny, operators=("ties",), episodes=5, finish=1.0, quiet=True)
