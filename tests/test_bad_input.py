@@ -926,7 +926,7 @@ def test_no_space_for_the_config(own, capsys, small_disk):
 def test_no_space_for_the_merged_model(own, finished, capsys, small_disk):
     """All of the result fits but the last file; with more space, --resume completes it."""
     disk = small_disk(2048)
-    argv = own.argv("--episodes", 2, "--run-dir", disk / "run")
+    argv = own.argv("--preset", "agent", "--episodes", 2, "--run-dir", disk / "run")
     need = sum(-(-len(v) // 4096) * 4096 for v in contents(finished).values())
     need -= (finished / "merged" / "model.safetensors").stat().st_size
     free = need + 2 * 4096  # enough for all the rest, not for the model

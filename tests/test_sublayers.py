@@ -235,9 +235,9 @@ def test_a_search_over_sublayers_ends_in_a_model_that_scores_what_it_says(tiny, 
         quiet=True,
         run_dir=tmp_path / "run",
     )
-    assert args.unit == "sublayer"
+    assert args.unit == "both"
     result = train(args)
-    assert {k for e in result.episodes for k in [e["depth"]]} - {3}  # sublayers are skipped alone
+    assert result.path.unit == "sublayer"
     model = timm.create_model(f"local-dir:{tmp_path / 'run' / 'merged'}", pretrained=True).eval()
     problem = load_problem(**tiny)
     slices = json.loads((tmp_path / "run" / "merged" / "config.json").read_text())["rmm_lab"]
