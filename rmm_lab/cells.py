@@ -26,8 +26,8 @@ import torch
 from rmm_lab import baselines, runs, searches
 from rmm_lab.errors import InputError
 from rmm_lab.memory import free_bytes
-from rmm_lab.ppo import Args, Result, make_scorer, train
-from rmm_lab.problem import Problem, load_problem
+from rmm_lab.ppo import Args, Result, make_scorer, problem_of, train
+from rmm_lab.problem import Problem
 from rmm_lab.scoring import shortlist
 from rmm_lab.sheets import draws
 
@@ -162,20 +162,7 @@ def args_of(text: str) -> Args:
 
 def load(args: Args) -> Problem:
     """What the arguments name, as ``train`` loads it, to be scored on their device."""
-    problem = load_problem(
-        args.experts,
-        base=args.base,
-        images=args.images,
-        texts=args.texts,
-        operators=args.operators,
-        stem=args.stem,
-        scope=args.scope,
-        seed=args.seed,
-        unit=args.unit,
-        multi_task=args.multi_task,
-        metric=args.metric,
-        normalise_length=args.normalise_length,
-    )
+    problem = problem_of(args)
     problem.device = args.device
     return problem
 

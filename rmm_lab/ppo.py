@@ -451,6 +451,24 @@ def update(
 # =============================================================================================
 
 
+def problem_of(args: Args) -> Problem:
+    """What the arguments name, loaded and checked; InputError for what does not fit."""
+    return load_problem(
+        args.experts,
+        base=args.base,
+        images=args.images,
+        texts=args.texts,
+        operators=args.operators,
+        stem=args.stem,
+        scope=args.scope,
+        seed=args.seed,
+        unit=args.unit,
+        multi_task=args.multi_task,
+        metric=args.metric,
+        normalise_length=args.normalise_length,
+    )
+
+
 def make_scorer(problem: Problem, args: Args) -> Scorer:
     """What scores the paths of a search: on the reward split, with the arguments' share of the data."""
     return problem.scorer(
@@ -689,20 +707,7 @@ def train(args: Args, *, problem: Problem | None = None, table: bool = True) -> 
     if args.resume is None and args.run_dir is not None:
         check_new(args.run_dir)
     if problem is None:
-        problem = load_problem(
-            args.experts,
-            base=args.base,
-            images=args.images,
-            texts=args.texts,
-            operators=args.operators,
-            stem=args.stem,
-            scope=args.scope,
-            seed=args.seed,
-            unit=args.unit,
-            multi_task=args.multi_task,
-            metric=args.metric,
-            normalise_length=args.normalise_length,
-        )
+        problem = problem_of(args)
     splits = ("reward", "test") if table else ("reward",)
     for task in problem.tasks:  # broken data must show before anything is written
         for split in splits:

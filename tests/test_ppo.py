@@ -654,6 +654,8 @@ def test_resume_in_any_phase_ends_as_an_unbroken_run(tiny, tmp_path, monkeypatch
     with pytest.raises(Stop):
         train(Args(**options, run_dir=tmp_path / "run"), table=False)
     monkeypatch.undo()
+    saved = len(from_csv((tmp_path / "run" / "episodes.csv").read_text()))
+    assert saved == {4: 4, 9: 9, 14: 18, 25: 28}[known]
     again = train(Args(**options, resume=tmp_path / "run"), table=False)
     assert again.episodes == whole.episodes
     assert again.updates == whole.updates
