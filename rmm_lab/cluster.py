@@ -139,7 +139,9 @@ class Worker:
         """``Scorer.work``: each path's answers (n,) on the job's part, and the layers computed."""
         self.ready(stored)  # a process that was started again has no scorer yet
         assert self._scorer is not None
-        return self._scorer.work(job)
+        done = self._scorer.work(job)
+        self._scorer.forget(job.paths)
+        return done
 
 
 # --------------------------------------------------------------------------------- the engine

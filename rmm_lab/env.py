@@ -12,7 +12,7 @@ import gymnasium as gym
 import numpy as np
 
 from rmm_lab.errors import InputError
-from rmm_lab.scoring import Path, reward
+from rmm_lab.scoring import Path, name_of, reward
 
 
 class PathScorer(Protocol):
@@ -247,7 +247,7 @@ class MergingEnv(gym.Env[np.ndarray, np.int64]):
                 cells = " ".join(f"{int(v):2d}" if v else " ." for v in row)
                 lines.append(f"{name:>{width}} {cells}")
             cursor = " ".join(" ^" if k == self.layer else "  " for k in places)
-            path = " ".join(f"{self.scorer.sources[a]}[{k}]" for a, k in self.path)
+            path = " ".join(f"{name_of(a, self.scorer.sources)}[{k}]" for a, k in self.path)
             return (
                 "\n".join([*lines, f"{'':>{width}} {cursor}", f"path: {path or '(empty)'}"]) + "\n"
             )

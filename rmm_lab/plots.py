@@ -117,11 +117,12 @@ def _draw_path(
     boxes = [(stem, -1), *steps]
     rows = -(-len(boxes) // BOXES)
     top, bottom = figure.subplots(2, 1, height_ratios=[0.45 * len(sources), 0.4 + 0.9 * rows])
-    counts = np.zeros((len(sources), n_layers))
-    for source, k in steps:
-        counts[list(sources).index(source), k] += 1
+    counts = merging_map(steps, sources, 0, n_layers)
     draw_map(top, counts, sources, 0, stacks)
-    top.set_title("merging map: how often each source's layer was taken", fontsize=10)
+    title = "merging map: how often each source's layer was taken"
+    if any(scales(source) for source, _ in steps):
+        title += "; of an own scale per expert: how much of it"
+    top.set_title(title, fontsize=10)
     for i, (source, k) in enumerate(boxes):
         known = source in sources
         rgb = _rgb(list(sources).index(source)) if known else (0.4, 0.4, 0.4)
@@ -155,6 +156,29 @@ def _draw_path(
     )
 
 
+def scales(source: str) -> list[float]:
+    """The scale of each expert that task arithmetic with one for each has; else none."""
+    text = source.removeprefix("task_arithmetic:scale=")
+    return [float(s) for s in text.split("/")] if text != source and "/" in text else []
+
+
+def merging_map(
+    steps: Sequence[tuple[str, int]], sources: Sequence[str], first: int, n_places: int
+) -> np.ndarray:
+    """How often each source's layer is in a path: (S, places from layer ``first`` on), Eq. 5.
+
+    A step that is none of the sources but has a scale for each expert counts as its scales, at the experts.
+    """
+    counts = np.zeros((len(sources), n_places))
+    for source, k in steps:
+        if source in sources:
+            counts[list(sources).index(source), k - first] += 1
+        else:
+            own = scales(source)
+            counts[: len(own), k - first] += own
+    return counts
+
+
 def draw_map(
     axes: Any,
     counts: np.ndarray,
@@ -177,7 +201,8 @@ def draw_map(
     for (a, x), n in np.ndenumerate(counts):
         if n:
             colour = "black" if n >= most / 2 else "white"
-            axes.text(x, a, f"{n:.0f}", ha="center", va="center", fontsize=9, color=colour)
+            text, size = (f"{n:.0f}", 9) if n == round(n) else (f"{n:.2f}".replace("0.", "."), 7)
+            axes.text(x, a, text, ha="center", va="center", fontsize=size, color=colour)
     _places(axes, first, n_places, stacks)
     axes.set_yticks(range(len(names)), names, fontsize=9)
     axes.set_ylim(len(names) - 0.5, -0.5)
@@ -371,6 +396,8 @@ def replay_picture(
 
 def _label(source: str) -> str:
     """A source in a few short lines; an operator that leans says to which expert."""
+    if own := scales(source):
+        return "scales\n" + "/".join(f"{s:.2f}".replace("0.", ".") for s in own)
     name, _, options = source.partition(":")
     leads = next((o.partition("=")[2] for o in options.split(",") if o.startswith("expert=")), "")
     return name.replace("_", "\n") + (f" → {leads}" if leads else "")

@@ -6,7 +6,7 @@ A *source* is an expert (its own layer) or a merging operator (its merge of all 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -149,7 +149,7 @@ class LayerPool:
         if source != "base" and source not in self.names:
             self._operator(source)
 
-    def forget(self, sources: Sequence[str]) -> None:
+    def forget(self, sources: Iterable[str]) -> None:
         """Free what was computed for operators that are no actions of the pool."""
         gone = set(sources) - set(self.sources)
         for store in (self._weights, self._modules):

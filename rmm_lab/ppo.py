@@ -30,7 +30,17 @@ from rmm_lab.memory import keep_freed_memory
 from rmm_lab.path import LayerPath
 from rmm_lab.problem import OPERATORS, STEM, Problem, load_problem
 from rmm_lab.runs import Row, RunFolder, check_new, optimiser_tensors, restore_optimiser
-from rmm_lab.scoring import PRECISIONS, Blocks, Plan, Scorer, shortlist, steps_of
+from rmm_lab.scales import BOUNDS, Evolution, scales_of, text_of_scales
+from rmm_lab.scoring import (
+    PRECISIONS,
+    Blocks,
+    Plan,
+    Scorer,
+    name_of,
+    own_sources,
+    shortlist,
+    steps_of,
+)
 from rmm_lab.scoring import Path as Steps
 from rmm_lab.surrogate import Surrogate
 
@@ -50,6 +60,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "mask_actions": False,
         "start": False,
         "finish": 0.0,
+        "scales": 0.0,
         "episodes_per_update": 4,
         "episodes_per_subset": 1,
         "update_epochs": 40,
@@ -72,6 +83,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "mask_actions": True,
         "start": False,
         "finish": 0.0,
+        "scales": 0.0,
         "episodes_per_update": 20,
         "episodes_per_subset": 20,
         "update_epochs": 20,
@@ -86,8 +98,14 @@ PRESETS: dict[str, dict[str, Any]] = {
         "dar": 0.0,  # off: the episodes of an update share a subset
     },
 }
-# The agent walks through whole blocks; a local search around the best paths then takes them apart.
-PRESETS["default"] = PRESETS["agent"] | {"unit": "both", "start": True, "finish": 0.75}
+# The agent walks through whole blocks; a local search around the best paths takes them apart; then a scale
+# for each layer and expert evolves around the best one.
+PRESETS["default"] = PRESETS["agent"] | {
+    "unit": "both",
+    "start": True,
+    "finish": 0.05,
+    "scales": 0.75,
+}
 
 
 @dataclass
@@ -143,7 +161,9 @@ class Args:
     start: bool = FROM_PRESET
     """Score the uniform path of each source first; these count as episodes."""
     finish: float = FROM_PRESET
-    """Share of the episodes, the last ones, for a local search around the best paths, in [0, 1]."""
+    """Share of the episodes, after the agent's, for a local search around the best paths, in [0, 1]."""
+    scales: float = FROM_PRESET
+    """Share of the episodes, the last ones, for a scale per layer and expert, around the best path."""
     finalists: int = 10
     """Best paths, besides the greedy one, that are scored on the whole reward split at the end."""
 
@@ -206,7 +226,7 @@ class Args:
             ("threads", "0 to 1024", lambda v: 0 <= v <= 1024),
             ("data_fraction", "at least 1e-6", lambda v: not 0 < v < 1e-6),
             ("data_fraction gamma", "more than 0 and at most 1", lambda v: 0 < v <= 1),
-            ("dar finish", "0 to 1", lambda v: 0 <= v <= 1),
+            ("dar finish scales", "0 to 1", lambda v: 0 <= v <= 1),
             ("learning_rate critic_learning_rate clip", "more than 0", lambda v: 0 < v < np.inf),
             ("entropy entropy_end value_coef target_kl", "0 or more", lambda v: 0 <= v < np.inf),
             ("finalists", "0 or more", lambda v: 0 <= v < np.inf),
@@ -221,10 +241,14 @@ class Args:
                         f"--{name.replace('_', '-')}: expected {expected}, found "
                         f"{getattr(self, name)}; correct it"
                     )
-        if self.finish == 1 and not self.start:
+        if (both := self.finish + self.scales) > 1 + 1e-9:
             raise InputError(
-                "--finish: expected less than 1 without --start, found 1; a local search needs paths to "
-                "start from"
+                f"--finish: expected at most 1 together with --scales, found {both:g}; make one smaller"
+            )
+        if both > 1 - 1e-9 and not self.start:
+            raise InputError(
+                "--finish: expected less than 1 together with --scales and without --start, found 1; a "
+                "local search needs paths to start from"
             )
 
     def config(self) -> dict[str, Any]:
@@ -570,10 +594,10 @@ def search(
             policies,
         )
 
-    if args.finish and env.unwrapped.max_depth < env.unwrapped.n_layers:
+    if args.finish + args.scales and env.unwrapped.max_depth < env.unwrapped.n_layers:
         raise InputError(
             f"--max-depth: expected at least {env.unwrapped.n_layers} layers, found "
-            f"{env.unwrapped.max_depth}; the local search at the end skips none: use --finish 0"
+            f"{env.unwrapped.max_depth}; the searches at the end skip none: use --finish 0 --scales 0"
         )
 
     # 1. The uniform path of each source, which any user has. They teach the agent nothing: it has not
@@ -594,7 +618,8 @@ def search(
             save()
 
     # 2. PPO.
-    n_agent = args.episodes - round(args.finish * (args.episodes - n_start))
+    n_scales = round(args.scales * (args.episodes - n_start))
+    n_agent = args.episodes - round((args.finish + args.scales) * (args.episodes - n_start))
     options: dict[str, Any] | None = {
         "episode": len(episodes) - n_start
     }  # whose turn it is, also after a resume
@@ -618,10 +643,8 @@ def search(
 
     # 3. The best paths' neighbours, layer by layer.
     scorer = getattr(scorer, "scorer", scorer)  # sublayers, where the agent saw blocks
-    while len(episodes) < args.episodes:
-        subset = len(episodes) // args.episodes_per_update % scorer.n_subsets
-        n = min(args.episodes_per_update, args.episodes - len(episodes))
-        paths = surrogate_of(scorer, episodes, args).propose(n)
+
+    def score(paths: Sequence[Steps], subset: int) -> None:
         if hasattr(scorer, "prefetch"):
             scorer.prefetch([(path, subset) for path in paths])
         for path in paths:
@@ -631,34 +654,78 @@ def search(
             )
             progress.show(episodes)
         save()
+
+    while len(episodes) < args.episodes - n_scales:
+        subset = len(episodes) // args.episodes_per_update % scorer.n_subsets
+        n = min(args.episodes_per_update, args.episodes - n_scales - len(episodes))
+        score(surrogate_of(scorer, episodes, args).propose(n), subset)
+
+    # 4. A scale for each layer and expert, around the best path.
+    if len(episodes) < args.episodes:
+        evolution = evolution_of(scorer, episodes, args)
+        while len(episodes) < args.episodes:
+            asked = evolution.ask(args.episodes - len(episodes))
+            paths = [path_of_scales(scorer, x) for x in asked]
+            score(paths, evolution.generation % scorer.n_subsets)
+            evolution.tell(asked, [e["raw_reward"] for e in episodes[-len(asked) :]])
     progress.end()
     return agent, episodes, updates, policies
 
 
 def surrogate_of(scorer: Any, episodes: Sequence[Row], args: Args) -> Surrogate:
-    """What all episodes without a penalty have taught, as a Gaussian process over paths."""
+    """What all episodes of sources without a penalty have taught, as a Gaussian process over paths."""
     scored = [
-        (steps_of(e["path"], scorer.sources), e["subset"], e["raw_reward"])
+        (path, e["subset"], e["raw_reward"])
         for e in episodes
-        if not e["penalised"]
+        if not e["penalised"] and not own_sources(path := steps_of(e["path"], scorer.sources))
     ]
-    places = range(-1 if scorer.chooses_stem else 0, scorer.n_layers)
-    return Surrogate(scored, places, len(scorer.sources), args.seed)
+    return Surrogate(scored, places_of(scorer), len(scorer.sources), args.seed)
+
+
+def evolution_of(scorer: Scorer, episodes: Sequence[Row], args: Args) -> Evolution:
+    """CMA-ES over the scales around the best path of sources, as far as the episodes have brought it."""
+    start = [not own_sources(steps_of(e["path"], scorer.sources)) for e in episodes].count(True)
+    best = surrogate_of(scorer, episodes[:start], args).propose(1)[0]
+    first = scales_of(scorer.pool, best).clip(*BOUNDS).ravel()
+    evolution = Evolution(first, BOUNDS, args.seed, separable=True)
+    while start < len(episodes):
+        asked = evolution.ask(len(episodes) - start)
+        evolution.tell(asked, [e["raw_reward"] for e in episodes[start : start + len(asked)]])
+        start += len(asked)
+    return evolution
+
+
+def path_of_scales(scorer: Any, scales: np.ndarray) -> Steps:
+    """The path of a vector of scales, (P * N,)."""
+    return steps_of(text_of_scales(scales, places_of(scorer)), ())
+
+
+def places_of(scorer: Any) -> range:
+    """The stem, where it is chosen, as -1, then the layers."""
+    return range(-1 if scorer.chooses_stem else 0, scorer.n_layers)
 
 
 def choose(env: Any, agent: Agent, episodes: Sequence[Row], args: Args) -> list[Row]:
     """Candidates for the final path, scored on the whole reward split, the best first.
 
     They are the greedy rollout (Eq. 1) and ``args.finalists`` paths: those of the best expected reward after
-    a local search, else the ``shortlist``. The test split is not used.
+    a local search, else the ``shortlist``; where scales evolved, most are the means that they arrived at.
+    The test split is not used.
     """
     view = env.unwrapped.scorer
     scorer = getattr(view, "scorer", view)  # sublayers, where the agent saw blocks
     fair = [(e["path"], e["raw_reward"]) for e in episodes if not e["penalised"]]
-    candidates = {steps_of(p, scorer.sources): "best" for p in shortlist(fair, args.finalists)}
+    n = args.finalists
+    candidates = {}
+    if args.scales:
+        means = evolution_of(scorer, episodes, args).answers(n - n // 4)
+        candidates = {path_of_scales(scorer, x): "scales" for x in means}
     if args.finish:
-        surrogate = surrogate_of(scorer, episodes, args)
-        candidates = dict.fromkeys(surrogate.finalists(args.finalists), "best")
+        near = surrogate_of(scorer, episodes, args).finalists(n - len(candidates))
+        candidates |= dict.fromkeys(near, "best")
+    else:
+        best = shortlist(fair, n - len(candidates))
+        candidates |= {steps_of(p, scorer.sources): "best" for p in best}
     dar = (env.episode, env.previous)
     _, info = play(env, agent, None, masked=args.mask_actions, options={"subset": None})
     env.episode, env.previous = dar  # the greedy rollout is no episode of the search
@@ -676,7 +743,7 @@ def choose(env: Any, agent: Agent, episodes: Sequence[Row], args: Args) -> list[
         {"path": path, "found": how, "reward": float(scorer.score(path, None).mean())}
         for path, how in candidates.items()
     ]
-    return sorted(rows, key=lambda r: (-r["reward"], len(r["path"]), r["path"]))
+    return sorted(rows, key=lambda r: (-r["reward"], len(r["path"]), str(r["path"])))
 
 
 def check_same_config(args: Args, stored: dict[str, Any]) -> None:
@@ -730,7 +797,7 @@ def train(args: Args, *, problem: Problem | None = None, table: bool = True) -> 
         print(report.cost(getattr(view, "scorer", view)))
     best: Steps = finalists[0]["path"]
     sources = problem.pool.sources
-    steps = [(sources[a], k) for a, k in best]
+    steps = [(name_of(a, sources), k) for a, k in best]
     stem = "base" if problem.stem == "agent" else problem.stem
     if steps and steps[0][1] < 0:
         stem = steps.pop(0)[0]

@@ -21,21 +21,40 @@ from rmm_lab.errors import InputError
 from rmm_lab.memory import Cache, free_bytes
 from rmm_lab.pool import LayerPool
 
-Path = tuple[tuple[int, int], ...]
+# (source, layer) in the order in which they run: the number of a scorer's source, or any operator's
+# specification as text.
+Path = tuple[tuple[int | str, int], ...]
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 def text_of(path: Path, sources: Sequence[str]) -> str:
     """A path as text, ``digits@0 ties@1``: source and layer in the order in which they run."""
-    return " ".join(f"{sources[a]}@{k}" for a, k in path)
+    return " ".join(f"{name_of(a, sources)}@{k}" for a, k in path)
 
 
 def steps_of(text: str, sources: Sequence[str]) -> Path:
-    """The inverse of ``text_of``."""
+    """The inverse of ``text_of``; what is none of the sources stays text."""
     numbers = {name: a for a, name in enumerate(sources)}
     return tuple(
-        (numbers[source], int(k)) for source, _, k in (s.rpartition("@") for s in text.split())
+        (numbers.get(source, source), int(k))
+        for source, _, k in (s.rpartition("@") for s in text.split())
     )
+
+
+def name_of(source: int | str, sources: Sequence[str]) -> str:
+    """A step's source by its name."""
+    return source if isinstance(source, str) else sources[source]
+
+
+def own_sources(path: Path) -> set[str]:
+    """Operators of a path that are none of the scorer's sources."""
+    return {source for source, _ in path if isinstance(source, str)}
+
+
+def _order(key: tuple[Path, int | None]) -> tuple[Any, ...]:
+    """What sorts pairs of a path, of numbers or text, and a subset: by subset first."""
+    path, subset = key
+    return -1 if subset is None else subset, [(isinstance(a, str), a, k) for a, k in path]
 
 
 class Task(Protocol):
@@ -278,13 +297,16 @@ class Scorer:
     def stem_of(self, path: Path) -> tuple[str, int]:
         """The source of a path's stem, and where in the path the layers start."""
         if path and path[0][1] < 0:
-            return self.sources[path[0][0]], 1
+            return name_of(path[0][0], self.sources), 1
         return self.stem, 0
 
     # ------------------------------------------------------------------------------- scores
 
     def score(self, path: Path, subset: int | None = None) -> np.ndarray:
-        """Each task's metric of the path: (N,) in [0, 1]; ``subset`` None uses all examples."""
+        """Each task's metric of the path: (N,) in [0, 1]; ``subset`` None uses all examples.
+
+        Layers of operators that are none of the sources are merged, used, and forgotten.
+        """
         self.evaluations += 1
         examples = sum(len(self.rows(i, subset)) for i in range(self.n_models))
         self.work_asked += examples * (len(path) - self.stem_of(path)[1])
@@ -292,11 +314,19 @@ class Scorer:
         return self._seen[path, subset].copy()
 
     def prefetch(self, wanted: Iterable[tuple[Path, int | None]]) -> None:
-        """Score (path, subset) pairs together, so that ``score`` has them at hand: work for all workers."""
-        unseen = sorted(
-            {key for key in wanted if key not in self._seen},
-            key=lambda key: (-1 if key[1] is None else key[1], key[0]),
-        )
+        """Score (path, subset) pairs together, so that ``score`` has them at hand: work for all workers.
+
+        Layers of operators that are none of the sources are there for as many paths as there are threads.
+        """
+        unseen = {key for key in wanted if key not in self._seen}
+        own = sorted((key for key in unseen if own_sources(key[0])), key=_order)
+        self._score(sorted(unseen - set(own), key=_order))
+        n = self._workers if self._engine is None else max(1, len(own))
+        for start in range(0, len(own), n):
+            self._score(own[start : start + n])
+            self.forget(path for path, _ in own[start : start + n])
+
+    def _score(self, unseen: Sequence[tuple[Path, int | None]]) -> None:
         jobs = []
         for subset, keys in itertools.groupby(unseen, lambda key: key[1]):
             paths = [path for path, _ in keys]
@@ -320,6 +350,13 @@ class Scorer:
                 labels = task.split(self.split).labels[torch.from_numpy(self.rows(i, subset))]
                 scores.append(task.score(torch.cat(parts), labels))
             self._seen[path, subset] = np.array(scores)
+
+    def forget(self, paths: Iterable[Path]) -> None:
+        """Free the layers of operators that are none of the sources."""
+        if gone := set().union(*map(own_sources, paths)):
+            self.pool.forget(gone)
+            for key in [key for key in self._moved if key[0] in gone]:
+                del self._moved[key]
 
     def rows(self, i: int, subset: int | None) -> np.ndarray:
         """Row numbers of task i in a subset; all for None."""
@@ -394,7 +431,7 @@ class Scorer:
             state = architecture.embed(stem, self._batch(subset, j))
             self._keep((subset, j, path[:first]), state)
         for end in range(known + 1, len(path) + 1):
-            layer = self._module(self.sources[path[end - 1][0]], path[end - 1][1])
+            layer = self._module(name_of(path[end - 1][0], self.sources), path[end - 1][1])
             if end == len(path):
                 state = architecture.apply_last(layer, state)
             else:
@@ -404,7 +441,8 @@ class Scorer:
         return architecture.logits(stem, state, head), len(path) - known
 
     def _keep(self, key: tuple[int | None, int, Path], state: Any) -> None:
-        self.cache.put(key, state, self.architecture.tensors(state))
+        if not own_sources(key[2][-1:]):  # no other path will begin like that
+            self.cache.put(key, state, self.architecture.tensors(state))
 
     def _batch(self, subset: int | None, j: int) -> Any:
         """The examples of a part as the models take them, made once while the budget allows."""

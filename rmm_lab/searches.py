@@ -18,27 +18,23 @@ worse on average.
 from __future__ import annotations
 
 import contextlib
-import copy
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor, nn
 
 from rmm_lab.errors import InputError
-from rmm_lab.scoring import Path, Scorer, reward, shortlist, steps_of, text_of
+from rmm_lab.scales import BOUNDS, Evolution, text_of_scales
+from rmm_lab.scoring import Path, reward, shortlist, steps_of, text_of
 
 # (scorer, evaluations, seed) -> (path as text, reward in [0, 1]) of each evaluation, in order.
 Search = Callable[[Any, int, int], list[tuple[str, float]]]
 GROUP = 20  # evaluations that share a data subset, as the agent's episodes of one update do
 STARTUP = 40  # evaluations before TPE models anything, the uniform paths among them
 SCALES = (0.3, 0.4, 0.5, 0.6, 0.8)  # one scale for all, tried before the scales evolve
-BOUNDS = (-0.2, 1.5)  # of a scale: 0 is the base, 1 the expert
 REPEATS = 2  # how often a path of CMA-ES, order, can take each expert's layer
 MEAN = 0.25  # of a layer's number at the start of CMA-ES, order: above 0 it runs, below not
 LAST = 10  # evaluations at the end of a CMA-ES that score the mean of what it found
-SIGMA = 0.2  # CMA-ES's first step: a tenth of the layers changes sides, a scale moves by 0.2
 
 
 # --------------------------------------------------------------------------------- paths and places
@@ -63,47 +59,9 @@ def score_text(scorer: Any, text: str, subset: int | None) -> float:
     """The reward in [0, 1] of a path given as text; ``subset`` None uses all examples.
 
     Its sources need not be the scorer's: a layer of any operator's specification is merged, used, and
-    forgotten. Such paths share no activations, and are scored in this process whoever else works.
+    forgotten.
     """
-    if all(step.rpartition("@")[0] in scorer.sources for step in text.split()):
-        return reward(scorer.score(steps_of(text, scorer.sources), subset))
-    return reward(_assembled(scorer, text, subset))
-
-
-@torch.inference_mode()
-def _assembled(scorer: Scorer, text: str, subset: int | None) -> np.ndarray:
-    """Each task's metric (N,) of a path whose layers are merged for it alone."""
-    pool, architecture = scorer.pool, scorer.architecture
-    steps = [(s, int(k)) for s, _, k in (step.rpartition("@") for step in text.split())]
-    source = steps.pop(0)[0] if steps and steps[0][1] < 0 else scorer.stem
-
-    def placed(module: nn.Module) -> nn.Module:
-        if scorer.device.type == "cpu" and scorer.dtype == torch.float32:
-            return module
-        return copy.deepcopy(module).to(scorer.device, scorer.dtype)
-
-    stem, layers = placed(pool.stem(source)), [placed(pool.layer(s, k)) for s, k in steps]
-    heads = [
-        {key: v.to(scorer.device, scorer.dtype) for key, v in pool.heads[name].items()}
-        for name in pool.names
-    ]
-    found: list[list[Tensor]] = [[] for _ in scorer.tasks]
-    for i, rows in scorer.parts(subset):
-        batch = scorer.tasks[i].batch(scorer.split, rows)
-        state = architecture.embed(stem, architecture.place(batch, scorer.device, scorer.dtype))
-        for layer in layers[:-1]:
-            state = architecture.apply(layer, state)
-        for layer in layers[-1:]:
-            state = architecture.apply_last(layer, state)
-        logits = architecture.logits(stem, state, heads[i])
-        found[i].append(logits.argmax(-1).cpu())  # (n, answers) -> (n,)
-    pool.forget([source, *(s for s, _ in steps)])
-    scorer.evaluations += 1
-    scores = []
-    for i, (task, parts) in enumerate(zip(scorer.tasks, found, strict=True)):
-        labels = task.split(scorer.split).labels[torch.from_numpy(scorer.rows(i, subset))]
-        scores.append(task.score(torch.cat(parts), labels))
-    return np.array(scores)
+    return reward(scorer.score(steps_of(text, scorer.sources), subset))
 
 
 def _score(scorer: Any, paths: Sequence[Path], subset: int) -> list[tuple[str, float]]:
@@ -253,15 +211,17 @@ def _need(name: str) -> Any:
 def cmaes_scales(scorer: Any, evaluations: int, seed: int) -> list[tuple[str, float]]:
     """CMA-ES over a scale for each place and expert: models between and beyond the experts.
 
-    ``layer_k = base_k + sum_i scale_{k,i} (expert_{i,k} - base_k)``, at the stem too where it is chosen; a
-    step reads ``task_arithmetic:scale=0.31/0.55@k``, so a path is built and exported as any other. After
-    the uniform paths come ``SCALES``, one for all experts and places; the best of these and of the experts
-    is the first mean. A generation shares a subset.
+    After the uniform paths come ``SCALES``, one for all experts and places; the best of these and of the
+    experts is the first mean. A generation shares a subset.
     Source: Akiba et al. 2024, "Evolutionary Optimization of Model Merging Recipes", parameter space; they
     evolve TIES' densities beside the weights.
     """
 
+    def text(scales: np.ndarray) -> str:
+        return text_of_scales(scales, _places(scorer))
+
     def score(texts: Sequence[str], subset: int) -> list[tuple[str, float]]:
+        prefetch(scorer, [(steps_of(one, scorer.sources), subset) for one in texts])
         return [(one, score_text(scorer, one, subset)) for one in texts]
 
     n, size = scorer.n_models, scorer.n_models * len(_places(scorer))
@@ -270,21 +230,12 @@ def cmaes_scales(scorer: Any, evaluations: int, seed: int) -> list[tuple[str, fl
     known = [(value, np.tile(np.eye(n)[i], size // n)) for i, (_, value) in enumerate(out[:n])]
     for scale in SCALES[: evaluations - len(out)]:
         scales = np.full(size, scale)
-        out += score([text_of_scales(scorer, scales)], 0)
+        out += score([text(scales)], 0)
         known.append((out[-1][1], scales))
     if len(out) == evaluations:
         return out
     mean = max(known, key=lambda pair: pair[0])[1]
-    return _evolve(scorer, out, evaluations, seed, mean, BOUNDS, text_of_scales, score)
-
-
-def text_of_scales(scorer: Any, scales: np.ndarray) -> str:
-    """A path as text from the scales ((P * N),) of each place's experts, place by place, to 3 digits."""
-    rows = scales.round(3).reshape(-1, scorer.n_models) + 0.0  # (P * N,) -> (P, N); no -0
-    return " ".join(
-        f"task_arithmetic:scale={'/'.join(f'{s:g}' for s in row)}@{k}"
-        for k, row in zip(_places(scorer), rows, strict=True)
-    )
+    return _evolve(scorer, out, evaluations, Evolution(mean, BOUNDS, seed), text, score)
 
 
 def cmaes_order(scorer: Any, evaluations: int, seed: int) -> list[tuple[str, float]]:
@@ -307,7 +258,10 @@ def cmaes_order(scorer: Any, evaluations: int, seed: int) -> list[tuple[str, flo
     def score(paths: Sequence[Path], subset: int) -> list[tuple[str, float]]:
         return _score(scorer, paths, subset)
 
-    return _evolve(scorer, out, evaluations, seed, mean.ravel(), None, path_of_order, score)
+    def path(numbers: np.ndarray) -> Path:
+        return path_of_order(scorer, numbers)
+
+    return _evolve(scorer, out, evaluations, Evolution(mean.ravel(), None, seed), path, score)
 
 
 def path_of_order(scorer: Any, numbers: np.ndarray) -> Path:
@@ -325,44 +279,26 @@ def _evolve(
     scorer: Any,
     out: list[tuple[str, float]],
     evaluations: int,
-    seed: int,
-    mean: np.ndarray,
-    bounds: tuple[float, float] | None,
-    decode: Callable[[Any, np.ndarray], Any],
+    evolution: Evolution,
+    decode: Callable[[np.ndarray], Any],
     score: Callable[[list[Any], int], list[tuple[str, float]]],
 ) -> list[tuple[str, float]]:
-    """CMA-ES from ``mean`` (D,) until ``out`` has all evaluations; a generation shares a subset.
+    """CMA-ES until ``out`` has all evaluations; a generation shares a subset.
 
     The library cmaes, which Optuna's own CMA-ES is built on: here a generation is asked for as a whole, its
-    start is a vector, and nothing is kept of older trials. Where the search has contracted to a point it
-    begins again from ``mean`` with twice the population (Auger and Hansen 2005). Up to ``LAST``
-    evaluations at the end, each on another subset, go to the mean that it arrived at: CMA-ES's own
-    answer, and better than its samples, each of which was scored once.
+    start is a vector, and nothing is kept of older trials. Up to ``LAST`` evaluations at the end, each on
+    another subset, go to the mean that it arrived at: CMA-ES's own answer, and better than its samples,
+    each of which was scored once.
     """
-    cmaes = _need("cmaes")
     last = min(LAST, scorer.n_subsets, (evaluations - len(out)) // 10)
-    limits = None if bounds is None else np.tile(bounds, (len(mean), 1))  # (D, 2)
-    population, generation, mean_now = None, 0, mean
     while (left := evaluations - last - len(out)) > 0:
-        strategy = cmaes.CMA(
-            mean=mean,
-            sigma=SIGMA,
-            bounds=limits,
-            seed=seed + generation,
-            population_size=population,
-        )
-        population = 2 * strategy.population_size
-        while left > 0 and not strategy.should_stop():
-            generation += 1
-            asked = [strategy.ask() for _ in range(min(left, strategy.population_size))]
-            scored = score([decode(scorer, x) for x in asked], generation % scorer.n_subsets)
-            out += scored
-            left -= len(scored)
-            if len(asked) == strategy.population_size:
-                strategy.tell([(x, -v) for x, (_, v) in zip(asked, scored, strict=True)])
-            mean_now = strategy.mean
+        asked = evolution.ask(left)
+        scored = score([decode(x) for x in asked], evolution.generation % scorer.n_subsets)
+        out += scored
+        evolution.tell(asked, [value for _, value in scored])
     for i in range(last):
-        out += score([decode(scorer, mean_now)], (generation + 1 + i) % scorer.n_subsets)
+        subset = (evolution.generation + 1 + i) % scorer.n_subsets
+        out += score([decode(evolution.mean)], subset)
     return out
 
 

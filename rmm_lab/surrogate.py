@@ -185,10 +185,10 @@ class Surrogate:
         return torch.tensor(sorted(found)).reshape(-1, n_places)
 
     def _row(self, path: Path) -> list[int]:
-        """The source of each place; S where a place is skipped or taken more than once."""
+        """The source of each place; S where it is skipped, taken twice, or takes none of them."""
         at: dict[int, list[int]] = {k: [] for k in self.places}
         for source, k in path:
-            at[k].append(source)
+            at[k].append(self.n_sources if isinstance(source, str) else source)
         return [taken[0] if len(taken) == 1 else self.n_sources for taken in at.values()]
 
     def _path(self, row: Tensor) -> Path:

@@ -52,9 +52,12 @@ ALL = ("I", "II", "III", "IV", "fig3")
 # The default preset with one choice changed: name -> options of Args.
 AGENT: dict[str, dict[str, Any]] = {
     "default preset": {},
-    "the local search alone": {"finish": 1.0},
-    "the agent alone": {"finish": 0.0},
-    "half of the episodes for the local search": {"finish": 0.5},
+    "without the agent": {"finish": 0.25, "scales": 0.75},
+    "without the local search": {"finish": 0.0, "scales": 0.8},
+    "without the scales": {"finish": 0.8, "scales": 0.0},
+    "the agent alone": {"finish": 0.0, "scales": 0.0},
+    "the local search alone": {"finish": 1.0, "scales": 0.0},
+    "the scales alone": {"finish": 0.0, "scales": 1.0},
     "without the uniform paths": {"start": False},
     "whole blocks": {"unit": "block"},
     "sublayers for the agent too": {"unit": "sublayer"},
@@ -65,7 +68,7 @@ AGENT: dict[str, dict[str, Any]] = {
     "agent preset": {"preset": "agent"},
     "paper preset": {"preset": "paper"},
 }
-ON_TEXTS = ("default preset", "the local search alone", "the agent alone", "agent preset")
+ON_TEXTS = ("default preset", "without the agent", "without the scales", "agent preset")
 ORDER = {
     "group": (*SETS, *VISION, *LANGUAGE),
     "size": tuple(SIZES),

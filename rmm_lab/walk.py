@@ -27,7 +27,7 @@ from rmm_lab.ppo import Agent, Result
 from rmm_lab.problem import Problem, load_problem
 from rmm_lab.report import steps_of, text_of
 from rmm_lab.runs import Row, RunFolder, from_csv
-from rmm_lab.scoring import Path, Scorer
+from rmm_lab.scoring import Path, Scorer, name_of, own_sources
 
 
 class Walk:
@@ -361,21 +361,23 @@ class Run:
         return len(given) if uniform else 0
 
     def phase(self, number: int) -> str:
-        """What proposed an episode's path: ``uniform path``, ``agent`` or ``local search``."""
+        """What proposed an episode's path: ``uniform path``, ``agent``, ``local search`` or ``scales``."""
         row = self.episode(number)
         if number < self.n_start:
             return "uniform path"
-        return "agent" if str(row["actions"]) else "local search"
+        if str(row["actions"]):
+            return "agent"
+        return "scales" if own_sources(self.path(number)) else "local search"
 
     def policy(self, number: int) -> Tensor | None:
-        """(places, actions): the policy that played an episode; the last one during the local search.
+        """(places, actions): the policy that played an episode; the last one after the agent's part.
 
         None before an agent has acted, and where a search had no agent.
         """
         phase = self.phase(number)
         if self.policies is None or not len(self.policies) or phase == "uniform path":
             return None
-        return self.policies[-1 if phase == "local search" else self.episode(number)["update"]]
+        return self.policies[self.episode(number)["update"] if phase == "agent" else -1]
 
     # ------------------------------------------------------------------------------------ its paths
 
@@ -411,7 +413,7 @@ class Run:
 
     def steps(self, path: Path) -> tuple[list[tuple[str, int]], str]:
         """A path as (source, layer) and the stem's source, as ``path_picture`` takes them."""
-        steps = [(self.sources[a], k) for a, k in path]
+        steps = [(name_of(a, self.sources), k) for a, k in path]
         return (steps[1:], steps[0][0]) if path and path[0][1] < 0 else (steps, self.stem)
 
     def scores(self, path: Path) -> dict[str, float]:
@@ -479,12 +481,12 @@ def difference(a: Path, b: Path, sources: Sequence[str], stacks: Sequence[range]
         if i is not None and j is not None:
             if a[i] != b[j]:
                 place = place_name(a[i][1], stacks)
-                names = f"{sources[a[i][0]]} in the first, {sources[b[j][0]]} in the second"
-                out.append(f"{place}: {names}")
+                first, second = name_of(a[i][0], sources), name_of(b[j][0], sources)
+                out.append(f"{place}: {first} in the first, {second} in the second")
             continue
         which, path, other, position = ("first", a, b, i) if j is None else ("second", b, a, j)
         assert position is not None
-        source, layer = sources[path[position][0]], path[position][1]
+        source, layer = name_of(path[position][0], sources), path[position][1]
         rest = "second" if which == "first" else "first"
         text = f"{place_name(layer, stacks)}: {source} in the {which}"
         if any(k == layer for _, k in other):

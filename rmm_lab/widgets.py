@@ -28,6 +28,7 @@ from rmm_lab import plots
 from rmm_lab.errors import InputError, one_sentence
 from rmm_lab.explorers import ClipExplorer, DarExplorer, DistanceMap, TiesExplorer
 from rmm_lab.report import steps_of
+from rmm_lab.scoring import name_of
 from rmm_lab.views import View
 from rmm_lab.walk import Run, Walk
 
@@ -171,7 +172,7 @@ class MapStepper(View):
             legal=walk.legal,
             scores=walk.scores,
             value=value,
-            path=[f"{env.scorer.sources[a]} ({walk.place(k)})" for a, k in walk.path],
+            path=[f"{name_of(a, env.scorer.sources)} ({walk.place(k)})" for a, k in walk.path],
         )
         alt = f"Merging map; {self.sentence()}. Path: {walk.text() or 'no layer yet'}."
         if pi is not None:
@@ -343,9 +344,8 @@ class TrainingReplay(View):
     def still(self) -> tuple[Figure, str]:
         """The reward curve with a marker, the policy's heat map, the merging map of the episode."""
         run, number = self.run, self.slider.value
-        counts = np.zeros((len(run.sources), run.n_layers - run.first))
-        for a, k in run.path(number):
-            counts[a, k - run.first] += 1
+        steps = [(name_of(a, run.sources), k) for a, k in run.path(number)]
+        counts = plots.merging_map(steps, run.sources, run.first, run.n_layers - run.first)
         found, names, stacks = run.policy(number), run.action_names, run.agent_stacks
         places = range(run.first, stacks[-1].stop)
         policy = np.full((len(places), len(names)), np.nan) if found is None else found.numpy()
@@ -356,7 +356,8 @@ class TrainingReplay(View):
         if run.phase(number) != "agent":
             none = f"no policy: {run.phase(number)}"
             left.set_title(
-                none if found is None else "local search; the agent's last policy", fontsize=10
+                none if found is None else f"{run.phase(number)}; the agent's last policy",
+                fontsize=10,
             )
         if stacks != run.stacks:  # the policy is one over blocks, the path one of their parts
             left.set_xlabel("block", fontsize=9)
@@ -466,7 +467,7 @@ class ResultsTable(View):
         if "path" not in row:
             figure = plots.paths_picture([], scores, (), 0, caption=self.caption)
             return figure, f"{label}: {percent(row['scores'])}."
-        steps = [(self.sources[a], k) for a, k in steps_of(row["path"], self.sources)]
+        steps = [(name_of(a, self.sources), k) for a, k in steps_of(row["path"], self.sources)]
         stem = row.get("stem", "base")
         if steps and steps[0][1] < 0:
             stem = steps.pop(0)[0]

@@ -6,6 +6,7 @@ import dataclasses
 import itertools
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -314,6 +315,7 @@ def test_ppo_ends_among_the_best_paths_of_trained_models(trained):
 def test_the_default_search_starts_uniform_then_walks_blocks_then_seeks_nearby(tiny):
     """Phase by phase, on sublayers: L = 3 blocks of two, a stem to choose, S = 4 sources."""
     options = dict(tiny) | {"operators": ("weight_average", "ties")}
+    options |= {"finish": 0.15, "scales": 0.6}
     args = Args(**options, episodes=124, data_fraction=0.25, quiet=True)
     result = train(args, table=False)
     rows = result.episodes
@@ -330,17 +332,24 @@ def test_the_default_search_starts_uniform_then_walks_blocks_then_seeks_nearby(t
         layers = [(source, int(k)) for source, _, k in steps if int(k) >= 0]
         pairs = list(zip(layers[::2], layers[1::2], strict=True))
         assert all(a == b and i + 1 == j and i % 2 == 0 for (a, i), (b, j) in pairs)
-    near = rows[34:]
-    assert all(r["actions"] == "" and not r["penalised"] for r in near)
-    assert all(len(r["path"].split()) == 7 for r in near)
+    near = rows[34:52]  # 0.15 of 120
+    assert all(r["actions"] == "" and not r["penalised"] for r in rows[34:])
+    assert all(len(r["path"].split()) == 7 for r in rows[34:])
     apart = [r for r in near if not blockwise(r["path"])]
-    assert len(apart) > 30  # now attention and MLP differ
+    assert len(apart) > 10  # now attention and MLP differ
+    assert len({r["subset"] for r in near}) == 1  # a batch on one subset, no path twice in it
+    assert len({r["path"] for r in near}) == 18
     assert [u["episodes"] for u in result.updates] == [24, 34]
-    for start in range(34, 124, 20):  # each batch on one subset, no path twice in it
-        batch = near[start - 34 : start - 14]
-        assert len({r["subset"] for r in batch}) == 1
-        assert len({r["path"] for r in batch}) == len(batch)
+    evolved = rows[
+        52:
+    ]  # a scale for each expert at 7 places: 14 numbers, 4 + int(3 ln 14) = 11 at once
+    scale = re.compile(r"task_arithmetic:scale=-?[\d.e-]+/-?[\d.e-]+@-?\d")
+    assert all(scale.fullmatch(step) for r in evolved for step in r["path"].split())
+    assert [r["subset"] for r in evolved] == [(1 + i // 11) % 4 for i in range(72)]
+    assert {f["found"] for f in result.finalists} == {"scales", "best", "greedy"}
+    assert len(result.finalists) == 11
     assert result.path.unit == "sublayer"
+    options = dict(tiny) | {"operators": ("weight_average", "ties")}
     whole = load_problem(**options, unit="sublayer", stem="agent", seed=1).scorer(fraction=1.0)
     text = " ".join(f"{s}@{k}" for s, k in [(result.path.stem, -1), *result.path.steps])
     assert result.reward == pytest.approx(reward(whole.score(steps_of(text, whole.sources))))
@@ -375,14 +384,19 @@ def test_the_local_search_finds_the_best_of_many_by_few_noisy_scores():
 def test_impossible_finishes_are_refused(trained):
     with pytest.raises(InputError, match=r"--finish: expected 0 to 1, found 1.5"):
         Args(finish=1.5).check()
-    with pytest.raises(InputError, match="--finish: expected less than 1 without --start"):
-        Args(finish=1.0, start=False).check()
+    with pytest.raises(
+        InputError, match=r"--finish: expected at most 1 together with --scales, found 1\.35"
+    ):
+        Args(finish=0.6).check()
+    for shares in ({"finish": 1.0, "scales": 0.0}, {"finish": 0.25}):
+        with pytest.raises(InputError, match=r"--finish: expected less than 1 .* without --start"):
+            Args(**shares, start=False).check()
     with pytest.raises(InputError, match="--max-depth: expected at least 3 layers, found 2"):
         train(Args(max_depth=2, episodes=8, quiet=True), problem=trained, table=False)
 
 
 def test_a_search_without_the_agent_has_no_update(trained):
-    result = train(Args(finish=1.0, episodes=30, quiet=True), problem=trained, table=False)
+    result = train(Args(finish=0.25, episodes=30, quiet=True), problem=trained, table=False)
     assert len(result.episodes) == 30
     assert result.updates == []
     assert result.policies.shape == (0, 0, 0)
@@ -414,7 +428,7 @@ def test_the_final_path_is_the_best_candidate_on_the_whole_reward_split(trained)
     numbers = {s: i for i, s in enumerate(trained.pool.sources)}
     scores = [
         scorer.score(
-            tuple((numbers[s], int(k)) for s, k in (x.split("@") for x in f["path"].split()))
+            tuple((numbers.get(s, s), int(k)) for s, k in (x.split("@") for x in f["path"].split()))
         ).mean()
         for f in result.finalists
     ]
@@ -439,7 +453,7 @@ def test_the_search_never_reads_the_test_split(trained, monkeypatch):
 def test_an_agent_that_chooses_the_stem_leaves_it_in_the_path(trained):
     trained.stem = "agent"
     try:
-        result = train(Args(episodes=60, quiet=True), problem=trained, table=False)
+        result = train(Args(preset="agent", episodes=60, quiet=True), problem=trained, table=False)
     finally:
         trained.stem = "task_arithmetic:scale=0.5"
     stems = {e["path"].split("@-1")[0] if "@-1" in e["path"] else "base" for e in result.episodes}
@@ -633,10 +647,11 @@ def test_resume_after_kill_ends_as_an_unbroken_run(tiny, tmp_path):
     assert (whole / model).read_bytes() == (broken / model).read_bytes()
 
 
-@pytest.mark.parametrize("known", [4, 9, 14, 25])
+@pytest.mark.parametrize("known", [4, 9, 14, 25, 45, 60])
 def test_resume_in_any_phase_ends_as_an_unbroken_run(tiny, tmp_path, monkeypatch, known):
-    """After the uniform paths, in the agent's part, at its end, in the local search."""
-    options = {"operators": ("weight_average", "ties"), "episodes": 40, "episodes_per_update": 5}
+    """After the uniform paths, in the agent's part, at its end, in the local search, among the scales."""
+    options = {"operators": ("weight_average", "ties"), "episodes": 64, "episodes_per_update": 5}
+    options |= {"finish": 0.4, "scales": 0.4}
     options |= {"data_fraction": 0.25, "quiet": True} | dict(tiny)
     whole = train(Args(**options, run_dir=tmp_path / "whole"), table=False)
 
@@ -655,7 +670,7 @@ def test_resume_in_any_phase_ends_as_an_unbroken_run(tiny, tmp_path, monkeypatch
         train(Args(**options, run_dir=tmp_path / "run"), table=False)
     monkeypatch.undo()
     saved = len(from_csv((tmp_path / "run" / "episodes.csv").read_text()))
-    assert saved == {4: 4, 9: 9, 14: 18, 25: 28}[known]
+    assert saved == {4: 4, 9: 9, 14: 14, 25: 26, 45: 51, 60: 62}[known]
     again = train(Args(**options, resume=tmp_path / "run"), table=False)
     assert again.episodes == whole.episodes
     assert again.updates == whole.updates

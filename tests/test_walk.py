@@ -518,7 +518,7 @@ def test_a_path_without_a_chosen_stem_takes_the_runs():
 
 @pytest.fixture(scope="module")
 def in_phases(tiny, tmp_path_factory):
-    """The same by the default preset: 4 uniform paths, 4 episodes of the agent, 12 of the local search."""
+    """The same by the default preset: 4 uniform paths, 4 of the agent, 4 of the local search, 8 of scales."""
     folder = tmp_path_factory.mktemp("phases") / "run"
     args = ppo.Args(
         **tiny,
@@ -528,6 +528,8 @@ def in_phases(tiny, tmp_path_factory):
         seed=3,
         data_fraction=0.5,
         finalists=3,
+        finish=0.25,
+        scales=0.5,
         quiet=True,
         run_dir=folder,
     )
@@ -544,7 +546,14 @@ def test_a_run_of_the_default_preset_is_one_of_sublayers(in_phases):
         assert one.agent_stacks == (range(3),)
         assert one.n_start == 4
         phases = [one.phase(i) for i in range(20)]
-        assert phases == ["uniform path"] * 4 + ["agent"] * 4 + ["local search"] * 12
+        assert phases == (
+            ["uniform path"] * 4 + ["agent"] * 4 + ["local search"] * 4 + ["scales"] * 8
+        )
+        own = [source for source, _ in one.path(19)]
+        assert all(str(source).startswith("task_arithmetic:scale=") for source in own)
+        assert one.difference(one.path(19), one.path(2))[0] == (
+            f"stem: {own[0]} in the first, task_arithmetic:scale=0.5 in the second"
+        )
         assert one.path(2) == tuple((2, k) for k in range(-1, 6))
     assert torch.equal(run.policies, read.policies)
     assert [run.path(n) for n in run.names] == [read.path(n) for n in run.names]
@@ -593,7 +602,13 @@ def test_a_default_run_refuses_a_problem_in_blocks(in_phases, tiny):
 
 def test_a_default_run_on_a_problem_in_blocks_stays_in_blocks(tiny, tmp_path):
     args = ppo.Args(
-        **tiny, operators=("ties",), episodes=9, quiet=True, run_dir=tmp_path / "run", finish=0.5
+        **tiny,
+        operators=("ties",),
+        episodes=9,
+        quiet=True,
+        run_dir=tmp_path / "run",
+        finish=0.5,
+        scales=0.0,
     )
     problem = load_problem(**tiny, operators=("ties",), seed=args.seed)
     result = ppo.train(args, problem=problem, table=False)
@@ -606,7 +621,7 @@ def test_a_default_run_on_a_problem_in_blocks_stays_in_blocks(tiny, tmp_path):
 
 def test_a_search_without_an_agent_has_no_policy(tiny):
     problem = load_problem(**tiny, operators=("ties",), unit="sublayer")
-    args = ppo.Args(**tiny, operators=("ties",), episodes=5, finish=1.0, quiet=True)
+    args = ppo.Args(**tiny, operators=("ties",), episodes=5, finish=1.0, scales=0.0, quiet=True)
     run = Run.of(ppo.train(args, problem=problem, table=False), problem)
     assert [run.phase(i) for i in range(5)] == ["uniform path"] * 3 + ["local search"] * 2
     assert [run.policy(i) for i in range(5)] == [None] * 5

@@ -423,6 +423,8 @@ def a_default_run() -> Run:
     rows += [row(4, 0, 0.5, "op1@-1 op1@0 op1@1 m1@2 m1@3 op1@4 op1@5") | {"actions": "3 3 1 3"}]
     rows += [row(5, 1, 0.75, "m0@-1 m0@0 m1@1 m0@2 m0@3 m0@4 op0@5") | {"actions": ""}]
     finalists = [{"path": rows[5]["path"], "found": "best", "reward": 0.75}]
+    scaled = [f"task_arithmetic:scale={0.3 + k / 10:g}/-0.05@{k}" for k in range(-1, 5)]
+    rows += [row(6, 1, 0.5, " ".join([*scaled, "op0@5"])) | {"actions": ""}]
     blocks = (range(2), range(2, 4), range(4, 6))
     run.problem.pool.n_layers = 6
     return Run(
@@ -452,6 +454,16 @@ def test_a_replay_says_what_proposed_each_episode():
     assert [t.get_text() for t in right.get_xticklabels()] == ["stem", *"012345"]
     counts = [t.get_position() for t in right.texts if t.get_text() == "1"]
     assert sorted(counts) == [(0, 0), (1, 0), (2, 1), (3, 0), (4, 0), (5, 0), (6, 2)]
+    view.go(6)
+    assert words(view.status).startswith("episode 6, scales: a reward of 0.500; ")
+    _, left, right = view.still()[0].axes
+    assert left.get_title() == "scales; the agent's last policy"
+    shown = {t.get_position(): t.get_text() for t in right.texts}
+    assert {at: text for at, text in shown.items() if at[1] < 2} == {
+        **{(x, 0): f".{2 + x}0" for x in range(6)},  # 0.2, 0.3, ... of the first expert
+        **{(x, 1): "-.05" for x in range(6)},
+    }
+    assert shown[6, 2] == "1"
 
 
 def test_a_replay_of_two_stacks_names_blocks_and_their_parts():

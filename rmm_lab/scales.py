@@ -1,0 +1,118 @@
+"""A scale for each place and expert: the models between and beyond the experts, and CMA-ES over them.
+
+``layer_k = base_k + sum_i scale_{k,i} (expert_{i,k} - base_k)`` at each place k, the stem among them where it
+is chosen. A step reads ``task_arithmetic:scale=0.31/0.55@k``, so a path of scales is scored, built and
+exported as any other.
+
+Sources: Ilharco et al. 2022 for the models; Hansen 2016, "The CMA Evolution Strategy: A Tutorial"; Ros and
+Hansen 2008 for its separable form, which adapts one variance for each number and so learns faster where
+they are many; Auger and Hansen 2005 for the larger population after a restart.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import cmaes
+import numpy as np
+import torch
+
+from rmm_lab.pool import LayerPool
+from rmm_lab.scoring import Path, name_of
+
+BOUNDS = (-0.2, 1.5)  # of a scale: 0 is the base, 1 the expert
+SIGMA = 0.2  # CMA-ES's first step
+MEANS = 10  # generations whose means are averaged at the end
+
+
+def text_of_scales(scales: np.ndarray, places: Sequence[int]) -> str:
+    """A path as text from the scales ((P * N,) or (P, N)) of each place's experts, to 3 digits."""
+    rows = scales.round(3).reshape(len(places), -1) + 0.0  # (P * N,) -> (P, N); no -0
+    return " ".join(
+        f"task_arithmetic:scale={'/'.join(f'{s:g}' for s in row)}@{k}"
+        for k, row in zip(places, rows, strict=True)
+    )
+
+
+def scales_of(pool: LayerPool, path: Path) -> np.ndarray:
+    """The scales whose layers are nearest to those of a path: (P, N), by least squares over all weights.
+
+    An expert's layer is 1 for itself and 0 for the others, task arithmetic's its own scale; only what an
+    operator trims or elects is lost. ``path`` has P steps, the stem's as layer -1.
+    """
+    rows = []
+    for source, k in path:
+        wanted = [*pool.names, name_of(source, pool.sources)]
+        base, *layers = (_flat(pool, s, k) for s in ("base", *wanted))  # (D,) each
+        deltas = torch.stack(layers) - base  # (N + 1, D)
+        products = deltas @ deltas.T
+        # The normal equations; experts that are equal here, or the base itself, share or get nothing.
+        inverse = torch.linalg.pinv(products[:-1, :-1], hermitian=True, rtol=1e-9)
+        rows.append((inverse @ products[:-1, -1]).numpy())
+    return np.stack(rows)
+
+
+def _flat(pool: LayerPool, source: str, k: int) -> torch.Tensor:
+    return torch.cat(
+        [tensor.flatten().double() for tensor in pool.layer_weights(source, k).values()]
+    )
+
+
+class Evolution:
+    """CMA-ES that begins again, from its first mean and with twice the population, where it has contracted.
+
+    Args:
+        mean: (D,) to start from. bounds: of each number, or None. seed: of the draws.
+        separable: with a diagonal covariance.
+
+    ``mean`` is what it has arrived at, ``means`` that after each whole generation. It maximises. Draws depend
+    on nothing but the arguments and what was told, so an evolution can be played again.
+    """
+
+    def __init__(
+        self,
+        mean: np.ndarray,
+        bounds: tuple[float, float] | None,
+        seed: int,
+        *,
+        separable: bool = False,
+    ) -> None:
+        self._kind = cmaes.SepCMA if separable else cmaes.CMA
+        self._first, self._seed = mean, seed
+        self._limits = None if bounds is None else np.tile(bounds, (len(mean), 1))  # (D, 2)
+        self.generation = 0
+        self.means: list[np.ndarray] = []
+        self._begin(None)
+
+    def _begin(self, population: int | None) -> None:
+        self._strategy = self._kind(
+            mean=self._first.copy(),  # the separable form writes into it
+            sigma=SIGMA,
+            bounds=self._limits,
+            seed=self._seed + self.generation,
+            population_size=population,
+        )
+
+    @property
+    def mean(self) -> np.ndarray:
+        """(D,)."""
+        return self._strategy.mean
+
+    def ask(self, most: int) -> list[np.ndarray]:
+        """The next generation, (D,) each, or as much of it as is wanted."""
+        if self._strategy.should_stop():
+            self._begin(2 * self._strategy.population_size)
+        self.generation += 1
+        return [self._strategy.ask() for _ in range(min(most, self._strategy.population_size))]
+
+    def tell(self, asked: Sequence[np.ndarray], rewards: Sequence[float]) -> None:
+        """The rewards of what was asked for; a part of a generation teaches nothing."""
+        if len(asked) == self._strategy.population_size:
+            self._strategy.tell([(x, -r) for x, r in zip(asked, rewards, strict=True)])
+            self.means.append(self.mean.copy())
+
+    def answers(self, n: int) -> list[np.ndarray]:
+        """Up to n vectors (D,) to choose from at the end: the mean of the last means, then these."""
+        if not self.means or not n:
+            return []
+        return [np.mean(self.means[-MEANS:], axis=0), *self.means[:-n:-1]]

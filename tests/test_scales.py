@@ -1,0 +1,197 @@
+"""Scales for each place and expert: what path they stand for, and CMA-ES over them."""
+
+from __future__ import annotations
+
+import cmaes
+import numpy as np
+import pytest
+import torch
+
+from rmm_lab import scales
+from rmm_lab.models import read_checkpoint
+from rmm_lab.pool import LayerPool
+from rmm_lab.problem import load_problem
+from rmm_lab.scales import BOUNDS, Evolution, scales_of, text_of_scales
+from rmm_lab.scoring import reward, steps_of
+
+OPERATORS = ("task_arithmetic:scale=0.3/0.6", "task_arithmetic:scale=0.4", "weight_average", "ties")
+
+
+@pytest.fixture
+def problem(tiny):
+    return load_problem(**tiny, operators=OPERATORS, stem="agent")
+
+
+def test_sources_that_lie_between_the_experts_are_found_exactly(problem):
+    pool = problem.pool
+    wanted = {0: [1, 0], 1: [0, 1], 2: [0.3, 0.6], 3: [0.4, 0.4], 4: [0.5, 0.5], "base": [0, 0]}
+    for k in (-1, 0, 2):
+        for source, expected in wanted.items():
+            found = scales_of(pool, ((source, k),))
+            assert found.shape == (1, 2)
+            np.testing.assert_allclose(found[0], expected, atol=2e-6)
+    path = tuple((a, k) for a, k in zip((2, 1, 4, 0), (-1, 0, 1, 2), strict=True))
+    np.testing.assert_allclose(
+        scales_of(pool, path), [[0.3, 0.6], [0, 1], [0.5, 0.5], [1, 0]], atol=2e-6
+    )
+
+
+def test_an_operator_that_trims_gets_the_nearest_scales(problem):
+    """Least squares over the whole layer, against NumPy's."""
+    pool = problem.pool
+
+    def flat(source):
+        return torch.cat([t.flatten() for t in pool.layer_weights(source, 1).values()]).double()
+
+    base, e1, e2, ties = (flat(s).numpy() for s in ("base", "e1", "e2", pool.sources[5]))
+    expected = np.linalg.lstsq(np.stack([e1 - base, e2 - base], 1), ties - base, rcond=None)[0]
+    assert 0.1 < np.abs(expected).max() < 2
+    np.testing.assert_allclose(scales_of(pool, ((5, 1),))[0], expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("same", "expected"),
+    [("each other", [0.5, 0.5]), ("the base", [0.0, 0.0])],
+)
+def test_experts_that_do_not_differ_in_a_layer_share_it(tiny, same, expected):
+    base, e1, e2 = map(read_checkpoint, (tiny["base"], *tiny["experts"]))
+    other = e1 if same == "each other" else base
+    for name in e2.weights:
+        if name.startswith("blocks.1."):
+            e2.weights[name] = other.weights[name]
+            if same == "the base":
+                e1.weights[name] = base.weights[name]
+    pool = LayerPool(base, [e1, e2], ["e1", "e2"], ["weight_average"])
+    np.testing.assert_allclose(scales_of(pool, ((0, 1),))[0], expected, atol=1e-6)
+    np.testing.assert_allclose(scales_of(pool, ((1, 0),))[0], [0, 1], atol=2e-6)
+
+
+def test_a_path_of_an_experts_scales_scores_as_the_expert(problem):
+    scorer = problem.scorer(fraction=1.0, stem="agent")
+    places = range(-1, 3)
+    text = text_of_scales(np.tile([0.0, 1.0], 4), places)
+    assert text == " ".join(f"task_arithmetic:scale=0/1@{k}" for k in places)
+    own = scorer.score(steps_of(text, scorer.sources))
+    assert own.tolist() == scorer.score(tuple((1, k) for k in places)).tolist()
+
+
+def test_layers_of_own_scales_are_forgotten_and_kept_layers_are_used_before_them(problem):
+    scorer, pool = problem.scorer(fraction=0.5, stem="agent"), problem.pool
+    first = ((0, -1), (1, 0), (0, 1), (1, 2))
+    scorer.score(first, 0)
+    run, kept = scorer.work_run, len(scorer.cache)
+    scorer.score((*first[:2], ("task_arithmetic:scale=0.2/0.7", 1), (1, 2)), 0)
+    examples = sum(len(scorer.rows(i, 0)) for i in range(2))
+    assert scorer.work_run - run == 2 * examples  # the stem and layer 0 were kept
+    assert len(scorer.cache) == kept  # and nothing that no other path begins with
+    known = {source for source, _ in (*pool._weights, *pool._modules)} | set(pool._stems)
+    assert known <= {"base", *pool.sources}
+
+
+def test_no_more_own_layers_are_there_at_once_than_threads(problem, monkeypatch):
+    """Paths of one model each must not hold as many models in memory as a generation has."""
+    rng = np.random.default_rng(0)
+    wanted = [(steps_of(text_of_scales(x, range(-1, 3)), ()), 0) for x in rng.random((9, 8))]
+    for workers in (1, 2):
+        scorer, most = problem.scorer(fraction=0.5, stem="agent", workers=workers), []
+        module = scorer._module
+
+        def noted(source, k, module=module, most=most):
+            out = module(source, k)
+            loose = {key[0] for key in problem.pool._weights} - {"base", *problem.pool.sources}
+            most.append(len(loose))
+            return out
+
+        monkeypatch.setattr(scorer, "_module", noted)
+        scorer.prefetch(wanted)
+        assert max(most) <= 4 * workers  # four places
+        assert len({reward(scorer.score(path, 0)) for path, _ in wanted}) > 1
+        scorer.close()
+
+
+# ------------------------------------------------------------------------------------------ CMA-ES
+
+
+def bowl(x: np.ndarray) -> float:
+    target = np.linspace(-0.1, 1.2, len(x))
+    return -float((np.geomspace(1, 100, len(x)) * (x - target) ** 2).sum())
+
+
+def evolve(evolution: Evolution, n: int, value=bowl) -> Evolution:
+    while n > 0:
+        asked = evolution.ask(n)
+        evolution.tell(asked, [value(x) for x in asked])
+        n -= len(asked)
+    return evolution
+
+
+def test_the_separable_form_learns_faster_where_numbers_are_many():
+    full, separable = (
+        evolve(Evolution(np.full(30, 0.5), BOUNDS, 1, separable=s), 1500) for s in (False, True)
+    )
+    assert bowl(separable.mean) > 3 * bowl(full.mean)  # both negative
+    assert bowl(separable.mean) > -0.2
+    assert bowl(np.full(30, 0.5)) < -50
+
+
+def test_draws_stay_within_the_bounds_and_follow_the_seed():
+    first, again, other = (
+        np.stack(Evolution(np.full(6, 1.4), BOUNDS, s).ask(99)) for s in (1, 1, 2)
+    )
+    assert first.shape == (9, 6)  # 4 + int(3 ln 6)
+    assert (first == again).all()
+    assert not (first == other).any()
+    assert first.min() >= BOUNDS[0]
+    assert first.max() <= BOUNDS[1]
+    assert 0.1 < np.stack(Evolution(np.zeros(2000), None, 1).ask(99)).std() < 0.3
+
+
+def test_an_evolution_is_played_again_from_what_was_told():
+    whole = Evolution(np.zeros(5), BOUNDS, 3, separable=True)
+    told = []
+    for _ in range(8):
+        asked = whole.ask(99)
+        told.append([bowl(x) for x in asked])
+        whole.tell(asked, told[-1])
+    again = Evolution(np.zeros(5), BOUNDS, 3, separable=True)
+    for values in told:
+        again.tell(again.ask(99), values)
+    assert (again.mean == whole.mean).all()
+    assert (np.stack(again.ask(99)) == np.stack(whole.ask(99))).all()
+
+
+def test_a_part_of_a_generation_teaches_nothing():
+    evolution = Evolution(np.zeros(4), BOUNDS, 1)
+    asked = evolution.ask(3)
+    evolution.tell(asked, [1.0, 2.0, 3.0])
+    assert len(asked) == 3
+    assert (evolution.mean == 0).all()
+    assert evolution.answers(5) == []
+
+
+def test_answers_are_the_mean_of_the_last_means_then_these():
+    evolution = evolve(Evolution(np.full(4, 0.5), BOUNDS, 1), 8 * 15)
+    assert len(evolution.means) == 15
+    first, *rest = evolution.answers(4)
+    np.testing.assert_allclose(first, np.mean(evolution.means[-scales.MEANS :], 0))
+    assert len(rest) == 3
+    for found, mean in zip(rest, evolution.means[:-4:-1], strict=True):
+        assert (found == mean).all()
+    assert (rest[0] == evolution.mean).all()
+    assert len(evolution.answers(99)) == 16
+
+
+def test_where_it_has_contracted_it_begins_again_with_twice_the_population(monkeypatch):
+    begun = []
+
+    class Counted(cmaes.SepCMA):
+        def __init__(self, **options):
+            super().__init__(**options)
+            begun.append((self.population_size, options["seed"], options["mean"].tolist()))
+
+    monkeypatch.setattr(cmaes, "SepCMA", Counted)
+    evolve(Evolution(np.full(2, 0.5), BOUNDS, 1, separable=True), 2000, lambda x: 0.5)
+    assert len(begun) > 1
+    assert [n for n, _, _ in begun] == [6 * 2**i for i in range(len(begun))]  # 4 + int(3 ln 2)
+    assert len({seed for _, seed, _ in begun}) == len(begun)
+    assert all(mean == [0.5, 0.5] for *_, mean in begun)
