@@ -71,7 +71,7 @@ def pack(pool: LayerPool, tasks: Sequence[Task], split: str) -> Packed:
 
     bare = copy.copy(pool)
     bare._architecture, bare._weights, bare._modules = None, {}, {}
-    bare._stems, bare._global = {}, {}
+    bare._stems, bare._global, bare._spare = {}, {}, {}
     file = io.BytesIO()
     Packer(file).dump((bare, [_only(task, split) for task in tasks]))
     return file.getvalue(), arrays

@@ -82,7 +82,11 @@ def outside_head(weights: Mapping[str, Tensor]) -> Weights:
 
 def fill(shape: nn.Module, weights: Weights) -> nn.Module:
     """A copy of the module ``shape`` that holds ``weights`` themselves, to be run without gradients."""
-    module = copy.deepcopy(shape)
+    return refill(copy.deepcopy(shape), weights)
+
+
+def refill(module: nn.Module, weights: Weights) -> nn.Module:
+    """The module itself, holding ``weights`` in place of its own, to be run without gradients."""
     try:
         module.load_state_dict(weights, assign=True)
     except RuntimeError as error:

@@ -16,7 +16,7 @@ from rmm_lab.errors import InputError
 from rmm_lab.models import Checkpoint, architecture, check_same_architecture
 from rmm_lab.operators import OPERATORS as ALL
 from rmm_lab.operators import RANDOM, OperatorSpec, expand_operators, parse_operator
-from rmm_lab.parts import UNITS, Parts, Weights, divide, outside_head
+from rmm_lab.parts import UNITS, Parts, Weights, divide, outside_head, refill
 
 SCOPES = ("layer", "tensor", "global")
 
@@ -94,6 +94,9 @@ class LayerPool:
         self._architecture: Any = None
         self._weights: dict[tuple[str, int], Weights] = {}
         self._modules: dict[tuple[str, int], nn.Module] = {}
+        self._spare: dict[
+            int, list[nn.Module]
+        ] = {}  # of forgotten layers: filling is faster than making
         self._stems: dict[str, nn.Module] = {}
         self._global: dict[str, tuple[Tensor, ...]] = {}
         self._specs = dict(self.operators)
@@ -150,8 +153,14 @@ class LayerPool:
             self._operator(source)
 
     def forget(self, sources: Iterable[str]) -> None:
-        """Free what was computed for operators that are no actions of the pool."""
+        """Free what was computed for operators that are no actions of the pool.
+
+        Modules of theirs may be filled again by the next such operator's weights: hold none of them.
+        """
         gone = set(sources) - set(self.sources)
+        for (source, k), module in self._modules.items():
+            if source in gone:
+                self._spare.setdefault(k, []).append(module)
         for store in (self._weights, self._modules):
             for key in [key for key in store if key[0] in gone]:
                 del store[key]
@@ -164,7 +173,11 @@ class LayerPool:
         """Layer k of a source as a module; the same object at every call."""
         key = (source, k)
         if key not in self._modules:
-            self._modules[key] = self.architecture.layer(k, self.layer_weights(source, k))
+            weights = self.layer_weights(source, k)
+            if spare := self._spare.get(k):
+                self._modules[key] = refill(spare.pop(), weights)
+            else:
+                self._modules[key] = self.architecture.layer(k, weights)
         return self._modules[key]
 
     def stem(self, source: str) -> nn.Module:

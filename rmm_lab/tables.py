@@ -87,7 +87,11 @@ def kit_groups() -> dict[str, list[Group]]:
     ]
     return {
         **{"I": halves, "II": vision[:1], "III": language, "IV": vision[:1], "fig3": vision[:1]},
-        **{"groups": vision[1:], "searches": vision + language, "agent": [vision[0], language[0]]},
+        **{
+            "groups": vision[1:],
+            "searches": [vision[0], vision[3], *language],
+            "agent": [vision[0], language[0]],
+        },
     }
 
 

@@ -366,6 +366,24 @@ def test_no_gpu_in_the_cluster_is_told(shared):
 
 
 @pytest.mark.slow
+def test_workers_forget_layers_that_no_source_names(shared):
+    """A path of its own scales: the same scores as here, and its layers are gone afterwards."""
+    problem, engine, options = shared
+    alone = Scorer(problem.pool, problem.tasks, **options)
+    own = "task_arithmetic:scale=0.2/0.7"
+    path = ((own, -1), (0, 0), (own, 1), ("base", 2))
+    jobs = [Job(s, j, (path,)) for s in range(4) for j in range(len(alone.parts(s)))]
+    same(list(engine(jobs)), [alone.work(job) for job in jobs])
+
+    def kept(worker):
+        pool = worker._scorer.pool
+        return {source for source, _ in (*pool._weights, *pool._modules)} | set(pool._stems)
+
+    for names in engine._ray.get([a.__ray_call__.remote(kept) for a in engine._actors]):
+        assert names <= {"base", *problem.pool.sources}
+
+
+@pytest.mark.slow
 def test_workers_read_the_experts_in_place(shared):
     """The pool is in the machine's memory once: each worker's weights lie in Ray's shared memory."""
 

@@ -88,6 +88,25 @@ def test_layers_of_own_scales_are_forgotten_and_kept_layers_are_used_before_them
     assert known <= {"base", *pool.sources}
 
 
+def test_a_layer_filled_again_scores_as_one_made_anew(problem):
+    """The modules of forgotten layers are used for the next path's, bit by bit alike."""
+    rng = np.random.default_rng(1)
+    paths = [steps_of(text_of_scales(x, range(-1, 3)), ()) for x in rng.random((4, 8))]
+    scorer = problem.scorer(fraction=0.5, stem="agent", cache_mb=0)
+    again = [scorer.score(path, 0).tolist() for path in paths]
+    spare = {k: [id(m) for m in modules] for k, modules in problem.pool._spare.items()}
+    assert {k: len(ids) for k, ids in spare.items()} == {0: 1, 1: 1, 2: 1}
+    for path, expected in zip(paths, again, strict=True):
+        problem.pool._spare.clear()
+        anew = problem.scorer(fraction=0.5, stem="agent", cache_mb=0)
+        assert anew.score(path, 0).tolist() == expected
+    first, other = (problem.pool.layer_weights(f"task_arithmetic:scale=0/{i}", 1) for i in (0, 1))
+    module = problem.pool.layer("task_arithmetic:scale=0/0", 1)
+    for name, tensor in module.state_dict().items():
+        assert torch.equal(tensor, first[name])
+    assert any(not torch.equal(first[n], other[n]) for n in first)
+
+
 def test_no_more_own_layers_are_there_at_once_than_threads(problem, monkeypatch):
     """Paths of one model each must not hold as many models in memory as a generation has."""
     rng = np.random.default_rng(0)
