@@ -6,7 +6,7 @@ reported. Other searches under the same number of evaluations are in ``searches`
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -92,10 +92,6 @@ def rows(problem: Problem) -> Iterator[Row]:
     Language tasks have two more at the top: chance, and the most frequent answer given always.
     """
     pool, tasks = problem.pool, problem.tasks
-
-    def merge(name: str, setting: str, source: str) -> Row:
-        return path_row(problem, name, setting, _all(problem, source), source)
-
     if all(isinstance(task, TextTask) for task in tasks):
         skewed = {t.name: t for t in tasks if t.metric != "accuracy"}
         yield Row(
@@ -112,7 +108,8 @@ def rows(problem: Problem) -> Iterator[Row]:
             {name: always[name][1] for name in skewed},
         )
     images = pool.base.family is not t5
-    yield merge("base", "with the experts' heads" if images else "as pretrained", "base")
+    setting = "with the experts' heads" if images else "as pretrained"
+    yield path_row(problem, "base", setting, _all(problem, "base"), "base")
     own: list[Tensor] = []
     for i, name in enumerate(pool.names):
         found = answers_of_path(pool, tasks, _all(problem, name), name, "test", problem.device)
@@ -121,16 +118,28 @@ def rows(problem: Problem) -> Iterator[Row]:
     yield row(problem, "fine-tuned", "each expert on its task: the upper bound", own)
     if problem.multi_task is not None:
         yield row(problem, "multi-task", "trained on all tasks", _joint(problem))
+    yield from uniform_rows(problem, (*AS_GIVEN, *GRIDS))
+
+
+def uniform_rows(problem: Problem, names: Collection[str]) -> Iterator[Row]:
+    """The uniform merges of these names, such as ``DARE``: as published, then tuned on the reward split."""
+
+    def merge(name: str, setting: str, source: str) -> Row:
+        return path_row(problem, name, setting, _all(problem, source), source)
+
     for name, setting in AS_GIVEN.items():
-        yield merge(name, f"{setting} as published", setting)
+        if name in names:
+            yield merge(name, f"{setting} as published", setting)
     for name, settings in GRIDS.items():
+        if name not in names:
+            continue
         best = tune(problem, settings)
         if len(settings) == 1:
             yield merge(name, best, best)
         else:
             setting = f"{best}, best of {len(settings)} on the reward split"
             yield merge(f"{name}, tuned", setting, best)
-        pool.forget(settings)
+        problem.pool.forget(settings)
 
 
 def _joint(problem: Problem) -> list[Tensor]:

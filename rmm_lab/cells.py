@@ -217,16 +217,7 @@ def methods(job: Job) -> Found:
 def dare(job: Job) -> Found:
     """DARE at the job's seed, the only uniform merge that draws: as published, and tuned."""
     problem = load(job.args)
-    given, grid = baselines.AS_GIVEN["DARE"], baselines.GRIDS["DARE"]
-    best = baselines.tune(problem, grid)
-    rows = []
-    for name, setting, source in (
-        ("DARE", f"{given} as published", given),
-        ("DARE, tuned", f"{best}, best of {len(grid)} on the reward split", best),
-    ):
-        steps = [(source, k) for k in range(problem.pool.n_layers)]
-        rows.append(baselines.path_row(problem, name, setting, steps, source))
-    return {job.table: [line(problem, row) for row in rows]}
+    return {job.table: [line(problem, row) for row in baselines.uniform_rows(problem, ["DARE"])]}
 
 
 def rmm(job: Job) -> Found:

@@ -30,19 +30,18 @@ from rmm_lab.memory import keep_freed_memory
 from rmm_lab.path import LayerPath
 from rmm_lab.problem import OPERATORS, STEM, Problem, load_problem
 from rmm_lab.runs import Row, RunFolder, check_new, optimiser_tensors, restore_optimiser
-from rmm_lab.scales import BOUNDS, Evolution, scales_of, text_of_scales
+from rmm_lab.scales import evolution_of, path_of_scales
 from rmm_lab.scoring import (
     PRECISIONS,
     Blocks,
     Plan,
     Scorer,
     name_of,
-    own_sources,
     shortlist,
     steps_of,
 )
 from rmm_lab.scoring import Path as Steps
-from rmm_lab.surrogate import Surrogate
+from rmm_lab.surrogate import surrogate_of
 
 # =============================================================================================
 # Arguments
@@ -658,11 +657,11 @@ def search(
     while len(episodes) < args.episodes - n_scales:
         subset = len(episodes) // args.episodes_per_update % scorer.n_subsets
         n = min(args.episodes_per_update, args.episodes - n_scales - len(episodes))
-        score(surrogate_of(scorer, episodes, args).propose(n), subset)
+        score(surrogate_of(scorer, episodes, args.seed).propose(n), subset)
 
     # 4. A scale for each layer and expert, around the best path.
     if len(episodes) < args.episodes:
-        evolution = evolution_of(scorer, episodes, args)
+        evolution = evolution_of(scorer, episodes, args.seed)
         while len(episodes) < args.episodes:
             asked = evolution.ask(args.episodes - len(episodes))
             paths = [path_of_scales(scorer, x) for x in asked]
@@ -670,39 +669,6 @@ def search(
             evolution.tell(asked, [e["raw_reward"] for e in episodes[-len(asked) :]])
     progress.end()
     return agent, episodes, updates, policies
-
-
-def surrogate_of(scorer: Any, episodes: Sequence[Row], args: Args) -> Surrogate:
-    """What all episodes of sources without a penalty have taught, as a Gaussian process over paths."""
-    scored = [
-        (path, e["subset"], e["raw_reward"])
-        for e in episodes
-        if not e["penalised"] and not own_sources(path := steps_of(e["path"], scorer.sources))
-    ]
-    return Surrogate(scored, places_of(scorer), len(scorer.sources), args.seed)
-
-
-def evolution_of(scorer: Scorer, episodes: Sequence[Row], args: Args) -> Evolution:
-    """CMA-ES over the scales around the best path of sources, as far as the episodes have brought it."""
-    start = [not own_sources(steps_of(e["path"], scorer.sources)) for e in episodes].count(True)
-    best = surrogate_of(scorer, episodes[:start], args).propose(1)[0]
-    first = scales_of(scorer.pool, best).clip(*BOUNDS).ravel()
-    evolution = Evolution(first, BOUNDS, args.seed, separable=True)
-    while start < len(episodes):
-        asked = evolution.ask(len(episodes) - start)
-        evolution.tell(asked, [e["raw_reward"] for e in episodes[start : start + len(asked)]])
-        start += len(asked)
-    return evolution
-
-
-def path_of_scales(scorer: Any, scales: np.ndarray) -> Steps:
-    """The path of a vector of scales, (P * N,)."""
-    return steps_of(text_of_scales(scales, places_of(scorer)), ())
-
-
-def places_of(scorer: Any) -> range:
-    """The stem, where it is chosen, as -1, then the layers."""
-    return range(-1 if scorer.chooses_stem else 0, scorer.n_layers)
 
 
 def choose(env: Any, agent: Agent, episodes: Sequence[Row], args: Args) -> list[Row]:
@@ -718,10 +684,10 @@ def choose(env: Any, agent: Agent, episodes: Sequence[Row], args: Args) -> list[
     n = args.finalists
     candidates = {}
     if args.scales:
-        means = evolution_of(scorer, episodes, args).answers(n - n // 4)
+        means = evolution_of(scorer, episodes, args.seed).answers(n - n // 4)
         candidates = {path_of_scales(scorer, x): "scales" for x in means}
     if args.finish:
-        near = surrogate_of(scorer, episodes, args).finalists(n - len(candidates))
+        near = surrogate_of(scorer, episodes, args.seed).finalists(n - len(candidates))
         candidates |= dict.fromkeys(near, "best")
     else:
         best = shortlist(fair, n - len(candidates))

@@ -11,14 +11,16 @@ they are many; Auger and Hansen 2005 for the larger population after a restart.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import cmaes
 import numpy as np
 import torch
 
 from rmm_lab.pool import LayerPool
-from rmm_lab.scoring import Path, name_of
+from rmm_lab.scoring import Path, name_of, own_sources, places_of, steps_of
+from rmm_lab.surrogate import surrogate_of
 
 BOUNDS = (-0.2, 1.5)  # of a scale: 0 is the base, 1 the expert
 SIGMA = 0.2  # CMA-ES's first step
@@ -116,3 +118,26 @@ class Evolution:
         if not self.means or not n:
             return []
         return [np.mean(self.means[-MEANS:], axis=0), *self.means[:-n:-1]]
+
+
+def path_of_scales(scorer: Any, scales: np.ndarray) -> Path:
+    """The path of a vector of scales, (P * N,)."""
+    return steps_of(text_of_scales(scales, places_of(scorer)), ())
+
+
+def evolution_of(scorer: Any, episodes: Sequence[Mapping[str, Any]], seed: int) -> Evolution:
+    """CMA-ES around the best path of sources, as far as the episodes of scales have brought it.
+
+    Those come after all others; with none of them it stands at its start. The best path is the one that all
+    others let expect the most of, among those that were scored.
+    """
+    known = [not own_sources(steps_of(e["path"], scorer.sources)) for e in episodes].count(True)
+    best = surrogate_of(scorer, episodes[:known], seed).propose(1)[0]
+    first = scales_of(scorer.pool, best).clip(*BOUNDS).ravel()
+    evolution = Evolution(first, BOUNDS, seed, separable=True)
+    while known < len(episodes):
+        asked = evolution.ask(len(episodes) - known)
+        told = [e["raw_reward"] for e in episodes[known : known + len(asked)]]
+        evolution.tell(asked, told)
+        known += len(asked)
+    return evolution

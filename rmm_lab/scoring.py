@@ -51,6 +51,11 @@ def own_sources(path: Path) -> set[str]:
     return {source for source, _ in path if isinstance(source, str)}
 
 
+def places_of(scorer: Any) -> range:
+    """Where a path of a scorer takes a source: the stem, if it is chosen, as -1, then the layers."""
+    return range(-1 if scorer.chooses_stem else 0, scorer.n_layers)
+
+
 def _order(key: tuple[Path, int | None]) -> tuple[Any, ...]:
     """What sorts pairs of a path, of numbers or text, and a subset: by subset first."""
     path, subset = key

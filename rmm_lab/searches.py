@@ -25,7 +25,7 @@ import numpy as np
 
 from rmm_lab.errors import InputError
 from rmm_lab.scales import BOUNDS, Evolution, text_of_scales
-from rmm_lab.scoring import Path, reward, shortlist, steps_of, text_of
+from rmm_lab.scoring import Path, places_of, reward, shortlist, steps_of, text_of
 
 # (scorer, evaluations, seed) -> (path as text, reward in [0, 1]) of each evaluation, in order.
 Search = Callable[[Any, int, int], list[tuple[str, float]]]
@@ -42,17 +42,12 @@ LAST = 10  # evaluations at the end of a CMA-ES that score the mean of what it f
 
 def uniform_paths(scorer: Any) -> list[Path]:
     """The path of each source, everywhere: N experts and M operators, in the order of the sources."""
-    return [tuple((a, k) for k in _places(scorer)) for a in range(len(scorer.sources))]
+    return [tuple((a, k) for k in places_of(scorer)) for a in range(len(scorer.sources))]
 
 
 def random_path(scorer: Any, rng: np.random.Generator) -> Path:
     """A source drawn uniformly at each place."""
-    return tuple((int(rng.integers(len(scorer.sources))), k) for k in _places(scorer))
-
-
-def _places(scorer: Any) -> range:
-    """Layers 0 to L-1, and -1, the stem, before them where it is chosen."""
-    return range(-1 if scorer.chooses_stem else 0, scorer.n_layers)
+    return tuple((int(rng.integers(len(scorer.sources))), k) for k in places_of(scorer))
 
 
 def score_text(scorer: Any, text: str, subset: int | None) -> float:
@@ -162,7 +157,7 @@ def _by_optuna(scorer: Any, evaluations: int, sampler: Any, batch: int) -> list[
     import optuna
 
     one = optuna.distributions.CategoricalDistribution(range(len(scorer.sources)))
-    choices: dict[str, Any] = {str(k): one for k in _places(scorer)}
+    choices: dict[str, Any] = {str(k): one for k in places_of(scorer)}
     with _quiet(optuna):
         study = optuna.create_study(direction="maximize", sampler=sampler)
         start = uniform_paths(scorer)
@@ -218,13 +213,13 @@ def cmaes_scales(scorer: Any, evaluations: int, seed: int) -> list[tuple[str, fl
     """
 
     def text(scales: np.ndarray) -> str:
-        return text_of_scales(scales, _places(scorer))
+        return text_of_scales(scales, places_of(scorer))
 
     def score(texts: Sequence[str], subset: int) -> list[tuple[str, float]]:
         prefetch(scorer, [(steps_of(one, scorer.sources), subset) for one in texts])
         return [(one, score_text(scorer, one, subset)) for one in texts]
 
-    n, size = scorer.n_models, scorer.n_models * len(_places(scorer))
+    n, size = scorer.n_models, scorer.n_models * len(places_of(scorer))
     out = _start(scorer, evaluations)
     # An expert is a scale of 1 for itself and of 0 for the others.
     known = [(value, np.tile(np.eye(n)[i], size // n)) for i, (_, value) in enumerate(out[:n])]

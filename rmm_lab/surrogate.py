@@ -12,14 +12,15 @@ Thompson 1933 for drawing what to try; kernels on Hamming distances as in Ru et 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from rmm_lab.scoring import Path
+from rmm_lab.scoring import Path, own_sources, places_of, steps_of
 
 CENTRES = 4  # best paths around which is searched
 DRAWS = 20  # of the posterior for each path that is proposed, at most
@@ -193,3 +194,13 @@ class Surrogate:
 
     def _path(self, row: Tensor) -> Path:
         return tuple((int(source), k) for source, k in zip(row, self.places, strict=True))
+
+
+def surrogate_of(scorer: Any, episodes: Sequence[Mapping[str, Any]], seed: int) -> Surrogate:
+    """What all episodes of the scorer's sources, without a penalty, have taught."""
+    scored = [
+        (path, e["subset"], e["raw_reward"])
+        for e in episodes
+        if not e["penalised"] and not own_sources(path := steps_of(e["path"], scorer.sources))
+    ]
+    return Surrogate(scored, places_of(scorer), len(scorer.sources), seed)

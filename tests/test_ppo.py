@@ -19,7 +19,7 @@ import pytest
 import torch
 from torch.distributions import Categorical
 
-from rmm_lab import ppo, runs
+from rmm_lab import ppo, report, runs
 from rmm_lab.env import DynamicAverageReward, MergingEnv
 from rmm_lab.errors import InputError
 from rmm_lab.path import LayerPath
@@ -379,6 +379,31 @@ def test_the_local_search_finds_the_best_of_many_by_few_noisy_scores():
     env = ppo.make_env(_Fixed(Sum()), args)
     agent, episodes, *_ = ppo.search(env, args, RunFolder(None))
     assert ppo.choose(env, agent, episodes, args)[0]["reward"] == pytest.approx(0.8)  # the best
+
+
+def test_final_candidates_are_those_expected_to_be_best_though_nobody_tried_them():
+    """Worth adds up over six places; the best of 729 paths is not among the 150 that were scored."""
+
+    class Sum:
+        sources, n_models, n_layers, n_subsets = ("a", "b", "c"), 2, 6, 10
+        stacks, task_names, chooses_stem = (range(6),), ["t"], False
+        worth = np.random.default_rng(2).permuted(np.tile([0.0, 0.05, 0.1], (6, 1)), axis=1)
+
+        def score(self, path, subset=None):
+            return np.array([sum(self.worth[k, a] for a, k in path)])
+
+    scorer, rng = Sum(), np.random.default_rng(3)
+    episodes = []
+    for i in range(150):
+        path = tuple((int(a), k) for k, a in enumerate(rng.integers(3, size=6)))
+        scores = scorer.score(path) + 0.02 * rng.standard_normal(1)
+        episodes.append(report.scored_row(i, 0, path, i % 10, scores, scorer))
+    best = tuple((int(a), k) for k, a in enumerate(scorer.worth.argmax(1)))
+    assert report.text_of(best, scorer.sources) not in {e["path"] for e in episodes}
+    args = Args(preset="agent", finish=0.5, episodes=150, quiet=True)
+    env = ppo.make_env(_Fixed(scorer), args)
+    agent = ppo.Agent(int(np.prod(env.observation_space.shape)), int(env.action_space.n))
+    assert ppo.choose(env, agent, episodes, args)[0]["path"] == best
 
 
 def test_impossible_finishes_are_refused(trained):
