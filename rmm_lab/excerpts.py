@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import re
 import sys
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -115,14 +116,17 @@ def halves(read: Callable[[str], Rows]) -> str:
 
 
 def searches(read: Callable[[str], Rows]) -> str:
-    """The searches of each problem on the test split, and RMM less each of them, paired by seed."""
+    """The searches of each problem on the test split."""
     rows = read("searches")
     names = list(dict.fromkeys(r["group"] for r in rows))
     lines = []
     for method in dict.fromkeys(r["method"] for r in rows):
         cells = [_spread(by_seed(_of(rows, group=g, method=method), "mean")) for g in names]
         lines.append([f"**{method}**" if method == "RMM" else method, *cells])
-    seeds = [str(len({r["seed"] for r in _of(rows, group=g)})) for g in names]
+    seeds = []
+    for g in names:
+        counts = Counter(r["method"] for r in _of(rows, group=g)).values()
+        seeds.append(" to ".join(dict.fromkeys([str(min(counts)), str(max(counts))])))
     return markdown(["test split, %", *names], [*lines, ["seeds", *seeds]])
 
 
@@ -137,10 +141,9 @@ def agent(read: Callable[[str], Rows]) -> str:
             own = _of(rows, group=group, setting=setting)
             split = [_spread(by_seed(own, k)) for k in ("reward_split", "mean")]
             gain = "" if setting == settings[0] else difference(by_seed(own, "reward_split"), first)
-            lines.append([group, setting, split[0], gain, split[1]])
-    return markdown(
-        ["experts", "setting", "reward split, %", "difference", "test split, %"], lines, 2
-    )
+            lines.append([group, setting, split[0], gain, split[1], str(len(own))])
+    head = ["experts", "setting", "reward split, %", "difference", "test split, %", "seeds"]
+    return markdown(head, lines, 2)
 
 
 def preset(read: Callable[[str], Rows]) -> str:

@@ -54,8 +54,8 @@ def lines_of(text: str) -> list[list[str]]:
 def test_means_spreads_and_paired_differences_by_hand():
     # mean 71, sample deviation sqrt(2); differences 1 and 3: 2 +- 12.706 * sqrt(2) / sqrt(2)
     table = lines_of(excerpts.agent(rows_of))
-    assert table[2] == ["g", "default", "72.0 ± 1.4", "", "71.0 ± 1.4"]
-    assert table[3] == ["g", "other", "74.0 ± 2.8", "+2.0 ± 12.7", "73.0 ± 2.8"]
+    assert table[2] == ["g", "default", "72.0 ± 1.4", "", "71.0 ± 1.4", "2"]
+    assert table[3] == ["g", "other", "74.0 ± 2.8", "+2.0 ± 12.7", "73.0 ± 2.8", "2"]
     table = lines_of(excerpts.searches(rows_of))
     assert table[0] == ["test split, %", "g"]
     assert table[-2:] == [["**RMM**", "73.0 ± 2.8"], ["seeds", "2"]]

@@ -420,8 +420,10 @@ def test_searches_by_hand():
             rows.append(key | {"reward_split": a, "mean": b, "seconds": 5})
     page = sheets.SHOW["searches"](rows)
     order = [x.split("|")[2].strip() for x in page.splitlines() if x.startswith("| g ")]
-    assert order == ["**RMM**", "TPE", "luck", "RMM − TPE"]
-    assert "| g | RMM − TPE | +0.0 ± 12.7 | +5.0 ± 12.7 |  |" in page
+    assert order == ["**RMM**", "TPE", "luck"]
+    assert "| g | **RMM** | 2 | 71.0 ± 1.4 | 65.0 ± 1.4 |  |  | 5 |" in page
+    assert "| g | TPE | 2 | 71.0 ± 0.0 | 60.0 ± 0.0 | +0.0 ± 12.7 | +5.0 ± 12.7 | 5 |" in page
+    assert "| g | luck | 2 | 60.0 ± 0.0 | 69.0 ± 0.0 | +11.0 ± 12.7 | −4.0 ± 12.7 | 5 |" in page
 
 
 def test_the_ablation_by_hand():
@@ -431,8 +433,8 @@ def test_the_ablation_by_hand():
         for seed, r in zip((1, 2), values, strict=True)
     ]
     page = sheets.SHOW["agent"](rows)
-    assert "| g | default preset | 71.0 ± 1.4 |  | 50.0 ± 0.0 |" in page
-    assert "| g | x | 69.0 ± 0.0 | −2.0 ± 12.7 | 50.0 ± 0.0 |" in page
+    assert "| g | default preset | 71.0 ± 1.4 |  | 50.0 ± 0.0 | 2 |" in page
+    assert "| g | x | 69.0 ± 0.0 | −2.0 ± 12.7 | 50.0 ± 0.0 | 2 |" in page
 
 
 def test_intervals_are_scipys():
