@@ -160,7 +160,7 @@ class LayerPool:
         gone = set(sources) - set(self.sources)
         for (source, k), module in self._modules.items():
             if source in gone:
-                self._spare.setdefault(k, []).append(module)
+                self._spare.setdefault(k, []).append(module.to("meta"))  # its shape alone
         for store in (self._weights, self._modules):
             for key in [key for key in store if key[0] in gone]:
                 del store[key]

@@ -14,7 +14,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import cmaes
 import numpy as np
 import torch
 
@@ -79,6 +78,8 @@ class Evolution:
         *,
         separable: bool = False,
     ) -> None:
+        import cmaes
+
         self._kind = cmaes.SepCMA if separable else cmaes.CMA
         self._first, self._seed = mean, seed
         self._limits = None if bounds is None else np.tile(bounds, (len(mean), 1))  # (D, 2)

@@ -322,18 +322,24 @@ def test_scope_global_merges_the_model_once(make, calls):
 def test_forget_frees_what_is_no_action(make, calls, scope):
     pool = make(("weight_average",), scope=scope)
     kept = pool.layer("weight_average", 0), pool.layer("e1", 0), pool.stem("weight_average")
-    gone = [weakref.ref(pool.layer("ties", k)) for k in range(3)]
+    spare = [pool.layer("ties", k) for k in range(3)]
+    gone = [weakref.ref(t) for k in range(3) for t in pool.layer_weights("ties", k).values()]
+    n = len(gone)
     gone += [weakref.ref(pool.stem("ties")), weakref.ref(pool.stem_weights("ties")["pos_embed"])]
     before = len(calls)
     assert before
     pool.forget(["ties", "weight_average", "e1"])
     gc.collect()
-    assert [ref() for ref in gone] == [None] * 5
+    assert [ref() for ref in gone] == [None] * (n + 2)
+    assert all(t.is_meta for module in spare for t in module.state_dict().values())
     assert pool.layer("weight_average", 0) is kept[0]
     assert pool.layer("e1", 0) is kept[1]
     assert pool.stem("weight_average") is kept[2]
     for k in range(-1, 3):  # and it can be asked for again
-        pool.layer_weights("ties", k)
+        weights = pool.layer_weights("ties", k)
+        if k >= 0:
+            assert pool.layer("ties", k) is spare[k]
+            assert all(torch.equal(t, weights[n]) for n, t in spare[k].state_dict().items())
     assert len(calls) == 2 * before
 
 

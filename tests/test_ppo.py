@@ -558,7 +558,7 @@ def test_a_search_is_the_same_with_any_number_of_workers(trained, preset, monkey
     fair = sum(not e["penalised"] for e in walked)
     assert sum(map(len, asked)) == 2 * fair
     assert fair < 48 if preset == "paper" else fair == len(walked)
-    assert len(walked) == {"default": 48 - 4 - 33, "agent": 48, "paper": 48}[preset]
+    assert len(walked) == {"default": 48 - 4 - 35, "agent": 48, "paper": 48}[preset]
 
 
 def test_a_search_that_looks_ahead_finds_every_score_at_hand(trained, monkeypatch):
