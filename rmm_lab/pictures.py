@@ -7,6 +7,7 @@ from itertools import pairwise
 from typing import Any
 
 import numpy as np
+import torch
 from matplotlib import colormaps
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
@@ -15,6 +16,7 @@ from matplotlib.ticker import MaxNLocator, MultipleLocator
 from torch import Tensor
 
 from rmm_lab.errors import InputError
+from rmm_lab.operators import parse_operator
 from rmm_lab.plots import COLOURS, HATCHES, draw_map, moving_average
 from rmm_lab.scoring import Path
 from rmm_lab.sheets import mean_and_sd as mean_and_sd
@@ -704,47 +706,52 @@ def targets(steps: np.ndarray, values: Mapping[str, np.ndarray]) -> Figure:
 
 # ---- notebook 08
 
-# What a path may take at a place, whichever experts there are; the order of the heat map's rows.
-ROLES = ("expert or base", "leaning average", "plain average", "task arithmetic", "TIES")
+LINEAR = ("task_arithmetic", "weight_average", "weighted_average")  # sums of scaled task vectors
 
 
-def role(source: str) -> str:
-    """The kind of a source of the default operators, one of ``ROLES``."""
-    name = source.partition(":")[0]
-    operators = ("weighted_average", "weight_average", "task_arithmetic", "ties")
-    return dict(zip(operators, ROLES[1:], strict=True)).get(name, ROLES[0])
+def amounts(source: str, names: Sequence[str]) -> np.ndarray:
+    """How much of each expert's task vector a source adds to the base: (N,).
 
-
-def place_shares(
-    paths: Sequence[tuple[Sequence[tuple[str, int]], str]], n_layers: int
-) -> np.ndarray:
-    """How often each role stands at each place, per path: (5 roles, 1 + L places), the stem first.
-
-    ``paths``: (steps of (source, layer), stem). A column sums to 1 unless paths skip or stack there.
+    1 of its own for an expert, its scales for task arithmetic; NaN where a source trims or drops.
     """
-    counts = np.zeros((len(ROLES), 1 + n_layers))
-    for steps, stem in paths:
-        for source, k in [(stem, -1), *steps]:
-            counts[ROLES.index(role(source)), 1 + k] += 1
-    return counts / max(1, len(paths))
+    if source == "base":
+        return np.zeros(len(names))
+    if source in names:
+        return np.eye(len(names))[list(names).index(source)]
+    spec = parse_operator(source)
+    if spec.function not in LINEAR:
+        return np.full(len(names), np.nan)
+    return spec(torch.zeros(len(names)), torch.eye(len(names))).double().numpy()
 
 
-def shares_picture(shares: Mapping[str, np.ndarray]) -> Figure:
-    """A heat map of ``place_shares`` for each group, with the numbers in the cells."""
-    rows = -(-len(shares) // 2)
-    figure = Figure(figsize=(9.5, 2.5 * rows), layout="constrained")
+def path_amounts(
+    steps: Sequence[tuple[str, int]], stem: str, names: Sequence[str], n_layers: int
+) -> np.ndarray:
+    """``amounts`` at each place of a path: (N, 1 + L), the stem first; NaN where it takes no layer."""
+    out = np.full((len(names), 1 + n_layers), np.nan)
+    for source, k in [(stem, -1), *steps]:
+        out[:, 1 + k] = amounts(source, names)
+    return out
+
+
+def amounts_picture(found: Mapping[str, Mapping[str, np.ndarray]]) -> Figure:
+    """A heat map for each group: group -> expert -> (1 + L,) amounts, in the cells as numbers."""
+    rows = -(-len(found) // 2)
+    figure = Figure(figsize=(9.5, 1.9 * rows), layout="constrained")
     grid = figure.subplots(rows, 2, squeeze=False)
-    for axes, (group, share) in zip(grid.flat, shares.items(), strict=False):
-        axes.imshow(share, cmap="cividis", vmin=0, vmax=1, aspect="auto")
-        for (y, x), value in np.ndenumerate(share):
-            if value:
+    for axes, (group, own) in zip(grid.flat, found.items(), strict=False):
+        values = np.stack(list(own.values()))  # (N, 1 + L)
+        axes.imshow(values, cmap="cividis", vmin=0, vmax=1, aspect="auto")
+        for (y, x), value in np.ndenumerate(values):
+            if not np.isnan(value):
                 colour = "black" if value >= 0.5 else "white"
-                axes.text(x, y, f"{value:.1f}", ha="center", va="center", fontsize=9, color=colour)
+                text = f"{value:.1f}".replace("0.", ".")
+                axes.text(x, y, text, ha="center", va="center", fontsize=8, color=colour)
         axes.set_title(group, fontsize=10)
-        axes.set_xticks(range(share.shape[1]), ["stem", *range(share.shape[1] - 1)], fontsize=9)
-        axes.set_yticks(range(len(ROLES)), ROLES, fontsize=9)
+        axes.set_xticks(range(values.shape[1]), ["stem", *range(values.shape[1] - 1)], fontsize=9)
+        axes.set_yticks(range(len(own)), list(own), fontsize=9)
         axes.set_xlabel("layer", fontsize=9)
-    for axes in grid.flat[len(shares) :]:
+    for axes in grid.flat[len(found) :]:
         axes.set_axis_off()
     return figure
 

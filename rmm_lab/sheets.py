@@ -203,9 +203,11 @@ READING = (
 
 
 def _page(title: str, rows: Rows, tables: Sequence[str], paper: Rows, number: str) -> str:
-    seeds = len({row["seed"] for row in rows})
+    counts = Counter((row["group"], row["size"]) for row in rows if row["method"] == "RMM").values()
+    low, seeds = min(counts, default=1), max(counts, default=1)
     several = len({r["method"] for r in rows if r["method"].startswith("RMM")}) > 1
-    reading = READING.format(n=f"{seeds} seeds" if seeds > 1 else "one seed", s="s" * several)
+    n = f"{low} to {seeds} seeds" if low < seeds else f"{seeds} seeds" if seeds > 1 else "one seed"
+    reading = READING.format(n=n, s="s" * several)
     own = [row for row in paper if row["table"] == number]
     parts = [f"# {title}\n", f"{reading} {tuning(rows)}\n", *tables]
     return "\n".join([*parts, *papers_tables(own)])

@@ -246,20 +246,19 @@ def test_claims_against_the_recorded_table():
         assert mean["letters+symbols"]["fine-tuned"] - best["letters+symbols"] < 5
 
 
-def test_place_shares_by_hand():
-    paths = [
-        ([("digits", 0), ("weighted_average:expert=1,share=0.75", 1)], "ties"),
-        ([("digits", 0), ("weight_average", 1)], "base"),
-    ]
-    shares = pictures.place_shares(paths, 2)
-    assert shares.tolist() == [
-        [0.5, 1.0, 0.0],  # an expert's own, or the base's
-        [0.0, 0.0, 0.5],
-        [0.0, 0.0, 0.5],
-        [0.0, 0.0, 0.0],
-        [0.5, 0.0, 0.0],
-    ]
-    assert pictures.role("task_arithmetic:scale=0.75") == "task arithmetic"
+def test_amounts_by_hand():
+    steps = [("b", 0), ("weighted_average:expert=1,share=0.75", 1), ("ties", 3)]
+    found = pictures.path_amounts(steps, "task_arithmetic:scale=0.3/-0.1", ["a", "b"], 4)
+    nan = np.nan  # layer 2 is skipped, TIES is no sum
+    expected = [[0.3, 0.0, 0.75, nan, nan], [-0.1, 1.0, 0.25, nan, nan]]
+    np.testing.assert_allclose(found, expected, atol=1e-7)
+    for source, amount in {
+        "base": [0, 0, 0],
+        "weight_average": [1 / 3] * 3,
+        "task_arithmetic:scale=0.75": [0.75] * 3,
+        "weighted_average:expert=2,share=0.5": [0.25, 0.5, 0.25],
+    }.items():
+        np.testing.assert_allclose(pictures.amounts(source, "abc"), amount, atol=1e-7)
 
 
 def test_pictures_show_what_they_are_given():
@@ -270,5 +269,7 @@ def test_pictures_show_what_they_are_given():
     assert len({line.get_marker() for line in lines}) == 2  # not by colour alone
     figure = pictures.gain_picture({"a+b": np.array([1.0, 3.0])}, {"a+b": 0.5})
     assert [2.0] in [list(line.get_xdata()) for line in figure.axes[0].get_lines()]
-    figure = pictures.shares_picture({"a+b": np.eye(5)[:, :3]})
-    assert sorted(text.get_text() for text in figure.axes[0].texts) == ["1.0"] * 3
+    own = {"a": np.array([0.25, np.nan, 1.0]), "b": np.array([-0.1, 0.0, 0.6])}
+    figure = pictures.amounts_picture({"a+b": own})
+    shown = {text.get_position(): text.get_text() for text in figure.axes[0].texts}
+    assert shown == {(0, 0): ".2", (2, 0): "1.0", (0, 1): "-.1", (1, 1): ".0", (2, 1): ".6"}
