@@ -20,6 +20,9 @@ if TYPE_CHECKING:
     from rmm_lab.ppo import Result
 
 
+WIDEST = 120  # characters of a path in the progress line
+
+
 # ---------------------------------------------------------------------------------------- episodes
 
 
@@ -87,7 +90,7 @@ class Progress:
         line = (
             f"episode {len(episodes)}/{self.total}  reward {100 * last['raw_reward']:.1f}  "
             f"DAR {100 * last['dar_reward']:.1f}  last 50 {100 * sum(recent) / len(recent):.1f}  "
-            f"best {100 * self.best[0]:.1f} ({self.best[1]})  {left:.0f} s left"
+            f"best {100 * self.best[0]:.1f} ({shortened(self.best[1])})  {left:.0f} s left"
         )
         print(f"\r\x1b[K{line}" if self.live else line, end="" if self.live else "\n", flush=True)
 
@@ -95,6 +98,11 @@ class Progress:
         """Leave the live line."""
         if not self.quiet and self.live:
             print()
+
+
+def shortened(path: str) -> str:
+    """A path as text, in a line's length: scales of each layer would fill six."""
+    return path if len(path) <= WIDEST else f"{path[: WIDEST - 4].rpartition(' ')[0]} ..."
 
 
 def cost(scorer: Any) -> str:

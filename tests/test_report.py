@@ -272,6 +272,15 @@ def test_progress_says_episode_best_path_and_time_left(capsys):
     assert capsys.readouterr().out == ""
 
 
+def test_a_path_of_scales_does_not_fill_the_progress_line(capsys):
+    path = " ".join(f"task_arithmetic:scale=0.{k}51/0.249@{k}" for k in range(10))
+    row = {"raw_reward": 0.5, "dar_reward": 0.5, "penalised": 0, "path": path}
+    report.Progress(1, 0, quiet=False).show([row])
+    line = capsys.readouterr().out.strip()
+    assert f"({path[:107]} ...)" in line  # three whole steps, and no more
+    assert report.shortened("digits@0 ties@1") == "digits@0 ties@1"
+
+
 def test_moving_average_by_hand():
     assert plots.moving_average([1, 3, 5, 11], 2).tolist() == [1, 2, 4, 8]
     assert plots.moving_average([1, 3, 5, 11], 50).tolist() == [1, 2, 3, 5]
