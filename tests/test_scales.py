@@ -200,6 +200,25 @@ def test_answers_are_the_mean_of_the_last_means_then_these():
     assert len(evolution.answers(99)) == 16
 
 
+def test_the_evolution_of_a_search_is_separable_and_starts_at_its_best_path(problem):
+    scorer = problem.scorer(fraction=0.5, stem="agent")
+    rows = [
+        {"path": " ".join(f"{s}@{k}" for k in range(-1, 3)), "subset": 0, "penalised": 0}
+        | {"raw_reward": reward}
+        for s, reward in zip(scorer.sources, (0.4, 0.3, 0.9, 0.5, 0.4, 0.2), strict=True)
+    ]
+    found = scales.evolution_of(scorer, rows, 1)
+    np.testing.assert_allclose(found.mean, [0.3, 0.6] * 4, atol=2e-6)  # of the third source
+    expected = Evolution(found.mean, BOUNDS, 1, separable=True)
+    asked = found.ask(99)
+    for _ in range(3):
+        values = [bowl(x) for x in asked]
+        found.tell(asked, values)
+        expected.tell(expected.ask(99), values)
+        assert (found.mean == expected.mean).all()
+        asked = found.ask(99)
+
+
 def test_where_it_has_contracted_it_begins_again_with_twice_the_population(monkeypatch):
     begun = []
 
