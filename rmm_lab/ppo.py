@@ -593,6 +593,11 @@ def search(
             policies,
         )
 
+    if args.scales and not hasattr(getattr(scorer, "scorer", scorer), "pool"):
+        raise InputError(
+            "--scales: expected a scorer of models, found one by formula, which has none to scale; use "
+            "--scales 0"
+        )
     if args.finish + args.scales and env.unwrapped.max_depth < env.unwrapped.n_layers:
         raise InputError(
             f"--max-depth: expected at least {env.unwrapped.n_layers} layers, found "

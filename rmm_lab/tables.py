@@ -8,7 +8,7 @@
     python -m rmm_lab.tables all          all of these; about three quarters of an hour with --jobs 2
     python -m rmm_lab.tables searches     RMM beside other searches at the same number of evaluations
     python -m rmm_lab.tables groups       Table II's methods on other groups of sets
-    python -m rmm_lab.tables agent        the default preset with one choice put back
+    python -m rmm_lab.tables agent        the default preset with one choice changed
     python -m rmm_lab.tables show         only write the sheets anew from the CSV files
 
 ``--scale paper`` takes the paper's own models and sets, for Tables I to IV and Fig. 3: see ``paper_scale``.

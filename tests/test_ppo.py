@@ -402,6 +402,8 @@ def test_final_candidates_are_those_expected_to_be_best_though_nobody_tried_them
     assert report.text_of(best, scorer.sources) not in {e["path"] for e in episodes}
     args = Args(preset="agent", finish=0.5, episodes=150, quiet=True)
     env = ppo.make_env(_Fixed(scorer), args)
+    with pytest.raises(InputError, match="--scales: expected a scorer of models, found one by"):
+        ppo.search(env, dataclasses.replace(args, scales=0.5), RunFolder(None))
     agent = ppo.Agent(int(np.prod(env.observation_space.shape)), int(env.action_space.n))
     assert ppo.choose(env, agent, episodes, args)[0]["path"] == best
 
