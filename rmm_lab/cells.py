@@ -28,7 +28,6 @@ from rmm_lab.errors import InputError
 from rmm_lab.memory import free_bytes
 from rmm_lab.ppo import Args, Result, make_scorer, problem_of, train
 from rmm_lab.problem import Problem
-from rmm_lab.scoring import shortlist
 from rmm_lab.sheets import draws
 
 Cell = dict[str, Any]  # one line of a CSV file
@@ -240,7 +239,7 @@ def rmm_curve(job: Job) -> Found:
 
 
 def search(job: Job) -> Found:
-    """A search by the key's method; the curve is the score on all data of the path chosen by then."""
+    """A search by the key's method; its curve is ``searches.curve_of``, and at the end its final choice."""
     problem = load(job.args)
     scorer, method = make_scorer(problem, job.args), job.key["method"]
     if method == "RMM":
@@ -250,12 +249,13 @@ def search(job: Job) -> Found:
     else:
         start = time.perf_counter()
         scored = searches.SEARCHES[method](scorer, job.args.episodes, job.args.seed)
-        best = shortlist(scored, job.args.finalists)
+        best = searches.finalists(scored, job.args.finalists)
         value, text = max((searches.whole(scorer, text), text) for text in best)
         seconds = round(time.perf_counter() - start, 1)
         setting = f"{job.args.episodes} evaluations"
         cell = chosen(problem, method, setting, text, value) | {"seconds": seconds}
     curve = list(searches.curve_of(scorer, scored))
+    curve[-1]["reward_split"] = cell["reward_split"]  # what is chosen in the end
     scorer.close()
     return {job.table: [cell], f"{job.table}-curve": curve}
 

@@ -24,6 +24,7 @@ from rmm_lab.surrogate import surrogate_of
 BOUNDS = (-0.2, 1.5)  # of a scale: 0 is the base, 1 the expert
 SIGMA = 0.2  # CMA-ES's first step
 MEANS = 10  # generations whose means are averaged at the end
+SEEDS = 2**32  # that the library takes
 
 
 def text_of_scales(scales: np.ndarray, places: Sequence[int]) -> str:
@@ -66,8 +67,8 @@ class Evolution:
         mean: (D,) to start from. bounds: of each number, or None. seed: of the draws.
         separable: with a diagonal covariance.
 
-    ``mean`` is what it has arrived at, ``means`` that after each whole generation. It maximises. Draws depend
-    on nothing but the arguments and what was told, so an evolution can be played again.
+    ``runs``: for each beginning the means (D,) after its whole generations. It maximises. Draws depend on
+    nothing but the arguments and what was told, so an evolution can be played again.
     """
 
     def __init__(
@@ -84,21 +85,22 @@ class Evolution:
         self._first, self._seed = mean, seed
         self._limits = None if bounds is None else np.tile(bounds, (len(mean), 1))  # (D, 2)
         self.generation = 0
-        self.means: list[np.ndarray] = []
+        self.runs: list[list[np.ndarray]] = []
         self._begin(None)
 
     def _begin(self, population: int | None) -> None:
+        self.runs.append([])
         self._strategy = self._kind(
             mean=self._first.copy(),  # the separable form writes into it
             sigma=SIGMA,
             bounds=self._limits,
-            seed=self._seed + self.generation,
+            seed=(self._seed + self.generation) % SEEDS,
             population_size=population,
         )
 
     @property
     def mean(self) -> np.ndarray:
-        """(D,)."""
+        """(D,), around which it draws next."""
         return self._strategy.mean
 
     def ask(self, most: int) -> list[np.ndarray]:
@@ -112,13 +114,17 @@ class Evolution:
         """The rewards of what was asked for; a part of a generation teaches nothing."""
         if len(asked) == self._strategy.population_size:
             self._strategy.tell([(x, -r) for x, r in zip(asked, rewards, strict=True)])
-            self.means.append(self.mean.copy())
+            self.runs[-1].append(self.mean.copy())
 
     def answers(self, n: int) -> list[np.ndarray]:
-        """Up to n vectors (D,) to choose from at the end: the mean of the last means, then these."""
-        if not self.means or not n:
-            return []
-        return [np.mean(self.means[-MEANS:], axis=0), *self.means[:-n:-1]]
+        """Up to n vectors (D,) to choose from at the end: the mean of each run's last means, then the means.
+
+        The newest come first. CMA-ES's own answer is its mean, and better than its samples, each of which
+        was scored once.
+        """
+        settled = [np.mean(run[-MEANS:], axis=0) for run in reversed(self.runs) if run]
+        means = [mean for run in reversed(self.runs) for mean in reversed(run)]
+        return [*settled, *means][:n]
 
 
 def path_of_scales(scorer: Any, scales: np.ndarray) -> Path:

@@ -27,14 +27,26 @@ from rmm_lab.errors import InputError
 from rmm_lab.scales import BOUNDS, Evolution, text_of_scales
 from rmm_lab.scoring import Path, places_of, reward, shortlist, steps_of, text_of
 
+
+class Scored(list[tuple[str, float]]):
+    """(path as text, reward in [0, 1]) of each evaluation, in order; ``answers``: what a search arrived at.
+
+    These are paths as text, the best first, that need not have been scored.
+    """
+
+    def __init__(self, scored: Sequence[tuple[str, float]], answers: Sequence[str]) -> None:
+        super().__init__(scored)
+        self.answers = answers
+
+
 # (scorer, evaluations, seed) -> (path as text, reward in [0, 1]) of each evaluation, in order.
 Search = Callable[[Any, int, int], list[tuple[str, float]]]
 GROUP = 20  # evaluations that share a data subset, as the agent's episodes of one update do
 STARTUP = 40  # evaluations before TPE models anything, the uniform paths among them
+ANSWERS = 20  # means of a CMA-ES that may be chosen from
 SCALES = (0.3, 0.4, 0.5, 0.6, 0.8)  # one scale for all, tried before the scales evolve
 REPEATS = 2  # how often a path of CMA-ES, order, can take each expert's layer
 MEAN = 0.25  # of a layer's number at the start of CMA-ES, order: above 0 it runs, below not
-LAST = 10  # evaluations at the end of a CMA-ES that score the mean of what it found
 
 
 # --------------------------------------------------------------------------------- paths and places
@@ -215,22 +227,18 @@ def cmaes_scales(scorer: Any, evaluations: int, seed: int) -> list[tuple[str, fl
     def text(scales: np.ndarray) -> str:
         return text_of_scales(scales, places_of(scorer))
 
-    def score(texts: Sequence[str], subset: int) -> list[tuple[str, float]]:
-        prefetch(scorer, [(steps_of(one, scorer.sources), subset) for one in texts])
-        return [(one, score_text(scorer, one, subset)) for one in texts]
-
     n, size = scorer.n_models, scorer.n_models * len(places_of(scorer))
     out = _start(scorer, evaluations)
     # An expert is a scale of 1 for itself and of 0 for the others.
     known = [(value, np.tile(np.eye(n)[i], size // n)) for i, (_, value) in enumerate(out[:n])]
     for scale in SCALES[: evaluations - len(out)]:
         scales = np.full(size, scale)
-        out += score([text(scales)], 0)
+        out += _score_texts(scorer, [text(scales)], 0)
         known.append((out[-1][1], scales))
     if len(out) == evaluations:
         return out
     mean = max(known, key=lambda pair: pair[0])[1]
-    return _evolve(scorer, out, evaluations, Evolution(mean, BOUNDS, seed), text, score)
+    return _evolve(scorer, out, evaluations, Evolution(mean, BOUNDS, seed), text)
 
 
 def cmaes_order(scorer: Any, evaluations: int, seed: int) -> list[tuple[str, float]]:
@@ -250,13 +258,10 @@ def cmaes_order(scorer: Any, evaluations: int, seed: int) -> list[tuple[str, flo
     mean = np.full((REPEATS, scorer.n_models, scorer.n_layers), -MEAN)
     mean[0, best] = MEAN
 
-    def score(paths: Sequence[Path], subset: int) -> list[tuple[str, float]]:
-        return _score(scorer, paths, subset)
+    def text(numbers: np.ndarray) -> str:
+        return text_of(path_of_order(scorer, numbers), scorer.sources)
 
-    def path(numbers: np.ndarray) -> Path:
-        return path_of_order(scorer, numbers)
-
-    return _evolve(scorer, out, evaluations, Evolution(mean.ravel(), None, seed), path, score)
+    return _evolve(scorer, out, evaluations, Evolution(mean.ravel(), None, seed), text)
 
 
 def path_of_order(scorer: Any, numbers: np.ndarray) -> Path:
@@ -270,31 +275,32 @@ def path_of_order(scorer: Any, numbers: np.ndarray) -> Path:
     return (*stem, *sorted(on, key=lambda step: stack_of[step[1]]))  # stable: otherwise in order
 
 
+def _score_texts(scorer: Any, texts: Sequence[str], subset: int) -> list[tuple[str, float]]:
+    prefetch(scorer, [(steps_of(text, scorer.sources), subset) for text in texts])
+    return [(text, score_text(scorer, text, subset)) for text in texts]
+
+
 def _evolve(
     scorer: Any,
-    out: list[tuple[str, float]],
+    out: Sequence[tuple[str, float]],
     evaluations: int,
     evolution: Evolution,
-    decode: Callable[[np.ndarray], Any],
-    score: Callable[[list[Any], int], list[tuple[str, float]]],
-) -> list[tuple[str, float]]:
-    """CMA-ES until ``out`` has all evaluations; a generation shares a subset.
+    text_of_numbers: Callable[[np.ndarray], str],
+) -> Scored:
+    """CMA-ES until all evaluations are spent; a generation shares a subset.
 
     The library cmaes, which Optuna's own CMA-ES is built on: here a generation is asked for as a whole, its
-    start is a vector, and nothing is kept of older trials. Up to ``LAST`` evaluations at the end, each on
-    another subset, go to the mean that it arrived at: CMA-ES's own answer, and better than its samples,
-    each of which was scored once.
+    start is a vector, and nothing is kept of older trials. Its answers are the means that it arrived at.
     """
-    last = min(LAST, scorer.n_subsets, (evaluations - len(out)) // 10)
-    while (left := evaluations - last - len(out)) > 0:
+    out = list(out)
+    while (left := evaluations - len(out)) > 0:
         asked = evolution.ask(left)
-        scored = score([decode(x) for x in asked], evolution.generation % scorer.n_subsets)
+        texts = [text_of_numbers(x) for x in asked]
+        scored = _score_texts(scorer, texts, evolution.generation % scorer.n_subsets)
         out += scored
         evolution.tell(asked, [value for _, value in scored])
-    for i in range(last):
-        subset = (evolution.generation + 1 + i) % scorer.n_subsets
-        out += score([decode(evolution.mean)], subset)
-    return out
+    answers = (text_of_numbers(x) for x in evolution.answers(ANSWERS))
+    return Scored(out, list(dict.fromkeys(answers)))
 
 
 SEARCHES: dict[str, Search] = {
@@ -315,13 +321,23 @@ def whole(scorer: Any, text: str) -> float:
     return score_text(scorer, text, None)
 
 
+def finalists(scored: Sequence[tuple[str, float]], n: int) -> list[str]:
+    """The n paths, as text, that are scored on the whole reward split to choose one.
+
+    Three quarters are a search's own answers, where it has such, as with RMM's scales; the others are those
+    with the best scores so far, see ``shortlist``.
+    """
+    own = list(scored.answers[: n - n // 4]) if isinstance(scored, Scored) else []
+    return [*own, *(text for text in shortlist(scored, n) if text not in own)][:n]
+
+
 def curve_of(
     scorer: Any, scored: Sequence[tuple[str, float]], every: int = 50
 ) -> Iterator[dict[str, Any]]:
-    """Every so many evaluations and at the end: the path that would be chosen now, on the whole reward split.
+    """Every so many evaluations and at the end: the path with the best scores so far, on the whole split.
 
-    Yields ``evaluations`` and ``reward_split`` in %. These scores serve the plot, and no search sees them;
-    a path that is chosen several times is scored once.
+    Yields ``evaluations`` and ``reward_split`` in %; the path is the first of the ``shortlist``. These scores
+    serve the plot, and no search sees them; a path that is chosen several times is scored once.
     """
     seen: dict[str, float] = {}
     for n in sorted({*range(every, len(scored), every), len(scored)}):

@@ -190,14 +190,28 @@ def test_a_part_of_a_generation_teaches_nothing():
 
 def test_answers_are_the_mean_of_the_last_means_then_these():
     evolution = evolve(Evolution(np.full(4, 0.5), BOUNDS, 1), 8 * 15)
-    assert len(evolution.means) == 15
+    [means] = evolution.runs
+    assert len(means) == 15
     first, *rest = evolution.answers(4)
-    np.testing.assert_allclose(first, np.mean(evolution.means[-scales.MEANS :], 0))
+    np.testing.assert_allclose(first, np.mean(means[-scales.MEANS :], 0))
     assert len(rest) == 3
-    for found, mean in zip(rest, evolution.means[:-4:-1], strict=True):
+    for found, mean in zip(rest, means[:-4:-1], strict=True):
         assert (found == mean).all()
     assert (rest[0] == evolution.mean).all()
     assert len(evolution.answers(99)) == 16
+
+
+def test_a_new_beginning_loses_no_answer():
+    """Where it has contracted at the target, and stands at its start again."""
+    target = np.array([1.0, 0.95, 1.0, 1.04])
+    evolution = Evolution(np.full(4, 0.5), None, 2**32 - 1)  # its seeds stay within the library's
+    while len(evolution.runs) == 1:
+        evolve(evolution, 8, lambda x: -float(np.square(x - target).sum()))
+    assert len(evolution.runs[1]) <= 1
+    assert np.abs(evolution.mean - target).max() > 0.2
+    near = [np.abs(found - target).max() < 1e-4 for found in evolution.answers(5)]
+    assert sum(near) >= 3
+    assert near[0 if not evolution.runs[1] else 1]
 
 
 def test_the_evolution_of_a_search_is_separable_and_starts_at_its_best_path(problem):
