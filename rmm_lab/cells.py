@@ -39,8 +39,8 @@ KEYS: dict[str, tuple[str, ...]] = {
     "halves": METHOD_KEY,
     "vision": METHOD_KEY,
     "language": METHOD_KEY,
-    "dar": ("preset", "data_fraction", "dar", "seed"),
-    "dar-curve": ("dar", "episode"),
+    "dar": ("preset", "reward", "data_fraction", "dar", "seed"),
+    "dar-curve": ("dar", "seed", "episode"),
     "searches": ("group", "seed", "method"),
     "searches-curve": ("group", "seed", "method", "evaluations"),
     "agent": ("group", "setting", "seed"),
@@ -54,6 +54,7 @@ ORDER: dict[str, Sequence[Any]] = {
         *("RMM", "RMM, paper's preset"),
     ),
     "preset": ("paper", "default"),
+    "reward": ("metric", "likelihood"),
     "data_fraction": (1.0, 0.1, 0.01),
     "dar": (0.8, 0.0),
 }
@@ -87,9 +88,22 @@ class Tables:
         file = self.folder / f"{name}.csv"
         return runs.from_csv(file.read_text("utf-8")) if file.is_file() else []
 
-    def has(self, name: str, key: Mapping[str, Any]) -> bool:
-        """Whether a line with these values is there."""
-        return any(all(cell.get(k) == v for k, v in key.items()) for cell in self.read(name))
+    def has(self, name: str, key: Mapping[str, Any], args: Args | None = None) -> bool:
+        """Whether a line with these values is there.
+
+        With ``args`` it must be of a search as long and as precise as theirs: one mean over different
+        searches would say nothing. Raises InputError otherwise.
+        """
+        for cell in self.read(name):
+            if all(cell.get(k) == v for k, v in key.items()):
+                if args is not None and (odd := _differs(cell, args)):
+                    raise InputError(
+                        f"{self.folder / name}.csv: expected {odd[1]} as in the line of "
+                        f"{' '.join(str(v) for v in key.values())}, found {odd[0]}; give the same, or "
+                        "another --out"
+                    )
+                return True
+        return False
 
     def add(self, name: str, cells: Sequence[Cell]) -> None:
         """Put lines into their places, over those with the same key, and replace the file as a whole.
@@ -119,6 +133,16 @@ class Tables:
         self.folder.mkdir(parents=True, exist_ok=True)
         text = runs.to_csv([lines[at] for at in sorted(lines, key=rank)])
         runs.write(self.folder / f"{name}.csv", text)
+
+
+def _differs(cell: Cell, args: Args) -> tuple[str, str] | None:
+    """What a search was asked for and what a line holds, where its episodes or precision differ."""
+    of_line = {"precision": "float32"} | json.loads(str(cell.get("config") or "{}"))
+    of_line |= {"episodes": cell.get("episodes", args.episodes)}
+    for name in ("episodes", "precision"):
+        if of_line[name] != (asked := getattr(args, name)):
+            return f"{asked}", f"--{name} {of_line[name]}"
+    return None
 
 
 def _under_every_seed(lines: dict[tuple[Any, ...], Cell]) -> dict[tuple[Any, ...], Cell]:
@@ -231,7 +255,7 @@ def rmm_curve(job: Job) -> Found:
     problem = load(job.args)
     result, seconds = timed(job.args, problem)
     curve = [
-        {"dar": job.args.dar, "episode": e["episode"]}
+        {"dar": job.args.dar, "seed": job.args.seed, "episode": e["episode"]}
         | {k: round(100 * e[k], 2) for k in ("raw_reward", "dar_reward")}
         for e in result.episodes
     ]
@@ -327,14 +351,15 @@ def method_jobs(
             known = True
             for preset in presets:
                 own = key | {"method": LABELS[preset]}
-                if not tables.has(name, own):
-                    args = Args(**(group.options | dict(search)), seed=seed, preset=preset)  # type: ignore[arg-type]
+                args = Args(**(group.options | dict(search)), seed=seed, preset=preset)  # type: ignore[arg-type]
+                if not tables.has(name, own, args):
                     yield Job(name, "rmm", own, args)
 
 
 def measure_all(jobs: Sequence[Job], tables: Tables, processes: int, threads: int = 1) -> None:
     """Measure in several processes at once; each job's lines are stored as soon as they are found."""
     start = time.perf_counter()
+    commit()  # that of the code which runs, whatever is committed meanwhile
     jobs = [replace(job, args=replace(job.args, threads=threads, quiet=True)) for job in jobs]
     with closing(_measured(jobs, processes, threads)) as results:
         for n, (job, out) in enumerate(results, 1):
@@ -363,7 +388,7 @@ def _measured(jobs: Sequence[Job], processes: int, threads: int) -> Generator[tu
             yield job, measure(job)
         return
     # Or each would take a quarter of the memory, and twice where a search and its curve are scored.
-    share = free_bytes("cpu") / 2**20 / 4 / processes
+    share = free_bytes(jobs[0].args.device) / 2**20 / 4 / processes
     jobs = [replace(job, args=replace(job.args, cache_mb=share)) for job in jobs]
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(

@@ -165,20 +165,28 @@ def dar(read: Callable[[str], Rows]) -> str:
         difference(own["RMM"].get(s, {}), own["RMM w/o DAR"].get(s, {})) if s != "100 %" else ""
         for s in shares
     ]
-    losses = [
-        difference(
-            own["RMM, default preset"].get(s, {}), own["RMM, default preset"].get("100 %", {})
-        )
-        if s != "100 %"
-        else ""
-        for s in shares
-    ]
     lines.append(["with − without DAR", *gains])
-    lines.append(["default preset, less than at 100 %", *losses])
-    names = {"RMM": "paper's preset", "RMM w/o DAR": "paper's preset, without DAR"}
-    names["RMM, default preset"] = "default preset"
-    lines = [[names.get(line[0], line[0]), *line[1:]] for line in lines]
-    return markdown(["test split, %", *shares], lines)
+    for name, whole in {
+        "RMM": "RMM",
+        "RMM, default preset": "RMM, default preset",
+        "RMM, default preset, by likelihood": "RMM, default preset",
+    }.items():
+        of = own.get(whole, {}).get("100 %", {})
+        lost = [
+            difference(own.get(name, {}).get(s, {}), of) if s != "100 %" else "" for s in shares
+        ]
+        against = "itself" if whole == name else "default preset"
+        if any(lost):
+            lines.append([f"{name} − {against} at 100 %", *lost])
+    counts = [[len(own[name][s]) for name in own if s in own[name]] for s in shares]
+    seeds = [" to ".join(dict.fromkeys([str(min(c)), str(max(c))])) for c in counts]
+    names = {"RMM, ": "", "RMM w/o DAR": "paper's preset, without DAR", "RMM": "paper's preset"}
+    for line in lines:
+        for old, new in names.items():
+            if line[0].startswith(old):
+                line[0] = new + line[0][len(old) :]
+                break
+    return markdown(["test split, %", *shares], [*lines, ["seeds", *seeds]])
 
 
 def fresh(read: Callable[[str], Rows]) -> str:

@@ -33,6 +33,7 @@ from rmm_lab.runs import Row, RunFolder, check_new, optimiser_tensors, restore_o
 from rmm_lab.scales import evolution_of, path_of_scales
 from rmm_lab.scoring import (
     PRECISIONS,
+    REWARDS,
     Blocks,
     Plan,
     Scorer,
@@ -145,6 +146,8 @@ class Args:
     """Share of each task's reward split that scores an episode, in (0, 1]."""
     seed: int = 1
     """Seed of the policy, the rollouts, the data subsets and the random operators."""
+    reward: Literal["metric", "likelihood"] = "metric"
+    """Of an episode: each task's metric (Eq. 7), or how likely the right answers are, less noisy on few."""
     dar: float = FROM_PRESET
     """Lambda of the Dynamic Average Reward, Eq. 10, in [0, 1]; 0 switches it off."""
     observation: Literal["map", "map+cursor"] = FROM_PRESET
@@ -231,11 +234,12 @@ class Args:
             ("finalists", "0 or more", lambda v: 0 <= v < np.inf),
             ("cache_mb", "0 or more", lambda v: v is None or 0 <= v < np.inf),
             ("precision", " or ".join(PRECISIONS), lambda v: v in PRECISIONS),
+            ("reward", " or ".join(REWARDS), lambda v: v in REWARDS),
             ("penalty", "0 or less", lambda v: -np.inf < v <= 0),
         ):
             for name in names.split():
                 value = getattr(self, name)
-                if isinstance(value, str) != (name == "precision") or not ok(value):
+                if isinstance(value, str) != (name in ("precision", "reward")) or not ok(value):
                     raise InputError(
                         f"--{name.replace('_', '-')}: expected {expected}, found "
                         f"{getattr(self, name)}; correct it"
@@ -501,6 +505,7 @@ def make_scorer(problem: Problem, args: Args) -> Scorer:
         workers=args.workers,
         device=args.device,
         precision=args.precision,
+        reward=args.reward,
     )
 
 

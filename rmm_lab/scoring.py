@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from rmm_lab.errors import InputError
 from rmm_lab.memory import Cache, free_bytes
+from rmm_lab.metrics import REWARDS, likelihood, mean_of
 from rmm_lab.pool import LayerPool
 
 # (source, layer) in the order in which they run: the number of a scorer's source, or any operator's
@@ -237,6 +238,8 @@ class Scorer:
         device: ``cpu``, ``cuda`` or another of torch's.
         precision: ``float32`` or ``bfloat16`` for the models' weights and activations; the latter
             changes rewards a little.
+        reward: what a subset's scores are: ``metric``, each task's own, or ``likelihood`` of the right
+            answers. All examples together, subset None, always have the metric.
         engine: what runs the work in place of threads; ``cluster.RayEngine`` is one.
     """
 
@@ -254,6 +257,7 @@ class Scorer:
         workers: int = 1,
         device: str = "cpu",
         precision: str = "float32",
+        reward: str = "metric",
         engine: Engine | None = None,
     ) -> None:
         if not 0 < fraction <= 1:
@@ -264,6 +268,8 @@ class Scorer:
             )
         if precision not in PRECISIONS:
             raise InputError(f"precision: expected float32 or bfloat16, found {precision!r}")
+        if reward not in REWARDS:
+            raise InputError(f"reward: expected {' or '.join(REWARDS)}, found {reward!r}")
         if workers < 1 or (batch_size is not None and batch_size < 1):
             raise InputError(
                 f"scorer: expected at least 1 worker and batches of at least 1 example, found {workers} "
@@ -279,7 +285,7 @@ class Scorer:
         self.blocks: Sequence[range] = pool.blocks
         self.n_subsets = max(1, round(1 / fraction))
         self.device, self.dtype = torch.device(check_device(device)), PRECISIONS[precision]
-        self._batch_size = batch_size
+        self._batch_size, self._soft = batch_size, reward == "likelihood"
         self._rows = [deal(len(t.split(split)), self.n_subsets, seed) for t in tasks]
         self._parts: dict[int | None, list[tuple[int, np.ndarray]]] = {}
         budget = free_bytes(device) // 4 if cache_mb is None else int(cache_mb * 2**20)
@@ -308,8 +314,9 @@ class Scorer:
     # ------------------------------------------------------------------------------- scores
 
     def score(self, path: Path, subset: int | None = None) -> np.ndarray:
-        """Each task's metric of the path: (N,) in [0, 1]; ``subset`` None uses all examples.
+        """Each task's score of the path: (N,) in [0, 1]; ``subset`` None uses all examples.
 
+        The score is the task's metric, or on a subset what ``reward`` names.
         Layers of operators that are none of the sources are merged, used, and forgotten.
         """
         self.evaluations += 1
@@ -352,9 +359,18 @@ class Scorer:
         for (path, subset), by_task in found.items():
             scores = []
             for i, (task, parts) in enumerate(zip(self.tasks, by_task, strict=True)):
-                labels = task.split(self.split).labels[torch.from_numpy(self.rows(i, subset))]
-                scores.append(task.score(torch.cat(parts), labels))
+                labels, found_here = self._labels(i, self.rows(i, subset)), torch.cat(parts)
+                if self._is_soft(subset):
+                    scores.append(mean_of(task.metric, found_here, labels))
+                else:
+                    scores.append(task.score(found_here, labels))
             self._seen[path, subset] = np.array(scores)
+
+    def _is_soft(self, subset: int | None) -> bool:
+        return self._soft and subset is not None
+
+    def _labels(self, i: int, rows: np.ndarray) -> Tensor:
+        return self.tasks[i].split(self.split).labels[torch.from_numpy(rows)]
 
     def forget(self, paths: Iterable[Path]) -> None:
         """Free the layers of operators that are none of the sources."""
@@ -415,11 +431,16 @@ class Scorer:
 
     @torch.inference_mode()
     def work(self, job: Job) -> tuple[list[Tensor], int]:
-        """Each path's answers (n,) on the job's part, and how many layers were computed for them."""
+        """Each path's answers (n,) on the job's part, and how many layers were computed for them.
+
+        Answers are their numbers; where the reward is the likelihood, how right they are in [0, 1].
+        """
         found, layers = [], 0
+        labels = self._labels(*self.parts(job.subset)[job.part])
         for path in job.paths:
-            logits, n = self._logits(job.subset, job.part, path)
-            found.append(logits.argmax(-1).cpu())  # (n, answers) -> (n,)
+            logits, n = self._logits(job.subset, job.part, path)  # (n, answers)
+            soft = self._is_soft(job.subset)
+            found.append(likelihood(logits, labels) if soft else logits.argmax(-1).cpu())
             layers += n
         return found, layers
 

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
+from rmm_lab.errors import InputError
 from rmm_lab.plots import COLOURS, moving_average
 from rmm_lab.sheets import (
     METHODS,
@@ -74,7 +75,9 @@ def draw_dar(rows: Rows) -> Figure:
         "RMM": ("paper's preset, DAR", COLOURS[6], "D", "-"),
         "RMM w/o DAR": ("paper's preset, no DAR", COLOURS[5], "o", "--"),
         "RMM, default preset": ("default preset", COLOURS[3], "s", ":"),
+        "RMM, default preset, by likelihood": ("default, by likelihood", COLOURS[2], "^", "-."),
         "RMM, default preset, DAR": ("default preset, DAR", COLOURS[3], "s", ":"),
+        "RMM, default preset, by likelihood, DAR": ("by likelihood, DAR", COLOURS[2], "^", "-."),
     }
     for axes, (metric, own) in zip(panels, found.items(), strict=True):
         for i, (setting, columns) in enumerate(own.items()):
@@ -99,9 +102,17 @@ def draw_dar(rows: Rows) -> Figure:
 def draw_rewards(rows: Rows) -> Figure:
     """Fig. 3: reward per episode at 1 % of the data, raw as points, a panel without DAR and one with it.
 
-    The running mean of the raw reward; of both searches in each panel, so that they can be compared.
+    The running mean of the raw reward; of both searches in each panel, so that they can be compared. They
+    have one seed: the first that all have.
     """
     scales = sorted({row["dar"] for row in rows})
+    seeds = [{row["seed"] for row in rows if row["dar"] == s} for s in scales]
+    if not (common := set.intersection(*seeds)):
+        raise InputError(
+            f"dar-curve.csv: expected a seed with DAR and without, found {seeds}; measure both with "
+            "python -m rmm_lab.tables fig3"
+        )
+    rows = [row for row in rows if row["seed"] == min(common)]
     figure = Figure(figsize=(8, 0.7 + 2.1 * len(scales)), layout="constrained")
     panels = figure.subplots(len(scales), 1, sharex=True, sharey=True, squeeze=False)[:, 0]
     raw = {s: np.array([r["raw_reward"] for r in rows if r["dar"] == s], float) for s in scales}

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from rmm_lab import cells, plots, runs, searches, sheet_figures, sheets
-from rmm_lab.cells import Cell, Group, Job, Tables, method_jobs
+from rmm_lab.cells import KEYS, Cell, Group, Job, Tables, method_jobs
 from rmm_lab.cells import commit as commit  # used by others under these names
 from rmm_lab.cells import split_stem as split_stem
 from rmm_lab.errors import InputError, run_command
@@ -65,10 +65,14 @@ AGENT: dict[str, dict[str, Any]] = {
         "operators": ("task_arithmetic", "ties", "dare"),
         "stem": "task_arithmetic",
     },
+    "likelihood as the reward": {"reward": "likelihood"},
     "agent preset": {"preset": "agent"},
     "paper preset": {"preset": "paper"},
 }
-ON_TEXTS = ("default preset", "without the agent", "without the scales", "agent preset")
+ON_TEXTS = (
+    *("default preset", "without the agent", "without the scales"),
+    *("likelihood as the reward", "agent preset"),
+)
 ORDER = {
     "group": (*SETS, *VISION, *LANGUAGE),
     "size": tuple(SIZES),
@@ -173,30 +177,30 @@ class Command:
                 of_seed = group.options | search | {"seed": seed}
                 make = {"searches": self._searches, "agent": self._agent}.get(name, self._dar)
                 for job in make(name, group, of_seed):
-                    done = tables.has(job.table, job.key)
+                    done = tables.has(job.table, job.key, job.args)
                     if job.kind == "rmm_curve":
-                        done = done and tables.has("dar-curve", {"dar": job.args.dar})
+                        key = {"dar": job.args.dar, "seed": job.args.seed}
+                        done = done and tables.has("dar-curve", key)
                     if not done:
                         yield job
 
     def _dar(self, name: str, group: Group, options: dict[str, Any]) -> Iterator[Job]:
-        """The paper's preset at each share of the data, with DAR and without; ours beside it.
+        """The paper's preset at each share of the data, with DAR and without; ours beside it, by each reward.
 
-        At 100 % every episode begins a new window, so DAR has no effect and is measured once. Fig. 3 shows
-        the first seed's searches at the smallest share.
+        At 100 % every episode begins a new window, so DAR has no effect and is measured once; the likelihood
+        is for small shares. Fig. 3 shows the first seed's searches at the smallest share.
         """
-        settings: list[tuple[str, float, float | None]]
-        settings = [("paper", f, dar) for f in DATA for dar in ((0.8,) if f == 1 else (0.8, 0.0))]
-        settings += [("default", f, None) for f in DATA]
         shares = [f for f in DATA if f"{f:g}" in self.only] or DATA
-        for preset, fraction, dar in settings:
-            drawn = preset == "paper" and fraction == min(DATA) and options["seed"] == self.seeds[0]
-            if drawn if name == "fig3" else fraction in shares:
-                own = options | {"preset": preset, "data_fraction": fraction}
-                args = Args(**(own if dar is None else own | {"dar": dar}))
-                key = {"preset": preset, "data_fraction": fraction, "dar": args.dar}
-                kind = "rmm_curve" if drawn else "rmm"
-                yield Job("dar", kind, key | {"seed": args.seed}, args)
+        settings: list[dict[str, Any]] = [{"preset": "paper", "dar": dar} for dar in (0.8, 0.0)]
+        settings += [{"preset": "default"}, {"preset": "default", "reward": "likelihood"}]
+        for fraction in DATA:
+            for setting in settings[::2] if fraction == 1 else settings:
+                args = Args(**(options | setting), data_fraction=fraction)
+                drawn = args.preset == "paper" and fraction == min(DATA)
+                drawn = drawn and args.seed == self.seeds[0]
+                if drawn if name == "fig3" else fraction in shares:
+                    key = {k: getattr(args, k) for k in KEYS["dar"]}
+                    yield Job("dar", "rmm_curve" if drawn else "rmm", key, args)
 
     def _searches(self, name: str, group: Group, options: dict[str, Any]) -> Iterator[Job]:
         for method in ("RMM", *searches.SEARCHES):

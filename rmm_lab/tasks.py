@@ -18,6 +18,7 @@ from torch import Tensor
 from rmm_lab import image_formats, images, render
 from rmm_lab.errors import InputError
 from rmm_lab.images import SPLITS, InputFormat, Listing, Pictures
+from rmm_lab.metrics import mean_of
 
 HALVES = ("first", "second")  # of a set's classes: NAME:first and NAME:second
 _TEXTURE_NAMES = list(render.TEXTURES)
@@ -127,7 +128,7 @@ class Task:
 
     def score(self, found: Tensor, labels: Tensor) -> float:
         """Accuracy of the classes found: both (n,) -> [0, 1]."""
-        return float((found == labels).double().mean())
+        return mean_of(self.metric, (found == labels).double(), labels)
 
     def check_head(self, source: str, num_classes: int, label_names: Sequence[str] | None) -> None:
         """Raise InputError unless a model's head has this task's classes."""

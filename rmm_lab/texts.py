@@ -20,6 +20,7 @@ from torch import Tensor
 
 from rmm_lab import formats, grammar
 from rmm_lab.errors import InputError
+from rmm_lab.metrics import mean_of
 from rmm_lab.models import Checkpoint, write_file
 from rmm_lab.t5 import TextBatch
 from rmm_lab.tasks import SPLITS, data_folder
@@ -268,15 +269,8 @@ class TextTask:
         return list(first) if all(row["choices"] == first for row in rows) else None
 
     def score(self, found: Tensor, labels: Tensor) -> float:
-        """The metric of the choices found: both (n,) -> [0, 1].
-
-        Balanced accuracy is the mean over the answers that occur in ``labels``: a small subset may lack
-        one.
-        """
-        right = (found == labels).double()
-        if self.metric == "accuracy":
-            return float(right.mean())
-        return float(torch.stack([right[labels == k].mean() for k in labels.unique()]).mean())
+        """The metric of the choices found: both (n,) -> [0, 1]."""
+        return mean_of(self.metric, (found == labels).double(), labels)
 
     def majority(self, name: str) -> tuple[float, float]:
         """Metric and plain accuracy of giving the reward split's most frequent answer to all of a split.

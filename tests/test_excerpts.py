@@ -27,11 +27,14 @@ def rows_of(name: str):
         ]
     if name == "dar":
         return [
-            common | {"preset": p, "data_fraction": f, "dar": d, "seed": n, "mean": m}
-            for p, f, d, values in (
-                *(("paper", 1.0, 0.8, (70, 72)), ("paper", 0.01, 0.8, (71, 75))),
-                *(("paper", 0.01, 0.0, (70, 74)), ("default", 1.0, 0.0, (80, 82))),
-                ("default", 0.01, 0.0, (79, 79)),
+            common | {"preset": p, "reward": r, "data_fraction": f, "dar": d, "seed": n, "mean": m}
+            for p, r, f, d, values in (
+                ("paper", "metric", 1.0, 0.8, (70, 72)),
+                ("paper", "metric", 0.01, 0.8, (71, 75)),
+                ("paper", "metric", 0.01, 0.0, (70, 74)),
+                ("default", "metric", 1.0, 0.0, (80, 82)),
+                ("default", "metric", 0.01, 0.0, (79, 79)),
+                ("default", "likelihood", 0.01, 0.0, (80, 82, 9)),
             )
             for n, m in enumerate(values)
         ]
@@ -66,8 +69,15 @@ def test_means_spreads_and_paired_differences_by_hand():
     assert table[2] == ["paper's preset", "71.0 ± 1.4", "73.0 ± 2.8"]
     assert table[3] == ["paper's preset, without DAR", "71.0 ± 1.4", "72.0 ± 2.8"]
     assert table[4] == ["default preset", "81.0 ± 1.4", "79.0 ± 0.0"]
-    assert table[5] == ["with − without DAR", "", "+1.0 ± 0.0"]
-    assert table[6] == ["default preset, less than at 100 %", "", "−2.0 ± 12.7"]
+    assert table[5] == ["default preset, by likelihood", "", "57.0 ± 41.6"]
+    assert table[6] == ["with − without DAR", "", "+1.0 ± 0.0"]
+    assert table[7] == ["paper's preset − itself at 100 %", "", "+2.0 ± 12.7"]
+    assert table[8] == ["default preset − itself at 100 %", "", "−2.0 ± 12.7"]
+    assert table[9] == [
+        "default preset, by likelihood − default preset at 100 %",
+        *("", "+0.0 ± 0.0"),
+    ]
+    assert table[10] == ["seeds", "2", "2 to 3"]
 
 
 def test_a_page_keeps_all_but_its_excerpts():

@@ -71,8 +71,10 @@ def test_all_measures_each_cell_once(tmp_path, counted):
     assert kinds.count(("halves", "dare")) == 8 * 4  # the first seed's come with the others
     assert kinds.count(("vision", "rmm")) == 5
     assert kinds.count(("language", "rmm")) == 2 * 5
-    # 100 % once, 10 and 1 % with DAR and without, and the default preset at each.
-    assert sum(j.table == "dar" for j in counted) == 5 * (1 + 2 + 2 + 3)
+    # 100 % once, 10 and 1 % with DAR and without, the default preset at each, by likelihood at two.
+    assert sum(j.table == "dar" for j in counted) == 5 * (1 + 2 + 2 + 3 + 2)
+    soft = {(a.preset, a.data_fraction) for j in counted if (a := j.args).reward == "likelihood"}
+    assert soft == {("default", 0.1), ("default", 0.01)}
     curves = [j.args for j in counted if j.kind == "rmm_curve"]
     assert [(a.data_fraction, a.dar, a.seed) for a in curves] == [(0.01, 0.8, 1), (0.01, 0.0, 1)]
     assert all(j.args.unit == "block" for j in counted if j.kind in ("methods", "dare"))
@@ -95,7 +97,7 @@ def test_only_names_groups_and_shares(tmp_path, counted):
     counted.clear()
     Command("IV", only=("0.01",), seeds=(3,), out=tmp_path).run()
     assert {j.args.data_fraction for j in counted} == {0.01}
-    assert len(counted) == 3
+    assert len(counted) == 4
 
 
 def test_an_unknown_group_is_refused(tmp_path, capsys):
@@ -166,7 +168,7 @@ def test_a_config_is_short_and_enough():
 
 def test_table_iv_and_fig_3(small, tmp_path):
     Command("IV", seeds=(1,), episodes=6, out=tmp_path).run()
-    assert len(rows_of(tmp_path, "dar")) == 8
+    assert len(rows_of(tmp_path, "dar")) == 10
     curve = rows_of(tmp_path, "dar-curve")
     assert [(r["dar"], r["episode"]) for r in curve] == [(d, e) for d in (0.8, 0) for e in range(6)]
     plain = [r for r in curve if r["dar"] == 0]
@@ -174,8 +176,44 @@ def test_table_iv_and_fig_3(small, tmp_path):
     command = Command("fig3", seeds=(1,), episodes=6, out=tmp_path)
     groups = command._wanted(("fig3",), tables.kit_groups())["fig3"]
     assert not list(command._jobs("fig3", Tables(tmp_path, tables.ORDER), groups))
+    # Two searches of one seed play the same policy until the first update.
+    raw = {d: [r["raw_reward"] for r in curve if r["dar"] == d] for d in (0.8, 0)}
+    assert raw[0.8][:4] == raw[0][:4]
     (tmp_path / "dar-curve.csv").unlink()  # a line without its curve is measured again
     assert len(list(command._jobs("fig3", Tables(tmp_path, tables.ORDER), groups))) == 2
+    other = [  # another seed's curve stands beside it
+        r | {"seed": 2, "raw_reward": 1.0} for r in curve if r["dar"] == 0.8
+    ]
+    Tables(tmp_path, {}).add("dar-curve", curve)
+    Tables(tmp_path, {}).add("dar-curve", other)
+    assert len(rows_of(tmp_path, "dar-curve")) == 18
+
+
+def test_the_curve_that_ships_is_of_one_seed():
+    rows = tables.read("dar-curve")
+    raw = {d: [r["raw_reward"] for r in rows if r["dar"] == d] for d in (0.8, 0)}
+    assert [len(v) for v in raw.values()] == [700, 700]
+    assert {r["seed"] for r in rows} == {1}
+    assert raw[0.8][:4] == raw[0][:4] != raw[0.8][4:8]
+
+
+def test_searches_of_other_lengths_do_not_share_a_mean(small, tmp_path, counted):
+    done = tables.kit_groups()["II"][0].key | {"seed": 1, "method": "RMM"}
+    values = {
+        "mean": 1.0,
+        "by_task": "p=1.0",
+        "setting": "8 episodes",
+        "episodes": 8,
+        "config": '{"preset": "default", "seed": 1}',
+    }
+    Tables(tmp_path, {}).add("vision", [done | values])
+    Command("II", seeds=(1, 2), episodes=8, out=tmp_path).run()
+    assert [j.key["seed"] for j in counted if j.kind == "rmm"] == [2]
+    message = "vision.csv: expected --episodes 8 as in the line of .* RMM, found 9; give the same"
+    with pytest.raises(InputError, match=message):
+        Command("II", seeds=(1, 2), episodes=9, out=tmp_path).run()
+    with pytest.raises(InputError, match=r"--precision float32 as in .*, found bfloat16"):
+        Command("II", seeds=(1,), episodes=8, precision="bfloat16", out=tmp_path).run()
 
 
 def test_searches_have_a_line_and_a_curve_each(small, tmp_path, monkeypatch):
@@ -384,8 +422,8 @@ def test_one_seed_has_no_spread(few):
     assert "Mean over one seed" in page
 
 
-def dar_cell(preset: str, fraction: float, dar: float, seed: int, mean: float) -> dict:
-    key = {"preset": preset, "data_fraction": fraction, "dar": dar, "seed": seed}
+def dar_cell(preset, fraction, dar, seed, mean, reward="metric") -> dict:
+    key = {"preset": preset, "reward": reward, "data_fraction": fraction, "dar": dar, "seed": seed}
     more = {"mean": mean, "by_task": f"p={mean - 2} q={mean + 2}"}
     return key | more | {"seconds": 1000 * fraction, "episodes": 700}
 
@@ -395,11 +433,13 @@ def test_table_iv_by_hand():
     rows += [dar_cell("paper", 0.1, 0.8, s, 66 + s) for s in (1, 2)]
     rows += [dar_cell("paper", 0.1, 0.0, s, 68) for s in (1, 2)]
     rows += [dar_cell("default", 0.1, 0.0, s, 80) for s in (1, 2)]
+    rows += [dar_cell("default", 0.1, 0.0, s, 83, "likelihood") for s in (1, 2)]
     page = sheets.SHOW["table-IV"](rows, paper=tables.read("paper"))
     ours, papers = page.split("## Paper")
     assert "| Average | RMM | 71.5 ± 0.7 | 67.5 ± 0.7 |" in ours
     assert "| Average | RMM w/o DAR | 71.5 ± 0.7 | 68.0 ± 0.0 |" in ours  # 100 % stands for both
     assert "| p | RMM, default preset |  | 78.0 ± 0.0 |" in ours
+    assert "| p | RMM, default preset, by likelihood |  | 81.0 ± 0.0 |" in ours
     # 67 - 68 and 68 - 68: mean -0.5, half width 12.706 * sqrt(0.5) / sqrt(2).
     assert "| Average | with − without DAR |  | −0.5 ± 6.4 |" in ours
     assert "| seconds | RMM | 1000 | 100 |" in ours
@@ -456,14 +496,16 @@ def test_figures_hold_what_the_rows_say(few):
     assert marks == [69.0]
     smallest = min(t.get_fontsize() for t in figure.findobj(lambda a: hasattr(a, "get_fontsize")))
     assert smallest >= 8
-    rows = [{"dar": d, "episode": e, "raw_reward": 50 + e, "dar_reward": 50 + e * (1 - d)}
-            for d in (0.8, 0.0) for e in range(60)]  # fmt: skip
+    rows = [{"dar": d, "seed": s, "episode": e, "raw_reward": 50 + e - s, "dar_reward": 50 + e * (1 - d)}
+            for d, seeds in ((0.8, (1, 2)), (0.0, (2, 3))) for s in seeds for e in range(60)]  # fmt: skip
     rewards = sheet_figures.DRAW["fig-3"](rows)
     assert [axes.get_title(loc="left") for axes in rewards.axes] == ["without DAR", "with DAR"]
     paid = [x for x in rewards.axes[1].lines if x.get_label().startswith("paid")]
     assert paid[0].get_ydata()[59] == pytest.approx(50 + 59 * 0.2)
     own = next(x for x in rewards.axes[0].lines if x.get_label() == "mean of the last 50")
-    assert own.get_ydata()[59] == pytest.approx(50 + np.mean(range(10, 60)))
+    assert own.get_ydata()[59] == pytest.approx(48 + np.mean(range(10, 60)))  # both have seed 2
+    with pytest.raises(InputError, match="expected a seed with DAR and without, found"):
+        sheet_figures.DRAW["fig-3"]([r for r in rows if r["seed"] != 2])
     assert colors.same_color(own.get_color(), plots.COLOURS[6])
 
 

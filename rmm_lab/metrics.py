@@ -1,0 +1,31 @@
+"""How right a model's answers are: as a metric counts them, and by degrees."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+REWARDS = ("metric", "likelihood")  # what a subset's scores may be
+LOWEST = -6.0  # log-probability of the right answer, below which an answer is plainly wrong
+
+
+def mean_of(metric: str, right: Tensor, labels: Tensor) -> float:
+    """How right answers are, as a metric counts them: right (n,) in [0, 1], labels (n,) -> [0, 1].
+
+    ``accuracy``: the mean. ``balanced``: the mean over the answers that occur in ``labels``, of which a small
+    subset may lack one.
+    """
+    if metric == "accuracy":
+        return float(right.mean())
+    return float(torch.stack([right[labels == k].mean() for k in labels.unique()]).mean())
+
+
+def likelihood(logits: Tensor, labels: Tensor) -> Tensor:
+    """How right answers are by degrees: logits (n, answers), labels (n,) -> (n,) float64 in [0, 1].
+
+    1 + log p / 6 with p the right answer's probability; 0 where p is below e^-6, so that no single example
+    rules a mean. On a few examples it tells two models apart that have the same answers right.
+    """
+    log_p = logits.cpu().double().log_softmax(-1)  # (n, answers)
+    right = log_p.gather(-1, labels[:, None]).squeeze(1)
+    return (1 + right / -LOWEST).nan_to_num(0).clamp(min=0)

@@ -1,0 +1,84 @@
+"""Metrics and the likelihood against hand-computed values and torch's own cross entropy."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional
+
+from rmm_lab import vit
+from rmm_lab.errors import InputError
+from rmm_lab.metrics import likelihood, mean_of
+from rmm_lab.ppo import Args, train
+from rmm_lab.scoring import steps_of
+
+
+def test_likelihood_by_hand():
+    half, quarter, tiny = math.log(0.5), math.log(0.25), -9.0
+    logits = torch.tensor([[half, half], [quarter, math.log(0.75)], [tiny, 0.0], [0.0, tiny]])
+    found = likelihood(logits, torch.tensor([0, 0, 0, 0]))
+    expected = [1 + half / 6, 1 + quarter / 6, 0, 1 - math.log1p(math.exp(-9)) / 6]
+    np.testing.assert_allclose(found, expected, atol=1e-6)
+    assert found.dtype == torch.float64
+    assert likelihood(torch.tensor([[0.0, -math.inf]]), torch.tensor([1])) == 0  # no such choice
+    assert likelihood(torch.tensor([[math.nan, 1.0]]), torch.tensor([1])) == 0
+    shifted = likelihood(logits + 100, torch.tensor([0, 0, 0, 0]))
+    np.testing.assert_allclose(shifted, found, atol=1e-4)
+
+
+def test_means_by_hand():
+    right, labels = torch.tensor([1.0, 0.5, 0.0, 0.2]), torch.tensor([3, 3, 3, 1])
+    assert mean_of("accuracy", right, labels) == pytest.approx(1.7 / 4)
+    assert mean_of("balanced", right, labels) == pytest.approx((0.5 + 0.2) / 2)
+
+
+def losses(problem, path, rows):
+    """The whole timm model's cross entropy of each task's examples."""
+    pool = problem.pool
+    model = pool.assemble([(pool.sources[a], k) for a, k in path], problem.stem)
+    heads = vit.head_slices(pool.heads).values()
+    for task, (start, stop), own in zip(problem.tasks, heads, rows, strict=True):
+        with torch.no_grad():
+            logits = model(task.batch("reward", own))[:, start:stop]
+        labels = task.split("reward").labels[torch.from_numpy(own)]
+        yield functional.cross_entropy(logits, labels, reduction="none").double().numpy()
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("path", [((0, 0), (1, 1), (2, 2)), ((3, 0), (1, 1), (1, 2))])
+def test_a_subsets_score_is_the_likelihood_and_the_whole_splits_the_metric(problem, path, workers):
+    options = {"fraction": 1 / 3, "batch_size": 5}
+    soft = problem.scorer(**options, reward="likelihood", workers=workers)
+    for subset in range(3):
+        rows = [soft.rows(i, subset) for i in range(2)]
+        expected = [np.clip(1 - own / 6, 0, 1).mean() for own in losses(problem, path, rows)]
+        np.testing.assert_allclose(soft.score(path, subset), expected, atol=1e-6)
+    assert (soft.score(path) == problem.scorer(**options).score(path)).all()
+    assert (soft.score(path, 0) != problem.scorer(**options).score(path, 0)).all()
+    soft.close()
+
+
+def test_an_unknown_reward_is_refused(problem, capsys):
+    with pytest.raises(InputError, match="expected metric or likelihood, found 'loss'"):
+        problem.scorer(reward="loss")
+    with pytest.raises(InputError, match="--reward: expected metric or likelihood, found loss"):
+        Args(reward="loss").check()
+
+
+def test_a_search_by_likelihood_chooses_by_the_metric_at_the_end(trained, tmp_path):
+    args = Args(reward="likelihood", episodes=60, data_fraction=0.1, quiet=True, unit="block")
+    result = train(args, problem=trained, table=False)
+    soft, plain = (trained.scorer(fraction=0.1, seed=1, reward=r) for r in ("likelihood", "metric"))
+    for episode in result.episodes[::7]:
+        steps = steps_of(episode["path"], soft.sources)
+        assert episode["raw_reward"] == pytest.approx(soft.score(steps, episode["subset"]).mean())
+    for row in result.finalists:
+        steps = steps_of(row["path"], plain.sources)
+        assert row["reward"] == pytest.approx(plain.score(steps, None).mean())
+    by_metric = train(replace(args, reward="metric"), problem=trained, table=False)
+    assert by_metric.episodes != result.episodes
+    assert args.config() != replace(args, reward="metric").config()
