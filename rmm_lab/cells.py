@@ -16,6 +16,7 @@ import subprocess
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -320,6 +321,7 @@ class Group:
 
     @property
     def key(self) -> Cell:
+        """Its columns in a table of methods."""
         return {"group": self.name, "size": self.size}
 
 
@@ -398,6 +400,11 @@ def _measured(jobs: Sequence[Job], processes: int, threads: int) -> Generator[tu
         try:
             for future in as_completed(futures):
                 yield futures[future], future.result()
+        except BrokenProcessPool as error:
+            raise InputError(
+                f"--jobs: expected {processes} processes that live, found one that was ended ({error}); "
+                "where memory is short give fewer: what is measured is stored"
+            ) from error
         except BaseException:  # also Ctrl-C, and a reader that went away: wait for nothing
             for future in futures:
                 future.cancel()

@@ -108,9 +108,13 @@ class MergingEnv(gym.Env[np.ndarray, np.int64]):
         self.scorer: PathScorer = scorer
         self.n_sources, self.n_layers = len(scorer.sources), scorer.n_layers
         if observation not in ("map", "map+cursor"):
-            raise InputError(f"observation: expected map or map+cursor, found {observation!r}")
+            raise InputError(
+                f"observation: expected map or map+cursor, found {observation!r}; correct it"
+            )
         if render_mode is not None and render_mode not in self.metadata["render_modes"]:
-            raise InputError(f"render_mode: expected ansi or rgb_array, found {render_mode!r}")
+            raise InputError(
+                f"render_mode: expected ansi or rgb_array, found {render_mode!r}; correct it"
+            )
         self.observation, self.penalty, self.render_mode = observation, penalty, render_mode
         self.max_steps = 4 * self.n_layers + 1 if max_steps is None else max_steps
         self.max_depth = 2 * self.n_layers if max_depth is None else max_depth
@@ -159,7 +163,7 @@ class MergingEnv(gym.Env[np.ndarray, np.int64]):
             subset = options["subset"]
             if subset is not None and not 0 <= subset < self.scorer.n_subsets:
                 raise InputError(
-                    f"subset: expected 0 to {self.scorer.n_subsets - 1} or None, found {subset}"
+                    f"subset: expected 0 to {self.scorer.n_subsets - 1} or None, found {subset}; correct it"
                 )
             self._begin(subset, False)
         else:
@@ -172,7 +176,9 @@ class MergingEnv(gym.Env[np.ndarray, np.int64]):
         """Do one action at the current layer; see the class."""
         action = int(action)
         if not 0 <= action < self.n_sources + 2:
-            raise InputError(f"action: expected 0 to {self.n_sources + 1}, found {action}")
+            raise InputError(
+                f"action: expected 0 to {self.n_sources + 1}, found {action}; correct it"
+            )
         if self.layer >= self.n_layers:
             raise InputError(
                 "step: expected a running episode, found an ended one; call reset first"

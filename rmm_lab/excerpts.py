@@ -23,6 +23,7 @@ from rmm_lab import runs, tables
 from rmm_lab.errors import InputError, run_command
 from rmm_lab.sheets import (
     BY_SEED,
+    DEFAULT,
     METHODS,
     best_uniform,
     by_seed,
@@ -36,7 +37,8 @@ from rmm_lab.sheets import (
 )
 
 Rows = Sequence[Mapping[str, Any]]
-_BLOCK = re.compile(r"(<!-- results: ([a-z-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
+_START = "<!-- results:"
+_BLOCK = re.compile(rf"({_START} ([^ ]+) -->\n)(?:(?!{_START}).)*?(<!-- end -->)", re.DOTALL)
 
 
 def fill(page: str, read: Callable[[str], Rows] = tables.read) -> str:
@@ -50,7 +52,13 @@ def fill(page: str, read: Callable[[str], Rows] = tables.read) -> str:
             )
         return f"{match[1]}\n{EXCERPTS[match[2]](read)}\n{match[3]}"
 
-    return _BLOCK.sub(write, page)
+    new, n = _BLOCK.subn(write, page)
+    if n != page.count(_START):
+        raise InputError(
+            f"excerpts: expected {_START} NAME --> and <!-- end --> around each, found "
+            f"{page.count(_START)} beginnings and {n} whole ones; correct the comments"
+        )
+    return new
 
 
 def _of(rows: Rows, **values: Any) -> list[Mapping[str, Any]]:
@@ -136,11 +144,12 @@ def agent(read: Callable[[str], Rows]) -> str:
     lines = []
     for group in dict.fromkeys(r["group"] for r in rows):
         settings = list(dict.fromkeys(r["setting"] for r in _of(rows, group=group)))
-        first = by_seed(_of(rows, group=group, setting=settings[0]), "reward_split")
+        of = DEFAULT if DEFAULT in settings else settings[0]
+        first = by_seed(_of(rows, group=group, setting=of), "reward_split")
         for setting in settings:
             own = _of(rows, group=group, setting=setting)
             split = [_spread(by_seed(own, k)) for k in ("reward_split", "mean")]
-            gain = "" if setting == settings[0] else difference(by_seed(own, "reward_split"), first)
+            gain = "" if setting == of else difference(by_seed(own, "reward_split"), first)
             lines.append([group, setting, split[0], gain, split[1], str(len(own))])
     head = ["experts", "setting", "reward split, %", "difference", "test split, %", "seeds"]
     return markdown(head, lines, 2)

@@ -93,7 +93,8 @@ class PaperScale:
             name, _, source = text.partition("=")
             if name not in BASES or not source:
                 raise InputError(
-                    f"--bases: expected NAME=SOURCE with a name of {', '.join(BASES)}, found {text!r}"
+                    f"--bases: expected NAME=SOURCE with a name of {', '.join(BASES)}, found {text!r}; "
+                    "correct it"
                 )
             sources[name] = source
         return sources
@@ -150,15 +151,20 @@ class PaperScale:
         for name in ("steps", "batch_size", "text_steps", "text_batch_size"):
             if getattr(self, name) < 1:
                 raise InputError(
-                    f"--{name.replace('_', '-')}: expected at least 1, found {getattr(self, name)}"
+                    f"--{name.replace('_', '-')}: expected at least 1, found {getattr(self, name)}; "
+                    "correct it"
                 )
         for name in ("learning_rate", "text_learning_rate"):
             if not 0 < getattr(self, name) < float("inf"):
                 raise InputError(
-                    f"--{name.replace('_', '-')}: expected more than 0, found {getattr(self, name)}"
+                    f"--{name.replace('_', '-')}: expected more than 0, found {getattr(self, name)}; "
+                    "correct it"
                 )
         if self.sets_folder is not None and not self.sets_folder.is_dir():
-            raise InputError(f"--sets-folder: expected a folder, found none at {self.sets_folder}")
+            raise InputError(
+                f"--sets-folder: expected a folder, found none at {self.sets_folder}; name the one that "
+                "holds the sets"
+            )
 
     @staticmethod
     def _of(group: Group) -> tuple[str, ...]:

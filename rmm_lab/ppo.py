@@ -549,14 +549,31 @@ def look_ahead(
     return plan.unwrapped.scorer.take()
 
 
+def check_phases(env: Any, args: Args) -> None:
+    """InputError unless the searches after the agent's can be made in this environment."""
+    view = env.unwrapped.scorer
+    if args.scales and not hasattr(getattr(view, "scorer", view), "pool"):
+        raise InputError(
+            "--scales: expected a scorer of models, found one by formula, which has none to scale; use "
+            "--scales 0"
+        )
+    if args.finish + args.scales and env.unwrapped.max_depth < env.unwrapped.n_layers:
+        raise InputError(
+            f"--max-depth: expected at least {env.unwrapped.n_layers} layers, found "
+            f"{env.unwrapped.max_depth}; the searches at the end skip none: use --finish 0 --scales 0"
+        )
+
+
 def search(
     env: Any, args: Args, folder: RunFolder
 ) -> tuple[Agent, list[Row], list[Row], list[Tensor]]:
-    """PPO over ``args.episodes`` episodes, from the folder's checkpoint if it has one.
+    """The four phases of a search, from the folder's checkpoint if it has one.
 
+    Uniform paths, PPO, the local search, the scales: ``args.episodes`` evaluations in all.
     Returns the agent, the episodes, the updates and each update's ``mean_policy``. After each update
     all state is on disk.
     """
+    check_phases(env, args)
     torch.manual_seed(args.seed)  # the agent's initial weights
     agent = Agent(int(np.prod(env.observation_space.shape)), int(env.action_space.n))
     optimiser = torch.optim.Adam(
@@ -585,7 +602,7 @@ def search(
             ) from error
     scorer, places = env.unwrapped.scorer, range(env.unwrapped.first, env.unwrapped.n_layers)
     plan = make_env(None, args, Plan(scorer)) if getattr(scorer, "alone", True) is False else None
-    progress = report.Progress(args.episodes, len(episodes), quiet=args.quiet)
+    progress = report.Progress(args.episodes, episodes, quiet=args.quiet)
 
     def save() -> None:
         folder.save_checkpoint(
@@ -596,17 +613,6 @@ def search(
             episodes,
             updates,
             policies,
-        )
-
-    if args.scales and not hasattr(getattr(scorer, "scorer", scorer), "pool"):
-        raise InputError(
-            "--scales: expected a scorer of models, found one by formula, which has none to scale; use "
-            "--scales 0"
-        )
-    if args.finish + args.scales and env.unwrapped.max_depth < env.unwrapped.n_layers:
-        raise InputError(
-            f"--max-depth: expected at least {env.unwrapped.n_layers} layers, found "
-            f"{env.unwrapped.max_depth}; the searches at the end skip none: use --finish 0 --scales 0"
         )
 
     # 1. The uniform path of each source, which any user has. They teach the agent nothing: it has not
@@ -759,6 +765,7 @@ def train(args: Args, *, problem: Problem | None = None, table: bool = True) -> 
         if not args.quiet:
             print(f"note: {note}")
     env = make_env(problem, args)
+    check_phases(env, args)
     if args.resume is not None:
         folder = RunFolder(args.resume)
     else:

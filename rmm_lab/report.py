@@ -69,10 +69,11 @@ def scored_row(
 class Progress:
     """A live line: episode, rewards, best path so far, time left. On a terminal it rewrites itself."""
 
-    def __init__(self, total: int, start: int, *, quiet: bool) -> None:
-        self.total, self.start, self.quiet = total, start, quiet
+    def __init__(self, total: int, before: Sequence[dict[str, Any]], *, quiet: bool) -> None:
+        self.total, self.start, self.quiet = total, len(before), quiet
         self.began = self.shown = time.perf_counter()
-        self.best: tuple[float, str] = (-1.0, "")
+        fair = [(e["raw_reward"], e["path"]) for e in before if not e["penalised"]]
+        self.best: tuple[float, str] = max(fair, default=(-1.0, ""))
         self.live = sys.stdout.isatty()
 
     def show(self, episodes: Sequence[dict[str, Any]]) -> None:

@@ -72,13 +72,16 @@ def to_csv(rows: Sequence[Row], *, header: bool = True) -> str:
     return text.getvalue()
 
 
+TEXTS = ("commit",)  # columns that stay text: a commit may look like a number, 12e4567
+
+
 def from_csv(text: str, n: int | None = None) -> list[Row]:
     """The inverse of ``to_csv``, or its first n rows: numbers come back as int or float.
 
     Raises TypeError at a row with too few or too many cells.
     """
     rows = islice(csv.DictReader(io.StringIO(text)), n)
-    return [{k: _number(v) for k, v in row.items()} for row in rows]
+    return [{k: v if k in TEXTS else _number(v) for k, v in row.items()} for row in rows]
 
 
 def _number(text: str) -> int | float | str:

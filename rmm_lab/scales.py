@@ -24,7 +24,7 @@ from rmm_lab.surrogate import surrogate_of
 BOUNDS = (-0.2, 1.5)  # of a scale: 0 is the base, 1 the expert
 SIGMA = 0.2  # CMA-ES's first step
 MEANS = 10  # generations whose means are averaged at the end
-SEEDS = 2**32  # that the library takes
+SEEDS = 2**32  # that the libraries take
 
 
 def text_of_scales(scales: np.ndarray, places: Sequence[int]) -> str:

@@ -261,15 +261,21 @@ class Scorer:
         engine: Engine | None = None,
     ) -> None:
         if not 0 < fraction <= 1:
-            raise InputError(f"data fraction: expected a number in (0, 1], found {fraction}")
+            raise InputError(
+                f"data fraction: expected a number in (0, 1], found {fraction}; correct it"
+            )
         if len(tasks) != pool.n_models:
             raise InputError(
-                f"tasks: expected one for each of {pool.n_models} experts, found {len(tasks)}"
+                f"tasks: expected one for each of {pool.n_models} experts, found {len(tasks)}; give as many"
             )
         if precision not in PRECISIONS:
-            raise InputError(f"precision: expected float32 or bfloat16, found {precision!r}")
+            raise InputError(
+                f"precision: expected float32 or bfloat16, found {precision!r}; correct it"
+            )
         if reward not in REWARDS:
-            raise InputError(f"reward: expected {' or '.join(REWARDS)}, found {reward!r}")
+            raise InputError(
+                f"reward: expected {' or '.join(REWARDS)}, found {reward!r}; correct it"
+            )
         if workers < 1 or (batch_size is not None and batch_size < 1):
             raise InputError(
                 f"scorer: expected at least 1 worker and batches of at least 1 example, found {workers} "

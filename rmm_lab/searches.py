@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 
 from rmm_lab.errors import InputError
-from rmm_lab.scales import BOUNDS, Evolution, text_of_scales
+from rmm_lab.scales import BOUNDS, SEEDS, Evolution, text_of_scales
 from rmm_lab.scoring import Path, places_of, reward, shortlist, steps_of, text_of
 
 
@@ -148,7 +148,9 @@ def tpe(scorer: Any, evaluations: int, seed: int) -> list[tuple[str, float]]:
     share a subset. Source: Bergstra et al. 2011, "Algorithms for Hyper-Parameter Optimization", Sec. 4.
     """
     optuna = _need("optuna")
-    sampler = optuna.samplers.TPESampler(seed=seed, n_startup_trials=STARTUP, multivariate=True)
+    sampler = optuna.samplers.TPESampler(
+        seed=seed % SEEDS, n_startup_trials=STARTUP, multivariate=True
+    )
     return _by_optuna(scorer, evaluations, sampler, 1)
 
 
@@ -160,7 +162,7 @@ def nsga2(scorer: Any, evaluations: int, seed: int) -> list[tuple[str, float]]:
     Source: Deb et al. 2002, "A Fast and Elitist Multiobjective Genetic Algorithm: NSGA-II".
     """
     optuna = _need("optuna")
-    sampler = optuna.samplers.NSGAIISampler(seed=seed, population_size=GROUP)
+    sampler = optuna.samplers.NSGAIISampler(seed=seed % SEEDS, population_size=GROUP)
     return _by_optuna(scorer, evaluations, sampler, GROUP)
 
 

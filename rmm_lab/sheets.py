@@ -22,19 +22,26 @@ NAN = float("nan")
 
 # ------------------------------------------------------------------------------------ statistics
 
-# 97.5 % quantiles of Student's t for 1 to 9 degrees of freedom (NIST/SEMATECH e-Handbook of Statistical
+# 97.5 % quantiles of Student's t for 1 to 29 degrees of freedom (NIST/SEMATECH e-Handbook of Statistical
 # Methods, Sec. 1.3.6.7.2).
-T_975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
+T_975 = (
+    *(12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228),
+    *(2.201, 2.179, 2.160, 2.145, 2.131, 2.120, 2.110, 2.101, 2.093, 2.086),
+    *(2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045),
+)
+MOST_SEEDS = len(T_975) + 1
 
 
 def t_interval(values: Sequence[float] | np.ndarray) -> tuple[float, float]:
-    """Mean and half width of its 95 % confidence interval, for 2 to 10 independent values.
+    """Mean and half width of its 95 % confidence interval, for 2 to 30 independent values.
 
     ``mean ± t sd / sqrt(n)`` with the sample deviation; Student's t since n is small.
     """
     v = np.asarray(values, float)
-    if not 2 <= len(v) <= len(T_975) + 1:
-        raise InputError(f"t_interval: expected 2 to {len(T_975) + 1} values, found {len(v)}")
+    if not 2 <= len(v) <= MOST_SEEDS:
+        raise InputError(
+            f"t_interval: expected 2 to {MOST_SEEDS} values, found {len(v)}; give some of them"
+        )
     return float(v.mean()), float(T_975[len(v) - 2] * v.std(ddof=1) / len(v) ** 0.5)
 
 
@@ -239,9 +246,16 @@ def halves_blocks(rows: Rows) -> dict[str, tuple[Block, list[str]]]:
     return out
 
 
+PAIRS = ("digits+textures", "CUB+Dogs")  # Table II's, at the kit's scale and at the paper's
+
+
 def pair_blocks(rows: Rows) -> dict[str, tuple[Block, list[str]]]:
-    """Table II: the first group's tasks, and their mean."""
-    group = rows[0]["group"]
+    """Table II: the tasks of the pair, one of ``PAIRS`` or the only group, and their mean; {} without one."""
+    groups = list(dict.fromkeys(row["group"] for row in rows))
+    pairs = [group for group in groups if group in PAIRS] or (groups if len(groups) == 1 else [])
+    if not pairs:
+        return {}
+    group = pairs[0]
     own = [row for row in rows if row["group"] == group]
     found = block(own, lambda row: by_task(row) | {"Average": row["mean"]})
     return {group: (found, [*by_task(own[0]), "Average"])}
@@ -262,11 +276,16 @@ Blocks = Callable[[Rows], dict[str, tuple[Block, list[str]]]]
 
 def _methods_sheet(title: str, blocks: Blocks, number: str) -> Callable[..., str]:
     def show(rows: Rows, paper: Rows = ()) -> str:
+        of = blocks(rows)
+        if not of:
+            return ""
         tables = [
             (f"## {heading}\n\n" if heading else "")
             + methods_table(found, columns, columns[-1:] if blocks is pair_blocks else columns)
-            for heading, (found, columns) in blocks(rows).items()
+            for heading, (found, columns) in of.items()
         ]
+        if blocks is pair_blocks:
+            rows = [row for row in rows if row["group"] in of]
         return _page(title, rows, tables, paper, number)
 
     return show
@@ -367,11 +386,12 @@ def _papers_dar(rows: Rows) -> list[str]:
 
 
 def by_seed(rows: Rows, value: str) -> BY_SEED:
+    """Seed -> a column's number, of rows that differ in nothing else."""
     return {row["seed"]: float(row[value]) for row in rows}
 
 
 def show_searches(rows: Rows, curve: Rows = (), paper: Rows = ()) -> str:
-    """Each search's final choice on both splits, and what RMM has over the best other one."""
+    """Each search's final choice on both splits, and what RMM has over each other one."""
     lines = []
     for group in dict.fromkeys(row["group"] for row in rows):
         own: dict[str, list[Mapping[str, Any]]] = {}
@@ -393,13 +413,18 @@ def show_searches(rows: Rows, curve: Rows = (), paper: Rows = ()) -> str:
             lines.append([group, name, seeds, *found, *gains, f"{seconds:.0f}"])
     head = (
         f"# RMM beside other searches\n\nAll had {rows[0]['episodes']} evaluations on the same subsets of "
-        "the reward split, and the same final choice on all of it. Mean ± sample standard deviation over "
+        "the reward split. Each chose in the end among ten paths on all of it: the means that it arrived at, "
+        "where scales or orders evolved, and the paths with the best scores; RMM had its agent's greedy path "
+        "besides. Mean ± sample standard deviation over "
         "seeds, best first on the reward split. *RMM − it*: on the reward and on the test split, paired by "
         "seed, ± the 95 % interval. Seconds are of searches that ran beside other work.\n\n"
     )
     columns = ["problem", "search", "seeds", "reward split, %", "test split, %"]
     columns += ["RMM − it, reward", "RMM − it, test", "seconds"]
     return head + markdown(columns, lines, 2)
+
+
+DEFAULT = "default preset"  # what the ablation's differences are to
 
 
 def show_agent(rows: Rows, paper: Rows = ()) -> str:
@@ -410,7 +435,7 @@ def show_agent(rows: Rows, paper: Rows = ()) -> str:
         for row in rows:
             if row["group"] == group:
                 own.setdefault(row["setting"], []).append(row)
-        first = next(iter(own))
+        first = next(iter(own)) if DEFAULT not in own else DEFAULT
         for setting, its in own.items():
             split = [text(by_seed(its, k), "RMM") for k in ("reward_split", "mean")]
             gain = ""

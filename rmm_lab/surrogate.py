@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from rmm_lab.errors import InputError
 from rmm_lab.scoring import Path, own_sources, places_of, steps_of
 
 CENTRES = 4  # best paths around which is searched
@@ -203,4 +204,9 @@ def surrogate_of(scorer: Any, episodes: Sequence[Mapping[str, Any]], seed: int) 
         for e in episodes
         if not e["penalised"] and not own_sources(path := steps_of(e["path"], scorer.sources))
     ]
+    if not scored:
+        raise InputError(
+            f"search: expected at least one legal episode in {len(episodes)} before the local search, found "
+            "none; raise --episodes, or use --start or --mask-actions"
+        )
     return Surrogate(scored, places_of(scorer), len(scorer.sources), seed)

@@ -130,7 +130,14 @@ class Command:
         """Measure what is not in the files yet, and write the sheets."""
         for name in ("episodes", "jobs", "threads"):
             if getattr(self, name) < 1:
-                raise InputError(f"--{name}: expected at least 1, found {getattr(self, name)}")
+                raise InputError(
+                    f"--{name}: expected at least 1, found {getattr(self, name)}; correct it"
+                )
+        if not 1 <= len(set(self.seeds)) == len(self.seeds) <= sheets.MOST_SEEDS:
+            raise InputError(
+                f"--seeds: expected 1 to {sheets.MOST_SEEDS} different numbers, found "
+                f"{' '.join(map(str, self.seeds)) or 'none'}; give others"
+            )
         out = self.out or Path("results" if self.scale == "kit" else "results-paper")
         if self.table != "show":
             names = ALL if self.table == "all" else (self.table,)
@@ -139,7 +146,8 @@ class Command:
                 groups = self.paper.groups()
                 if odd := set(names) - set(groups):
                     raise InputError(
-                        f"--scale paper: expected one of {', '.join(groups)}, found {odd.pop()!r}"
+                        f"--scale paper: expected one of {', '.join(groups)}, found {odd.pop()!r}; "
+                        "give one of them"
                     )
             groups = self._wanted(names, groups)
             if self.scale == "paper":
@@ -149,7 +157,13 @@ class Command:
             once = {(j.table, *j.key.values()): j for j in jobs}  # fig3 is a part of IV
             print(f"{len(once)} cells to measure into {out}", flush=True)
             cells.measure_all(list(once.values()), tables, self.jobs, self.threads)
-        for file in write_sheets(out):
+        written = list(write_sheets(out))
+        if not written and self.table == "show":
+            raise InputError(
+                f"--out: expected a folder with the CSV files of a table, found none in {out}; measure one "
+                "first, or name another folder"
+            )
+        for file in written:
             print(f"written: {file}")
 
     def _wanted(
@@ -159,11 +173,15 @@ class Command:
         shares = {f"{f:g}" for f in DATA} if "IV" in names else set()
         if unknown := set(self.only) - known - shares:
             raise InputError(
-                f"--only: expected some of {', '.join(sorted(known | shares))}, found {unknown.pop()!r}"
+                f"--only: expected some of {', '.join(sorted(known | shares))}, found {unknown.pop()!r}; "
+                "correct it"
             )
-        if not set(self.only) & known:
+        if not self.only:
             return {name: groups[name] for name in names}
-        return {name: [g for g in groups[name] if g.name in self.only] for name in names}
+        only = {name: [g for g in groups[name] if g.name in self.only] for name in names}
+        if set(self.only) & shares and not set(self.only) & known:
+            only["IV"] = groups["IV"]  # a share of all its groups, and nothing else
+        return only
 
     def _jobs(self, name: str, tables: Tables, groups: Sequence[Group]) -> Iterator[Job]:
         """What is not in the files yet."""
@@ -195,7 +213,7 @@ class Command:
         settings += [{"preset": "default"}, {"preset": "default", "reward": "likelihood"}]
         for fraction in DATA:
             for setting in settings[::2] if fraction == 1 else settings:
-                args = Args(**(options | setting), data_fraction=fraction)
+                args = Args(**(options | setting | {"data_fraction": fraction}))
                 drawn = args.preset == "paper" and fraction == min(DATA)
                 drawn = drawn and args.seed == self.seeds[0]
                 if drawn if name == "fig3" else fraction in shares:
@@ -235,7 +253,9 @@ def write_sheets(folder: Path) -> Iterator[Path]:
             continue
         rows = [runs.from_csv(file.read_text("utf-8")) for file in files]
         if name in sheets.SHOW:
-            runs.write(folder / f"{name}.md", sheets.SHOW[name](*rows, paper=paper))
+            if not (page := sheets.SHOW[name](*rows, paper=paper)):
+                continue
+            runs.write(folder / f"{name}.md", page)
             yield folder / f"{name}.md"
         if name in sheet_figures.DRAW:
             runs.write(folder / f"{name}.png", plots.png(sheet_figures.DRAW[name](*rows)))

@@ -311,7 +311,9 @@ class Run:
             policies = load_file(file)["policies"] if file.exists() else None
             tasks = [k.removeprefix("score_") for k in episodes[0] if k.startswith("score_")]
             chosen = config["stem"] == "agent"
-        except (OSError, KeyError, IndexError, SafetensorError, json.JSONDecodeError) as error:
+        except InputError:
+            raise
+        except (OSError, LookupError, SafetensorError, TypeError, ValueError) as error:
             raise InputError(
                 f"run folder {folder}: expected path.json, finalists.json, episodes.csv and updates.csv "
                 f"of a search that has ended, found none that can be read ({error!r}); end it with "
@@ -348,7 +350,7 @@ class Run:
     def agent_stacks(self) -> tuple[range, ...]:
         """The stacks that the agent walked through: of blocks where it chose whole ones, else ``stacks``."""
         places = 0 if self.policies is None else self.policies.shape[1] + self.first
-        if not self.blocks or places == self.n_layers:
+        if not self.blocks or places == self.n_layers or self.config.get("unit") == "sublayer":
             return self.stacks
         starts = [[b.start for b in self.blocks].index(stack.start) for stack in self.stacks]
         return tuple(map(range, starts, [*starts[1:], len(self.blocks)]))

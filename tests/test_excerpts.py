@@ -87,8 +87,25 @@ def test_a_page_keeps_all_but_its_excerpts():
     assert filled.endswith("|\n\n<!-- end -->\nb 2.5\n<!-- end -->\n")
     assert "old" not in filled
     assert excerpts.fill(filled, rows_of) == filled
+    with pytest.raises(InputError, match="excerpt 'Table4': expected one of"):
+        excerpts.fill("<!-- results: Table4 -->\n<!-- end -->", rows_of)
     with pytest.raises(InputError, match="excerpt 'cats': expected one of demo"):
         excerpts.fill("<!-- results: cats -->\n<!-- end -->", rows_of)
+
+
+@pytest.mark.parametrize(
+    "page",
+    [
+        "<!-- results: agent -->\n text\n<!-- results: dar -->\n<!-- end -->",  # would lose text
+        "<!-- results: agent -->\n text",
+        "<!-- results: agent-->\n<!-- end -->",
+    ],
+)
+def test_an_excerpt_without_its_end_loses_no_prose(page):
+    with pytest.raises(
+        InputError, match=r"excerpts: expected .* around each, found [12] beginnings"
+    ):
+        excerpts.fill(page, rows_of)
 
 
 def test_the_command_writes_only_what_has_changed(tmp_path, monkeypatch, capsys):

@@ -422,6 +422,23 @@ def test_impossible_finishes_are_refused(trained):
         train(Args(max_depth=2, episodes=8, quiet=True), problem=trained, table=False)
 
 
+@pytest.mark.parametrize("mask", [True, False])
+def test_a_local_search_without_an_episode_to_start_from_says_so(trained, mask):
+    args = Args(episodes=2, start=False, mask_actions=mask, quiet=True)
+    with pytest.raises(
+        InputError, match="expected at least one legal episode in 0 before the local"
+    ):
+        train(args, problem=trained, table=False)
+
+
+def test_a_search_that_cannot_be_made_leaves_no_folder(tiny, tmp_path, capsys):
+    folder = tmp_path / "run"
+    words = [w for w in arguments(tiny, folder, 24) if w not in ("--preset", "paper")]
+    assert ppo.main([*words, "--max-depth", "2"]) == 2
+    assert "--max-depth: expected at least" in capsys.readouterr().err
+    assert not folder.exists()
+
+
 def test_a_search_without_the_agent_has_no_update(trained):
     result = train(Args(finish=0.25, episodes=30, quiet=True), problem=trained, table=False)
     assert len(result.episodes) == 30

@@ -262,20 +262,32 @@ def episodes(raw, dar=None):
 
 def test_progress_says_episode_best_path_and_time_left(capsys):
     rows = episodes([0.5, 0.75, 0.25])
-    progress = report.Progress(3, 0, quiet=False)
+    progress = report.Progress(3, [], quiet=False)
     for n in (1, 2, 3):
         progress.show(rows[:n])
     line = capsys.readouterr().out.splitlines()[-1]
     for words in ("episode 3/3", "reward 25.0", "last 50 50.0", "best 75.0 (p1)", "0 s left"):
         assert words in line
-    report.Progress(3, 0, quiet=True).show(rows)
+    report.Progress(3, [], quiet=True).show(rows)
     assert capsys.readouterr().out == ""
+
+
+def test_progress_of_a_search_that_goes_on_knows_the_best_before(capsys):
+    rows = episodes([0.5, 0.9, 0.75, 0.25])
+    rows[1]["penalised"] = 1
+    report.Progress(4, rows[:3], quiet=False).show(rows)
+    assert "best 75.0 (p2)" in capsys.readouterr().out
+
+
+def test_a_commit_that_looks_like_a_number_stays_itself():
+    rows = [{"commit": c, "mean": m} for c, m in (("37932e1", 1.5), ("0012345", 2), ("12e4567", 0))]
+    assert from_csv(to_csv(rows)) == rows
 
 
 def test_a_path_of_scales_does_not_fill_the_progress_line(capsys):
     path = " ".join(f"task_arithmetic:scale=0.{k}51/0.249@{k}" for k in range(10))
     row = {"raw_reward": 0.5, "dar_reward": 0.5, "penalised": 0, "path": path}
-    report.Progress(1, 0, quiet=False).show([row])
+    report.Progress(1, [], quiet=False).show([row])
     line = capsys.readouterr().out.strip()
     assert f"({path[:107]} ...)" in line  # three whole steps, and no more
     assert report.shortened("digits@0 ties@1") == "digits@0 ties@1"

@@ -482,6 +482,19 @@ def test_a_search_that_has_not_ended_is_refused(searched, tmp_path):
         Run.read(tmp_path / "none")
 
 
+@pytest.mark.parametrize("damage", [b"700,0,1", b"\xff\xfe"])
+def test_a_damaged_table_is_refused(searched, tmp_path, damage):
+    """Half a last line, and bytes that are no text."""
+    folder, _, _ = searched
+    for file in folder.iterdir():
+        if file.is_file():
+            (tmp_path / file.name).write_bytes(file.read_bytes())
+    with (tmp_path / "episodes.csv").open("ab") as stream:
+        stream.write(damage)
+    with pytest.raises(InputError, match="none that can be read"):
+        Run.read(tmp_path)
+
+
 def test_broken_files_are_refused_and_policies_may_lack(searched, tmp_path):
     folder, _, _ = searched
     names = ("config.json", "path.json", "finalists.json", "episodes.csv", "updates.csv")
@@ -654,3 +667,6 @@ def test_the_agents_places_in_two_stacks(places, expected):
         torch.zeros(1, places, 6), blocks=blocks,
     )  # fmt: skip
     assert run.agent_stacks == expected
+    # Without an agent nobody walked: the layers are what was decided on.
+    run.policies, run.config = torch.zeros(0, 0, 0), {"unit": "sublayer"}
+    assert run.agent_stacks == run.stacks
