@@ -106,6 +106,7 @@ def groups(read: Callable[[str], Rows]) -> str:
                 ]
                 spread = _spread(best)
                 n = len(found["RMM"].get(column, {}))
+                cells[1] = cells[1] or "none ships"
                 lines.append([column, *cells[:2], spread, cells[2], gain, str(n)])
     head = ["experts", "fine-tuned", "multi-task", "best uniform merge", "RMM", "gain", "seeds"]
     return markdown(head, lines)
@@ -161,7 +162,9 @@ def preset(read: Callable[[str], Rows]) -> str:
     lines = []
     for setting in dict.fromkeys(r["setting"] for r in rows):
         own = _of(rows, setting=setting)
-        lines.append([setting, *(_spread(by_seed(own, k)) for k in ("reward_split", "test"))])
+        name = setting.replace("default preset", "agent preset")
+        name = name.replace("default with", "agent preset with")  # as it was called then
+        lines.append([name, *(_spread(by_seed(own, k)) for k in ("reward_split", "test"))])
     return markdown(["setting", "reward split, %", "test split, %"], lines)
 
 

@@ -140,7 +140,9 @@ def draw_rewards(rows: Rows) -> Figure:
 
 
 def draw_searches(rows: Rows, curve: Rows) -> Figure:
-    """The path chosen by then, on the whole reward split, over evaluations: a panel for each problem.
+    """The best path so far, on the whole reward split, over evaluations: a panel for each problem.
+
+    The last point is the final choice.
 
     Mean over seeds; the range as a band for RMM, as a bar at the end for the others. Beside each name the
     test score of the final choice.

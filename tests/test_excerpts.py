@@ -63,7 +63,7 @@ def test_means_spreads_and_paired_differences_by_hand():
     assert table[0] == ["test split, %", "g"]
     assert table[-2:] == [["**RMM**", "73.0 ± 2.8"], ["seeds", "2"]]
     table = lines_of(excerpts.groups(rows_of))
-    assert table[2] == ["g", "99.0", "", "71.0 ± 1.4", "73.0 ± 2.8", "+2.0 ± 12.7", "2"]
+    assert table[2] == ["g", "99.0", "none ships", "71.0 ± 1.4", "73.0 ± 2.8", "+2.0 ± 12.7", "2"]
     table = lines_of(excerpts.dar(rows_of))
     assert table[0] == ["test split, %", "100 %", "1 %"]
     assert table[2] == ["paper's preset", "71.0 ± 1.4", "73.0 ± 2.8"]
