@@ -53,6 +53,7 @@ ALL = ("I", "II", "III", "IV", "fig3")
 AGENT: dict[str, dict[str, Any]] = {
     "default preset": {},
     "without the agent": {"finish": 0.25, "scales": 0.75},
+    "half as much agent": {"finish": 0.15, "scales": 0.75},
     "without the local search": {"finish": 0.0, "scales": 0.8},
     "without the scales": {"finish": 0.8, "scales": 0.0},
     "the agent alone": {"finish": 0.0, "scales": 0.0},
@@ -70,7 +71,7 @@ AGENT: dict[str, dict[str, Any]] = {
     "paper preset": {"preset": "paper"},
 }
 ON_TEXTS = (
-    *("default preset", "without the agent", "without the scales"),
+    *("default preset", "without the agent", "half as much agent", "without the scales"),
     *("likelihood as the reward", "agent preset"),
 )
 ORDER = {
