@@ -103,6 +103,11 @@ class Evolution:
         """(D,), around which it draws next."""
         return self._strategy.mean
 
+    @property
+    def latest(self) -> np.ndarray:
+        """(D,), the mean after the last whole generation, or its start."""
+        return next((run[-1] for run in reversed(self.runs) if run), self.mean)
+
     def ask(self, most: int) -> list[np.ndarray]:
         """The next generation, (D,) each, or as much of it as is wanted."""
         if self._strategy.should_stop():

@@ -43,7 +43,8 @@ class Scored(list[tuple[str, float]]):
 Search = Callable[[Any, int, int], list[tuple[str, float]]]
 GROUP = 20  # evaluations that share a data subset, as the agent's episodes of one update do
 STARTUP = 40  # evaluations before TPE models anything, the uniform paths among them
-ANSWERS = 20  # means of a CMA-ES that may be chosen from
+ANSWERS = 20  # means of CMA-ES over scales that may be chosen from
+LAST = 10  # evaluations at the end of CMA-ES over orders that score the mean of what it found
 SCALES = (0.3, 0.4, 0.5, 0.6, 0.8)  # one scale for all, tried before the scales evolve
 REPEATS = 2  # how often a path of CMA-ES, order, can take each expert's layer
 MEAN = 0.25  # of a layer's number at the start of CMA-ES, order: above 0 it runs, below not
@@ -240,7 +241,10 @@ def cmaes_scales(scorer: Any, evaluations: int, seed: int) -> list[tuple[str, fl
     if len(out) == evaluations:
         return out
     mean = max(known, key=lambda pair: pair[0])[1]
-    return _evolve(scorer, out, evaluations, Evolution(mean, BOUNDS, seed), text)
+    evolution = Evolution(mean, BOUNDS, seed)
+    out = _evolve(scorer, out, evaluations, evolution, text)
+    answers = dict.fromkeys(text(x) for x in evolution.answers(ANSWERS))
+    return Scored(out, list(answers))
 
 
 def cmaes_order(scorer: Any, evaluations: int, seed: int) -> list[tuple[str, float]]:
@@ -252,6 +256,9 @@ def cmaes_order(scorer: Any, evaluations: int, seed: int) -> list[tuple[str, flo
     the base's if there is none. The first mean is the expert whose uniform path was best.
     Source: Akiba et al. 2024, data-flow space; the matrix W that scales a layer's input by the pair of
     layers that it stands between is left out, so that a path is a model of the base's architecture.
+
+    Up to ``LAST`` evaluations at the end, each on another subset, go to the mean that it arrived at. A mean
+    of means, as of scales, would be no answer: between two orders lies a third, of other layers.
     """
     out = _start(scorer, evaluations)
     if len(out) == evaluations:
@@ -263,7 +270,13 @@ def cmaes_order(scorer: Any, evaluations: int, seed: int) -> list[tuple[str, flo
     def text(numbers: np.ndarray) -> str:
         return text_of(path_of_order(scorer, numbers), scorer.sources)
 
-    return _evolve(scorer, out, evaluations, Evolution(mean.ravel(), None, seed), text)
+    evolution = Evolution(mean.ravel(), None, seed)
+    last = min(LAST, scorer.n_subsets, (evaluations - len(out)) // 10)
+    out = _evolve(scorer, out, evaluations - last, evolution, text)
+    for i in range(last):
+        subset = (evolution.generation + 1 + i) % scorer.n_subsets
+        out += _score_texts(scorer, [text(evolution.latest)], subset)
+    return out
 
 
 def path_of_order(scorer: Any, numbers: np.ndarray) -> Path:
@@ -288,11 +301,11 @@ def _evolve(
     evaluations: int,
     evolution: Evolution,
     text_of_numbers: Callable[[np.ndarray], str],
-) -> Scored:
+) -> list[tuple[str, float]]:
     """CMA-ES until all evaluations are spent; a generation shares a subset.
 
     The library cmaes, which Optuna's own CMA-ES is built on: here a generation is asked for as a whole, its
-    start is a vector, and nothing is kept of older trials. Its answers are the means that it arrived at.
+    start is a vector, and nothing is kept of older trials.
     """
     out = list(out)
     while (left := evaluations - len(out)) > 0:
@@ -301,8 +314,7 @@ def _evolve(
         scored = _score_texts(scorer, texts, evolution.generation % scorer.n_subsets)
         out += scored
         evolution.tell(asked, [value for _, value in scored])
-    answers = (text_of_numbers(x) for x in evolution.answers(ANSWERS))
-    return Scored(out, list(dict.fromkeys(answers)))
+    return out
 
 
 SEARCHES: dict[str, Search] = {
@@ -327,7 +339,7 @@ def finalists(scored: Sequence[tuple[str, float]], n: int) -> list[str]:
     """The n paths, as text, that are scored on the whole reward split to choose one.
 
     Three quarters are a search's own answers, where it has such, as with RMM's scales; the others are those
-    with the best scores so far, see ``shortlist``.
+    with the best scores, see ``shortlist``.
     """
     own = list(scored.answers[: n - n // 4]) if isinstance(scored, Scored) else []
     return [*own, *(text for text in shortlist(scored, n) if text not in own)][:n]

@@ -413,8 +413,8 @@ def show_searches(rows: Rows, curve: Rows = (), paper: Rows = ()) -> str:
             lines.append([group, name, seeds, *found, *gains, f"{seconds:.0f}"])
     head = (
         f"# RMM beside other searches\n\nAll had {rows[0]['episodes']} evaluations on the same subsets of "
-        "the reward split. Each chose in the end among ten paths on all of it: the means that it arrived at, "
-        "where scales or orders evolved, and the paths with the best scores; RMM had its agent's greedy path "
+        "the reward split. Each chose in the end among ten paths on all of it: those with the best scores, "
+        "and where scales evolved, most are the means that these arrived at; RMM had its agent's greedy path "
         "besides. Mean ± sample standard deviation over "
         "seeds, best first on the reward split. *RMM − it*: on the reward and on the test split, paired by "
         "seed, ± the 95 % interval. Seconds are of searches that ran beside other work.\n\n"

@@ -185,6 +185,7 @@ def test_a_part_of_a_generation_teaches_nothing():
     evolution.tell(asked, [1.0, 2.0, 3.0])
     assert len(asked) == 3
     assert (evolution.mean == 0).all()
+    assert (evolution.latest == 0).all()
     assert evolution.answers(5) == []
 
 
@@ -209,6 +210,7 @@ def test_a_new_beginning_loses_no_answer():
         evolve(evolution, 8, lambda x: -float(np.square(x - target).sum()))
     assert len(evolution.runs[1]) <= 1
     assert np.abs(evolution.mean - target).max() > 0.2
+    assert np.abs(evolution.latest - target).max() < 1e-4 or evolution.runs[1]
     near = [np.abs(found - target).max() < 1e-4 for found in evolution.answers(5)]
     assert sum(near) >= 3
     assert near[0 if not evolution.runs[1] else 1]
