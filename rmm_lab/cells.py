@@ -396,8 +396,10 @@ def _measured(jobs: Sequence[Job], processes: int, threads: int) -> Generator[tu
     with ProcessPoolExecutor(
         processes, mp_context=spawn, initializer=_start, initargs=(threads,)
     ) as pool:
-        futures = {pool.submit(measure, job): job for job in jobs}
+        futures = {}
         try:
+            for job in jobs:  # each may start a process: stopped here too, none is waited for
+                futures[pool.submit(measure, job)] = job
             for future in as_completed(futures):
                 yield futures[future], future.result()
         except BrokenProcessPool as error:

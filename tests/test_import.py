@@ -41,7 +41,7 @@ def test_imports_go_one_way():
     import rmm_lab
 
     order = (
-        *("errors", "operators", "parts", "vit", "t5", "memory", "models"),
+        *("errors", "operators", "parts", "vit", "t5", "memory", "metrics", "models"),
         *("hub", "render", "images", "image_formats", "tasks"),
         *("grammar", "formats", "texts", "training"),
         *(
@@ -59,7 +59,8 @@ def test_imports_go_one_way():
         "searches",
         *("runs", "plots", "sheets", "sheet_figures", "report", "ppo"),
         *("cells", "paper_scale", "tables", "excerpts", "bench"),
-        *("tiny", "walk", "views", "pictures", "explorers", "widgets", "checks", "course"),
+        *("model_pictures", "search_pictures", "result_pictures", "pictures"),
+        *("tiny", "walk", "views", "explorers", "widgets", "checks", "course"),
     )
     folder = Path(rmm_lab.__file__).parent
     assert {p.stem for p in folder.glob("*.py")} - {"__init__"} == set(order)

@@ -390,6 +390,23 @@ def test_ctrl_c_ends_all_processes_at_once(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_ctrl_c_while_jobs_are_handed_out_waits_for_none(tmp_path, monkeypatch):
+    class Interrupted(cells.ProcessPoolExecutor):
+        def submit(self, function, *args):
+            if self._pending_work_items:
+                raise KeyboardInterrupt
+            return super().submit(time.sleep, 60)
+
+    monkeypatch.setattr(cells, "ProcessPoolExecutor", Interrupted)
+    jobs = list(
+        Command("II", out=tmp_path)._jobs("II", Tables(tmp_path, {}), tables.kit_groups()["II"])
+    )
+    start = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        cells.measure_all(jobs[:3], Tables(tmp_path, {}), 2)
+    assert time.monotonic() - start < 40
+
+
 # ----------------------------------------------------------------------------------------- the sheets
 
 
