@@ -216,6 +216,14 @@ def test_a_new_beginning_loses_no_answer():
     assert near[0 if not evolution.runs[1] else 1]
 
 
+def test_answers_of_two_runs_by_hand():
+    evolution = Evolution(np.zeros(1), BOUNDS, 1)
+    evolution.runs = [[np.array([1.0]), np.array([2.0])], [np.array([5.0]), np.array([7.0])], []]
+    assert np.concatenate(evolution.answers(9)).tolist() == [6, 1.5, 7, 5, 2, 1]
+    assert np.concatenate(evolution.answers(2)).tolist() == [6, 1.5]
+    assert evolution.latest.tolist() == [7]
+
+
 def test_the_evolution_of_a_search_is_separable_and_starts_at_its_best_path(problem):
     scorer = problem.scorer(fraction=0.5, stem="agent")
     rows = [

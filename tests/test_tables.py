@@ -269,6 +269,8 @@ def test_searches_have_a_line_and_a_curve_each(small, tmp_path, monkeypatch):
     curve = rows_of(tmp_path, "searches-curve")
     assert {(r["seed"], r["method"]) for r in curve} == {(r["seed"], r["method"]) for r in rows}
     assert max(r["evaluations"] for r in curve) == 12
+    ends = {(r["seed"], r["method"]): r["reward_split"] for r in curve if r["evaluations"] == 12}
+    assert ends == {(r["seed"], r["method"]): r["reward_split"] for r in rows}  # the final choice
 
 
 def test_the_ablation_has_a_line_for_each_setting(small, tmp_path, monkeypatch):
