@@ -33,6 +33,7 @@ from rmm_lab.sheets import (
     group_blocks,
     halves_blocks,
     markdown,
+    span,
     text,
 )
 
@@ -135,7 +136,7 @@ def searches(read: Callable[[str], Rows]) -> str:
     seeds = []
     for g in names:
         counts = Counter(r["method"] for r in _of(rows, group=g)).values()
-        seeds.append(" to ".join(dict.fromkeys([str(min(counts)), str(max(counts))])))
+        seeds.append(span(counts))
     return markdown(["test split, %", *names], [*lines, ["seeds", *seeds]])
 
 
@@ -190,8 +191,7 @@ def dar(read: Callable[[str], Rows]) -> str:
         against = "itself" if whole == name else "default preset"
         if any(lost):
             lines.append([f"{name} − {against} at 100 %", *lost])
-    counts = [[len(own[name][s]) for name in own if s in own[name]] for s in shares]
-    seeds = [" to ".join(dict.fromkeys([str(min(c)), str(max(c))])) for c in counts]
+    seeds = [span(len(its[s]) for its in own.values() if s in its) for s in shares]
     names = {"RMM, ": "", "RMM w/o DAR": "paper's preset, without DAR", "RMM": "paper's preset"}
     for line in lines:
         for old, new in names.items():

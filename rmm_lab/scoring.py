@@ -442,11 +442,13 @@ class Scorer:
         Answers are their numbers; where the reward is the likelihood, how right they are in [0, 1].
         """
         found, layers = [], 0
-        labels = self._labels(*self.parts(job.subset)[job.part])
         for path in job.paths:
             logits, n = self._logits(job.subset, job.part, path)  # (n, answers)
-            soft = self._is_soft(job.subset)
-            found.append(likelihood(logits, labels) if soft else logits.argmax(-1).cpu())
+            if self._is_soft(job.subset):
+                labels = self._labels(*self.parts(job.subset)[job.part])
+                found.append(likelihood(logits, labels))
+            else:
+                found.append(logits.argmax(-1).cpu())  # (n, answers) -> (n,)
             layers += n
         return found, layers
 

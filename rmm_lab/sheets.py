@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -59,6 +59,12 @@ def mean_and_sd(
         k: (len(v), float(np.mean(v)), float(np.std(v, ddof=1)) if len(v) > 1 else NAN)
         for k, v in groups.items()
     }
+
+
+def span(counts: Iterable[int]) -> str:
+    """Numbers of seeds in words: ``5``, or ``3 to 5`` where they differ."""
+    own = list(counts)
+    return " to ".join(dict.fromkeys([str(min(own)), str(max(own))]))
 
 
 def difference(a: Mapping[int, float], b: Mapping[int, float]) -> str:
@@ -210,10 +216,10 @@ READING = (
 
 
 def _page(title: str, rows: Rows, tables: Sequence[str], paper: Rows, number: str) -> str:
-    counts = Counter((row["group"], row["size"]) for row in rows if row["method"] == "RMM").values()
-    low, seeds = min(counts, default=1), max(counts, default=1)
+    counts = Counter((row["group"], row["size"]) for row in rows if row["method"] == "RMM")
+    seeds = span(counts.values() or [1])
     several = len({r["method"] for r in rows if r["method"].startswith("RMM")}) > 1
-    n = f"{low} to {seeds} seeds" if low < seeds else f"{seeds} seeds" if seeds > 1 else "one seed"
+    n = "one seed" if seeds == "1" else f"{seeds} seeds"
     reading = READING.format(n=n, s="s" * several)
     own = [row for row in paper if row["table"] == number]
     parts = [f"# {title}\n", f"{reading} {tuning(rows)}\n", *tables]
@@ -350,8 +356,8 @@ def show_dar(rows: Rows, paper: Rows = ()) -> str:
     if "100 %" in times:
         faster = [f"{times['100 %'] / times[s]:.1f}" if s in times else "" for s in shares]
         lines.append(["times faster", "RMM", *faster])
-    counts = Counter((row["preset"], row["data_fraction"], row["dar"]) for row in rows).values()
-    seeds = " to ".join(dict.fromkeys([str(min(counts)), str(max(counts))]))
+    searches = ("preset", "reward", "data_fraction", "dar")
+    seeds = span(Counter(tuple(row[k] for k in searches) for row in rows).values())
     head = (
         "# Table IV: share of the data, with DAR and without\n\nScore on the test split, %: mean ± sample "
         f"standard deviation over {seeds} seeds, {rows[0]['episodes']} episodes. *RMM* and *RMM w/o DAR* are "
@@ -435,7 +441,7 @@ def show_agent(rows: Rows, paper: Rows = ()) -> str:
         for row in rows:
             if row["group"] == group:
                 own.setdefault(row["setting"], []).append(row)
-        first = next(iter(own)) if DEFAULT not in own else DEFAULT
+        first = DEFAULT if DEFAULT in own else next(iter(own))
         for setting, its in own.items():
             split = [text(by_seed(its, k), "RMM") for k in ("reward_split", "mean")]
             gain = ""

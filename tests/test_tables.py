@@ -503,6 +503,7 @@ def test_table_iv_by_hand():
     rows += [dar_cell("default", 0.1, 0.0, s, 83, "likelihood") for s in (1, 2)]
     page = sheets.SHOW["table-IV"](rows, paper=tables.read("paper"))
     ours, papers = page.split("## Paper")
+    assert "over 2 seeds, 700 episodes" in ours
     assert "| Average | RMM | 71.5 ± 0.7 | 67.5 ± 0.7 |" in ours
     assert "| Average | RMM w/o DAR | 71.5 ± 0.7 | 68.0 ± 0.0 |" in ours  # 100 % stands for both
     assert "| p | RMM, default preset |  | 78.0 ± 0.0 |" in ours
