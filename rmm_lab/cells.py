@@ -17,11 +17,12 @@ import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 
 from rmm_lab import baselines, runs, searches
@@ -393,6 +394,7 @@ def _measured(jobs: Sequence[Job], processes: int, threads: int) -> Generator[tu
     share = free_bytes(jobs[0].args.device) / 2**20 / 4 / processes
     jobs = [replace(job, args=replace(job.args, cache_mb=share)) for job in jobs]
     spawn = multiprocessing.get_context("spawn")
+    before = set(psutil.Process().children())
     with ProcessPoolExecutor(
         processes, mp_context=spawn, initializer=_start, initargs=(threads,)
     ) as pool:
@@ -410,8 +412,10 @@ def _measured(jobs: Sequence[Job], processes: int, threads: int) -> Generator[tu
         except BaseException:  # also Ctrl-C, and a reader that went away: wait for nothing
             for future in futures:
                 future.cancel()
-            for process in multiprocessing.active_children():
-                process.terminate()
+            # Also one that was being started, which multiprocessing does not know yet.
+            for process in set(psutil.Process().children()) - before:
+                with suppress(psutil.NoSuchProcess):
+                    process.terminate()
             raise
 
 
