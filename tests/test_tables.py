@@ -381,6 +381,7 @@ def test_ctrl_c_ends_all_processes_at_once(tmp_path):
     parent, deadline = psutil.Process(work.pid), time.monotonic() + 60
     while len(parent.children()) < 3 and time.monotonic() < deadline:  # one is the tracker's
         time.sleep(0.2)
+    time.sleep(2)  # until both are handed their jobs; before that is the next test's matter
     children = parent.children()
     work.send_signal(signal.SIGINT)  # to the first alone, as a tool would
     try:
