@@ -33,7 +33,7 @@ lab: .venv/.stamp-lab ## open the notebooks in JupyterLab
 	$(BIN)/jupyter lab notebooks
 
 student: .venv/.stamp-lab ## write the student notebooks from the solved ones
-	$(BIN)/python -m rmm_lab.course
+	$(BIN)/python -m rmm_lab.course.notebooks
 
 test: lint browser ## lint, run the tests, run the notebooks (student and solved)
 	$(ONE_THREAD) $(BIN)/python -m pytest -n 2 --dist loadgroup
@@ -45,7 +45,7 @@ lint: .venv/.stamp-test ## check style, types, that no notebook holds outputs or
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy rmm_lab
 	$(NOTEBOOKS) -exec $(BIN)/nbstripout --keep-id --verify {} +
-	$(BIN)/python -m rmm_lab.course --check
+	$(BIN)/python -m rmm_lab.course.notebooks --check
 
 # The widgets are tested in a real browser. Where none can be had, those tests are skipped, and fail in CI.
 browser:

@@ -6,7 +6,7 @@ import nbmake.pytest_items
 from nbmake.nb_result import NotebookError, NotebookResult
 from nbmake.nb_run import NotebookRun
 
-from rmm_lab import course
+from rmm_lab.course import notebooks as course
 
 
 class CheckedRun(NotebookRun):

@@ -11,12 +11,12 @@ from typing import Any, Protocol
 import gymnasium as gym
 import numpy as np
 
+from rmm_lab.engine.scorer import Path, name_of, reward
 from rmm_lab.errors import InputError
-from rmm_lab.scoring import Path, name_of, reward
 
 
 class PathScorer(Protocol):
-    """What the environment needs of a scorer; ``rmm_lab.scoring.Scorer`` is one."""
+    """What the environment needs of a scorer; ``rmm_lab.engine.scorer.Scorer`` is one."""
 
     sources: tuple[str, ...]  # N models, then M operators
     n_models: int
@@ -102,7 +102,7 @@ class MergingEnv(gym.Env[np.ndarray, np.int64]):
         render_mode: str | None = None,
     ) -> None:
         if scorer is None:
-            from rmm_lab.problem import load_problem
+            from rmm_lab.search.problem import load_problem
 
             scorer = load_problem(("demo",)).scorer()
         self.scorer: PathScorer = scorer

@@ -24,14 +24,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from rmm_lab import report
-from rmm_lab.errors import InputError, one_sentence
-from rmm_lab.memory import keep_freed_memory
-from rmm_lab.path import LayerPath
-from rmm_lab.problem import OPERATORS, STEM, Problem, load_problem
-from rmm_lab.runs import Row, RunFolder, check_new, optimiser_tensors, restore_optimiser
-from rmm_lab.scales import evolution_of, path_of_scales
-from rmm_lab.scoring import (
+from rmm_lab.engine.cache import keep_freed_memory
+from rmm_lab.engine.scorer import (
     PRECISIONS,
     REWARDS,
     Blocks,
@@ -41,8 +35,20 @@ from rmm_lab.scoring import (
     shortlist,
     steps_of,
 )
-from rmm_lab.scoring import Path as Steps
-from rmm_lab.surrogate import surrogate_of
+from rmm_lab.engine.scorer import Path as Steps
+from rmm_lab.errors import InputError, one_sentence
+from rmm_lab.path import LayerPath
+from rmm_lab.search import report
+from rmm_lab.search.gaussian_process import surrogate_of
+from rmm_lab.search.layer_scales import evolution_of, path_of_scales
+from rmm_lab.search.problem import OPERATORS, STEM, Problem, load_problem
+from rmm_lab.search.run_folder import (
+    Row,
+    RunFolder,
+    check_new,
+    optimiser_tensors,
+    restore_optimiser,
+)
 
 # =============================================================================================
 # Arguments

@@ -9,9 +9,10 @@ import pytest
 import torch
 from PIL import Image
 
-from rmm_lab import models, vit
-from rmm_lab.parts import Weights
-from rmm_lab.tasks import InputFormat, Split, Task
+from rmm_lab.families import checkpoint as models
+from rmm_lab.families import vit
+from rmm_lab.families.parts import Weights
+from rmm_lab.tasks.image_task import InputFormat, Split, Task
 
 N_CLASSES = 3
 TINY = {
@@ -84,7 +85,7 @@ def tiny(tmp_path_factory) -> dict:
 @pytest.fixture
 def problem(tiny):
     """The tiny problem, freshly loaded: N = 2 experts, M = 2 operators, L = 3 layers."""
-    from rmm_lab.problem import load_problem
+    from rmm_lab.search.problem import load_problem
 
     return load_problem(**tiny, operators=("task_arithmetic:scale=0.5", "ties"), stem="base")
 
@@ -129,9 +130,9 @@ def stripes(labels, g):
 @pytest.fixture(scope="session")
 def trained():
     """A small but real merging problem, N = 2, M = 2, L = 3: experts trained here in a few seconds."""
-    from rmm_lab.pool import LayerPool
-    from rmm_lab.problem import Problem
-    from rmm_lab.training import fine_tune
+    from rmm_lab.layers import LayerPool
+    from rmm_lab.search.problem import Problem
+    from rmm_lab.zoo.training import fine_tune
 
     tasks = [TensorTask("quadrant", 1, 4, quadrant), TensorTask("stripes", 2, 3, stripes)]
     config = vit.model_config(TINY, depth=3, num_classes=4)

@@ -20,12 +20,15 @@ from conftest import TINY, write_images, write_model
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from rmm_lab import models, ppo, vit, zoo
+from rmm_lab import ppo
 from rmm_lab.errors import InputError
+from rmm_lab.families import checkpoint as models
+from rmm_lab.families import vit
 from rmm_lab.operators import OPERATORS
 from rmm_lab.path import LayerPath
-from rmm_lab.problem import load_problem
-from rmm_lab.runs import from_csv
+from rmm_lab.search.problem import load_problem
+from rmm_lab.search.run_folder import from_csv
+from rmm_lab.zoo import build as zoo
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
@@ -370,7 +373,13 @@ def test_vit_that_is_not_plain(own, capsys):
 
 
 def test_multi_task_model_without_heads(own, capsys):
-    words = ["multi-task", own.experts[0], "rmm_lab.heads", "found none", "rmm_lab.zoo finetune"]
+    words = [
+        "multi-task",
+        own.experts[0],
+        "rmm_lab.heads",
+        "found none",
+        "rmm_lab.zoo.build finetune",
+    ]
     refused(capsys, own.argv("--multi-task", own.experts[0]), *words)
 
 
@@ -1122,7 +1131,7 @@ def test_layer_path_of_weights_that_changed(own):
         LayerPath.from_json(path.to_json()).build()
 
 
-# --------------------------------------------------------------------------- rmm_lab.zoo finetune
+# --------------------------------------------------------------------------- rmm_lab.zoo.build finetune
 
 
 def finetune(own: Own, *more: object) -> list[str]:

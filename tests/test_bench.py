@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 import torch
 
-from rmm_lab import bench, ppo, runs
-from rmm_lab.problem import load_problem
+from benchmarks import bench
+from rmm_lab import ppo
+from rmm_lab.search import run_folder as runs
+from rmm_lab.search.problem import load_problem
 
 ROOT = Path(bench.__file__).parent.parent
 

@@ -207,7 +207,7 @@ def pick_next(page, n: int = 0) -> None:
 
 
 def test_button_test(run):
-    page = run("from rmm_lab.widgets import ButtonTest\nButtonTest()")
+    page = run("from rmm_lab.course.widgets import ButtonTest\nButtonTest()")
     button(page, "press me").click()
     button(page, "press me").click()
     status(page, "pressed 2 times")
@@ -229,7 +229,7 @@ class Landscape:
 def test_map_stepper(run):
     page = run(
         LANDSCAPE,
-        "from rmm_lab.walk import Walk\nfrom rmm_lab.widgets import MapStepper\n"
+        "from rmm_lab.course.episode_walk import Walk\nfrom rmm_lab.course.widgets import MapStepper\n"
         "MapStepper(Walk(Landscape()))",
     )
     button(page, "digits").wait_for()
@@ -257,15 +257,15 @@ def test_map_stepper(run):
 
 RUN = """
 from rmm_lab.ppo import Args, train
-from rmm_lab.problem import load_problem
-from rmm_lab.walk import Run
+from rmm_lab.search.problem import load_problem
+from rmm_lab.course.episode_walk import Run
 problem = load_problem(("demo",), unit="sublayer")
 run = Run.of(train(Args(episodes=40, data_fraction=0.02, quiet=True), problem=problem, table=False), problem)
 """
 
 
 def test_path_inspector(run):
-    page = run(RUN, "from rmm_lab.widgets import PathInspector\nPathInspector(run)")
+    page = run(RUN, "from rmm_lab.course.widgets import PathInspector\nPathInspector(run)")
     one = alt(page)
     pick_next(page, 1)  # the second path: from none to the first one
     two = changed(page, one)
@@ -274,7 +274,7 @@ def test_path_inspector(run):
 
 
 def test_training_replay(run):
-    page = run(RUN, "from rmm_lab.widgets import TrainingReplay\nTrainingReplay(run)")
+    page = run(RUN, "from rmm_lab.course.widgets import TrainingReplay\nTrainingReplay(run)")
     handle(page).focus()
     before = alt(page)
     page.keyboard.press("ArrowRight")
@@ -286,7 +286,7 @@ def test_training_replay(run):
 
 @pytest.mark.parametrize("widget", ["TiesExplorer", "ClipExplorer", "DarExplorer"])
 def test_sliders_by_keyboard(run, widget):
-    page = run(f"from rmm_lab.widgets import {widget}\n{widget}()")
+    page = run(f"from rmm_lab.course.widgets import {widget}\n{widget}()")
     seen = alt(page)
     for n in range(2):
         handle(page, n).focus()
@@ -296,7 +296,7 @@ def test_sliders_by_keyboard(run, widget):
 
 def test_distance_map(run):
     page = run(
-        "from rmm_lab.problem import load_problem\nfrom rmm_lab.widgets import DistanceMap\n"
+        "from rmm_lab.search.problem import load_problem\nfrom rmm_lab.course.widgets import DistanceMap\n"
         "DistanceMap(load_problem(('demo',)))"
     )
     before = alt(page)
@@ -306,7 +306,7 @@ def test_distance_map(run):
 
 def test_results_table(run):
     page = run(
-        "from rmm_lab.widgets import ResultsTable\n"
+        "from rmm_lab.course.widgets import ResultsTable\n"
         "rows = [{'method': m, 'setting': 's', 'scores': {'digits': a, 'textures': b}}"
         " for m, a, b in (('TIES', 0.5, 0.7), ('RMM', 0.8, 0.6))]\nResultsTable(rows)"
     )
@@ -323,7 +323,7 @@ def test_results_table(run):
 def test_a_broken_callback_fails_here(run):
     """What nbmake does not see: the cell is green, the button does nothing."""
     page = run(
-        "from rmm_lab.widgets import ButtonTest\nw = ButtonTest()\n"
+        "from rmm_lab.course.widgets import ButtonTest\nw = ButtonTest()\n"
         "w.button._click_handlers.callbacks.clear()\n"
         "w.button.on_click(lambda b: 1 / 0)\nw"
     )

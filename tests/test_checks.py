@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from rmm_lab import checks
-from rmm_lab.checks import Exercise, Mistake, Quiz
+from rmm_lab.course import checks
+from rmm_lab.course.checks import Exercise, Mistake, Quiz
 from rmm_lab.errors import InputError
 
 EXERCISES = {

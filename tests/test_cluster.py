@@ -18,11 +18,11 @@ import psutil
 import pytest
 import torch
 
-from rmm_lab import cluster
-from rmm_lab.cluster import RayEngine, home, pack, unpack
+from rmm_lab.engine import ray_workers as cluster
+from rmm_lab.engine.ray_workers import RayEngine, home, pack, unpack
+from rmm_lab.engine.scorer import Job, Scorer
 from rmm_lab.errors import InputError
 from rmm_lab.ppo import Args, train
-from rmm_lab.scoring import Job, Scorer
 
 # One group: two clusters at a time would be too much for a laptop.
 pytestmark = pytest.mark.xdist_group("ray")
@@ -186,7 +186,7 @@ def test_other_addresses_and_devices_are_refused(problem, no_connection, address
 
 @pytest.mark.slow
 def test_a_search_on_ray_is_the_search_without(tiny, no_connection):
-    from rmm_lab.problem import load_problem
+    from rmm_lab.search.problem import load_problem
 
     ray = no_connection
     before = ray_processes()
@@ -206,9 +206,9 @@ def test_a_search_on_ray_is_the_search_without(tiny, no_connection):
 
 CODE = """
 import sys
-from rmm_lab.cluster import RayEngine
-from rmm_lab.problem import load_problem
-from rmm_lab.scoring import Job, Scorer
+from rmm_lab.engine.ray_workers import RayEngine
+from rmm_lab.search.problem import load_problem
+from rmm_lab.engine.scorer import Job, Scorer
 if __name__ == "__main__":
     base, *rest = sys.argv[1:]
     problem = load_problem(rest[:2], base=base, images=rest[2:], operators=["ties"], stem="base")
@@ -258,7 +258,7 @@ def shared(tiny):
 
     Another engine starts Ray and has one of the cores, until it is closed.
     """
-    from rmm_lab.problem import load_problem
+    from rmm_lab.search.problem import load_problem
 
     ray = pytest.importorskip("ray")
     assert not ray.is_initialized()

@@ -11,7 +11,7 @@ import nbformat
 import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
-from rmm_lab import course
+from rmm_lab.course import notebooks as course
 from rmm_lab.errors import InputError
 
 SOLVED = '''def ties(deltas):

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from rmm_lab import excerpts, sheets
 from rmm_lab.errors import InputError
+from rmm_lab.evidence import excerpts
+from rmm_lab.evidence import pages as sheets
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = ("README.md", "docs/evidence.md")

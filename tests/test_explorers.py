@@ -16,10 +16,8 @@ from matplotlib.text import Text
 from peft.utils import merge_utils
 from safetensors.torch import load_file
 
-from rmm_lab import explorers
-from rmm_lab.env import dar
-from rmm_lab.errors import InputError
-from rmm_lab.explorers import (
+from rmm_lab.course import explorers
+from rmm_lab.course.explorers import (
     ClipExplorer,
     DarExplorer,
     DistanceMap,
@@ -29,7 +27,9 @@ from rmm_lab.explorers import (
     distances,
     ties_stages,
 )
-from rmm_lab.problem import load_problem
+from rmm_lab.env import dar
+from rmm_lab.errors import InputError
+from rmm_lab.search.problem import load_problem
 
 NAN = float("nan")
 

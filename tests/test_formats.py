@@ -19,9 +19,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rmm_lab import formats
 from rmm_lab.errors import InputError
-from rmm_lab.formats import FORMATS, PROMPTS, SPLITS, chance, check, load, majority
+from rmm_lab.tasks import text_formats as formats
+from rmm_lab.tasks.text_formats import FORMATS, PROMPTS, SPLITS, chance, check, load, majority
 
 REAL = Path(__file__).parents[2] / "shared" / "data"
 KNOWN = "qasc, wikiqa, quartz, paws, storycloze, winogrande, wsc"
@@ -489,7 +489,7 @@ def test_the_draw_is_a_partition_by_input_that_the_order_does_not_change(rows, w
 def test_the_draw_is_a_draw_and_the_same_in_every_process(tmp_path):
     file = write(tmp_path / "rows.jsonl", *(row(f"{i:02}") for i in range(50)))
     code = (
-        "import json, sys; from rmm_lab import formats; "
+        "import json, sys; from rmm_lab.tasks import text_formats as formats; "
         "print(json.dumps(formats.load(sys.argv[1])), 'torch' in sys.modules)"
     )
     outs = [
@@ -1019,7 +1019,8 @@ def test_a_bad_row_of_the_hub_is_named(fake_hub):
     )
 
 
-ASK = "import sys; from rmm_lab import formats\ntry: formats.load('winogrande:hf-hub')\n"
+ASK = "import sys; from rmm_lab.tasks import text_formats as formats\n"
+ASK += "try: formats.load('winogrande:hf-hub')\n"
 ASK += "except formats.InputError as error: print(error)"
 
 

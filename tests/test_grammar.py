@@ -9,9 +9,11 @@ from collections import Counter
 
 import pytest
 
-from rmm_lab import grammar, texts, training
-from rmm_lab.formats import check
-from rmm_lab.grammar import TASKS
+from rmm_lab.tasks import small_texts as grammar
+from rmm_lab.tasks import text_task as texts
+from rmm_lab.tasks.small_texts import TASKS
+from rmm_lab.tasks.text_formats import check
+from rmm_lab.zoo import training
 
 N = 400
 ROWS = {name: grammar.rows(name, "reward", N) for name in TASKS}

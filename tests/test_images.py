@@ -21,10 +21,15 @@ from conftest import TINY, write_model
 from PIL import Image
 from torchvision.datasets import ImageFolder
 
-from rmm_lab import image_formats, images, models, scoring, training, vit, zoo
+from rmm_lab.engine import scorer as scoring
 from rmm_lab.errors import InputError
-from rmm_lab.problem import load_problem
-from rmm_lab.tasks import InputFormat, Task
+from rmm_lab.families import checkpoint as models
+from rmm_lab.families import vit
+from rmm_lab.search.problem import load_problem
+from rmm_lab.tasks import image_folder as images
+from rmm_lab.tasks.image_task import InputFormat, Task, image_formats
+from rmm_lab.zoo import build as zoo
+from rmm_lab.zoo import training
 
 SPLITS = ("train", "reward", "test")
 GREY = InputFormat((1, 8, 8), (0.5,), (0.5,))
@@ -432,7 +437,7 @@ def test_a_picture_on_demand_that_is_broken_is_found_before_the_work_or_in_it(
 
 
 def test_pictures_that_go_to_another_process_need_no_files(two, tmp_path):
-    from rmm_lab.cluster import _only
+    from rmm_lab.engine.ray_workers import _only
 
     kept, lazy = two
     sent = pickle.dumps(_only(lazy, "reward"))

@@ -16,9 +16,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rmm_lab import memory
+from rmm_lab.engine import cache as memory
+from rmm_lab.engine.cache import Cache, free_bytes, keep_freed_memory
 from rmm_lab.errors import InputError
-from rmm_lab.memory import Cache, free_bytes, keep_freed_memory
 
 
 def block(n: int) -> torch.Tensor:
@@ -247,7 +247,7 @@ def test_free_bytes_of_a_gpu_are_its_own():
 FAULTS = """
 import resource, sys
 import torch
-from rmm_lab.memory import keep_freed_memory
+from rmm_lab.engine.cache import keep_freed_memory
 
 torch.set_num_threads(1)
 if sys.argv[1] == "keep":

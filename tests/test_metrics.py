@@ -10,11 +10,11 @@ import pytest
 import torch
 from torch.nn import functional
 
-from rmm_lab import vit
+from rmm_lab.engine.scorer import steps_of
 from rmm_lab.errors import InputError
-from rmm_lab.metrics import likelihood, mean_of
+from rmm_lab.families import vit
 from rmm_lab.ppo import Args, train
-from rmm_lab.scoring import steps_of
+from rmm_lab.tasks.metrics import likelihood, mean_of
 
 
 def test_likelihood_by_hand():

@@ -19,10 +19,11 @@ from hypothesis import strategies as st
 from timm.models import save_for_hf
 from timm.models.vision_transformer import VisionTransformer
 
-from rmm_lab import models, vit
 from rmm_lab.errors import InputError
-from rmm_lab.models import read_checkpoint, resolve, write_checkpoint
-from rmm_lab.vit import ViT, join, split
+from rmm_lab.families import checkpoint as models
+from rmm_lab.families import vit
+from rmm_lab.families.checkpoint import read_checkpoint, resolve, write_checkpoint
+from rmm_lab.families.vit import ViT, join, split
 
 VARIANTS = {
     "class token": {},

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from rmm_lab import checks, course
+from rmm_lab.course import checks
+from rmm_lab.course import notebooks as course
 
 ROOT = Path(__file__).parent.parent
 FOLDER = ROOT / "notebooks"
@@ -112,7 +113,7 @@ def test_figures_go_through_show(solved):
 
 
 def tasks_of(name: str) -> dict[str, checks.Exercise | checks.Quiz]:
-    return importlib.import_module(f"rmm_lab.exercises.nb{name[:2]}").EXERCISES
+    return importlib.import_module(f"rmm_lab.course.exercises.nb{name[:2]}").EXERCISES
 
 
 def used(notebook) -> dict[str, str]:

@@ -12,10 +12,15 @@ from conftest import write_model
 from PIL import Image
 from test_images import write_cub, write_dogs
 
-from rmm_lab import cells, formats, image_formats, paper_scale, runs, tables, training
 from rmm_lab.errors import InputError
-from rmm_lab.paper_scale import PaperScale
-from rmm_lab.tables import Command
+from rmm_lab.evidence import measure as cells
+from rmm_lab.evidence import paper_scale, tables
+from rmm_lab.evidence.paper_scale import PaperScale
+from rmm_lab.evidence.tables import Command
+from rmm_lab.search import run_folder as runs
+from rmm_lab.tasks import image_formats
+from rmm_lab.tasks import text_formats as formats
+from rmm_lab.zoo import training
 
 
 def write_t5(folder: Path, seed: int) -> Path:

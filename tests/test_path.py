@@ -19,12 +19,12 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from timm.models.vision_transformer import VisionTransformer
 
-from rmm_lab import models
-from rmm_lab import vit as vit_family
 from rmm_lab.errors import InputError
-from rmm_lab.models import read_checkpoint
+from rmm_lab.families import checkpoint as models
+from rmm_lab.families import vit as vit_family
+from rmm_lab.families.checkpoint import read_checkpoint
+from rmm_lab.layers import LayerPool
 from rmm_lab.path import SCHEMA, LayerPath, Origin
-from rmm_lab.pool import LayerPool
 
 OPERATORS = ("weight_average", "ties", "dare")
 PATHS = {

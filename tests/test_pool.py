@@ -12,10 +12,12 @@ import torch
 from conftest import TINY, random_weights
 from safetensors.torch import load_file
 
-from rmm_lab import models, operators, vit
+from rmm_lab import operators
 from rmm_lab.errors import InputError
-from rmm_lab.models import read_checkpoint
-from rmm_lab.pool import LayerPool
+from rmm_lab.families import checkpoint as models
+from rmm_lab.families import vit
+from rmm_lab.families.checkpoint import read_checkpoint
+from rmm_lab.layers import LayerPool
 
 EXPERTS = ("e1", "e2")
 OPERATORS = ("weight_average", "task_arithmetic:scale=0.5", "ties", "dare")

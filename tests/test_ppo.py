@@ -19,15 +19,17 @@ import pytest
 import torch
 from torch.distributions import Categorical
 
-from rmm_lab import ppo, report, runs
+from rmm_lab import ppo
+from rmm_lab.engine.scorer import Plan, Scorer, reward, steps_of
 from rmm_lab.env import DynamicAverageReward, MergingEnv
 from rmm_lab.errors import InputError
+from rmm_lab.layers import LayerPool
 from rmm_lab.path import LayerPath
-from rmm_lab.pool import LayerPool
 from rmm_lab.ppo import PRESETS, Args, train
-from rmm_lab.problem import Problem, load_problem
-from rmm_lab.runs import RunFolder, from_csv
-from rmm_lab.scoring import Plan, Scorer, reward, steps_of
+from rmm_lab.search import report
+from rmm_lab.search import run_folder as runs
+from rmm_lab.search.problem import Problem, load_problem
+from rmm_lab.search.run_folder import RunFolder, from_csv
 
 # ------------------------------------------------------------------------------- formulas by hand
 
@@ -504,7 +506,7 @@ def test_an_agent_that_chooses_the_stem_leaves_it_in_the_path(trained):
     assert len(stems) > 2
     assert result.path.stem in {*trained.pool.sources, "base"}
     assert all(k >= 0 for _, k in result.path.steps)
-    from rmm_lab.scoring import evaluate
+    from rmm_lab.engine.scorer import evaluate
 
     path = result.path
     scores = evaluate(trained.pool, trained.tasks, path.steps, path.stem, "reward")

@@ -11,10 +11,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rmm_lab import baselines, plots, report, runs
-from rmm_lab.baselines import Row
 from rmm_lab.errors import InputError, one_sentence
-from rmm_lab.runs import RunFolder, append, check_new, from_csv, to_csv, write
+from rmm_lab.figures import paths as plots
+from rmm_lab.search import report
+from rmm_lab.search import run_folder as runs
+from rmm_lab.search import uniform as baselines
+from rmm_lab.search.run_folder import RunFolder, append, check_new, from_csv, to_csv, write
+from rmm_lab.search.uniform import Row
 
 ROWS = [Row("base", "as it is", (0.25, 0.5)), Row("RMM", "9 episodes", (0.875, 0.625))]
 

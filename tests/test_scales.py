@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 import torch
 
-from rmm_lab import scales
-from rmm_lab.models import read_checkpoint
-from rmm_lab.pool import LayerPool
-from rmm_lab.problem import load_problem
-from rmm_lab.scales import BOUNDS, Evolution, scales_of, text_of_scales
-from rmm_lab.scoring import reward, steps_of
+from rmm_lab.engine.scorer import reward, steps_of
+from rmm_lab.families.checkpoint import read_checkpoint
+from rmm_lab.layers import LayerPool
+from rmm_lab.search import layer_scales as scales
+from rmm_lab.search.layer_scales import BOUNDS, Evolution, scales_of, text_of_scales
+from rmm_lab.search.problem import load_problem
 
 OPERATORS = ("task_arithmetic:scale=0.3/0.6", "task_arithmetic:scale=0.4", "weight_average", "ties")
 

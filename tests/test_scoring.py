@@ -15,12 +15,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from rmm_lab import vit
-from rmm_lab.errors import InputError
-from rmm_lab.memory import Cache
-from rmm_lab.pool import LayerPool
-from rmm_lab.problem import load_problem
-from rmm_lab.scoring import (
+from rmm_lab.engine.cache import Cache
+from rmm_lab.engine.scorer import (
     Job,
     Scorer,
     batch_size,
@@ -30,6 +26,10 @@ from rmm_lab.scoring import (
     reward,
     shortlist,
 )
+from rmm_lab.errors import InputError
+from rmm_lab.families import vit
+from rmm_lab.layers import LayerPool
+from rmm_lab.search.problem import load_problem
 
 
 def oracle(problem, path, rows=None, split="reward"):

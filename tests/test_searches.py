@@ -9,11 +9,13 @@ import numpy as np
 import pytest
 import torch
 
-from rmm_lab import models, scoring, searches
+from rmm_lab.engine import scorer as scoring
+from rmm_lab.engine.scorer import reward, steps_of, text_of
 from rmm_lab.errors import InputError
+from rmm_lab.families import checkpoint as models
 from rmm_lab.path import LayerPath
-from rmm_lab.scales import BOUNDS, text_of_scales
-from rmm_lab.scoring import reward, steps_of, text_of
+from rmm_lab.search import rivals as searches
+from rmm_lab.search.layer_scales import BOUNDS, text_of_scales
 
 CHOICES = ("random search", "coordinate ascent", "TPE", "NSGA-II")  # a source at each place
 SCALES, ORDER = "CMA-ES, scales", "CMA-ES, order"

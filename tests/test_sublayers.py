@@ -13,11 +13,12 @@ from test_t5 import ROWS, batch_of, by_hand, close, hf_model, logits_of, run
 from torch import nn
 from transformers import T5ForConditionalGeneration
 
-from rmm_lab import operators, parts, t5, vit
+from rmm_lab import operators
 from rmm_lab.errors import InputError
+from rmm_lab.families import parts, t5, vit
+from rmm_lab.families.vit import ViT
 from rmm_lab.path import LayerPath
-from rmm_lab.problem import load_problem
-from rmm_lab.vit import ViT
+from rmm_lab.search.problem import load_problem
 
 # Sublayers of three blocks in running order (even: attention, odd: MLP), and the blocks that they make.
 PATHS = {

@@ -10,7 +10,7 @@ import torch
 from sklearn.gaussian_process import GaussianProcessRegressor
 from sklearn.gaussian_process.kernels import RBF, ConstantKernel, DotProduct, WhiteKernel
 
-from rmm_lab.surrogate import GaussianProcess, Kernel, Surrogate
+from rmm_lab.search.gaussian_process import GaussianProcess, Kernel, Surrogate
 
 P, S = 5, 3
 PLACES = range(-1, P - 1)

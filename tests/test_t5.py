@@ -32,16 +32,17 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from rmm_lab import ppo, t5
+from rmm_lab import ppo
+from rmm_lab.engine.scorer import answers, answers_of_path, batch_size, evaluate
 from rmm_lab.env import MergingEnv
 from rmm_lab.errors import InputError, one_sentence
-from rmm_lab.models import architecture, read_checkpoint
+from rmm_lab.families import t5
+from rmm_lab.families.checkpoint import architecture, read_checkpoint
+from rmm_lab.families.t5 import T5, TextBatch
+from rmm_lab.layers import LayerPool
 from rmm_lab.path import LayerPath
-from rmm_lab.pool import LayerPool
-from rmm_lab.problem import load_problem
-from rmm_lab.scoring import answers, answers_of_path, batch_size, evaluate
-from rmm_lab.t5 import T5, TextBatch
-from rmm_lab.texts import TextFormat, TextTask
+from rmm_lab.search.problem import load_problem
+from rmm_lab.tasks.text_task import TextFormat, TextTask
 
 REAL = Path(__file__).parents[2] / "shared" / "data" / "t5_tokenizer"
 BIAS = "layer.0.SelfAttention.relative_attention_bias.weight"
@@ -1832,7 +1833,7 @@ def test_a_multi_task_model_with_another_tokenizer(own, capsys):
 
 
 def fine_tuned(own, *more):
-    from rmm_lab import zoo
+    from rmm_lab.zoo import build as zoo
 
     argv = ["finetune", "--base", own.base, "--texts", own.texts[0], "--out", "out"]
     return zoo.main([*argv, "--steps", "3", "--batch-size", "4", "--threads", "1", *more])
@@ -1846,7 +1847,7 @@ def test_a_fine_tuned_model_of_a_base_in_half_precision_is_in_full(own):
 
 def test_fine_tuning_teaches_the_right_choice(t5s, tmp_path):
     """Only the second choice is ever right: a model taught the first would find none."""
-    from rmm_lab.training import fine_tune_t5
+    from rmm_lab.zoo.training import fine_tune_t5
 
     rows = [{"input": f"w{i} w9", "choices": ["w20", "w30"], "label": 1} for i in range(10, 40)]
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
@@ -1903,7 +1904,7 @@ def test_a_model_that_is_cached_in_part_is_fetched_whole(own, monkeypatch):
 @pytest.mark.skipif(not REAL.is_dir(), reason=f"no real texts beside {REAL}")
 def test_real_texts_from_fine_tuning_to_a_merged_model(tmp_path, capsys, monkeypatch):
     """Winogrande and WSC with T5's own vocabulary: two experts by our own command, merged, resumed."""
-    from rmm_lab import zoo
+    from rmm_lab.zoo import build as zoo
 
     monkeypatch.chdir(tmp_path)
     real = REAL.parent

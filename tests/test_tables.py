@@ -13,14 +13,21 @@ import numpy as np
 import pytest
 from matplotlib import colors
 
-from rmm_lab import baselines, cells, plots, runs, searches, sheet_figures, sheets, tables
-from rmm_lab.cells import Group, Job, Tables, args_of, config_of, load, method_jobs
 from rmm_lab.errors import InputError
+from rmm_lab.evidence import measure as cells
+from rmm_lab.evidence import page_figures as sheet_figures
+from rmm_lab.evidence import pages as sheets
+from rmm_lab.evidence import tables
+from rmm_lab.evidence.measure import Group, Job, Tables, args_of, config_of, load, method_jobs
+from rmm_lab.evidence.tables import Command
+from rmm_lab.figures import paths as plots
 from rmm_lab.ppo import Args
-from rmm_lab.problem import load_problem
-from rmm_lab.tables import Command
+from rmm_lab.search import rivals as searches
+from rmm_lab.search import run_folder as runs
+from rmm_lab.search import uniform as baselines
+from rmm_lab.search.problem import load_problem
 
-RESULTS = Path(tables.__file__).parent.parent / "results"
+RESULTS = Path(tables.__file__).parents[2] / "results"
 
 
 @pytest.fixture
@@ -347,8 +354,8 @@ def test_several_processes_find_the_same(tiny, tmp_path):
 STOP = """
 import sys, time
 from pathlib import Path
-from rmm_lab import cells
-from rmm_lab.cells import Group, Tables, method_jobs
+from rmm_lab.evidence import measure as cells
+from rmm_lab.evidence.measure import Group, Tables, method_jobs
 from rmm_lab.errors import run_command
 class Work:
     def run(self):

@@ -17,9 +17,10 @@ from timm.data import create_transform, resolve_data_config
 from torchvision import transforms
 from torchvision.datasets import ImageFolder
 
-from rmm_lab import render, tasks
 from rmm_lab.errors import InputError
-from rmm_lab.tasks import InputFormat, Task
+from rmm_lab.tasks import image_task as tasks
+from rmm_lab.tasks import small_images as render
+from rmm_lab.tasks.image_task import InputFormat, Task
 
 SPLITS = ("train", "reward", "test")
 SHIPPED = {  # classes, images per class in train, reward and test

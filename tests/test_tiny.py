@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 import torch
 
-from rmm_lab import pictures, tiny
+from rmm_lab.course import tiny
 from rmm_lab.env import MergingEnv
 from rmm_lab.errors import InputError
+from rmm_lab.figures import facade as pictures
 
 
 @pytest.fixture(scope="module")

@@ -14,12 +14,13 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 from test_env import BACK, SKIP, Scores
 
-from rmm_lab import ppo, scoring
-from rmm_lab import walk as walk_module
+from rmm_lab import ppo
+from rmm_lab.course import episode_walk as walk_module
+from rmm_lab.course.episode_walk import Run, Walk, align, difference
+from rmm_lab.engine import scorer as scoring
 from rmm_lab.env import MergingEnv
 from rmm_lab.errors import InputError
-from rmm_lab.problem import load_problem
-from rmm_lab.walk import Run, Walk, align, difference
+from rmm_lab.search.problem import load_problem
 
 SOURCES = ("m0", "m1", "op0", "op1")
 

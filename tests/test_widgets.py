@@ -15,12 +15,19 @@ import torch
 from test_env import Scores
 from test_walk import agent_for
 
-from rmm_lab import plots, widgets
+from rmm_lab.course import widgets
+from rmm_lab.course.episode_walk import Run, Walk
+from rmm_lab.course.views import View
+from rmm_lab.course.widgets import (
+    ButtonTest,
+    MapStepper,
+    PathInspector,
+    ResultsTable,
+    TrainingReplay,
+)
 from rmm_lab.env import MergingEnv
 from rmm_lab.errors import InputError
-from rmm_lab.views import View
-from rmm_lab.walk import Run, Walk
-from rmm_lab.widgets import ButtonTest, MapStepper, PathInspector, ResultsTable, TrainingReplay
+from rmm_lab.figures import paths as plots
 
 SOURCES = ("m0", "m1", "op0", "op1")
 NAN = float("nan")

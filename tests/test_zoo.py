@@ -9,10 +9,17 @@ import numpy as np
 import pytest
 import torch
 
-from rmm_lab import baselines, grammar, models, ppo, render, t5, texts, vit, zoo
+from rmm_lab import ppo
 from rmm_lab.errors import InputError
-from rmm_lab.problem import load_problem
-from rmm_lab.tasks import SMALL, InputFormat, Task, data_folder
+from rmm_lab.families import checkpoint as models
+from rmm_lab.families import t5, vit
+from rmm_lab.search import uniform as baselines
+from rmm_lab.search.problem import load_problem
+from rmm_lab.tasks import small_images as render
+from rmm_lab.tasks import small_texts as grammar
+from rmm_lab.tasks import text_task as texts
+from rmm_lab.tasks.image_task import SMALL, InputFormat, Task, data_folder
+from rmm_lab.zoo import build as zoo
 
 REAL = Path(__file__).parents[2] / "shared" / "data"
 

@@ -12,8 +12,10 @@ import pytest
 from answers import function_of
 from matplotlib.patches import Rectangle
 
-from rmm_lab import checks, course, pictures
+from rmm_lab.course import checks
+from rmm_lab.course import notebooks as course
 from rmm_lab.errors import InputError
+from rmm_lab.figures import facade as pictures
 
 NOTEBOOK = Path(__file__).parents[2] / "notebooks" / "solved" / "00_start_here.ipynb"
 
@@ -147,7 +149,7 @@ def test_the_picture_has_a_box_for_each_layer_and_each_step() -> None:
 
 
 def test_half_of_each_expert_is_worse_than_either_and_the_average_better() -> None:
-    from rmm_lab.problem import load_problem
+    from rmm_lab.search.problem import load_problem
 
     scorer = load_problem(("demo",), operators=("weight_average",)).scorer(fraction=0.1, seed=0)
 

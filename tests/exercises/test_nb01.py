@@ -7,7 +7,8 @@ import pytest
 import torch
 from answers import function_of
 
-from rmm_lab import checks, pictures
+from rmm_lab.course import checks
+from rmm_lab.figures import facade as pictures
 
 TASK_VECTOR, AVERAGE, LINE = "01.task_vector", "01.average", "01.interpolate"
 WRONG = [
@@ -191,8 +192,8 @@ def test_the_gallery_shows_a_picture_of_every_class_that_it_names(trained) -> No
 
 def test_the_right_explanation_is_decided_by_the_models() -> None:
     """Half of digits' vector, and half of textures' with or without its signs: on all of the reward split."""
-    from rmm_lab.problem import load_problem
-    from rmm_lab.scoring import answers
+    from rmm_lab.engine.scorer import answers
+    from rmm_lab.search.problem import load_problem
 
     problem = load_problem(("demo",))
     pool, task = problem.pool, problem.tasks[0]

@@ -9,9 +9,11 @@ from answers import function_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rmm_lab import checks, operators, pictures
-from rmm_lab.checks import Exercise
-from rmm_lab.exercises.nb02 import EXERCISES
+from rmm_lab import operators
+from rmm_lab.course import checks
+from rmm_lab.course.checks import Exercise
+from rmm_lab.course.exercises.nb02 import EXERCISES
+from rmm_lab.figures import facade as pictures
 
 # (exercise, what a student may write, a phrase of the answer)
 WRONG = [

@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 from answers import function_of
 
-from rmm_lab import checks, pictures
-from rmm_lab.checks import Exercise, Quiz
-from rmm_lab.exercises.nb03 import EXERCISES
+from rmm_lab.course import checks
+from rmm_lab.course.checks import Exercise, Quiz
+from rmm_lab.course.exercises.nb03 import EXERCISES
+from rmm_lab.figures import facade as pictures
 
 # (exercise, what a student may write, a phrase of the answer)
 STEP = "def f(s, k, a):\n n = s.shape[0]\n m = np.array(s)\n"

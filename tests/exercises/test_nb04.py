@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 from answers import function_of
 
-from rmm_lab import checks
-from rmm_lab.exercises.nb04 import EXERCISES
+from rmm_lab.course import checks
+from rmm_lab.course.exercises.nb04 import EXERCISES
 
 WRONG = [
     (

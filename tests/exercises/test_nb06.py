@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 from answers import function_of
 
-from rmm_lab import checks, pictures
+from rmm_lab.course import checks
+from rmm_lab.course.exercises import nb06
 from rmm_lab.errors import InputError
-from rmm_lab.exercises import nb06
+from rmm_lab.figures import facade as pictures
 from rmm_lab.ppo import Args
 
 COLLECT = """

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 from answers import function_of
 
-from rmm_lab import checks, pictures
-from rmm_lab.exercises import nb07
+from rmm_lab.course import checks
+from rmm_lab.course.exercises import nb07
+from rmm_lab.figures import facade as pictures
 
 ORDER = "    order = np.random.default_rng(seed).permutation(n)\n"
 WRONG = [

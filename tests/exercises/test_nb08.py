@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 from answers import function_of
 
-from rmm_lab import checks, pictures, tables
-from rmm_lab.exercises import nb08
+from rmm_lab.course import checks
+from rmm_lab.course.exercises import nb08
+from rmm_lab.evidence import tables
+from rmm_lab.figures import facade as pictures
 
 UNIFORM = ("weight average", "task arithmetic, tuned", "TIES, tuned", "DARE, tuned")
 

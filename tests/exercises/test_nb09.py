@@ -7,9 +7,11 @@ import pytest
 import torch
 from answers import function_of
 
-from rmm_lab import checks, pictures, tables
-from rmm_lab.exercises import nb09
-from rmm_lab.problem import load_problem
+from rmm_lab.course import checks
+from rmm_lab.course.exercises import nb09
+from rmm_lab.evidence import tables
+from rmm_lab.figures import facade as pictures
+from rmm_lab.search.problem import load_problem
 
 RIGHT = [
     (

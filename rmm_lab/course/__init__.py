@@ -1,0 +1,1 @@
+"""What the notebooks use: widgets, checks and exercises."""

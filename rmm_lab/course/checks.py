@@ -1,0 +1,339 @@
+"""The exercises' checks: a verdict that names the likely mistake, and a function that works in any case.
+
+``f = checks.use("02.ties", f)`` in a notebook tries a student's function. It displays whether the exercise
+was not attempted, is wrong (with the hint for that mistake) or correct, and returns a working function:
+the student's own where it is correct, else the kit's. So no later cell depends on a student's answer.
+
+The exercises of notebook NN stand in ``rmm_lab/course/exercises/nbNN.py``, as ``EXERCISES: dict[str, ...]``.
+"""
+
+from __future__ import annotations
+
+import copy
+import importlib
+import inspect
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from html import escape
+from typing import Any, Literal
+
+import numpy as np
+import torch
+
+from rmm_lab.errors import InputError
+
+Function = Callable[..., Any]
+ORDINALS = ("first", "second", "third", "fourth", "fifth", "sixth")
+LONGEST = 90  # characters of a value in a message
+
+
+@dataclass(frozen=True)
+class Mistake:
+    """A wrong way to solve an exercise, as code, and the hint for whoever took it."""
+
+    hint: str
+    wrong: Function
+
+
+@dataclass(frozen=True)
+class Exercise:
+    """A function to be written.
+
+    ``reference``: a right one. ``cases``: gives argument tuples, fresh at each call; the first one is
+    shown where nothing better can be said. ``mistakes``: in the order in which they are tried.
+    ``tolerance``: relative and absolute, for floats. ``right``: what a right answer earns. ``also``: a last
+    look at a function whose answers are right, for what they do not show (such as a gradient): it gives a
+    hint, or None if nothing is amiss.
+    """
+
+    reference: Function
+    cases: Callable[[], Sequence[tuple[Any, ...]]]
+    mistakes: Sequence[Mistake]
+    right: str
+    tolerance: float = 1e-5
+    also: Callable[[Function], str | None] | None = None
+
+
+@dataclass(frozen=True)
+class Quiz:
+    """A question with options; ``explained`` says for each why it is right or wrong."""
+
+    right: str
+    explained: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What a check found: ``message`` is one or a few sentences for the student."""
+
+    status: Literal["not attempted", "wrong", "correct"]
+    message: str
+
+
+def exercise(name: str) -> Exercise | Quiz:
+    """An exercise by its name, such as ``02.ties``; InputError for an unknown one."""
+    number = name.partition(".")[0]
+    try:
+        known = importlib.import_module(f"rmm_lab.course.exercises.nb{number}").EXERCISES
+    except ModuleNotFoundError:
+        known = {}
+    if name not in known:
+        raise InputError(
+            f"exercise {name!r}: expected one of {', '.join(known) or 'notebooks 00 to 09'}; write its "
+            "name as in the notebook"
+        )
+    return known[name]
+
+
+def check(name: str, function: Function) -> Verdict:
+    """Try a student's function on an exercise's cases.
+
+    For a quiz, the function takes nothing and returns an option's letter. Whatever the function does,
+    this returns a verdict; only an unknown name raises (InputError).
+    """
+    task = exercise(name)
+    if not callable(function):
+        return Verdict(
+            "wrong",
+            f"Expected a function, found {_short(function)}. Give its name without parentheses.",
+        )
+    if isinstance(task, Quiz):
+        return _check_quiz(task, function)
+    return _check_exercise(task, function)
+
+
+def use(name: str, function: Function) -> Function:
+    """Display the verdict on a student's function; return it if it is correct, else the kit's own."""
+    from IPython import display
+
+    verdict = check(name, function)
+    display.display(display.HTML(box(name, verdict)))
+    if verdict.status == "correct":
+        return function
+    task = exercise(name)
+    if isinstance(task, Quiz):
+        return lambda: task.right
+    return task.reference
+
+
+def box(name: str, verdict: Verdict) -> str:
+    """A verdict as HTML; its status is a word and a mark, not only a colour."""
+    mark, colour = {
+        "not attempted": ("○", "#56B4E9"),
+        "wrong": ("✗", "#D55E00"),
+        "correct": ("✓", "#009E73"),
+    }[verdict.status]
+    note = (
+        ""
+        if verdict.status == "correct"
+        else "<br><em>The cells below use the kit's own answer.</em>"
+    )
+    message = escape(verdict.message).replace("\n", "<br>")
+    return (
+        f'<div role="status" style="border-left: 6px solid {colour}; padding: 4px 10px">'
+        f"<strong>{mark} {escape(name)}: {verdict.status}.</strong> {message}{note}</div>"
+    )
+
+
+# ------------------------------------------------------------------------------------ how it is checked
+
+
+def _check_quiz(quiz: Quiz, function: Function) -> Verdict:
+    try:
+        answer = function()
+    except NotImplementedError:
+        letters = ", ".join(repr(option) for option in quiz.explained)
+        return Verdict("not attempted", f"Return one of {letters}.")
+    except Exception as error:  # a student's code may raise anything: it is told, not hidden
+        return Verdict("wrong", f"Your function raised {_raised(error)}.")
+    letter = answer.strip().lower() if isinstance(answer, str) else ""
+    if letter not in quiz.explained:
+        letters = ", ".join(repr(option) for option in quiz.explained)
+        return Verdict("wrong", f"Expected one of {letters}, found {_short(answer)}.")
+    if letter != quiz.right:
+        return Verdict("wrong", f"({letter}) {quiz.explained[letter]}")
+    lines = [f"({letter}) {quiz.explained[letter]}"]
+    lines += [f"({k}) {text}" for k, text in quiz.explained.items() if k != letter]
+    return Verdict("correct", "\n".join(lines))
+
+
+def _check_exercise(task: Exercise, function: Function) -> Verdict:
+    expected = [task.reference(*case) for case in task.cases()]
+    found = []
+    for case, wanted in zip(task.cases(), expected, strict=True):
+        before = copy.deepcopy(case)
+        try:
+            answer = function(*case)
+        except NotImplementedError:
+            return Verdict("not attempted", "Replace the line that raises NotImplementedError.")
+        except Exception as error:  # a student's code may raise anything: it is told, not hidden
+            return Verdict(
+                "wrong", f"Your function raised {_raised(error)}, for {_call(function, case)}."
+            )
+        if answer is None and wanted is not None:
+            return Verdict("wrong", "Your function returns None. Is its return missing?")
+        if not _equal(case, before, 0.0):
+            return Verdict(
+                "wrong",
+                "Your function changes its arguments in place. Work on a copy: new = x.copy() (NumPy) or "
+                "x.clone() (torch), list(x); or make a new one: x = x + y, not x += y.",
+            )
+        found.append(copy.deepcopy(answer))
+    if all(_equal(f, e, task.tolerance) for f, e in zip(found, expected, strict=True)):
+        hint = _last_look(task, function)
+        return Verdict("wrong", hint) if hint else Verdict("correct", task.right)
+    for mistake in task.mistakes:
+        if _makes(mistake, found, task):
+            return Verdict("wrong", mistake.hint)
+    for case, f, e in zip(task.cases(), found, expected, strict=True):
+        if not _equal(f, e, task.tolerance):
+            return Verdict("wrong", _compare(function, case, f, e, task.tolerance))
+    raise AssertionError("a wrong answer differs from the right one in some case")
+
+
+def _last_look(task: Exercise, function: Function) -> str | None:
+    try:
+        return task.also(function) if task.also else None
+    except Exception as error:  # a student's code may raise anything: it is told, not hidden
+        return f"Your function raised {_raised(error)}."
+
+
+def _makes(mistake: Mistake, found: Sequence[Any], task: Exercise) -> bool:
+    """Whether the answers are those of this mistake, in every case."""
+    return all(
+        _equal(answer, mistake.wrong(*case), task.tolerance)
+        for answer, case in zip(found, task.cases(), strict=True)
+    )
+
+
+def _compare(
+    function: Function, case: tuple[Any, ...], found: Any, expected: Any, tolerance: float
+) -> str:
+    """What a student is told of a mistake that is on no list: type, shape, or numbers."""
+    call = _call(function, case)
+    where, found, expected = _part(found, expected, tolerance)
+    if where:
+        call = f"{call}, {where}:"
+    kinds = {torch.Tensor: "tensor", np.ndarray: "NumPy array", list: "list", tuple: "tuple"}
+    wanted, got = kinds.get(type(expected)), kinds.get(type(found))
+    if wanted and got and isinstance(found, list | tuple) != isinstance(expected, list | tuple):
+        return f"For {call} expected a {wanted}, found a {got}: {_short(found)}."
+    if _is_array(expected) and _is_array(found) and _array(found).shape != _array(expected).shape:
+        return (
+            f"For {call} expected shape {_array(expected).shape}, found {_array(found).shape}. "
+            "Which axis is summed or kept?"
+        )
+    if _is_array(found) and not bool(np.all(np.isfinite(_array(found)))):
+        return f"For {call} your answer holds NaN or infinity. Is something divided by 0?"
+    return f"For {call} expected {_short(expected)}, found {_short(found)}."
+
+
+def _part(found: Any, expected: Any, tolerance: float) -> tuple[str, Any, Any]:
+    """Where the two differ, in words, and what each holds there; the whole where it can be shown.
+
+    Of a tuple, list or dict the first part that differs, of an array with one wrong entry, or too large to
+    be shown, its first wrong entry. What differs in type, length or shape is left whole.
+    """
+    keys: list[Any] = []
+    if isinstance(found, Mapping) and isinstance(expected, Mapping):
+        if found.keys() != expected.keys():
+            return "", found, expected
+        keys = [(f"key {k!r}", found[k], expected[k]) for k in expected]
+    elif isinstance(found, list | tuple) and isinstance(expected, list | tuple):
+        if len(found) != len(expected):
+            return "", found, expected
+        names = [ORDINALS[i] if i < len(ORDINALS) else f"{i + 1}th" for i in range(len(found))]
+        pairs = zip(names, found, expected, strict=True)
+        keys = [(f"{name} value", f, e) for name, f, e in pairs]
+    elif isinstance(found, np.ndarray | torch.Tensor) and isinstance(
+        expected, np.ndarray | torch.Tensor
+    ):
+        return _entry(found, expected, tolerance)
+    wrong = [(name, f, e) for name, f, e in keys if not _equal(f, e, tolerance)]
+    whole = len(repr(expected)) <= LONGEST and len(repr(found)) <= LONGEST
+    if not wrong or (len(wrong) > 1 and whole and isinstance(expected, list | tuple)):
+        return "", found, expected
+    name, f, e = wrong[0]
+    inner, f, e = _part(f, e, tolerance)
+    return f"{name}, {inner}" if inner else name, f, e
+
+
+def _entry(found: Any, expected: Any, tolerance: float) -> tuple[str, Any, Any]:
+    """The first wrong entry of an array, where it is the only one or the array is too large to be shown."""
+    x, y = _array(found), _array(expected)
+    if (
+        x.shape != y.shape
+        or not x.shape
+        or object in (x.dtype, y.dtype)
+        or not np.isfinite(x).all()
+    ):
+        return "", found, expected
+    wrong = np.argwhere(~np.isclose(x, y, rtol=tolerance, atol=tolerance, equal_nan=True))
+    if not len(wrong) or (len(wrong) > 1 and x.size <= 12) or x.size == 1:
+        return "", found, expected
+    place = tuple(wrong[0].tolist())
+    more = f" (the first of {len(wrong)} entries)" if len(wrong) > 1 else ""
+    return f"differs at {list(place)}{more}", float(x[place]), float(y[place])
+
+
+def _equal(a: Any, b: Any, tolerance: float) -> bool:
+    """Equality of numbers, arrays, tensors, and lists, tuples and dicts of these; NaN equals NaN."""
+    if isinstance(a, Mapping) and isinstance(b, Mapping):
+        return a.keys() == b.keys() and all(_equal(a[k], b[k], tolerance) for k in a)
+    if isinstance(a, str | bytes | None) or isinstance(b, str | bytes | None):
+        return type(a) is type(b) and a == b
+    if _is_array(a) and _is_array(b):
+        x, y = _array(a), _array(b)
+        if x.dtype == object or y.dtype == object:
+            return False
+        return x.shape == y.shape and bool(
+            np.allclose(x, y, rtol=tolerance, atol=tolerance, equal_nan=True)
+        )
+    if isinstance(a, list | tuple) and isinstance(b, list | tuple):
+        return len(a) == len(b) and all(_equal(x, y, tolerance) for x, y in zip(a, b, strict=True))
+    if type(a) is not type(b):
+        return False
+    if type(a).__eq__ is object.__eq__:  # such as a task: the same where it holds the same
+        return a is b or _equal(getattr(a, "__dict__", {}), getattr(b, "__dict__", {}), tolerance)
+    return bool(a == b)
+
+
+def _is_array(value: Any) -> bool:
+    return isinstance(value, int | float | np.ndarray | np.generic | torch.Tensor)
+
+
+def _array(value: Any) -> np.ndarray:
+    if isinstance(value, torch.Tensor):
+        return value.detach().cpu().to(torch.float64).numpy()
+    array = np.asarray(value)
+    return array if array.dtype == object else array.astype(np.float64)
+
+
+def _call(function: Function, case: tuple[Any, ...]) -> str:
+    """The case as a call, in one line."""
+    name = getattr(function, "__name__", "your function")
+    try:
+        names = list(inspect.signature(function).parameters)
+    except (TypeError, ValueError):
+        names = []
+    named = [f"{n}=" for n in names] if len(names) == len(case) else [""] * len(case)
+    return f"{name}({', '.join(n + _short(v) for n, v in zip(named, case, strict=True))})"
+
+
+def _raised(error: Exception) -> str:
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text[:200]}" if text else type(error).__name__
+
+
+def _short(value: Any) -> str:
+    """A value in a few words: small numbers as they are, large arrays by their shape."""
+    if isinstance(value, torch.Tensor | np.ndarray):
+        if math.prod(value.shape) <= 12:
+            rounded = np.round(_array(value), 4).tolist()
+            return str(rounded)
+        return f"{type(value).__name__} of shape {tuple(value.shape)}"
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    text = repr(value)
+    return text if len(text) <= LONGEST else text[: LONGEST - 3] + "..."

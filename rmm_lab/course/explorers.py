@@ -1,0 +1,393 @@
+"""Widgets that explain a formula, each a thin view over the function that stands before it."""
+
+from __future__ import annotations
+
+from html import escape
+from itertools import combinations
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from ipywidgets import HTML, Dropdown, FloatSlider, Layout
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from rmm_lab import operators
+from rmm_lab.course.views import View, img
+from rmm_lab.errors import InputError
+from rmm_lab.figures.paths import COLOURS, HATCHES
+from rmm_lab.ppo import clipped_objective
+from rmm_lab.search.problem import Problem
+
+
+def _look(description: str) -> dict[str, Any]:
+    layout = Layout(width="36em", max_width="100%")
+    return {"description": description, "style": {"description_width": "12em"}, "layout": layout}
+
+
+def _slider(description: str, value: float, low: float, high: float, step: float) -> FloatSlider:
+    # A picture can take longer than 0.15 s: it is drawn once, when the slider is let go.
+    options = {"value": value, "min": low, "max": high, "step": step, "readout_format": ".2f"}
+    return FloatSlider(continuous_update=False, **options, **_look(description))
+
+
+class _Explorer(View):
+    """Controls, and below them the picture and its sentence, drawn anew when a control changes."""
+
+    def __init__(self, *controls: Any) -> None:
+        self.place, self.status = self.picture(), HTML()
+        super().__init__([*controls, self.place, self.status])
+        for control in controls:
+            control.observe(self.refresh, names="value")
+        self.refresh()
+
+    def refresh(self, change: Any = None) -> None:
+        """Draw the present state; ``change`` is what ipywidgets passes to an observer."""
+        figure, sentence = self.still()
+        self.place.value = img(figure, sentence)
+        self.status.value = f'<p role="status">{escape(sentence)}</p>'
+
+
+# Two experts, the third on demand. Places 1 and 3: agreement. 2: a conflict. 4: a tie of signs, which
+# the third expert breaks. 6: the smaller value wins, as its expert is small elsewhere too.
+DELTAS = (
+    (0.9, 0.7, -0.6, 0.8, -0.1, 0.45, 0.1, -0.3, 0.05, 0.6, -0.2, -0.2),
+    (1.0, -0.6, -0.8, -0.8, 0.2, -0.49, -0.9, 0.1, 0.1, -0.4, 1.1, -0.3),
+    (-0.7, 0.9, -0.5, 0.6, 0.1, -0.2, 0.8, -0.1, 0.3, 0.05, 1.0, -0.15),
+)
+
+
+class TiesStages(NamedTuple):
+    """What TIES computes on its way, for N experts' task vectors of n entries."""
+
+    trimmed: Tensor  # (N, n), 0 where an entry was removed
+    sign: Tensor  # (n,) in {-1, 0, 1}
+    agreeing: Tensor  # (N, n) bool: kept, and of the elected sign
+    merged: Tensor  # (n,) mean of the agreeing entries
+    scaled: Tensor  # (n,) scale * merged, what is added to the base
+
+
+def ties_stages(deltas: Tensor, density: float, scale: float) -> TiesStages:
+    """The stages of TIES one by one (Yadav et al. 2023, Alg. 1), by the operators' own steps.
+
+    deltas: (N, n) task vectors; density: kept fraction in (0, 1]; scale: lambda, finite. With these
+    deltas ``operators.ties`` returns ``base + stages.scaled``. Raises InputError as the operators do.
+    """
+    trimmed = operators.trim(deltas, density)  # (N, n)
+    sign = operators.elect_sign(trimmed)  # (N, n) -> (n,)
+    merged = operators.disjoint_merge(trimmed, sign)  # (N, n) -> (n,)
+    return TiesStages(trimmed, sign, trimmed * sign > 0, merged, scale * merged)
+
+
+class TiesExplorer(_Explorer):
+    """TIES on a few numbers: (N, n) task vectors; by default twelve each of two or three experts."""
+
+    def __init__(self, deltas: Tensor | None = None) -> None:
+        self.deltas = (
+            torch.tensor(DELTAS, dtype=torch.float64) if deltas is None else deltas.detach()
+        )
+        shape = tuple(self.deltas.shape)
+        if len(shape) != 2 or not 2 <= shape[0] <= 7 or not 1 <= shape[1] <= 24:
+            raise InputError(
+                f"deltas: expected 2 to 7 experts by 1 to 24 numbers, found shape {shape}; take a part"
+            )
+        count = 2 if deltas is None else shape[0]
+        self.density = _slider("density (share kept)", 0.5, 0.1, 1, 0.05)
+        self.scale = _slider("scale λ", 1, 0, 2, 0.05)
+        self.experts = Dropdown(options=range(2, shape[0] + 1), value=count, **_look("experts"))
+        super().__init__(self.density, self.scale, self.experts)
+
+    def still(self) -> tuple[Figure, str]:
+        """The stages as bars; how many entries were kept, where experts disagree, what a mean does."""
+        deltas, density = self.deltas[: self.experts.value], self.density.value
+        s = ties_stages(deltas, density, self.scale.value)
+        mean, size = deltas.mean(0), deltas.abs().mean(0)  # (N, n) -> (n,)
+        conflict = (s.trimmed > 0).any(0) & (s.trimmed < 0).any(0)  # (N, n) -> (n,)
+        tied = int((conflict & (s.sign == 0)).sum())
+        ties = f", and at {tied} of them neither sign wins" if tied else ""
+        cancelled = float((size - mean.abs()).sum() / size.sum().clamp(min=1e-30))
+        # The example: of the places that TIES fills, where the mean loses the largest share
+        worst = int(((1 - (mean.abs() / size).nan_to_num(1.0)) * (s.sign != 0)).argmax())
+        return self._figure(deltas, s, mean), (
+            f"Density {density:.2f} keeps {int((s.trimmed != 0).sum())} of {deltas.numel()} entries. "
+            f"Kept entries disagree in sign at {int(conflict.sum())} of {len(mean)} places"
+            f"{ties}. {int(s.agreeing.sum())} entries have the elected sign and are averaged, then "
+            f"multiplied by λ = {self.scale.value:.2f}. Plain averaging of all entries cancels "
+            f"{cancelled:.0%} of their magnitude: at place {worst + 1} it gives {mean[worst]:.2f}, "
+            f"the disjoint mean {s.merged[worst]:.2f}."
+        )
+
+    def _figure(self, deltas: Tensor, s: TiesStages, mean: Tensor) -> Figure:
+        count, n = deltas.shape
+        entries, trimmed, agreeing = deltas.numpy(), s.trimmed.numpy(), s.agreeing.numpy()
+        x, line = np.arange(1, n + 1), {"edgecolor": "black", "lw": 0.7}
+        figure = Figure(figsize=(max(7.8, 0.5 * n + 2), 7.8), layout="constrained")
+        rows = figure.subplots(5, 1, sharex=True, height_ratios=[1, 1, 0.28, 0.85, 1])
+        raw, kept, sign, merged, scaled = rows
+        for i in range(count):
+            at, width = x + (2 * i - count + 1) * 0.42 / count, 0.84 / count
+            look = {"color": COLOURS[1 + i], "hatch": HATCHES[i], **line}
+            raw.bar(at, entries[i], width, label=f"expert {i + 1}", **look)
+            kept.bar(at, trimmed[i], width, **look)
+            dotted = kept.bar(at, entries[i] - trimmed[i], width, fill=False, ls=":", **line)
+            out = (trimmed[i] != 0) & ~agreeing[i]
+            (cross,) = kept.plot(at[out], trimmed[i][out] / 2, "kX", mec="white", ms=8)
+        for place, value in zip(x.tolist(), s.sign.tolist(), strict=True):
+            text = "+" if value > 0 else "−" if value < 0 else "0"
+            sign.text(place, 0, text, ha="center", va="center", fontsize=13, weight="bold")
+        merged.bar(x, s.merged.numpy(), 0.6, color="0.75", **line)
+        label = f"TIES, λ = {self.scale.value:.2f}"
+        scaled.bar(x, s.scaled.numpy(), 0.6, color=COLOURS[3], hatch="...", label=label, **line)
+        scaled.plot(x, mean.numpy(), "D", color=COLOURS[6], mec="black", label="plain average")
+        beside = {"fontsize": 9, "loc": "upper left", "bbox_to_anchor": (1, 1)}
+        raw.legend(**beside)
+        kept.legend([dotted, cross], ["removed", "kept, not merged"], **beside)
+        scaled.legend(**beside)
+        high = 1.1 * float(deltas.abs().max()) or 1.0
+        for axes, reach, title in (
+            (raw, high, "1  task vectors"),
+            (kept, high, f"2  trimmed: each expert's largest, density {self.density.value:.2f}"),
+            (sign, 1, "3  elected sign: of the sum of what is left"),
+            (merged, high, "4  disjoint mean: of the entries that have this sign"),
+            (scaled, 2 * high, "5  scaled, to be added to the base; plain averaging beside it"),
+        ):
+            axes.set_title(title, fontsize=11, loc="left")
+            axes.set_ylim(-reach, reach)
+            axes.axhline(0, color="black", lw=0.0 if axes is sign else 0.7)
+        sign.set_yticks([])
+        scaled.set(xticks=x, xlabel="place in the weight")
+        return figure
+
+
+def clip_curve(ratio: Tensor, advantage: float, epsilon: float) -> tuple[Tensor, Tensor]:
+    """The clipped objective of Eq. 8 for single actions, and its gradient, by the agent's own code.
+
+    ratio: (n,) new over old probability, at least 0; advantage: finite; epsilon: above 0, finite.
+    Returns the objective (n,), to be maximised, and its derivative by the ratio (n,); at 1 ± epsilon
+    itself autograd takes a value between those of both sides. Raises InputError.
+    """
+    fits = ratio.dim() == 1 and ratio.is_floating_point() and bool((ratio >= 0).all())
+    if not (fits and np.isfinite(advantage) and 0 < epsilon < np.inf):
+        raise InputError(
+            "clip_curve: expected ratios (n,) of at least 0, a finite advantage and an epsilon above 0, "
+            f"found {ratio}, {advantage} and {epsilon}; give torch.linspace(0, 2.5, 251), 1.0 and 0.2"
+        )
+    ratio = ratio.detach().requires_grad_()
+    adv = torch.tensor(advantage, dtype=ratio.dtype)
+    # One at a time: the agent's objective is a mean over its batch.
+    value = torch.stack([clipped_objective(r, adv, epsilon) for r in ratio])  # (n,)
+    (gradient,) = torch.autograd.grad(value.sum(), ratio)  # (n,)
+    return value.detach(), gradient
+
+
+class ClipExplorer(_Explorer):
+    """PPO's clipped objective for one action, and which way its gradient moves the policy (Eq. 8)."""
+
+    def __init__(self) -> None:
+        self.ratio = _slider("ratio π / π_old", 1.3, 0, 2.5, 0.05)
+        self.advantage = _slider("advantage A", 1, -2, 2, 0.1)
+        self.epsilon = _slider("epsilon ε", 0.2, 0.05, 0.5, 0.05)
+        super().__init__(self.ratio, self.advantage, self.epsilon)
+
+    def still(self) -> tuple[Figure, str]:
+        """Both terms, their minimum and the gradient over the ratio; what the present point means."""
+        r, a, eps = self.ratio.value, self.advantage.value, self.epsilon.value
+        near = r + 1e-6 * (1 - r)  # a border, a kink of the curve, counts as what is within it
+        value, gradient = (float(v) for v in clip_curve(torch.tensor([near]).double(), a, eps))
+        where = f"between 1 - ε = {1 - eps:.2f} and 1 + ε = {1 + eps:.2f}"
+        if outside := abs(near - 1) > eps:
+            where = f"above 1 + ε = {1 + eps:.2f}" if r > 1 else f"below 1 - ε = {1 - eps:.2f}"
+        kind = "positive" if a > 0 else "negative" if a < 0 else "zero"
+        sentence = f"The ratio {r:.2f} is {where} and the advantage is {kind} ({a:.2f}): "
+        if a == 0:
+            sentence += (
+                "the gradient is 0, as the action was neither better nor worse than expected."
+            )
+        elif gradient == 0:
+            sentence += "the gradient is 0, this step no longer moves the policy."
+        else:
+            way = "more" if a > 0 else "less"
+            sentence += (
+                f"the gradient is {gradient:.2f}, this step makes the action {way} probable."
+            )
+            sentence += " The clip does not stop it, as it leads back to the old policy." * outside
+            if abs(near - 1) > eps - 1e-5 and not outside and a * (r - 1) > 0:
+                sentence += " Beyond this border the gradient is 0."
+        return self._figure(r, a, eps, value, gradient), sentence
+
+    def _figure(self, r: float, a: float, eps: float, value: float, gradient: float) -> Figure:
+        grid = torch.linspace(0.005, 2.495, 250, dtype=torch.float64)  # never a border itself
+        values, gradients = clip_curve(grid, a, eps)
+        figure = Figure(figsize=(8.5, 3.8), layout="constrained")
+        left, right = figure.subplots(1, 2)
+        left.plot(grid, values, color=COLOURS[5], lw=5, alpha=0.5, label="J: the smaller of both")
+        left.plot(grid, grid * a, "--", color="black", lw=1.2, label="ratio · A")
+        clipped = grid.clamp(1 - eps, 1 + eps) * a
+        left.plot(grid, clipped, ":", color=COLOURS[6], lw=2, label="clip(ratio) · A")
+        # Each flat piece by itself: between them the gradient jumps.
+        for piece in np.split(np.arange(len(grid)), np.flatnonzero(np.diff(gradients)) + 1):
+            right.plot(grid[piece], gradients[piece], color=COLOURS[5], lw=3)
+        left.set(ylim=(-5.3, 5.3), title="objective of this action")
+        right.set(ylim=(-2.3, 2.3), title="its gradient by the ratio")
+        for axes, y in ((left, value), (right, gradient)):
+            axes.plot(r, y, "o", color=COLOURS[1], mec="black", ms=9, label=f"now: {y:.2f}")
+            axes.axvspan(1 - eps, 1 + eps, color="0.9", zorder=0, label="1 - ε to 1 + ε")
+            axes.axhline(0, color="black", lw=0.6)
+            axes.set_xlabel(r"ratio $\pi\,/\,\pi_{\mathrm{old}}$")
+            axes.legend(fontsize=9, loc="upper right" if a < 0 else "lower right")
+        return figure
+
+
+def dar_weights(t: int, t_max: int, scale: float, n_back: int) -> np.ndarray:
+    """How much each episode's own reward counts in the DAR reward of episode t: Eq. 10 unrolled.
+
+    The average runs on within a window, each episode with its own t, and the window's first episode
+    stands unblended (``rmm_lab.env.dar``): with ``a_s = scale * s / t_max`` the weights are
+    ``1 - a_t``, ``a_t (1 - a_{t-1})``, ..., and at last the product of all ``a``.
+    t: episode, from 0 to t_max; scale: lambda in [0, 1]; n_back: episodes since the window began.
+    Returns (n_back + 1,), of episodes t, t-1, ..., t-n_back; they sum to 1. Raises InputError.
+    """
+    if not (0 <= n_back <= t <= t_max and t_max >= 1 and 0 <= scale <= 1):
+        raise InputError(
+            "dar_weights: expected 0 <= n_back <= t <= t_max, t_max >= 1 and scale in [0, 1], found "
+            f"n_back {n_back}, t {t}, t_max {t_max}, scale {scale}; correct them"
+        )
+    a = scale * np.arange(t, t - n_back, -1) / t_max  # (n_back,) of episodes t, ..., t-n_back+1
+    reaches = np.concatenate([[1.0], np.cumprod(a)])  # (n_back + 1,) share passed on to each
+    return reaches * np.append(1 - a, 1.0)
+
+
+class DarExplorer(_Explorer):
+    """Which episodes' rewards the DAR reward averages, and how many that makes (Eq. 10).
+
+    t_max: episodes of the whole search. The episode shown is the last of its window.
+    """
+
+    def __init__(self, t_max: int = 700) -> None:
+        self.t_max = t_max
+        self.scale = _slider("scale λ", 0.8, 0, 1, 0.05)
+        self.time = _slider("time t / T_max", 0.5, 0, 1, 0.05)
+        shares = {"100 % (window of 1 episode)": 1, "10 % (of 10)": 10, "1 % (of 100)": 100}
+        self.window = Dropdown(options=shares.items(), value=10, **_look("data per episode"))
+        super().__init__(self.scale, self.time, self.window)
+
+    def still(self) -> tuple[Figure, str]:
+        """The weights as bars, the plain mean as a line; how many episodes are averaged in effect."""
+        now = min(round(self.time.value * self.t_max), self.t_max - 1)
+        start = now - now % self.window.value
+        t = min(start + self.window.value, self.t_max) - 1  # the search may end within a window
+        w = dar_weights(t, self.t_max, self.scale.value, t - start)
+        n = 1 / float((w**2).sum())
+        sentence = f"Episode {t + 1} of {self.t_max}, the last of its window of {len(w)}: "
+        if w[0] == 1:
+            why = "the window has no other" if len(w) == 1 else "λ is 0"
+            return self._figure(t, w), sentence + f"its reward stands alone, as {why}."
+        return self._figure(t, w), (
+            f"{sentence}its own reward weighs {100 * w[0]:.3g} %, those of earlier models in the "
+            f"window {100 - 100 * w[0]:.3g} %. Effective number of episodes averaged: {n:.1f}, so that "
+            f"independent noise of equal size falls to {n**-0.5:.0%}."
+        )
+
+    def _figure(self, t: int, w: np.ndarray) -> Figure:
+        # Weights fall off fast: what holds all but a thousandth of them is drawn, ten bars at least.
+        shown = min(len(w), max(10, int(np.searchsorted(np.cumsum(w), 0.999)) + 1))
+        figure = Figure(figsize=(7.5, 3.4), layout="constrained")
+        axes, back, high = figure.subplots(), range(shown), 1.25 * max(w.max(), 1 / len(w))
+        axes.bar(back, w[:shown], color=COLOURS[5], edgecolor="black", lw=0.5, label="DAR")
+        mean = f"plain mean of the window, 1/{len(w)}"
+        axes.axhline(1 / len(w), ls="--", color=COLOURS[6], label=mean)
+        for i in back if shown <= 12 else ():
+            text = f"{w[i]:.2f}" if w[i] >= 0.005 or w[i] == 0 else "<.01"
+            axes.text(i, w[i] + 0.02 * high, text, ha="center", fontsize=9)
+        rest = f"; {len(w) - shown} more weigh {w[shown:].sum():.1g}" if shown < len(w) else ""
+        axes.set(xlim=(-0.7, max(shown, 10) - 0.3), ylim=(0, high), ylabel="weight of its reward")
+        axes.set_xlabel(f"episodes before episode {t + 1}{rest}")
+        axes.legend(fontsize=9, loc="upper right")
+        return figure
+
+
+QUANTITIES = {  # key -> name, and what to compare a number with
+    "length": ("length of the task vector", "At 1 it would be as long as the base's weights."),
+    "cosine": ("cosine between experts' task vectors", "1: same direction, 0: a right angle."),
+    "signs": ("share of entries whose signs disagree", "Half would be chance."),
+}
+
+
+def distances(problem: Problem) -> dict[str, np.ndarray]:
+    """How far experts moved from the base, and how much alike, in the stem and in each layer.
+
+    The first of L + 1 rows is the stem; pairs are in ``itertools.combinations``' order of experts.
+    ``length`` (L + 1, N): ``|delta_i| / |theta_base|``; ``cosine`` (L + 1, N (N-1) / 2) of a pair's
+    task vectors; ``signs``, same shape: share of entries with one delta above 0, the other below.
+    NaN where a norm to divide by is 0. Task vectors: Ilharco et al. 2022; signs: Yadav et al. 2023.
+    """
+    pool = problem.pool
+    rows: dict[str, list[Tensor]] = {key: [] for key in QUANTITIES}
+    i, j = torch.combinations(torch.arange(pool.n_models)).T  # (N (N-1) / 2,) each
+    for k in range(-1, pool.n_layers):
+        layers = [pool.layer_weights(source, k) for source in ("base", *pool.names)]
+        # By name, in the base's order and double precision: (N + 1, D)
+        flat = torch.stack(
+            [torch.cat([w[n].double().flatten() for n in layers[0]]) for w in layers]
+        )
+        deltas = operators.task_vectors(flat[0], flat[1:])  # (N, D)
+        norm, size = deltas.norm(dim=1), flat[0].norm()  # (N,), scalar
+        rows["length"].append(torch.where(size > 0, norm / size, torch.nan))
+        rows["cosine"].append((deltas @ deltas.T)[i, j] / (norm[i] * norm[j]))  # 0 / 0 is NaN
+        rows["signs"].append((deltas[i] * deltas[j] < 0).double().mean(dim=1))
+    return {key: torch.stack(values).numpy() for key, values in rows.items()}
+
+
+class DistanceMap(_Explorer):
+    """A heat map of ``distances``: layers from left to right, experts or their pairs one below another."""
+
+    def __init__(self, problem: Problem, quantity: str = "length") -> None:
+        if quantity not in QUANTITIES:
+            raise InputError(
+                f"quantity: expected one of {', '.join(QUANTITIES)}, found {quantity!r}; name another"
+            )
+        self.values, pool = distances(problem), problem.pool
+        self.pairs = [f"{a} – {b}" for a, b in combinations(pool.names, 2)]
+        self.names = list(pool.names)
+        stacks = zip(("enc ", "dec ") if len(pool.stacks) == 2 else ("",), pool.stacks, strict=True)
+        self.unit = "layer" if pool.unit == "block" else "sublayer"
+        self.places = ["stem", *(f"{kind}{j}" for kind, s in stacks for j in range(len(s)))]
+        options = [(name, key) for key, (name, _) in QUANTITIES.items()]
+        self.quantity = Dropdown(options=options, value=quantity, **_look("quantity"))
+        super().__init__(self.quantity)
+
+    def still(self) -> tuple[Figure, str]:
+        """The heat map of the chosen quantity; where it is highest and lowest."""
+        values, (title, meaning) = self.values[self.quantity.value], QUANTITIES[self.quantity.value]
+        names = self.names if self.quantity.value == "length" else self.pairs
+        if np.isnan(values).all():
+            return self._figure(values, names, title), f"The {title} is undefined in every layer."
+        ends = []
+        for flat in (np.nanargmax(values), np.nanargmin(values)):
+            k, column = (int(i) for i in np.unravel_index(flat, values.shape))
+            place = f"{self.unit} {self.places[k]}" if k else "the stem"
+            ends.append(f"{values[k, column]:.2f} in {place} ({names[column]})")
+        sentence = (
+            f"The {title} is {np.nanmean(values):.2f} on average; highest: {ends[0]}, lowest: "
+        )
+        return self._figure(values, names, title), f"{sentence}{ends[1]}. {meaning}"
+
+    def _figure(self, values: np.ndarray, names: list[str], title: str) -> Figure:
+        n_places, n_names = values.shape
+        size = (max(5.5, 0.58 * n_places + 2.6), 1.4 + 0.36 * n_names)
+        figure = Figure(figsize=size, layout="constrained")
+        axes = figure.subplots()
+        # Rows of the picture are experts, as in the merging map: (L + 1, C) -> (C, L + 1)
+        image = axes.imshow(values.T, cmap="cividis", aspect="auto")
+        low, high = np.nan_to_num(image.get_clim())
+        for (k, i), v in np.ndenumerate(values):
+            text, colour = (
+                "–" if np.isnan(v) else f"{v:.2f}",
+                "white" if v < 0.55 * low + 0.45 * high else "black",
+            )
+            axes.text(k, i, text, ha="center", va="center", fontsize=9, color=colour)
+        axes.set_xticks(range(n_places), self.places)
+        axes.set_yticks(range(n_names), names)
+        axes.set(xlabel=self.unit, title=title)
+        figure.colorbar(image, ax=axes)
+        return figure

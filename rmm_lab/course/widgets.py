@@ -1,0 +1,478 @@
+"""The notebooks' widgets: thin views over ``rmm_lab.course.episode_walk`` and ``rmm_lab.figures.paths``.
+
+Every control is a plain ipywidgets one and works by keyboard. Each view's picture has an alt sentence,
+and stands as a PNG where no kernel runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from html import escape
+from typing import Any
+
+import numpy as np
+from ipywidgets import (
+    HTML,
+    BoundedIntText,
+    Button,
+    Dropdown,
+    HBox,
+    IntSlider,
+    Layout,
+    Play,
+    jslink,
+)
+from matplotlib.figure import Figure
+
+from rmm_lab.course.episode_walk import Run, Walk
+from rmm_lab.course.explorers import ClipExplorer, DarExplorer, DistanceMap, TiesExplorer
+from rmm_lab.course.views import View
+from rmm_lab.engine.scorer import name_of
+from rmm_lab.errors import InputError, one_sentence
+from rmm_lab.figures import paths as plots
+from rmm_lab.search.report import steps_of
+
+__all__ = [
+    "ButtonTest",
+    "ClipExplorer",
+    "DarExplorer",
+    "DistanceMap",
+    "MapStepper",
+    "PathInspector",
+    "ResultsTable",
+    "TiesExplorer",
+    "TrainingReplay",
+]
+
+WIDE = {"description_width": "initial"}  # else long descriptions are cut
+PARTS = "layers are parts of blocks here, in running order: of each, attention first and MLP last"
+
+
+def status(sentence: str) -> str:
+    """A line that screen readers speak when it changes."""
+    return f'<div role="status" aria-live="polite">{escape(sentence)}</div>'
+
+
+def percent(scores: Mapping[str, float]) -> str:
+    """``digits 80.7 %, textures 69.3 %, mean 75.0 %``."""
+    parts = [f"{task} {100 * s:.1f} %" for task, s in scores.items()]
+    return ", ".join([*parts, f"mean {100 * np.mean(list(scores.values())):.1f} %"])
+
+
+def path_words(steps: Sequence[tuple[str, int]], stem: str, stacks: Sequence[range]) -> str:
+    """A path in running order: ``stem of digits, layer 0 of ties``."""
+    return ", ".join(f"{plots.place_name(k, stacks)} of {s}" for s, k in [(stem, -1), *steps])
+
+
+class ButtonTest(View):
+    """One button and a count: whether widgets work here at all."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.button = Button(description="press me", tooltip="counts how often it was pressed")
+        self.status = HTML(status(self.sentence()))
+        self.button.on_click(lambda _: self.press())
+        super().__init__([self.button, self.status])
+
+    def sentence(self) -> str:
+        """How often the button was pressed."""
+        times = f"{self.count} time{'' if self.count == 1 else 's'}"
+        return f"widgets work: pressed {times}" if self.count else "not pressed yet"
+
+    def press(self) -> None:
+        """What the button does."""
+        self.count += 1
+        self.status.value = status(self.sentence())
+
+    def still(self) -> tuple[Figure, str]:
+        """The sentence, also as a picture."""
+        figure = Figure(figsize=(4, 0.6), layout="constrained")
+        figure.text(0.02, 0.5, f"[ press me ]  {self.sentence()}", va="center", fontsize=10)
+        return figure, f"A button, {self.sentence()}."
+
+
+class MapStepper(View):
+    """A walk through the environment: a button per action, undo, start again, the agent's next step."""
+
+    def __init__(self, walk: Walk) -> None:
+        self.walk = walk
+        self.buttons: dict[str, Button] = {}
+        for name in walk.action_names:
+            self.buttons[name] = self._button(name, lambda _, name=name: self.press(name))
+        self.undo_button = self._button("undo", lambda _: self.undo())
+        self.undo_button.tooltip = "take the last action back"
+        self.reset_button = self._button("start again", lambda _: self.reset())
+        self.reset_button.tooltip = "back to the start, nothing chosen"
+        self.agent_button = self._button("agent's next step", lambda _: self.agent_step())
+        self.agent_button.tooltip = "let the agent do its most probable action"
+        self.status, self.place = HTML(), self.picture()
+        control = [self.undo_button, self.reset_button]
+        control += [self.agent_button] if walk.agent is not None else []
+        wrap = Layout(flex_flow="row wrap")
+        rows = [HBox(list(self.buttons.values()), layout=wrap), HBox(control, layout=wrap)]
+        super().__init__([*rows, self.status, self.place])
+        self._show()
+
+    @staticmethod
+    def _button(name: str, on_click: Any) -> Button:
+        button = Button(description=name, layout=Layout(width="auto"))
+        button.on_click(on_click)
+        return button
+
+    def press(self, action: int | str) -> None:
+        """Do an action by its name or number."""
+        self._do(lambda: self.walk.act(action))
+
+    def undo(self) -> None:
+        """Take the last action back."""
+        self._do(self.walk.undo)
+
+    def reset(self) -> None:
+        """Start again."""
+        self._do(self.walk.reset)
+
+    def agent_step(self) -> None:
+        """The agent's most probable action."""
+        self._do(self.walk.agent_step)
+
+    def _do(self, what: Any) -> None:
+        try:
+            what()
+        except Exception as error:  # a notebook does not show what a callback raises
+            self.status.value = status(f"error: {one_sentence(error)}")
+            raise
+        self._show()
+
+    def _show(self) -> None:
+        walk, legal = self.walk, self.walk.legal
+        for number, (name, button) in enumerate(self.buttons.items()):
+            button.disabled = walk.done or (walk.masked and not legal[number])
+            button.tooltip = walk.does(name)
+        self.undo_button.disabled = not walk.actions
+        self.agent_button.disabled = walk.done
+        self.status.value = status(self.sentence())
+        self.draw(self.place)
+
+    def sentence(self) -> str:
+        """What happened last, and the scores at the end."""
+        scores = self.walk.scores
+        return self.walk.sentence() + (f" ({percent(scores)})" if scores else "")
+
+    def still(self) -> tuple[Figure, str]:
+        """The map with the cursor; the agent's probabilities, at the end the scores."""
+        walk = self.walk
+        pi, value, env = walk.probabilities(), walk.value(), walk.env
+        figure = plots.walk_picture(
+            walk.merging_map,
+            walk.action_names,
+            env.first,
+            walk.stacks,
+            walk.layer,
+            probabilities=pi,
+            legal=walk.legal,
+            scores=walk.scores,
+            value=value,
+            path=[f"{name_of(a, env.scorer.sources)} ({walk.place(k)})" for a, k in walk.path],
+        )
+        alt = f"Merging map; {self.sentence()}. Path: {walk.text() or 'no layer yet'}."
+        if pi is not None:
+            best = int(pi.argmax())
+            alt += (
+                f" The agent's most probable action is {walk.action_names[best]} ({pi[best]:.2f}); "
+                f"its value is {value:+.2f} deviations from the mean return."
+            )
+        return figure, alt
+
+
+class PathInspector(View):
+    """Paths of a search: how they run, what they score on the whole reward split, where two differ."""
+
+    def __init__(self, run: Run) -> None:
+        self.run = run
+        labels = [f"{name} ({100 * run.finalist(name)['reward']:.1f} %)" for name in run.names]
+        options = [*zip(labels, run.names, strict=True), ("episode", "episode")]
+        last = len(run.episodes) - 1
+        self.first = Dropdown(options=options, description="first path", style=WIDE)
+        self.second = Dropdown(
+            options=[("none", "none"), *options],
+            value="none",
+            description="second path",
+            style=WIDE,
+        )
+        self.first_episode, self.second_episode = (
+            BoundedIntText(0, min=0, max=last, description=f"episode of the {which}", style=WIDE)
+            for which in ("first", "second")
+        )
+        self.words, self.place, self._ready = HTML(), self.picture(), True
+        controls = (self.first, self.first_episode, self.second, self.second_episode)
+        for control in controls:
+            control.observe(lambda _: self._show(), "value")
+        super().__init__(
+            [HBox(controls[:2]), HBox(controls[2:]), self.words, self.place],
+        )
+        self._show()
+
+    def select(self, first: str | int, second: str | int | None = None) -> None:
+        """Show one or two paths, each by its name or by an episode's number."""
+        self._ready = False  # draw once, not after each control
+        try:
+            for name, control, number in (
+                (first, self.first, self.first_episode),
+                (second, self.second, self.second_episode),
+            ):
+                if name is not None:
+                    self.run.path(name)  # refuses an unknown one
+                if isinstance(name, int):
+                    number.value, name = name, "episode"
+                control.value = "none" if name is None else name
+        finally:
+            self._ready = True
+            self._show()
+
+    def chosen(self) -> list[tuple[str, str | int]]:
+        """What is shown: (label, name or episode's number), one or two."""
+        out: list[tuple[str, str | int]] = []
+        for which, control, number in (
+            ("first", self.first, self.first_episode),
+            ("second", self.second, self.second_episode),
+        ):
+            name = number.value if control.value == "episode" else control.value
+            if name != "none":  # None as a value would leave the list without a selection
+                text = self.episode_words(name) if isinstance(name, int) else name
+                out.append((f"{which}: {text}", name))
+        return out
+
+    def episode_words(self, episode: int) -> str:
+        """``episode 3``, and what proposed it where that was not the agent."""
+        phase = self.run.phase(episode)
+        return f"episode {episode}" + ("" if phase == "agent" else f", {phase}")
+
+    def _show(self) -> None:
+        if not self._ready:
+            return
+        self.first_episode.disabled = self.first.value != "episode"
+        self.second_episode.disabled = self.second.value != "episode"
+        try:
+            sentences = self.sentences()
+            self.draw(self.place)
+        except Exception as error:  # a notebook does not show what a callback raises
+            self.words.value = status(f"error: {one_sentence(error)}")
+            raise
+        items = "".join(f"<li>{escape(s)}</li>" for s in sentences)
+        self.words.value = f'<ul role="status" aria-live="polite">{items}</ul>'
+
+    def scores(self, name: str | int) -> dict[str, float] | None:
+        """The path's scores on the whole reward split; None where the episode ended with a penalty."""
+        if isinstance(name, int) and self.run.episode(name)["penalised"]:
+            return None
+        return self.run.scores(self.run.path(name))
+
+    def sentences(self) -> list[str]:
+        """Scores of the paths, then their difference place by place."""
+        chosen, out = self.chosen(), []
+        for label, name in chosen:
+            scores = self.scores(name)
+            out.append(
+                f"{label}: "
+                + (percent(scores) if scores else "ended with the penalty, so there is no model")
+            )
+        if len(chosen) == 2:
+            (_, a), (_, b) = chosen
+            differences = self.run.difference(self.run.path(a), self.run.path(b))
+            out += differences or ["both are the same path"]
+        if self.run.blocks:
+            out.append(PARTS)
+        return out
+
+    def still(self) -> tuple[Figure, str]:
+        """The paths, one below the other, and bars of their scores."""
+        run, chosen = self.run, self.chosen()
+        paths = [(label, *run.steps(run.path(name))) for label, name in chosen]
+        found = {label: self.scores(name) for label, name in chosen}
+        scores = {label: s for label, s in found.items() if s}
+        figure = plots.paths_picture(
+            paths, scores, run.sources, run.n_layers, run.stacks, "score on the whole reward split"
+        )
+        words = [f"{label}: {path_words(s, stem, run.stacks)}" for label, s, stem in paths]
+        return figure, ". ".join(["Layer paths", *words, *self.sentences()]) + "."
+
+
+class TrainingReplay(View):
+    """A search played back: slider over episodes; rewards, the policy that acted, the episode's map."""
+
+    def __init__(self, run: Run) -> None:
+        if run.policies is None:
+            raise InputError(
+                "replay: expected the policies of each update, found none; the run folder lacks "
+                "policies.safetensors, so search again"
+            )
+        self.run, last = run, len(run.episodes) - 1
+        self._boxes: list[Any] = []  # of the axes
+        self.rewards = np.array([e["raw_reward"] for e in run.episodes])
+        step = run.updates[0]["episodes"] - run.n_start if run.updates else 1  # a frame an update
+        self.slider = IntSlider(
+            0, 0, last, description="episode", continuous_update=False, layout=Layout(width="60%")
+        )
+        self.play = Play(value=0, min=0, max=last, step=step, interval=700, description="play")
+        jslink((self.play, "value"), (self.slider, "value"))
+        self.status, self.place = HTML(), self.picture()
+        self.slider.observe(lambda _: self._show(), "value")
+        super().__init__([HBox([self.play, self.slider]), self.status, self.place])
+        self._show()
+
+    def go(self, episode: int) -> None:
+        """Show an episode."""
+        self.run.episode(episode)
+        self.slider.value = episode
+
+    def _show(self) -> None:
+        self.status.value = status(self.sentence())
+        self.draw(self.place)
+
+    def sentence(self) -> str:
+        """What this episode was and found."""
+        row, phase = self.run.episode(self.slider.value), self.run.phase(self.slider.value)
+        what = "the penalty" if row["penalised"] else f"a reward of {row['raw_reward']:.3f}"
+        recent = self.rewards[max(0, self.slider.value - 49) : self.slider.value + 1]
+        who = f"policy after {row['update']} updates" if phase == "agent" else phase
+        return (
+            f"episode {row['episode']}, {who}: {what}; "
+            f"mean of the last {len(recent)} episodes {recent.mean():.3f}; path: "
+            f"{row['path'] or 'no layer'}"
+        )
+
+    def still(self) -> tuple[Figure, str]:
+        """The reward curve with a marker, the policy's heat map, the merging map of the episode."""
+        run, number = self.run, self.slider.value
+        steps = [(name_of(a, run.sources), k) for a, k in run.path(number)]
+        counts = plots.merging_map(steps, run.sources, run.first, run.n_layers - run.first)
+        found, names, stacks = run.policy(number), run.action_names, run.agent_stacks
+        places = range(run.first, stacks[-1].stop)
+        policy = np.full((len(places), len(names)), np.nan) if found is None else found.numpy()
+        figure = plots.replay_picture(
+            self.rewards, number, policy, counts, names, run.first, stacks
+        )
+        _, left, right = figure.axes
+        if run.phase(number) != "agent":
+            none = f"no policy: {run.phase(number)}"
+            left.set_title(
+                none if found is None else f"{run.phase(number)}; the agent's last policy",
+                fontsize=10,
+            )
+        if stacks != run.stacks:  # the policy is one over blocks, the path one of their parts
+            left.set_xlabel("block", fontsize=9)
+            right.clear()
+            plots.draw_map(right, counts, names, run.first, run.stacks)
+            right.set_yticks(range(len(names)), [""] * len(names))
+            right.set_title(f"merging map of episode {number}", fontsize=10)
+            right.set_xlabel("sublayer", fontsize=9)
+            right.tick_params("x", rotation=90, labelsize=8)  # twice as many, in the same width
+        if not self._boxes:
+            figure.draw_without_rendering()
+            self._boxes = [axes.get_position() for axes in figure.axes]
+        figure.set_layout_engine("none")  # each frame has the first one's: a third of the time less
+        for axes, box in zip(figure.axes, self._boxes, strict=True):
+            axes.set_position(box)
+        words = "No policy acted." if found is None else self.likeliest(policy)
+        return figure, f"Search at {self.sentence()}. {words}"
+
+    def likeliest(self, policy: np.ndarray) -> str:
+        """The most probable action at each place, in words. policy: (P, A)."""
+        out, stacks = [], self.run.agent_stacks
+        for k, row in enumerate(policy, self.run.first):
+            best = "never visited" if np.isnan(row).any() else self.run.action_names[row.argmax()]
+            place = plots.place_name(k, stacks)
+            out.append(
+                f"{place if stacks == self.run.stacks else place.replace('layer', 'block')} {best}"
+            )
+        return f"Most probable actions: {', '.join(out)}."
+
+
+class ResultsTable(View):
+    """Methods with their scores; the chosen one is marked, and its path drawn if it has one.
+
+    rows: each a dict with ``method``, ``setting``, ``scores`` (task -> metric in [0, 1]), and where there
+    is a path ``path`` (text as in a run folder) and ``stem``. ``sources``, ``n_layers``, ``stacks``: of
+    the problem; by default what the paths name. ``caption``: what the scores are.
+    """
+
+    def __init__(
+        self,
+        rows: Sequence[Mapping[str, Any]],
+        *,
+        caption: str = "Score on the test split, %",
+        sources: Sequence[str] = (),
+        n_layers: int | None = None,
+        stacks: Sequence[range] = (),
+    ) -> None:
+        if not rows:
+            raise InputError("rows: expected at least one method, found none; give some")
+        self.rows, self.caption, self.stacks = list(rows), caption, tuple(stacks)
+        words = [s.rpartition("@") for row in rows for s in row.get("path", "").split()]
+        named = [source for source, _, _ in words] + [
+            row["stem"] for row in rows if row.get("stem")
+        ]
+        self.sources = list(sources) or [s for s in dict.fromkeys(named) if s != "base"]
+        self.n_layers = n_layers or 1 + max((int(k) for _, _, k in words), default=0)
+        methods = [(row["method"], i) for i, row in enumerate(rows)]
+        self.select = Dropdown(options=methods, description="method", style=WIDE)
+        self.table, self.place = HTML(), self.picture()
+        self.select.observe(lambda _: self._show(), "value")
+        super().__init__([self.select, self.table, self.place])
+        self._show()
+
+    def choose(self, method: str) -> None:
+        """Select a method by its name."""
+        names = [row["method"] for row in self.rows]
+        if method not in names:
+            raise InputError(f"method: expected one of {', '.join(names)}, found {method!r}")
+        self.select.value = names.index(method)
+
+    def _show(self) -> None:
+        self.table.value = self.html()
+        self.place.value = ""
+        if "path" in self.rows[self.select.value]:
+            self.draw(self.place)
+
+    def html(self) -> str:
+        """The table, with a caption, scopes, and a word beside the selected method."""
+        tasks = list(self.rows[0]["scores"])
+        cell = 'style="padding: 2px 8px; text-align: right"'
+        left = 'style="padding: 2px 8px; text-align: left"'
+        heads = "".join(f'<th scope="col" {cell}>{escape(t)}</th>' for t in [*tasks, "mean"])
+        body = ""
+        for i, row in enumerate(self.rows):
+            values = [row["scores"][t] for t in tasks]
+            chosen = i == self.select.value
+            name = escape(row["method"]) + (" (selected)" if chosen else "")
+            numbers = "".join(
+                f"<td {cell}>{100 * v:.1f}</td>" for v in [*values, float(np.mean(values))]
+            )
+            bold = ' style="font-weight: bold; outline: 2px solid"' if chosen else ""
+            body += (
+                f'<tr{bold}><th scope="row" {left}>{name}</th>{numbers}'
+                f"<td {left}>{escape(row['setting'])}</td></tr>"
+            )
+        return (
+            f"<table><caption>{escape(self.caption)}</caption><thead><tr>"
+            f'<th scope="col" {left}>method</th>{heads}<th scope="col" {left}>setting</th></tr></thead>'
+            f"<tbody>{body}</tbody></table>"
+        )
+
+    def still(self) -> tuple[Figure, str]:
+        """The selected method's path, or bars of its scores where it has none."""
+        row = self.rows[self.select.value]
+        label = f"{row['method']} ({row['setting']})"
+        scores = {label: row["scores"]}
+        if "path" not in row:
+            figure = plots.paths_picture([], scores, (), 0, caption=self.caption)
+            return figure, f"{label}: {percent(row['scores'])}."
+        steps = [(name_of(a, self.sources), k) for a, k in steps_of(row["path"], self.sources)]
+        stem = row.get("stem", "base")
+        if steps and steps[0][1] < 0:
+            stem = steps.pop(0)[0]
+        figure = plots.paths_picture(
+            [(label, steps, stem)], scores, self.sources, self.n_layers, self.stacks, self.caption
+        )
+        words = path_words(steps, stem, self.stacks)
+        return figure, f"{label}: {percent(row['scores'])}. Its path: {words}."

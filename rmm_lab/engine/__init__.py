@@ -1,0 +1,1 @@
+"""Fast scoring of layer paths: the twin of ``rmm_lab.reward``."""

@@ -1,0 +1,242 @@
+"""The paper's own models and sets: Tables I to IV and Fig. 3 of Han et al. 2025 at their scale.
+
+    python -m rmm_lab.evidence.tables all --scale paper --sets-folder sets --device cuda
+
+Four image sets (CIFAR-10, CIFAR-100, CUB-200, Stanford Dogs) on ViT-S/32 and ViT-B/16, seven language tasks
+on T5-Small and T5-Base. Experts and multi-task models are fine-tuned here, once, by what
+``rmm_lab finetune`` uses too, and kept in ``--checkpoints``. The paper names no checkpoints and
+no settings of its fine-tuning: the bases and settings below are ours.
+
+A set is looked for in ``--sets-folder`` under the name of its format (``cifar10``, ``cub200``, ``qasc``, ...;
+see ``image_formats`` and ``formats``), and else on the hub: all of them before anything is trained.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from rmm_lab.engine.scorer import check_device
+from rmm_lab.errors import InputError
+from rmm_lab.evidence.measure import Group
+from rmm_lab.families import checkpoint as models
+from rmm_lab.families import t5
+from rmm_lab.families.checkpoint import Checkpoint
+from rmm_lab.search import run_folder as runs
+from rmm_lab.tasks import image_formats
+from rmm_lab.tasks import image_task as tasks
+from rmm_lab.tasks import text_formats as formats
+from rmm_lab.tasks import text_task as texts
+from rmm_lab.zoo import training
+
+# Pretrained on ImageNet-21k alone, since Stanford Dogs is a part of ImageNet-1k.
+BASES = {
+    "ViT-S/32": "hf-hub:timm/vit_small_patch32_224.augreg_in21k",
+    "ViT-B/16": "hf-hub:timm/vit_base_patch16_224.augreg_in21k",
+    "T5-Small": "hf-hub:google-t5/t5-small",
+    "T5-Base": "hf-hub:google-t5/t5-base",
+}
+VITS, T5S = ("ViT-S/32", "ViT-B/16"), ("T5-Small", "T5-Base")
+IMAGES = {"CIFAR10": "cifar10", "CIFAR100": "cifar100", "CUB": "cub200", "Dogs": "dogs"}
+TEXTS = {
+    "QA": ("qasc", "wikiqa", "quartz"),
+    "Mixed": ("paws", "storycloze", "winogrande", "wsc"),
+}
+PAIR = ("cub200", "dogs")  # whole, on ViT-B/16: Tables II and IV
+SHARES = {"images": 0.1, "texts": 0.01}  # of the data, in Tables I to III
+
+
+@dataclass
+class PaperScale:
+    """What is trained, on what, and where it is kept."""
+
+    sets_folder: Path | None = None
+    """Folder with a folder for each set: cifar10, cifar100, cub200, dogs; qasc, wikiqa, quartz, ..."""
+    bases: tuple[str, ...] = ()
+    """NAME=SOURCE puts another base in place, such as ViT-S/32=FOLDER; also T5-Small, T5-Base, ViT-B/16."""
+    checkpoints: Path = Path("checkpoints-paper")
+    """Folder of the fine-tuned models: each is made once."""
+    steps: int = 2000
+    """Optimiser steps of a ViT's expert; of a multi-task model as many for each of its tasks."""
+    learning_rate: float = 5e-5
+    """Peak learning rate of the ViTs."""
+    batch_size: int = 128
+    """Pictures per step."""
+    text_steps: int = 3000
+    """Optimiser steps of a T5's expert; of a multi-task model as many for each of its tasks."""
+    text_learning_rate: float = 3e-4
+    """Peak learning rate of the T5s."""
+    text_batch_size: int = 32
+    """Texts per step."""
+    metric: Literal["accuracy", "auto", "balanced"] = "accuracy"
+    """Of language tasks; the paper's is accuracy, auto balances the answers of a skewed task (WikiQA)."""
+
+    # ------------------------------------------------------------------------------ what is merged
+
+    def groups(self) -> dict[str, list[Group]]:
+        """Each table's experts, as folders that ``prepare`` fills."""
+        sources = self._sources()
+        halves = [
+            self._group(name, size, sources, [f"{source}:{half}" for half in tasks.HALVES])
+            for size in VITS
+            for name, source in IMAGES.items()
+        ]
+        pair = [self._group("CUB+Dogs", "ViT-B/16", sources, PAIR)]
+        language = [
+            self._group(name, size, sources, names) for size in T5S for name, names in TEXTS.items()
+        ]
+        return {"I": halves, "II": pair, "III": language, "IV": pair, "fig3": pair}
+
+    def _sources(self) -> dict[str, str]:
+        """The bases, with those of ``--bases`` in place."""
+        sources = dict(BASES)
+        for text in self.bases:
+            name, _, source = text.partition("=")
+            if name not in BASES or not source:
+                raise InputError(
+                    f"--bases: expected NAME=SOURCE with a name of {', '.join(BASES)}, found {text!r}; "
+                    "correct it"
+                )
+            sources[name] = source
+        return sources
+
+    def _group(self, name: str, size: str, sources: dict[str, str], sets: Sequence[str]) -> Group:
+        kind = "texts" if size in T5S else "images"
+        folder = self.checkpoints / size.replace("/", "-")
+        names = [s.replace(":", "-") for s in sets]
+        options: dict[str, Any] = {
+            "base": sources[size],
+            "experts": tuple(str(folder / n) for n in names),
+            kind: tuple(self._place(s) for s in sets),
+            "multi_task": str(folder / "+".join(names)),
+            "data_fraction": SHARES[kind],
+        }
+        return Group(name, size, options | ({"metric": self.metric} if kind == "texts" else {}))
+
+    def _place(self, name: str) -> str:
+        """Where a set is: ``cub200:first`` -> ``cub200:FOLDER/cub200:first``, or its data set on the hub."""
+        name, colon, half = name.partition(":")
+        known = image_formats.FORMATS | formats.FORMATS
+        folder = None if self.sets_folder is None else self.sets_folder / name
+        place = "hf-hub"
+        if folder is not None and (folder.is_dir() or known[name].hub is None):
+            place = str(folder)
+        return f"{name}:{place}{colon}{half}"
+
+    # ----------------------------------------------------------------------------- what is trained
+
+    def prepare(self, groups: Sequence[Group], device: str, threads: int) -> None:
+        """Look for all sets and bases, then fine-tune what is not in ``--checkpoints`` yet.
+
+        Raises InputError for the first that is missing, with what to fetch and where to put it.
+        """
+        self._check()
+        check_device(device)
+        torch.set_num_threads(threads)
+        places = {p for g in groups for p in self._of(g)}
+        for place in sorted({_whole(place) for place in places}):
+            self._look_for(place)
+        bases = {g.size: g.options["base"] for g in groups}
+        for size, source in bases.items():
+            try:
+                models.read_checkpoint(source)  # not kept: some are large
+            except InputError as error:
+                raise InputError(f"{error} (--bases {size}=FOLDER takes it from there)") from error
+        for group in groups:
+            folders, sets = group.options["experts"], self._of(group)
+            for folder, place in zip(folders, sets, strict=True):
+                self._make(group, Path(folder), [place], device)
+            self._make(group, Path(group.options["multi_task"]), sets, device)
+
+    def _check(self) -> None:
+        for name in ("steps", "batch_size", "text_steps", "text_batch_size"):
+            if getattr(self, name) < 1:
+                raise InputError(
+                    f"--{name.replace('_', '-')}: expected at least 1, found {getattr(self, name)}; "
+                    "correct it"
+                )
+        for name in ("learning_rate", "text_learning_rate"):
+            if not 0 < getattr(self, name) < float("inf"):
+                raise InputError(
+                    f"--{name.replace('_', '-')}: expected more than 0, found {getattr(self, name)}; "
+                    "correct it"
+                )
+        if self.sets_folder is not None and not self.sets_folder.is_dir():
+            raise InputError(
+                f"--sets-folder: expected a folder, found none at {self.sets_folder}; name the one that "
+                "holds the sets"
+            )
+
+    @staticmethod
+    def _of(group: Group) -> tuple[str, ...]:
+        return group.options.get("images") or group.options["texts"]
+
+    def _look_for(self, place: str) -> None:
+        name, _, rest = place.partition(":")
+        if name in formats.FORMATS and rest != "hf-hub" and not Path(rest).is_dir():
+            form = formats.FORMATS[name]
+            files = " and ".join(names[0] for names in form.files.values())
+            raise InputError(
+                f"language task {name}: expected a folder {rest} with {files}, found none; get them "
+                f"from {form.source}"
+            )
+        try:
+            (image_formats.load if name in image_formats.FORMATS else formats.load)(place)
+        except InputError as error:
+            folder = self.sets_folder or Path("DIR")
+            raise InputError(
+                f"{error} (--sets-folder {folder} takes it from {folder / name})"
+            ) from error
+
+    def _make(self, group: Group, folder: Path, places: Sequence[str], device: str) -> None:
+        """An expert, or the multi-task model of several sets, unless it is there."""
+        base = models.read_checkpoint(group.options["base"])
+        is_text = base.family is t5
+        prefix = "text_" if is_text else ""
+        settings = {
+            "steps": getattr(self, f"{prefix}steps") * len(places),
+            "learning_rate": getattr(self, f"{prefix}learning_rate"),
+            "batch_size": max(len(places), getattr(self, f"{prefix}batch_size")),
+        }
+        made = {"base": base.sha256, "sets": [_named(p) for p in places]} | settings
+        record = folder / "training.json"
+        if record.is_file():  # written last: the checkpoint is whole
+            stored = json.loads(record.read_text("utf-8"))
+            if odd := [k for k in made if stored.get(k) != made[k]]:
+                raise InputError(
+                    f"--checkpoints: expected {folder} to be made with {odd[0]} = {made[odd[0]]}, found "
+                    f"{stored.get(odd[0])}; remove that folder, or name another one for --checkpoints"
+                )
+            return
+        print(f"{time.strftime('%H:%M:%S')} fine-tuning {folder}", flush=True)
+        on, tune = _tasks(base, places), training.fine_tune_t5 if is_text else training.fine_tune
+        label = f"{group.size} {'+'.join(task.name for task in on)}"
+        config, weights = tune(base, on, seed=0, label=label, device=device, **settings)
+        models.write_checkpoint(folder, config, weights, beside=base.folder)
+        runs.write(record, json.dumps(made, indent=2) + "\n")
+
+
+def _whole(place: str) -> str:
+    """A place without the half of its classes."""
+    head, _, half = place.rpartition(":")
+    return head if half in tasks.HALVES else place
+
+
+def _named(place: str) -> str:
+    """A place without its folder: ``cub200:first``."""
+    half = place.rpartition(":")[2]
+    return place.partition(":")[0] + (f":{half}" if half in tasks.HALVES else "")
+
+
+def _tasks(base: Checkpoint, places: Sequence[str]) -> list[Any]:
+    if base.family is t5:
+        text_format = texts.TextFormat.of(base)
+        return [texts.TextTask(place, text_format) for place in places]
+    image_format = tasks.InputFormat.of(base.config)
+    return [tasks.Task(place, image_format) for place in places]

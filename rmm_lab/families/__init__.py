@@ -1,0 +1,1 @@
+"""What knows a model family: ViTs and T5s as layers."""

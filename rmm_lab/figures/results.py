@@ -1,0 +1,228 @@
+"""Figures of notebooks 08 and 09: paths as amounts, seeds, T5s. Plain data in, a Figure out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from matplotlib import colormaps
+from matplotlib.colors import to_rgb
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+
+from rmm_lab.figures.paths import COLOURS
+from rmm_lab.operators import parse_operator
+
+# ---- notebook 08
+
+LINEAR = ("task_arithmetic", "weight_average", "weighted_average")  # sums of scaled task vectors
+
+
+def amounts(source: str, names: Sequence[str]) -> np.ndarray:
+    """How much of each expert's task vector a source adds to the base: (N,).
+
+    1 of its own for an expert, its scales for task arithmetic; NaN where a source trims or drops.
+    """
+    if source == "base":
+        return np.zeros(len(names))
+    if source in names:
+        return np.eye(len(names))[list(names).index(source)]
+    spec = parse_operator(source)
+    if spec.function not in LINEAR:
+        return np.full(len(names), np.nan)
+    return spec(torch.zeros(len(names)), torch.eye(len(names))).double().numpy()
+
+
+def path_amounts(
+    steps: Sequence[tuple[str, int]], stem: str, names: Sequence[str], n_layers: int
+) -> np.ndarray:
+    """``amounts`` at each place of a path: (N, 1 + L), the stem first; NaN where it takes no layer."""
+    out = np.full((len(names), 1 + n_layers), np.nan)
+    for source, k in [(stem, -1), *steps]:
+        out[:, 1 + k] = amounts(source, names)
+    return out
+
+
+def amounts_picture(found: Mapping[str, Mapping[str, np.ndarray]]) -> Figure:
+    """A heat map for each group: group -> expert -> (1 + L,) amounts, in the cells as numbers."""
+    rows = -(-len(found) // 2)
+    figure = Figure(figsize=(9.5, 1.9 * rows), layout="constrained")
+    grid = figure.subplots(rows, 2, squeeze=False)
+    for axes, (group, own) in zip(grid.flat, found.items(), strict=False):
+        values = np.stack(list(own.values()))  # (N, 1 + L)
+        axes.imshow(values, cmap="cividis", vmin=0, vmax=1, aspect="auto")
+        for (y, x), value in np.ndenumerate(values):
+            if not np.isnan(value):
+                colour = "black" if value >= 0.5 else "white"
+                text = f"{value:.1f}".replace("0.", ".")
+                axes.text(x, y, text, ha="center", va="center", fontsize=8, color=colour)
+        axes.set_title(group, fontsize=10)
+        axes.set_xticks(range(values.shape[1]), ["stem", *range(values.shape[1] - 1)], fontsize=9)
+        axes.set_yticks(range(len(own)), list(own), fontsize=9)
+        axes.set_xlabel("layer", fontsize=9)
+    for axes in grid.flat[len(found) :]:
+        axes.set_axis_off()
+    return figure
+
+
+def seeds_picture(scores: Mapping[str, Mapping[str, np.ndarray]]) -> Figure:
+    """Every seed's score as an open mark, one panel per group, one line per method.
+
+    ``scores``: group -> method -> (S,) in %. Squares are bounds, circles uniform merges as published,
+    triangles tuned ones, diamonds RMM. A method that a group lacks keeps its line empty.
+    """
+    rows = -(-len(scores) // 2)
+    methods = list(dict.fromkeys(m for own in scores.values() for m in own))
+    figure = Figure(figsize=(9.5, 3.3 * rows), layout="constrained")
+    grid = figure.subplots(rows, 2, squeeze=False, sharey=True)
+    for axes, (group, own) in zip(grid.flat, scores.items(), strict=False):
+        for method, values in own.items():
+            marker, colour = "o", COLOURS[1]
+            if method in ("base", "fine-tuned", "multi-task") or "expert" in method:
+                marker, colour = "s", "0.35"
+            elif method.startswith("RMM"):
+                marker, colour = "D", COLOURS[3]
+            elif "tuned" in method or method == "weight average":
+                marker, colour = "^", COLOURS[5]
+            y = np.full(len(values), methods.index(method))
+            axes.plot(values, y, marker, ms=7, mfc="none", mec=colour, mew=1.4)
+        axes.set_title(group, fontsize=10)
+        axes.set_yticks(range(len(methods)), methods, fontsize=9)
+        axes.set_ylim(len(methods) - 0.5, -0.5)
+        axes.set_xlabel("mean over tasks, test split, %", fontsize=9)
+        axes.tick_params("x", labelsize=9)
+        axes.grid(alpha=0.3)
+    for axes in grid.flat[len(scores) :]:
+        axes.set_axis_off()
+    return figure
+
+
+def gain_picture(gains: Mapping[str, np.ndarray], half: Mapping[str, float]) -> Figure:
+    """Each seed's gain as an open diamond, the mean and its interval as a bar, one line per group.
+
+    ``gains``: group -> (S,) in points; ``half``: group -> half the width of the interval.
+    """
+    figure = Figure(figsize=(7.5, 1.0 + 0.6 * len(gains)), layout="constrained")
+    axes = figure.subplots()
+    for y, (group, values) in enumerate(gains.items()):
+        axes.plot(values, np.full(len(values), y + 0.18), "D", ms=6, mfc="none", mec=COLOURS[3])
+        mean, bar = values.mean(), half[group]
+        axes.errorbar(mean, y - 0.14, xerr=bar, fmt="|", ms=12, color="black", capsize=5, lw=2)
+    axes.axvline(0, color="black", lw=1, ls="--")
+    axes.set_yticks(range(len(gains)), list(gains), fontsize=9)
+    axes.set_ylim(len(gains) - 0.5, -0.5)
+    axes.set_xlabel("gain of RMM over the best uniform merge, points", fontsize=9)
+    axes.tick_params("x", labelsize=9)
+    axes.grid(axis="x", alpha=0.3)
+    return figure
+
+
+# ---- notebook 09
+
+
+def t5_picture(n_encoder: int, n_decoder: int) -> Figure:
+    """A T5 as boxes: two stacks of blocks with their layer numbers, and in grey what is the stem."""
+    figure = Figure(figsize=(9.5, 3.4), layout="constrained")
+    axes = figure.subplots()
+
+    def box(x: float, y: float, text: str, colour: Any, hatch: str = "") -> None:
+        place = Rectangle((x, y), 0.9, 0.75, fc=(*to_rgb(colour), 0.35), ec="black", hatch=hatch)
+        axes.add_patch(place)
+        plain = {"facecolor": "white", "edgecolor": "none", "pad": 1, "alpha": 0.85}
+        axes.text(x + 0.45, y + 0.37, text, ha="center", va="center", fontsize=9, bbox=plain)
+
+    deepest = max(n_encoder, n_decoder)
+    rows = (
+        ("encoder", 2.0, n_encoder, 0, COLOURS[5]),
+        ("decoder", 0.0, n_decoder, n_encoder, COLOURS[1]),
+    )
+    for stack, y, depth, first, colour in rows:
+        box(0, y, "shared\nembeddings", "0.6", "//")
+        box(1.2, y, "position\nbias", "0.6", "//")
+        for k in range(depth):
+            box(2.4 + k, y, f"{stack[:3]} {k}\nlayer {first + k}", colour)
+        box(2.6 + deepest, y, "final\nnorm", "0.6", "//")
+        axes.text(-0.2, y + 0.37, stack, ha="right", va="center", fontsize=10, fontweight="bold")
+    out = 3.05 + deepest
+    axes.annotate("", (2.4, 1.2), (out, 1.2), arrowprops={"arrowstyle": "-", "lw": 1.5})
+    axes.plot([out, out], [2.0, 1.2], color="black", lw=1.5)
+    for k in range(n_decoder):
+        axes.annotate(
+            "", (2.85 + k, 0.75), (2.85 + k, 1.2), arrowprops={"arrowstyle": "->", "lw": 1.5}
+        )
+    axes.text(2.4, 1.3, "every decoder block reads the encoder's last tokens", fontsize=9)
+    box(4.0 + deepest, 0, "choice's\nlog-prob.", "0.6", "//")
+    axes.set_xlim(-1.3, 5.1 + deepest)
+    axes.set_ylim(-0.2, 3.0)
+    axes.set_axis_off()
+    return figure
+
+
+def hills_picture(
+    drawn: np.ndarray, partial: Mapping[int, np.ndarray], tasks: Sequence[str], expert: str
+) -> Figure:
+    """What a search can learn from: random paths, and paths that are partly right.
+
+    ``drawn``: (paths, N) scores in [0, 1] of random paths. ``partial``: n -> (paths, N) scores of paths
+    that take ``expert``, one of the ``tasks``, at n places. Left: each task's score against the reward;
+    right: the mean reward and each task's mean score against n; the reward of each path as a mark.
+    """
+    figure = Figure(figsize=(9.5, 3.7), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    rewards = {n: 100 * found.mean(1) for n, found in partial.items()}
+    for n, found in rewards.items():
+        right.plot(np.full(len(found), n), found, "D", color="black", mfc="none", ms=4, alpha=0.6)
+    means = [found.mean() for found in rewards.values()]
+    right.plot(list(partial), means, "D-", color="black", lw=2.5, label="reward")
+    for i, task in enumerate(tasks):
+        style: dict[str, Any] = {"marker": "o^s"[i], "color": COLOURS[(5, 6, 3)[i]], "label": task}
+        left.plot(100 * drawn.mean(1), 100 * drawn[:, i], ms=5, ls="none", mfc="none", **style)
+        means = [100 * found[:, i].mean() for found in partial.values()]
+        right.plot(list(partial), means, ls=("--", "-.", ":")[i], lw=1.8, **style)
+    left.set_xlabel("reward of a random path: mean over tasks, %", fontsize=9)
+    left.set_ylabel("score on each task, %", fontsize=9)
+    left.set_ylim(-3, 125)
+    left.set_yticks(range(0, 101, 20))
+    right.set_xlabel(f"places that take {expert}; the others are random", fontsize=9)
+    right.set_ylabel("mean over the paths, %", fontsize=9)
+    right.set_xticks(list(partial))
+    for axes in (left, right):
+        axes.tick_params(labelsize=9)
+        axes.grid(alpha=0.3)
+    left.legend(fontsize=9, ncols=3, loc="upper center")
+    title = "open marks: one path's reward"
+    right.legend(fontsize=9, title=title, title_fontsize=9, loc="upper left")
+    return figure
+
+
+def tokens_picture(
+    tokens: Sequence[Sequence[str]], log_probs: np.ndarray, right: int, title: str
+) -> Figure:
+    """Each choice as a row of cells: a token with its log-probability; padding is hatched.
+
+    ``tokens``: C lists of at most T; log_probs: (C, T); ``right``: the number of the right choice.
+    """
+    C, T = log_probs.shape
+    figure = Figure(figsize=(1.6 + 1.0 * T, 0.9 + 0.62 * C), layout="constrained")
+    axes = figure.subplots()
+    low = min(-1.0, *(log_probs[c, t] for c in range(C) for t in range(len(tokens[c]))))
+    for c in range(C):
+        for t in range(T):
+            if t >= len(tokens[c]):
+                axes.add_patch(Rectangle((t, c), 0.94, 0.9, fc="white", ec="0.5", hatch="xx"))
+                continue
+            share = float(1 - log_probs[c, t] / low)
+            axes.add_patch(Rectangle((t, c), 0.94, 0.9, fc=colormaps["cividis"](share), ec="black"))
+            text = f"{tokens[c][t]}\n{round(float(log_probs[c, t]), 2) + 0.0:.2f}"
+            colour = "black" if share > 0.5 else "white"
+            axes.text(t + 0.47, c + 0.45, text, ha="center", va="center", fontsize=9, color=colour)
+    names = [f"choice {c}" + (" (right)" if c == right else "") for c in range(C)]
+    axes.set_yticks(np.arange(C) + 0.45, names, fontsize=9)
+    axes.set_xticks(np.arange(T) + 0.47, [f"t = {t + 1}" for t in range(T)], fontsize=9)
+    axes.set(xlim=(-0.06, T), ylim=(C, -0.06))
+    axes.set_title(title, fontsize=10)
+    axes.spines[:].set_visible(False)
+    axes.tick_params(length=0)
+    return figure

@@ -1,0 +1,382 @@
+"""Figures of notebooks 04 to 07: rewards, agents, searches, subsets. Plain data in, a Figure out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+
+from rmm_lab.engine.scorer import Path
+from rmm_lab.evidence.pages import mean_and_sd
+from rmm_lab.figures.paths import COLOURS, HATCHES, moving_average
+
+# ------------------------------------------------------------------------------------ notebooks 06 and 07
+
+MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+TONES = (5, 1, 3, 6, 7, 2, 0)  # of COLOURS, for up to seven lines; black last
+LINES = ("-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1, 1, 1)), (0, (1, 3)))
+
+
+def diagnostics_picture(
+    runs: Mapping[str, Sequence[Mapping[str, float]]], keys: Mapping[str, str]
+) -> Figure:
+    """Diagnostics over the updates of some searches, a panel for each key of ``keys`` (key -> title).
+
+    ``runs``: label -> one row an update. A KL divergence that spans decades is drawn on a log
+    scale, floored at 1e-5.
+    """
+    n = -(-len(keys) // 2)
+    figure = Figure(figsize=(9, 0.5 + 2.4 * n), layout="constrained")
+    panels = figure.subplots(n, 2, squeeze=False).flatten()
+    for axes, (key, title) in zip(panels, keys.items(), strict=False):
+        every = [row[key] for rows in runs.values() for row in rows]
+        far = key == "approx_kl" and (max(every) > 1 or min(every) < 1e-3)
+        for i, (label, rows) in enumerate(runs.items()):
+            y = np.array([row[key] for row in rows])
+            if far:
+                y = np.maximum(y, 1e-5)
+            look = {"color": COLOURS[TONES[i % 7]], "marker": MARKERS[i % 7], "ms": 5}
+            axes.plot(np.arange(1, len(y) + 1), y, ls=LINES[i % 7], lw=1.4, label=label, **look)
+        if far:
+            axes.set_yscale("log")
+        elif min(every) >= 0:
+            axes.set_ylim(-0.03 * max(every), 1.1 * max(every))
+        axes.set_title(title, fontsize=10)
+        axes.set_xlabel("update", fontsize=9)
+        axes.tick_params(labelsize=8)
+        axes.grid(alpha=0.3)
+    for axes in panels[len(keys) :]:
+        axes.set_axis_off()
+    if len(runs) > 1:
+        lines, labels = panels[0].get_legend_handles_labels()
+        figure.legend(lines, labels, fontsize=10, ncols=len(runs), loc="outside upper center")
+    return figure
+
+
+def spread_picture(
+    groups: Mapping[str, Mapping[str, Sequence[float]]], xlabel: str, n_columns: int = 2
+) -> Figure:
+    """A panel for each group, a line for each method: each seed as a point, mean ± deviation as a bar.
+
+    ``groups``: group -> method -> a score in % for each seed.
+    """
+    n_columns = min(n_columns, len(groups))
+    n_rows = -(-len(groups) // n_columns)
+    most = max(len(methods) for methods in groups.values())
+    size = (4.7 * n_columns if n_columns > 1 else 7, n_rows * (1.0 + 0.42 * most))
+    figure = Figure(figsize=size, layout="constrained")
+    grid = figure.subplots(n_rows, n_columns, squeeze=False, sharex=n_columns == 1)
+    panels = grid.flatten()
+    for axes, (group, methods) in zip(panels, groups.items(), strict=False):
+        for y, values in enumerate(methods.values()):
+            v, colour = np.asarray(values, float), COLOURS[TONES[y % 7]]
+            at = y + np.linspace(-0.24, 0.04, len(v))  # equal scores stay visible
+            axes.plot(v, at, MARKERS[y % 7], ms=7, mfc="none", mec=colour, mew=1.4)
+            sd = v.std(ddof=1) if len(v) > 1 else 0.0
+            axes.errorbar(
+                v.mean(), y + 0.28, xerr=sd, fmt="|", ms=10, mew=2, color="black", capsize=4
+            )
+        axes.set_yticks(range(len(methods)), [f"{m} ({len(v)})" for m, v in methods.items()])
+        axes.set_ylim(len(methods) - 0.4, -0.6)
+        axes.set_title(group, fontsize=10)
+        axes.set_xlabel(xlabel, fontsize=9)
+        axes.tick_params(labelsize=9)
+        axes.grid(axis="x", alpha=0.3)
+    for axes in panels[len(groups) :]:
+        axes.set_axis_off()
+    return figure
+
+
+def searches_picture(rows: Sequence[Mapping[str, Any]]) -> Figure:
+    """The path that would be chosen, scored on all data, over evaluations: mean and range over seeds.
+
+    ``rows``: those of ``results/searches-curve.csv``; a panel for each group.
+    """
+    groups = list(dict.fromkeys(row["group"] for row in rows))
+    n_columns = min(2, len(groups))
+    n_rows = -(-len(groups) // n_columns)
+    figure = Figure(figsize=(5 * n_columns, 0.4 + 2.7 * n_rows), layout="constrained")
+    panels = figure.subplots(n_rows, n_columns, squeeze=False).flatten()
+    for axes, group in zip(panels, groups, strict=False):
+        own = [row for row in rows if row["group"] == group]
+        for i, method in enumerate(dict.fromkeys(row["method"] for row in own)):
+            at: dict[int, list[float]] = {}
+            for row in own:
+                if row["method"] == method:
+                    at.setdefault(row["evaluations"], []).append(row["reward_split"])
+            x = sorted(at)
+            mean = [float(np.mean(at[n])) for n in x]
+            colour = COLOURS[TONES[i % 7]]
+            axes.fill_between(
+                x, [min(at[n]) for n in x], [max(at[n]) for n in x], color=colour, alpha=0.12
+            )
+            look = {"marker": MARKERS[i % 7], "ms": 5, "markevery": max(1, len(x) // 8)}
+            axes.plot(x, mean, ls=LINES[i % 7], color=colour, label=method, **look)
+        axes.set_title(group, fontsize=10)
+        axes.set_xlabel("evaluations", fontsize=9)
+        axes.set_ylabel("reward split, %", fontsize=9)
+        axes.tick_params(labelsize=8)
+        axes.grid(alpha=0.3)
+    for axes in panels[len(groups) :]:
+        axes.set_axis_off()
+    lines, labels = panels[0].get_legend_handles_labels()
+    figure.legend(lines, labels, fontsize=9, ncols=4, loc="outside upper center")
+    return figure
+
+
+def settled(
+    rows: Sequence[Mapping[str, Any]], within: float = 1.0
+) -> dict[tuple[str, str], tuple[float, int]]:
+    """Where each search's mean curve ends, and from which evaluation on it stays near that.
+
+    ``rows``: those of ``results/searches-curve.csv``. Returns (group, method) -> (mean over seeds at the
+    end, the first number of evaluations from which no mean lies more than ``within`` below it).
+    """
+    found = {}
+    means = mean_and_sd(rows, "reward_split", "group", "method", "evaluations")
+    for key in dict.fromkeys(k[:2] for k in means):
+        curve = sorted((k[2], mean) for k, (_, mean, _) in means.items() if k[:2] == key)
+        first, end = curve[0][0], curve[-1][1]
+        for (_, mean), (n, _) in pairwise(curve):
+            first = n if mean < end - within else first
+        found[key] = (end, first)
+    return found
+
+
+def estimates_picture(
+    estimates: Mapping[str, np.ndarray], whole: float, predicted: Mapping[str, float]
+) -> Figure:
+    """Histograms of reward estimates on subsets, a panel for each share, and the score on all data.
+
+    ``estimates``: share -> (k,) in [0, 1]; ``predicted``: share -> standard deviation, drawn as a span.
+    """
+    figure = Figure(figsize=(8, 1.0 + 1.5 * len(estimates)), layout="constrained")
+    panels = figure.subplots(len(estimates), 1, sharex=True, squeeze=False)[:, 0]
+    low = min(float(v.min()) for v in estimates.values())
+    high = max(float(v.max()) for v in estimates.values())
+    bins = np.linspace(100 * low - 2, 100 * high + 2, 31)
+    for axes, (share, values) in zip(panels, estimates.items(), strict=True):
+        gap = np.diff(np.unique(np.round(100 * values, 6))).min(initial=np.inf)
+        own = bins
+        if np.isfinite(gap) and gap > bins[1] - bins[0]:  # few examples: few possible values
+            n = round((100 * high - 100 * values.min()) / gap) + 1
+            own = 100 * values.min() + gap * (np.arange(n + 1) - 0.5)
+        axes.hist(
+            100 * values,
+            bins=[float(edge) for edge in own],
+            color=COLOURS[2],
+            ec="black",
+            lw=0.6,
+            hatch="//",
+        )
+        axes.axvline(100 * whole, color="black", ls="--", lw=1.5, label="all data")
+        mean = f"mean of {len(values)}"
+        axes.plot([100 * values.mean()], [0.4], "D", color=COLOURS[1], mec="black", label=mean)
+        sd = 100 * predicted[share]
+        span = {"color": COLOURS[5], "alpha": 0.2, "zorder": 0}
+        axes.axvspan(100 * whole - sd, 100 * whole + sd, label="± predicted sd", **span)
+        axes.set_xlim(right=min(100.0, axes.get_xlim()[1]))  # no reward is above 100 %
+        axes.set_title(f"{share} of the data", fontsize=10)
+        axes.set_ylabel("subsets", fontsize=9)
+        axes.tick_params(labelsize=8)
+        axes.legend(fontsize=8, loc="upper left")
+    panels[-1].set_xlabel("reward estimate of one path, %", fontsize=9)
+    return figure
+
+
+def dar_curve_picture(rows: Sequence[Mapping[str, Any]], window: int = 100) -> Figure:
+    """Fig. 3's shape: what the agent is paid per episode, without DAR and with it, one below the other.
+
+    ``rows``: those of ``results/dar-curve.csv``, rewards in %. Dotted lines: a new window begins.
+    """
+    scales = sorted({row["dar"] for row in rows})
+    figure = Figure(figsize=(8, 0.6 + 2.2 * len(scales)), layout="constrained")
+    panels = figure.subplots(len(scales), 1, sharex=True, sharey=True, squeeze=False)[:, 0]
+    for axes, scale in zip(panels, scales, strict=True):
+        own = [row for row in rows if row["dar"] == scale]
+        x = [row["episode"] for row in own]
+        paid = np.array([row["dar_reward"] for row in own], float)
+        raw = np.array([row["raw_reward"] for row in own], float)
+        if scale:
+            axes.plot(x, raw, ".", ms=3, color="0.6", label="raw reward (Eq. 7)")
+        look = {"lw": 0.8, "color": COLOURS[5], "marker": "+", "ms": 4}
+        axes.plot(
+            x, paid, label="paid: DAR reward (Eq. 10)" if scale else "paid: raw reward", **look
+        )
+        axes.plot(
+            x, moving_average(raw, 50), color=COLOURS[6], lw=2, label="raw, mean of the last 50"
+        )
+        for start in range(0, len(x), window):
+            label = "" if scale or start else "a new window begins"
+            axes.axvline(start, color="black", ls=":", lw=0.8, label=label)
+        title = f"with DAR, λ = {scale:g}" if scale else "without DAR"
+        axes.set_title(title, fontsize=10, loc="left")
+        axes.set_ylabel("reward, %", fontsize=9)
+        axes.tick_params(labelsize=8)
+        axes.legend(fontsize=8, loc="lower right", bbox_to_anchor=(1, 1), ncols=3, frameon=False)
+    panels[-1].set_xlabel("episode", fontsize=9)
+    return figure
+
+
+# ---- notebook 04
+
+
+def examples(
+    tasks: Sequence[Any], split: str = "train", means: Mapping[str, int] | None = None
+) -> Figure:
+    """One image of each class: a row for each task, the class's name above. tasks: N ``tasks.Task``.
+
+    ``means``: task -> n adds a row below the task's own: the mean of the first n images of each class.
+    """
+    averaged = means or {}
+    shown = []  # (task, how many images)
+    for task in tasks:
+        shown += [(task, 1)] + ([(task, averaged[task.name])] if task.name in averaged else [])
+    width = max(len(task.classes) for task in tasks)
+    figure = Figure(figsize=(1.5 * width, 1.7 * len(shown)), layout="constrained")
+    rows = figure.subplots(len(shown), width, squeeze=False)
+    for row, (task, n) in zip(rows, shown, strict=True):
+        data = task.split(split)
+        for c, axes in enumerate(row):
+            axes.set_axis_off()
+            if c < len(task.classes):
+                some = data.images[data.labels == c][:n, 0].float().mean(0)
+                axes.imshow(some, cmap="gray", vmin=0, vmax=255)
+                title = f"{task.name}: {task.classes[c]}" + (f",\nmean of {n}" if n > 1 else "")
+                axes.set_title(title, fontsize=9)
+    return figure
+
+
+def sorted_rewards(rewards: np.ndarray, marks: Mapping[str, int], top: int | None = None) -> Figure:
+    """All paths from the best to the worst, some of them named.
+
+    rewards: (P,) in [0, 1], in any order; marks: name -> position in ``rewards``; top: draw these many.
+    """
+    order = np.argsort(-rewards, kind="stable")
+    shown = order[:top]
+    rank = {int(p): i + 1 for i, p in enumerate(order)}
+    figure = Figure(figsize=(7.5, 3.6), layout="constrained")
+    axes = figure.subplots()
+    axes.plot(
+        range(1, len(shown) + 1), 100 * rewards[shown], ".-", ms=4, lw=0.8, color="0.5",
+        label=f"the {len(shown)} best of {len(rewards)} paths" if top else f"all {len(rewards)} paths",
+    )  # fmt: skip
+    for i, (name, p) in enumerate(marks.items()):
+        axes.plot(
+            rank[p], 100 * rewards[p], "oD^vsP*X"[i % 8], ms=max(6, 14 - 2 * i), mec="black",
+            color=COLOURS[1 + i % 7],
+            label=f"{name}: rank {rank[p]}, {100 * rewards[p]:.1f} %", ls="none",
+        )  # fmt: skip
+    axes.set_xlabel("rank (1 is the best)")
+    axes.set_ylabel("reward, %")
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=9, loc="center left", bbox_to_anchor=(1, 0.5))
+    return figure
+
+
+def neighbours(path: Path, n_sources: int) -> list[list[Path]]:
+    """What a path becomes if one place takes another source: [place][source] -> path."""
+    return [
+        [(*path[:i], (a, k), *path[i + 1 :]) for a in range(n_sources)]
+        for i, (_, k) in enumerate(path)
+    ]
+
+
+def one_place(rewards: np.ndarray, path: Path, sources: Sequence[str]) -> Figure:
+    """Rewards (T, N+M) of a path's ``neighbours`` as a heat map; the path's own places are framed."""
+    figure = Figure(figsize=(1.6 + 1.3 * len(path), 1.3 + 0.5 * len(sources)), layout="constrained")
+    axes = figure.subplots()
+    percent = 100 * rewards.T  # (N+M, T)
+    image = axes.imshow(percent, cmap="cividis", aspect="auto")
+    middle = (percent.min() + percent.max()) / 2
+    for (a, i), value in np.ndenumerate(percent):
+        own = path[i][0] == a
+        text = f"{value:.1f}" + (" ◆" if own else "")
+        axes.text(
+            i, a, text, ha="center", va="center", color="black" if value > middle else "white"
+        )
+        if own:
+            frame = Rectangle((i - 0.47, a - 0.47), 0.94, 0.94, fill=False, ec=COLOURS[1], lw=3)
+            axes.add_patch(frame)
+    axes.set_xticks(range(len(path)), [str(k) for _, k in path])
+    axes.set_yticks(range(len(sources)), sources)
+    axes.set_xlabel("layer whose source is changed")
+    figure.colorbar(image, ax=axes, label="reward, %")
+    return figure
+
+
+def subset_strip(values: Mapping[str, tuple[np.ndarray, float]]) -> Figure:
+    """Rewards on data subsets as points, and on all data as a bar. name -> ((S,) rewards, reward)."""
+    figure = Figure(figsize=(7, 1.1 + 0.5 * len(values)), layout="constrained")
+    axes = figure.subplots()
+    for i, (found, whole) in enumerate(values.values()):
+        label = ("one subset of 10 %", "all examples") if i == 0 else (None, None)
+        axes.plot(
+            100 * found, np.full(len(found), i), "o", mfc="none", mec=COLOURS[5], label=label[0]
+        )
+        axes.plot([100 * whole], [i], "|", ms=26, mew=3, color=COLOURS[6], label=label[1])
+    axes.set_yticks(range(len(values)), list(values))
+    axes.set_ylim(len(values) - 0.4, -0.6)
+    axes.set_xlabel("reward, %")
+    axes.grid(axis="x", alpha=0.3)
+    axes.legend(
+        fontsize=9, loc="center left", bbox_to_anchor=(1, 0.5), markerscale=0.5, labelspacing=1
+    )
+    return figure
+
+
+# ---- notebook 05
+
+
+def histograms(samples: Mapping[str, np.ndarray], label: str, at: Mapping[str, float]) -> Figure:
+    """Histograms of some samples (n,) on the same bins; ``at``: name -> where a line marks a value."""
+    figure = Figure(figsize=(7.5, 3.2), layout="constrained")
+    axes = figure.subplots()
+    values = np.concatenate(list(samples.values()))
+    bins: list[float] = np.linspace(values.min(), values.max(), 30).tolist()
+    for i, (name, sample) in enumerate(samples.items()):
+        axes.hist(
+            sample, bins, color=COLOURS[(1, 5, 3)[i % 3]], alpha=0.6, ec="black", lw=0.4,
+            hatch=HATCHES[1 + i], label=f"{name}: deviation {sample.std():.3f}",
+        )  # fmt: skip
+    for name, x in at.items():
+        axes.axvline(x, color="black", ls="--", label=f"{name}: {x:.3f}")
+    axes.set_xlabel(label)
+    axes.set_ylabel("number of estimates")
+    axes.legend(fontsize=9, loc="center left", bbox_to_anchor=(1, 0.5))
+    return figure
+
+
+def curves(lines: Mapping[str, Sequence[float]], x: str, y: str) -> Figure:
+    """Some curves over the updates, each with a marker and a line style of its own."""
+    figure = Figure(figsize=(7.5, 3.4), layout="constrained")
+    axes = figure.subplots()
+    for i, (name, values) in enumerate(lines.items()):
+        axes.plot(
+            values, marker="oD^vsP*X"[i % 8], ls=("-", "--", ":", "-.")[i % 4], lw=1.8, ms=5,
+            markevery=max(1, len(values) // 12), color=COLOURS[TONES[i % 7]], label=name,
+        )  # fmt: skip
+    axes.set_xlabel(x)
+    axes.set_ylabel(y)
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=9, loc="center left", bbox_to_anchor=(1, 0.5))
+    return figure
+
+
+def targets(steps: np.ndarray, values: Mapping[str, np.ndarray]) -> Figure:
+    """What each step of some episodes is told: (B,) targets over (B,) step numbers, a panel for each."""
+    figure = Figure(figsize=(8, 3.1), layout="constrained")
+    panels = figure.subplots(1, len(values), sharey=True, squeeze=False)[0]
+    for i, (axes, (name, target)) in enumerate(zip(panels, values.items(), strict=True)):
+        axes.plot(steps, target, "oD^"[i % 3], color=COLOURS[(6, 5, 3)[i % 3]], mec="black", ms=6)
+        axes.axhline(0, color="black", lw=0.7)
+        axes.set_title(name, fontsize=11)
+        axes.set_xlabel("step of the episode")
+        axes.set_xticks(range(int(steps.max()) + 1))
+        axes.grid(alpha=0.3)
+    panels[0].set_ylabel("normalised return")
+    return figure

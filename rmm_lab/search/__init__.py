@@ -1,0 +1,1 @@
+"""A search from models to a merged model, and its rivals."""

@@ -1,0 +1,155 @@
+"""A scale for each place and expert: the models between and beyond the experts, and CMA-ES over them.
+
+``layer_k = base_k + sum_i scale_{k,i} (expert_{i,k} - base_k)`` at each place k, the stem among them where it
+is chosen. A step reads ``task_arithmetic:scale=0.31/0.55@k``, so a path of scales is scored, built and
+exported as any other.
+
+Sources: Ilharco et al. 2022 for the models; Hansen 2016, "The CMA Evolution Strategy: A Tutorial"; Ros and
+Hansen 2008 for its separable form, which adapts one variance for each number and so learns faster where
+they are many; Auger and Hansen 2005 for the larger population after a restart.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from rmm_lab.engine.scorer import Path, name_of, own_sources, places_of, steps_of
+from rmm_lab.layers import LayerPool
+from rmm_lab.search.gaussian_process import surrogate_of
+
+BOUNDS = (-0.2, 1.5)  # of a scale: 0 is the base, 1 the expert
+SIGMA = 0.2  # CMA-ES's first step
+MEANS = 10  # generations whose means are averaged at the end
+SEEDS = 2**32  # that the libraries take
+
+
+def text_of_scales(scales: np.ndarray, places: Sequence[int]) -> str:
+    """A path as text from the scales ((P * N,) or (P, N)) of each place's experts, to 3 digits."""
+    rows = scales.round(3).reshape(len(places), -1) + 0.0  # (P * N,) -> (P, N); no -0
+    return " ".join(
+        f"task_arithmetic:scale={'/'.join(f'{s:g}' for s in row)}@{k}"
+        for k, row in zip(places, rows, strict=True)
+    )
+
+
+def scales_of(pool: LayerPool, path: Path) -> np.ndarray:
+    """The scales whose layers are nearest to those of a path: (P, N), by least squares over all weights.
+
+    An expert's layer is 1 for itself and 0 for the others, task arithmetic's its own scale; only what an
+    operator trims or elects is lost. ``path`` has P steps, the stem's as layer -1.
+    """
+    rows = []
+    for source, k in path:
+        wanted = [*pool.names, name_of(source, pool.sources)]
+        base, *layers = (_flat(pool, s, k) for s in ("base", *wanted))  # (D,) each
+        deltas = torch.stack(layers) - base  # (N + 1, D)
+        products = deltas @ deltas.T
+        # The normal equations; experts that are equal here, or the base itself, share or get nothing.
+        inverse = torch.linalg.pinv(products[:-1, :-1], hermitian=True, rtol=1e-9)
+        rows.append((inverse @ products[:-1, -1]).numpy())
+    return np.stack(rows)
+
+
+def _flat(pool: LayerPool, source: str, k: int) -> torch.Tensor:
+    return torch.cat(
+        [tensor.flatten().double() for tensor in pool.layer_weights(source, k).values()]
+    )
+
+
+class Evolution:
+    """CMA-ES that begins again, from its first mean and with twice the population, where it has contracted.
+
+    Args:
+        mean: (D,) to start from. bounds: of each number, or None. seed: of the draws.
+        separable: with a diagonal covariance.
+
+    ``runs``: for each beginning the means (D,) after its whole generations. It maximises. Draws depend on
+    nothing but the arguments and what was told, so an evolution can be played again.
+    """
+
+    def __init__(
+        self,
+        mean: np.ndarray,
+        bounds: tuple[float, float] | None,
+        seed: int,
+        *,
+        separable: bool = False,
+    ) -> None:
+        import cmaes
+
+        self._kind = cmaes.SepCMA if separable else cmaes.CMA
+        self._first, self._seed = mean, seed
+        self._limits = None if bounds is None else np.tile(bounds, (len(mean), 1))  # (D, 2)
+        self.generation = 0
+        self.runs: list[list[np.ndarray]] = []
+        self._begin(None)
+
+    def _begin(self, population: int | None) -> None:
+        self.runs.append([])
+        self._strategy = self._kind(
+            mean=self._first.copy(),  # the separable form writes into it
+            sigma=SIGMA,
+            bounds=self._limits,
+            seed=(self._seed + self.generation) % SEEDS,
+            population_size=population,
+        )
+
+    @property
+    def mean(self) -> np.ndarray:
+        """(D,), around which it draws next."""
+        return self._strategy.mean
+
+    @property
+    def latest(self) -> np.ndarray:
+        """(D,), the mean after the last whole generation, or its start."""
+        return next((run[-1] for run in reversed(self.runs) if run), self.mean)
+
+    def ask(self, most: int) -> list[np.ndarray]:
+        """The next generation, (D,) each, or as much of it as is wanted."""
+        if self._strategy.should_stop():
+            self._begin(2 * self._strategy.population_size)
+        self.generation += 1
+        return [self._strategy.ask() for _ in range(min(most, self._strategy.population_size))]
+
+    def tell(self, asked: Sequence[np.ndarray], rewards: Sequence[float]) -> None:
+        """The rewards of what was asked for; a part of a generation teaches nothing."""
+        if len(asked) == self._strategy.population_size:
+            self._strategy.tell([(x, -r) for x, r in zip(asked, rewards, strict=True)])
+            self.runs[-1].append(self.mean.copy())
+
+    def answers(self, n: int) -> list[np.ndarray]:
+        """Up to n vectors (D,) to choose from at the end: the mean of each run's last means, then the means.
+
+        The newest come first. CMA-ES's own answer is its mean, and better than its samples, each of which
+        was scored once.
+        """
+        settled = [np.mean(run[-MEANS:], axis=0) for run in reversed(self.runs) if run]
+        means = [mean for run in reversed(self.runs) for mean in reversed(run)]
+        return [*settled, *means][:n]
+
+
+def path_of_scales(scorer: Any, scales: np.ndarray) -> Path:
+    """The path of a vector of scales, (P * N,)."""
+    return steps_of(text_of_scales(scales, places_of(scorer)), ())
+
+
+def evolution_of(scorer: Any, episodes: Sequence[Mapping[str, Any]], seed: int) -> Evolution:
+    """CMA-ES around the best path of sources, as far as the episodes of scales have brought it.
+
+    Those come after all others; with none of them it stands at its start. The best path is the one that all
+    others let expect the most of, among those that were scored.
+    """
+    known = [not own_sources(steps_of(e["path"], scorer.sources)) for e in episodes].count(True)
+    best = surrogate_of(scorer, episodes[:known], seed).propose(1)[0]
+    first = scales_of(scorer.pool, best).clip(*BOUNDS).ravel()
+    evolution = Evolution(first, BOUNDS, seed, separable=True)
+    while known < len(episodes):
+        asked = evolution.ask(len(episodes) - known)
+        told = [e["raw_reward"] for e in episodes[known : known + len(asked)]]
+        evolution.tell(asked, told)
+        known += len(asked)
+    return evolution

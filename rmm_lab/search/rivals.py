@@ -1,0 +1,361 @@
+"""Other searches than RMM's, at the same number of evaluations on the same data subsets.
+
+    random search        a source drawn at each place
+    coordinate ascent    one place at a time, with restarts
+    TPE                  tree-structured Parzen estimator        Bergstra et al. 2011
+    NSGA-II              an evolution of paths                   Deb et al. 2002
+    CMA-ES, scales       a scale per place and expert            Akiba et al. 2024, parameter space
+    CMA-ES, order        which experts' layers run, in a row     Akiba et al. 2024, data-flow space
+
+Each begins with the uniform path of every source, which any user has, on the first subset; they count. All
+score on the subsets of the reward split, which come in turn, and give (path as text, reward in [0, 1]) of
+each evaluation in order. The same seed gives the same search.
+
+The first four choose among the agent's sources at each place, without skip and back: paths with them are
+worse on average.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from rmm_lab.engine.scorer import Path, places_of, reward, shortlist, steps_of, text_of
+from rmm_lab.errors import InputError
+from rmm_lab.search.layer_scales import BOUNDS, SEEDS, Evolution, text_of_scales
+
+
+class Scored(list[tuple[str, float]]):
+    """(path as text, reward in [0, 1]) of each evaluation, in order; ``answers``: what a search arrived at.
+
+    These are paths as text, the best first, that need not have been scored.
+    """
+
+    def __init__(self, scored: Sequence[tuple[str, float]], answers: Sequence[str]) -> None:
+        super().__init__(scored)
+        self.answers = answers
+
+
+# (scorer, evaluations, seed) -> (path as text, reward in [0, 1]) of each evaluation, in order.
+Search = Callable[[Any, int, int], list[tuple[str, float]]]
+GROUP = 20  # evaluations that share a data subset, as the agent's episodes of one update do
+STARTUP = 40  # evaluations before TPE models anything, the uniform paths among them
+ANSWERS = 20  # means of CMA-ES over scales that may be chosen from
+LAST = 10  # evaluations at the end of CMA-ES over orders that score the mean of what it found
+SCALES = (0.3, 0.4, 0.5, 0.6, 0.8)  # one scale for all, tried before the scales evolve
+REPEATS = 2  # how often a path of CMA-ES, order, can take each expert's layer
+MEAN = 0.25  # of a layer's number at the start of CMA-ES, order: above 0 it runs, below not
+
+
+# --------------------------------------------------------------------------------- paths and places
+
+
+def uniform_paths(scorer: Any) -> list[Path]:
+    """The path of each source, everywhere: N experts and M operators, in the order of the sources."""
+    return [tuple((a, k) for k in places_of(scorer)) for a in range(len(scorer.sources))]
+
+
+def random_path(scorer: Any, rng: np.random.Generator) -> Path:
+    """A source drawn uniformly at each place."""
+    return tuple((int(rng.integers(len(scorer.sources))), k) for k in places_of(scorer))
+
+
+def score_text(scorer: Any, text: str, subset: int | None) -> float:
+    """The reward in [0, 1] of a path given as text; ``subset`` None uses all examples.
+
+    Its sources need not be the scorer's: a layer of any operator's specification is merged, used, and
+    forgotten.
+    """
+    return reward(scorer.score(steps_of(text, scorer.sources), subset))
+
+
+def _score(scorer: Any, paths: Sequence[Path], subset: int) -> list[tuple[str, float]]:
+    """(path as text, reward) of each, by all workers at once."""
+    prefetch(scorer, [(path, subset) for path in paths])
+    return [(text_of(path, scorer.sources), reward(scorer.score(path, subset))) for path in paths]
+
+
+def prefetch(scorer: Any, wanted: Sequence[tuple[Path, int | None]]) -> None:
+    """Let several workers score what will be asked for; a scorer by formula needs no such thing."""
+    if hasattr(scorer, "prefetch"):
+        scorer.prefetch(wanted)
+
+
+def _start(scorer: Any, evaluations: int) -> list[tuple[str, float]]:
+    """The uniform paths, as far as the budget goes, on the first subset."""
+    return _score(scorer, uniform_paths(scorer)[:evaluations], 0)
+
+
+# ---------------------------------------------------------------------------------- plain searches
+
+
+def random_search(scorer: Any, evaluations: int, seed: int) -> list[tuple[str, float]]:
+    """The uniform paths, then paths with a source drawn uniformly at each place; subsets come in turn."""
+    rng = np.random.default_rng(seed)
+    out = _start(scorer, evaluations)
+    n = scorer.n_subsets
+    drawn = [(random_path(scorer, rng), i % n) for i in range(evaluations - len(out))]
+    prefetch(scorer, drawn)
+    for path, subset in drawn:
+        out += _score(scorer, [path], subset)
+    return out
+
+
+def coordinate_ascent(scorer: Any, evaluations: int, seed: int) -> list[tuple[str, float]]:
+    """Improve the best uniform path one place at a time; go on from a random path when nothing helps.
+
+    A sweep visits all places in random order on one data subset, so that like is compared with like, and
+    takes at each the best of all sources. After a sweep without a change comes a fresh start; each sweep
+    takes the next subset.
+    """
+    rng = np.random.default_rng(seed)
+    out = _start(scorer, evaluations)
+    if not out:
+        return out
+    best, text = max((value, text) for text, value in out)
+    path, sweep, changed = steps_of(text, scorer.sources), 0, True
+    while len(out) < evaluations:
+        subset = sweep % scorer.n_subsets
+        if sweep:  # in the first one the path has been scored on this subset
+            path = path if changed else random_path(scorer, rng)
+            out += _score(scorer, [path], subset)
+            best = out[-1][1]
+        sweep, changed = sweep + 1, False
+        for place in rng.permutation(len(path)):
+            own, k = path[place]
+            others = [
+                (*path[:place], (int(source), k), *path[place + 1 :])
+                for source in rng.permutation(len(scorer.sources))
+                if source != own
+            ][: max(0, evaluations - len(out))]
+            scored = _score(scorer, others, subset)
+            out += scored
+            for other, (_, value) in zip(others, scored, strict=True):
+                if value > best:
+                    best, path, changed = value, other, True
+    return out
+
+
+# ------------------------------------------------------------------------------- searches of Optuna
+
+
+def tpe(scorer: Any, evaluations: int, seed: int) -> list[tuple[str, float]]:
+    """Tree-structured Parzen estimator, Optuna's: sources that were frequent in good paths come again.
+
+    ``STARTUP`` evaluations (the uniform paths, then random ones) come first. Twenty evaluations in a row
+    share a subset. Source: Bergstra et al. 2011, "Algorithms for Hyper-Parameter Optimization", Sec. 4.
+    """
+    optuna = _need("optuna")
+    sampler = optuna.samplers.TPESampler(
+        seed=seed % SEEDS, n_startup_trials=STARTUP, multivariate=True
+    )
+    return _by_optuna(scorer, evaluations, sampler, 1)
+
+
+def nsga2(scorer: Any, evaluations: int, seed: int) -> list[tuple[str, float]]:
+    """NSGA-II, Optuna's: 20 paths a generation, crossed and mutated; one generation on one subset.
+
+    It has one objective, the mean reward, although it could have one for each task: the final choice is by
+    the mean, and a budget of 35 generations is not to be spent on the rest of a Pareto front.
+    Source: Deb et al. 2002, "A Fast and Elitist Multiobjective Genetic Algorithm: NSGA-II".
+    """
+    optuna = _need("optuna")
+    sampler = optuna.samplers.NSGAIISampler(seed=seed % SEEDS, population_size=GROUP)
+    return _by_optuna(scorer, evaluations, sampler, GROUP)
+
+
+def _by_optuna(scorer: Any, evaluations: int, sampler: Any, batch: int) -> list[tuple[str, float]]:
+    """A study of one categorical choice for each place, ``batch`` paths asked for at a time."""
+    import optuna
+
+    one = optuna.distributions.CategoricalDistribution(range(len(scorer.sources)))
+    choices: dict[str, Any] = {str(k): one for k in places_of(scorer)}
+    with _quiet(optuna):
+        study = optuna.create_study(direction="maximize", sampler=sampler)
+        start = uniform_paths(scorer)
+        for path in start:
+            study.enqueue_trial({str(k): a for a, k in path})
+        out: list[tuple[str, float]] = []
+        while (n := min(batch, evaluations - len(out))) > 0:
+            trials = [study.ask(choices) for _ in range(n)]
+            paths = [tuple((t.params[key], int(key)) for key in choices) for t in trials]
+            # The first subset at least for the start.
+            subset = len(out) // GROUP % scorer.n_subsets if len(out) >= len(start) else 0
+            scored = _score(scorer, paths, subset)
+            for trial, (_, value) in zip(trials, scored, strict=True):
+                study.tell(trial, value)
+            out += scored
+    return out
+
+
+@contextlib.contextmanager
+def _quiet(optuna: Any) -> Iterator[None]:
+    """Optuna without its news of each study, and as it was afterwards."""
+    before = optuna.logging.get_verbosity()
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    try:
+        yield
+    finally:
+        optuna.logging.set_verbosity(before)
+
+
+def _need(name: str) -> Any:
+    """A library of the extra ``search``, or an InputError that says how to get it."""
+    import importlib
+
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise InputError(
+            f"search: expected the library {name}, found none ({error}); install it with "
+            "pip install -e '.[search]'"
+        ) from error
+
+
+# ------------------------------------------------------------------------------------------ CMA-ES
+
+
+def cmaes_scales(scorer: Any, evaluations: int, seed: int) -> list[tuple[str, float]]:
+    """CMA-ES over a scale for each place and expert: models between and beyond the experts.
+
+    After the uniform paths come ``SCALES``, one for all experts and places; the best of these and of the
+    experts is the first mean. A generation shares a subset.
+    Source: Akiba et al. 2024, "Evolutionary Optimization of Model Merging Recipes", parameter space; they
+    evolve TIES' densities beside the weights.
+    """
+
+    def text(scales: np.ndarray) -> str:
+        return text_of_scales(scales, places_of(scorer))
+
+    n, size = scorer.n_models, scorer.n_models * len(places_of(scorer))
+    out = _start(scorer, evaluations)
+    # An expert is a scale of 1 for itself and of 0 for the others.
+    known = [(value, np.tile(np.eye(n)[i], size // n)) for i, (_, value) in enumerate(out[:n])]
+    for scale in SCALES[: evaluations - len(out)]:
+        scales = np.full(size, scale)
+        out += _score_texts(scorer, [text(scales)], 0)
+        known.append((out[-1][1], scales))
+    if len(out) == evaluations:
+        return out
+    mean = max(known, key=lambda pair: pair[0])[1]
+    evolution = Evolution(mean, BOUNDS, seed)
+    out = _evolve(scorer, out, evaluations, evolution, text)
+    answers = dict.fromkeys(text(x) for x in evolution.answers(ANSWERS))
+    return Scored(out, list(answers))
+
+
+def cmaes_order(scorer: Any, evaluations: int, seed: int) -> list[tuple[str, float]]:
+    """CMA-ES over which layers of the experts run, in a fixed order: unmerged layers in a new sequence.
+
+    All layers of the first expert stand in a row, then those of the next, and all of that ``REPEATS`` times:
+    T places, each with a number, and a layer runs where it is above 0. Of more than 2 L such layers the
+    largest numbers win. A T5's encoder layers run before its decoder's. The stem is the first operator's,
+    the base's if there is none. The first mean is the expert whose uniform path was best.
+    Source: Akiba et al. 2024, data-flow space; the matrix W that scales a layer's input by the pair of
+    layers that it stands between is left out, so that a path is a model of the base's architecture.
+
+    Up to ``LAST`` evaluations at the end, each on another subset, go to the mean that it arrived at. A mean
+    of means, as of scales, would be no answer: between two orders lies a third, of other layers.
+    """
+    out = _start(scorer, evaluations)
+    if len(out) == evaluations:
+        return out
+    best = int(np.argmax([value for _, value in out[: scorer.n_models]]))
+    mean = np.full((REPEATS, scorer.n_models, scorer.n_layers), -MEAN)
+    mean[0, best] = MEAN
+
+    def text(numbers: np.ndarray) -> str:
+        return text_of(path_of_order(scorer, numbers), scorer.sources)
+
+    evolution = Evolution(mean.ravel(), None, seed)
+    last = min(LAST, scorer.n_subsets, (evaluations - len(out)) // 10)
+    out = _evolve(scorer, out, evaluations - last, evolution, text)
+    for i in range(last):
+        subset = (evolution.generation + 1 + i) % scorer.n_subsets
+        out += _score_texts(scorer, [text(evolution.latest)], subset)
+    return out
+
+
+def path_of_order(scorer: Any, numbers: np.ndarray) -> Path:
+    """The path of CMA-ES, order, from the number of each place: ((REPEATS * N * L),)."""
+    n, n_layers = scorer.n_models, scorer.n_layers
+    slots = [(i, k) for _ in range(REPEATS) for i in range(n) for k in range(n_layers)]
+    stack_of = {k: s for s, stack in enumerate(scorer.stacks) for k in stack}
+    largest = np.argsort(-numbers, kind="stable")[: 2 * n_layers]
+    on = [slots[t] for t in sorted(largest) if numbers[t] > 0]
+    stem = ((n, -1),) if scorer.chooses_stem and len(scorer.sources) > n else ()
+    return (*stem, *sorted(on, key=lambda step: stack_of[step[1]]))  # stable: otherwise in order
+
+
+def _score_texts(scorer: Any, texts: Sequence[str], subset: int) -> list[tuple[str, float]]:
+    prefetch(scorer, [(steps_of(text, scorer.sources), subset) for text in texts])
+    return [(text, score_text(scorer, text, subset)) for text in texts]
+
+
+def _evolve(
+    scorer: Any,
+    out: Sequence[tuple[str, float]],
+    evaluations: int,
+    evolution: Evolution,
+    text_of_numbers: Callable[[np.ndarray], str],
+) -> list[tuple[str, float]]:
+    """CMA-ES until all evaluations are spent; a generation shares a subset.
+
+    The library cmaes, which Optuna's own CMA-ES is built on: here a generation is asked for as a whole, its
+    start is a vector, and nothing is kept of older trials.
+    """
+    out = list(out)
+    while (left := evaluations - len(out)) > 0:
+        asked = evolution.ask(left)
+        texts = [text_of_numbers(x) for x in asked]
+        scored = _score_texts(scorer, texts, evolution.generation % scorer.n_subsets)
+        out += scored
+        evolution.tell(asked, [value for _, value in scored])
+    return out
+
+
+SEARCHES: dict[str, Search] = {
+    "random search": random_search,
+    "coordinate ascent": coordinate_ascent,
+    "TPE": tpe,
+    "NSGA-II": nsga2,
+    "CMA-ES, scales": cmaes_scales,
+    "CMA-ES, order": cmaes_order,
+}
+
+
+# ------------------------------------------------------------------------------- what they found
+
+
+def whole(scorer: Any, text: str) -> float:
+    """The reward in [0, 1] of a path, given as text, on the whole reward split."""
+    return score_text(scorer, text, None)
+
+
+def finalists(scored: Sequence[tuple[str, float]], n: int) -> list[str]:
+    """The n paths, as text, that are scored on the whole reward split to choose one.
+
+    Three quarters are a search's own answers, where it has such, as with RMM's scales; the others are those
+    with the best scores, see ``shortlist``.
+    """
+    own = list(scored.answers[: n - n // 4]) if isinstance(scored, Scored) else []
+    return [*own, *(text for text in shortlist(scored, n) if text not in own)][:n]
+
+
+def curve_of(
+    scorer: Any, scored: Sequence[tuple[str, float]], every: int = 50
+) -> Iterator[dict[str, Any]]:
+    """Every so many evaluations and at the end: the path with the best scores so far, on the whole split.
+
+    Yields ``evaluations`` and ``reward_split`` in %; the path is the first of the ``shortlist``. These scores
+    serve the plot, and no search sees them; a path that is chosen several times is scored once.
+    """
+    seen: dict[str, float] = {}
+    for n in sorted({*range(every, len(scored), every), len(scored)}):
+        best = shortlist(scored[:n], 1)[0]
+        if best not in seen:
+            seen[best] = whole(scorer, best)
+        yield {"evaluations": n, "reward_split": round(100 * seen[best], 2)}

@@ -1,0 +1,159 @@
+"""What RMM is compared with: the base, the experts, multi-task training, uniform merges.
+
+Scales and densities of the uniform merges are chosen on the reward split; the test split is only
+reported. Other searches under the same number of evaluations are in ``searches``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from torch import Tensor
+
+from rmm_lab.engine.scorer import answers, answers_of_path, evaluate
+from rmm_lab.families import t5
+from rmm_lab.search.problem import Problem
+from rmm_lab.tasks.text_task import TextTask
+
+SCALES = (0.2, 0.3, 0.4, 0.5, 0.6, 0.8, 1.0)
+# Each uniform merge with the settings it is tuned over: 36 evaluations of the reward split in all.
+GRIDS: dict[str, tuple[str, ...]] = {
+    "weight average": ("weight_average",),
+    "task arithmetic": tuple(f"task_arithmetic:scale={s:g}" for s in SCALES),
+    "TIES": tuple(
+        f"ties:density={d:g},scale={s:g}" for d in (0.1, 0.3, 1.0) for s in (*SCALES[2:], 1.5, 2.0)
+    ),
+    "DARE": tuple(f"dare:scale={s:g}" for s in SCALES),
+}
+# The paper's: "the same hyper-parameter settings"; its code keeps 30 % in TIES and 66 % in DARE.
+AS_GIVEN: dict[str, str] = {"task arithmetic": "task_arithmetic", "TIES": "ties", "DARE": "dare"}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of a result table.
+
+    ``scores``: each task's metric in [0, 1] on the test split. ``plain``: accuracy of the tasks whose
+    metric is another, task -> [0, 1]; it is shown beside, and is no part of the mean.
+    """
+
+    name: str
+    setting: str
+    scores: tuple[float, ...]
+    plain: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def mean(self) -> float:
+        """Mean over tasks, Eq. 7 on the test split."""
+        return float(np.mean(self.scores))
+
+
+def row(problem: Problem, name: str, setting: str, found: Sequence[Tensor]) -> Row:
+    """A line of the table from each task's answers on the test split, (n,) each."""
+    scores, plain = [], {}
+    for task, answer in zip(problem.tasks, found, strict=True):
+        labels = task.split("test").labels
+        scores.append(task.score(answer, labels))
+        if task.metric != "accuracy":
+            plain[task.name] = float((answer == labels).double().mean())
+    return Row(name, setting, tuple(scores), plain)
+
+
+def path_row(
+    problem: Problem, name: str, setting: str, steps: Sequence[tuple[str, int]], stem: str
+) -> Row:
+    """A line of the table for a path of (source, layer)."""
+    found = answers_of_path(problem.pool, problem.tasks, steps, stem, "test", problem.device)
+    return row(problem, name, setting, found)
+
+
+def uniform(problem: Problem, source: str, split_name: str) -> np.ndarray:
+    """One source for the stem and every layer, a whole-model merge: each task's metric (N,)."""
+    steps = _all(problem, source)
+    return evaluate(problem.pool, problem.tasks, steps, source, split_name, problem.device)
+
+
+def _all(problem: Problem, source: str) -> list[tuple[str, int]]:
+    return [(source, k) for k in range(problem.pool.n_layers)]
+
+
+def tune(problem: Problem, settings: Sequence[str]) -> str:
+    """The setting with the best mean metric on the reward split; the first of equal ones."""
+    if len(settings) == 1:
+        return settings[0]
+    return max(settings, key=lambda s: float(uniform(problem, s, "reward").mean()))
+
+
+def rows(problem: Problem) -> Iterator[Row]:
+    """The rows of Tables I to III but for RMM, on the test split, in the paper's order.
+
+    Language tasks have two more at the top: chance, and the most frequent answer given always.
+    """
+    pool, tasks = problem.pool, problem.tasks
+    if all(isinstance(task, TextTask) for task in tasks):
+        skewed = {t.name: t for t in tasks if t.metric != "accuracy"}
+        yield Row(
+            "chance",
+            "guessing",
+            tuple(t.chance("test") for t in tasks),
+            {name: t.chance("test") for name, t in skewed.items()},
+        )
+        always = {t.name: t.majority("test") for t in tasks}
+        yield Row(
+            "most frequent answer",
+            "of the reward split, always; chance where rows have their own choices",
+            tuple(score for score, _ in always.values()),
+            {name: always[name][1] for name in skewed},
+        )
+    images = pool.base.family is not t5
+    setting = "with the experts' heads" if images else "as pretrained"
+    yield path_row(problem, "base", setting, _all(problem, "base"), "base")
+    own: list[Tensor] = []
+    for i, name in enumerate(pool.names):
+        found = answers_of_path(pool, tasks, _all(problem, name), name, "test", problem.device)
+        own.append(found[i])
+        yield row(problem, f"expert {name}", "on every task", found)
+    yield row(problem, "fine-tuned", "each expert on its task: the upper bound", own)
+    if problem.multi_task is not None:
+        yield row(problem, "multi-task", "trained on all tasks", _joint(problem))
+    yield from uniform_rows(problem, (*AS_GIVEN, *GRIDS))
+
+
+def uniform_rows(problem: Problem, names: Collection[str]) -> Iterator[Row]:
+    """The uniform merges of these names, such as ``DARE``: as published, then tuned on the reward split."""
+
+    def merge(name: str, setting: str, source: str) -> Row:
+        return path_row(problem, name, setting, _all(problem, source), source)
+
+    for name, setting in AS_GIVEN.items():
+        if name in names:
+            yield merge(name, f"{setting} as published", setting)
+    for name, settings in GRIDS.items():
+        if name not in names:
+            continue
+        best = tune(problem, settings)
+        if len(settings) == 1:
+            yield merge(name, best, best)
+        else:
+            setting = f"{best}, best of {len(settings)} on the reward split"
+            yield merge(f"{name}, tuned", setting, best)
+        problem.pool.forget(settings)
+
+
+def _joint(problem: Problem) -> list[Tensor]:
+    """Each task's answers on the test split of the multi-task model; of a ViT, by the task's own head."""
+    joint, architecture = problem.multi_task, problem.pool.architecture
+    assert joint is not None
+    parts = problem.pool.split(joint.weights)
+    stem = architecture.stem(parts.stem)
+    layers = [architecture.layer(k, weights) for k, weights in enumerate(parts.layers)]
+    found = []
+    for task in problem.tasks:
+        head = {}
+        if parts.head:
+            own = slice(*joint.config["rmm_lab"]["heads"][task.name])
+            head = {key: value[own] for key, value in parts.head.items()}
+        found.append(answers(architecture, stem, layers, head, task, "test", problem.device))
+    return found

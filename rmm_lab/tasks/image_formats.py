@@ -1,0 +1,312 @@
+"""The paper's four image sets, as they are downloaded: CIFAR-10, CIFAR-100, CUB-200 and Stanford Dogs.
+
+The official test split is ``test``. A fifth of the official train split, drawn within each class with a
+fixed seed, is ``reward``, and the rest ``train``. What is read is checked first; no picture is decoded.
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+from rmm_lab.errors import InputError
+from rmm_lab.tasks import hub
+from rmm_lab.tasks import image_folder as images
+from rmm_lab.tasks.image_folder import Listing, Picture
+
+PARTS = ("train", "test")  # the official splits
+# Class names, and for each official split its pictures with their class numbers.
+Official = tuple[list[str], dict[str, list[tuple[Picture, int]]]]
+
+
+@dataclass(frozen=True)
+class ImageFormat:
+    """An official image set: how to read a folder of it, and where it comes from."""
+
+    read: Callable[[Path, str, ImageFormat], Official]  # folder, how its errors begin, itself
+    fetch: str  # what to fetch from where, and what the folder then holds
+    hub: str | None = None  # data set with parquet files of pictures and labels
+    label: str = "label"  # its column of class numbers
+
+
+# --------------------------------------------------------------- CIFAR-10 and CIFAR-100: parquet
+
+
+def _read_cifar(folder: Path, thing: str, form: ImageFormat) -> Official:
+    """Parquet files as on the hub, or an ImageFolder tree; the Python version's pickles are not read."""
+    files = {part: _below(folder, f"{part}*.parquet") for part in PARTS}
+    if all(files.values()):
+        paths = {part: list(map(str, there)) for part, there in files.items()}
+        try:
+            from datasets import load_dataset
+        except ImportError as error:
+            raise InputError(
+                f"{thing}: expected the optional library datasets, which reads parquet, found none; "
+                "install it with pip install -e '.[hub]'"
+            ) from error
+        try:
+            data = load_dataset("parquet", data_files=paths)
+        except Exception as error:  # datasets and pyarrow raise many kinds
+            found = f"broken ones ({type(error).__name__})"
+            _refuse(thing, f"parquet files that can be read in {folder}", found, form)
+        return _table(data, form, thing)
+    if all((folder / part).is_dir() for part in PARTS):
+        classes, listing = images.list_folder(folder)
+        # As one official train split: the fifth of it is drawn by ``load``.
+        own = sorted(listing["train"] + listing["reward"], key=lambda pair: str(pair[0]))
+        return classes, {"train": own, "test": listing["test"]}
+    _refuse(thing, f"train*.parquet and test*.parquet, or train/CLASS/ and test/CLASS/, in {folder}",
+            _content(folder), form)  # fmt: skip
+
+
+def _below(folder: Path, pattern: str) -> list[Path]:
+    """Files in a folder or below it, but in no hidden one (a download keeps its cache there)."""
+    found = sorted(folder.rglob(pattern))
+    return [p for p in found if not any(n.startswith(".") for n in p.relative_to(folder).parts)]
+
+
+def _table(data: Any, form: ImageFormat, thing: str) -> Official:
+    """The pictures of a data set of the library datasets, still encoded, and its classes' names."""
+    from datasets import Image
+
+    parts: dict[str, list[tuple[Picture, int]]] = {}
+    for part in PARTS:
+        if part not in data:
+            _refuse(thing, f"the splits {' and '.join(PARTS)}", ", ".join(data), form)
+        rows = data[part]
+        columns = dict(rows.features)
+        image = next((c for c in ("img", "image") if c in columns), None)
+        if image is None or form.label not in columns:
+            _refuse(thing, f"columns img (or image) and {form.label}", ", ".join(columns), form)
+        encoded = rows.cast_column(image, Image(decode=False))[image]
+        pictures = (row["bytes"] or Path(row["path"]) for row in encoded)
+        labels = (-1 if label is None else int(label) for label in rows[form.label])
+        parts[part] = list(zip(pictures, labels, strict=True))
+    names = getattr(columns[form.label], "names", None)
+    if names is None:  # a plain column of numbers
+        names = map(str, range(1 + max((label for _, label in parts["train"]), default=-1)))
+    return list(names), parts
+
+
+# ------------------------------------------------------------------------------------- CUB-200-2011
+
+
+def _read_cub(folder: Path, thing: str, form: ImageFormat) -> Official:
+    """The official folder: four lists by picture number, and ``images``."""
+    needed = ("classes.txt", "images.txt", "image_class_labels.txt", "train_test_split.txt")
+    root = _inner(folder, "CUB_200_2011", needed[1])
+    missing = [n for n in (*needed, "images") if not (root / n).exists()]
+    if missing:
+        _refuse(thing, f"{', '.join(missing)} in {root}", _content(root), form)
+    classes, files, labels, is_train = (_numbered(root / name, thing, form) for name in needed)
+    for name, column in zip(needed[2:], (labels, is_train), strict=True):
+        if column.keys() != files.keys():
+            odd = min(column.keys() ^ files.keys(), key=int)
+            _refuse(
+                thing, f"the same pictures in images.txt and {name}", f"number {odd} in one", form
+            )
+    order = sorted(classes, key=int)
+    parts: dict[str, list[tuple[Picture, int]]] = {part: [] for part in PARTS}
+    for number, file in files.items():
+        if labels[number] not in classes or is_train[number] not in ("0", "1"):
+            found = f"class {labels[number]}, split {is_train[number]} for picture {number}"
+            _refuse(thing, "a class of classes.txt and a split of 0 or 1", found, form)
+        part = "train" if is_train[number] == "1" else "test"
+        parts[part].append((root / "images" / file, order.index(labels[number])))
+    return [classes[number] for number in order], parts
+
+
+def _numbered(file: Path, thing: str, form: ImageFormat) -> dict[str, str]:
+    """Lines of a number and a text."""
+    out = {}
+    for line in file.read_text("utf-8", errors="replace").splitlines():
+        number, _, text = line.strip().partition(" ")
+        if not number:
+            continue
+        if not number.isdecimal() or not text or number in out:
+            _refuse(thing, f"lines of a new number and a text in {file}", repr(line), form)
+        out[number] = text.strip()
+    return out
+
+
+# ------------------------------------------------------------------------------------ Stanford Dogs
+
+
+def _read_dogs(folder: Path, thing: str, form: ImageFormat) -> Official:
+    """``Images/nNUMBER-BREED/*.jpg``, and the official lists, in ``lists`` or beside ``Images``."""
+    root = _inner(folder, "StanfordDogs", "Images")
+    if not (root / "Images").is_dir():
+        _refuse(thing, f"the folder Images (of images.tar) in {root}", _content(root), form)
+    parts: dict[str, list[tuple[Picture, int]]] = {}
+    names: dict[int, str] = {}
+    for part in PARTS:
+        places = [root / "lists" / f"{part}_list.mat", root / f"{part}_list.mat"]
+        file = next((p for p in places if p.is_file()), None)
+        if file is None:
+            _refuse(thing, f"lists/{part}_list.mat (of lists.tar) in {root}", _content(root), form)
+        rows = _matlab(file, thing)
+        for name, label in rows:
+            breed = name.partition("/")[0]
+            if names.setdefault(label, breed) != breed:
+                found = f"{names[label]} and {breed} as number {label}"
+                _refuse(thing, f"one breed for each number in {file}", found, form)
+        parts[part] = [(root / "Images" / name, label) for name, label in rows]
+    order = sorted(names)
+    numbered = {
+        part: [(file, order.index(label)) for file, label in rows] for part, rows in parts.items()
+    }
+    return [names[label] for label in order], numbered
+
+
+def _matlab(file: Path, thing: str) -> list[tuple[str, int]]:
+    """``file_list`` and ``labels`` of an official MATLAB file."""
+    try:
+        from scipy.io import loadmat
+    except ImportError as error:
+        raise InputError(
+            f"{thing}: expected the optional library scipy, which reads {file.name}, found none; "
+            "install it with pip install -e '.[hub]'"
+        ) from error
+    try:
+        content = loadmat(file, variable_names=["file_list", "labels"])
+        names = [str(cell.item()) for cell in content["file_list"].ravel()]
+        labels = [int(label) for label in content["labels"].ravel()]
+        return list(zip(names, labels, strict=True))
+    except Exception as error:  # scipy raises what a broken file makes it stumble over
+        raise InputError(
+            f"{thing}: expected file_list and labels in {file}, found a file that cannot be read so "
+            f"({type(error).__name__}: {error}); unpack lists.tar again"
+        ) from error
+
+
+# ---------------------------------------------------------------------------------- what is common
+
+FORMATS: dict[str, ImageFormat] = {
+    "cifar10": ImageFormat(
+        read=_read_cifar,
+        fetch="get train-00000-of-00001.parquet and test-00000-of-00001.parquet from plain_text/ of "
+        "huggingface.co/datasets/uoft-cs/cifar10 into it (the pickles of cifar-10-python are not read)",
+        hub="uoft-cs/cifar10",
+    ),
+    "cifar100": ImageFormat(
+        read=_read_cifar,
+        fetch="get train-00000-of-00001.parquet and test-00000-of-00001.parquet from cifar100/ of "
+        "huggingface.co/datasets/uoft-cs/cifar100 into it (the pickles of cifar-100-python are not read)",
+        hub="uoft-cs/cifar100",
+        label="fine_label",
+    ),
+    "cub200": ImageFormat(
+        read=_read_cub,
+        fetch="unpack CUB_200_2011.tgz from www.vision.caltech.edu/datasets/cub_200_2011 there",
+    ),
+    "dogs": ImageFormat(
+        read=_read_dogs,
+        fetch="unpack images.tar there and lists.tar in its folder lists, both from "
+        "vision.stanford.edu/aditya86/ImageNetDogs",
+    ),
+}
+
+
+def is_format(source: str) -> bool:
+    """Whether a source is one of this file's, ``FORMAT:...``; InputError for an unknown format."""
+    name, colon, _ = source.partition(":")
+    if colon and name in FORMATS:
+        return True
+    # A letter alone is a Windows drive.
+    if colon and re.fullmatch(r"[A-Za-z][\w-]+", name) and not Path(source).expanduser().exists():
+        raise InputError(
+            f"images {source!r}: expected one of the formats {', '.join(FORMATS)}, or a folder, found "
+            f"{name!r}; check the spelling"
+        )
+    return False
+
+
+def load(source: str) -> tuple[str, list[str], Listing]:
+    """Name, class names and the pictures of each split of an official image set.
+
+    Args:
+        source: ``FORMAT:FOLDER``, or ``FORMAT:hf-hub`` or ``FORMAT:hf-hub:OWNER/NAME@REVISION`` by the
+            library datasets. The formats and their folders:
+
+            * ``cifar10``, ``cifar100``: ``train*.parquet`` and ``test*.parquet`` as on the hub, at any
+              depth, or ``train/CLASS/picture`` and ``test/CLASS/picture``; the 100 fine labels;
+            * ``cub200``: ``CUB_200_2011`` with classes.txt, images.txt, image_class_labels.txt,
+              train_test_split.txt and images/, or the folder that it lies in;
+            * ``dogs``: ``Images`` and ``lists`` with train_list.mat and test_list.mat.
+
+    Memory: pictures in parquet files are held encoded, 0.15 GB for CIFAR-10; of others only the names.
+
+    Raises InputError for anything that is missing or broken, with what to fetch.
+    """
+    thing = f"images {source!r}"
+    name, _, rest = source.partition(":")
+    form = FORMATS[name]
+    if not rest:
+        raise InputError(
+            f"{thing}: expected a folder or hf-hub after the colon, found nothing; name one"
+        )
+    if re.match("hf-hub($|[:@])", rest):
+        classes, parts = _from_hub(form, name, rest, thing)
+    else:
+        folder = Path(rest).expanduser()
+        if not folder.is_dir():
+            _refuse(thing, f"a folder {rest}", "none", form)
+        classes, parts = form.read(folder, thing, form)
+    if len(classes) < 2:
+        _refuse(thing, "at least 2 classes", str(len(classes)), form)
+    _check_files(parts, thing, form)
+    piles: list[dict[str, list[Picture]]] = [{part: [] for part in PARTS} for _ in classes]
+    for part, pairs in parts.items():
+        for picture, label in pairs:
+            if not 0 <= label < len(classes):
+                _refuse(thing, f"class numbers from 0 to {len(classes) - 1}", str(label), form)
+            piles[label][part].append(picture)
+    for pile, c in zip(piles, classes, strict=True):
+        if not pile["test"]:
+            _refuse(thing, f"pictures of each class in test, {c!r} too", "none", form)
+    return name, classes, images.split(piles, classes, thing)
+
+
+def _from_hub(form: ImageFormat, name: str, rest: str, thing: str) -> Official:
+    repository, _, revision = rest.removeprefix("hf-hub").removeprefix(":").partition("@")
+    repository = repository or form.hub or ""
+    remedy = f"make a folder, {form.fetch}, and give {name}:FOLDER"
+    if not repository:
+        raise InputError(
+            f"{thing}: expected a data set that its makers keep on the hub, found none for {name}; {remedy}, "
+            f"or name a copy, {name}:hf-hub:OWNER/NAME"
+        )
+    data = hub.load(repository, None, revision or None, thing=thing, remedy=remedy)
+    return _table(data, form, thing)
+
+
+def _check_files(
+    parts: dict[str, list[tuple[Picture, int]]], thing: str, form: ImageFormat
+) -> None:
+    """Every file is there once, and in one split only."""
+    seen: set[Path] = set()
+    for picture, _ in itertools.chain(*parts.values()):
+        if isinstance(picture, Path):
+            if picture in seen:
+                _refuse(thing, "each picture once in the lists", f"{picture} twice", form)
+            seen.add(picture)
+            if not picture.is_file():
+                _refuse(thing, f"the picture {picture}", "no such file", form)
+
+
+def _inner(folder: Path, name: str, mark: str) -> Path:
+    """The folder itself, or the one of the archive's name in it, whichever has what marks it."""
+    return folder / name if not (folder / mark).exists() and (folder / name).is_dir() else folder
+
+
+def _content(folder: Path) -> str:
+    names: Sequence[str] = sorted(p.name for p in folder.iterdir())
+    return (", ".join(names[:5]) or "nothing") + (", ..." if len(names) > 5 else "")
+
+
+def _refuse(thing: str, expected: str, found: str, form: ImageFormat) -> NoReturn:
+    raise InputError(f"{thing}: expected {expected}, found {found}; {form.fetch}")

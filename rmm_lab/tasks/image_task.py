@@ -1,0 +1,226 @@
+"""The data sets: the small ones that ship, a user's own image folders, the paper's four, and halves.
+
+Every task has three splits, and each has one use: ``train`` to fine-tune an expert, ``reward`` to
+search, ``test`` to report once. Images are kept as uint8 and normalised batch by batch.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from rmm_lab.errors import InputError
+from rmm_lab.tasks import image_folder as images
+from rmm_lab.tasks import image_formats
+from rmm_lab.tasks import small_images as render
+from rmm_lab.tasks.image_folder import SPLITS, InputFormat, Listing, Pictures
+from rmm_lab.tasks.metrics import mean_of
+
+HALVES = ("first", "second")  # of a set's classes: NAME:first and NAME:second
+_TEXTURE_NAMES = list(render.TEXTURES)
+# name -> (class names, images per class in train, reward, test)
+SMALL: dict[str, tuple[list[str], tuple[int, int, int]]] = {
+    "digits": (list("0123456789"), (54, 60, 60)),
+    "letters": (list(render.LETTERS), (150, 48, 77)),
+    "symbols": (list(render.SYMBOLS), (150, 50, 83)),
+    "textures": (_TEXTURE_NAMES, (250, 75, 125)),
+}
+
+
+def data_folder() -> Path:
+    """The folder ``data/`` of the repository, or the one that RMM_LAB_DATA names."""
+    folder = Path(os.environ.get("RMM_LAB_DATA") or Path(__file__).resolve().parents[2] / "data")
+    if not folder.is_dir():
+        raise InputError(
+            f"expected the data that ships in {folder}, found no such folder; clone the repository "
+            "and install it with pip install -e, or set RMM_LAB_DATA to its data folder"
+        )
+    return folder
+
+
+@dataclass(frozen=True)
+class Split:
+    """``images``: (n, C, H, W) uint8; ``labels``: (n,) int64 class numbers.
+
+    Large sets decode their images when they are asked for by rows, see ``images.Pictures``.
+    """
+
+    images: Tensor | Pictures = field(repr=False)
+    labels: Tensor = field(repr=False)
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+
+class Task:
+    """A classification task with three splits, read when first asked for and kept.
+
+    Args:
+        source: one of
+
+            * a set that ships: digits, letters, symbols, textures;
+            * a folder of images: ``SPLIT/CLASS/image`` with splits train, reward (or val) and test, or
+              ``CLASS/image``;
+            * ``FORMAT:FOLDER`` or ``FORMAT:hf-hub``: cifar10, cifar100, cub200 or dogs as downloaded, see
+              ``image_formats``;
+            * any of these with ``:first`` or ``:second`` behind it: the first or second half of its classes
+              in the set's order (Han et al. 2025, Sec. III-A1), numbered from 0. Of an odd number of
+              classes the first half has one more. The splits are those of the whole set.
+        input_format: what the models take; images are resized, cropped and recoloured to it.
+
+    ``name``: the set's, folder's or format's, with ``-first`` or ``-second`` for a half.
+
+    A folder without all three splits gets them by a fixed, seeded draw within each class: train and
+    test alone give a fifth of train to reward; classes alone are dealt 60 : 20 : 20.
+    """
+
+    metric = "accuracy"
+
+    def __init__(self, source: str, input_format: InputFormat) -> None:
+        self.source, self.format = source, input_format
+        self._splits: dict[str, Split] = {}
+        self._files: Listing = {}
+        self._place, half = _halved(source)
+        if self._place in SMALL:
+            self.name, classes = self._place, SMALL[self._place][0]
+        elif image_formats.is_format(self._place):
+            self.name, classes, self._files = image_formats.load(self._place)
+        else:
+            root = Path(self._place).expanduser()
+            expected = (
+                f"a folder SPLIT/CLASS/image, a name that ships ({', '.join(SMALL)}), or FORMAT:FOLDER "
+                f"({', '.join(image_formats.FORMATS)})"
+            )
+            self.name = root.resolve().name
+            classes, self._files = images.list_folder(root, expected)
+        self._kept = range(len(classes))  # class numbers in the whole set
+        if half:
+            self.name = f"{self.name}-{half}"
+            self._kept = _half(source, half, len(classes))
+            self._files = {
+                split: [(file, c - self._kept.start) for file, c in files if c in self._kept]
+                for split, files in self._files.items()
+            }
+        self.classes: list[str] = [classes[c] for c in self._kept]
+
+    def split(self, name: str) -> Split:
+        """The split ``train``, ``reward`` or ``test``."""
+        if name not in SPLITS:
+            raise InputError(f"split {name!r}: expected one of {', '.join(SPLITS)}")
+        if name not in self._splits:
+            if self._place in SMALL:
+                pixels, per_class = _small(self._place, name, self._kept)
+                labels = torch.arange(len(self.classes)).repeat_interleave(per_class)
+                self._splits[name] = Split(_fit(pixels, self.format), labels)
+            else:
+                files = self._files[name]
+                labels = torch.tensor([label for _, label in files])
+                self._splits[name] = Split(images.read([f for f, _ in files], self.format), labels)
+        return self._splits[name]
+
+    def batch(self, name: str, rows: np.ndarray | slice) -> Tensor:
+        """Some pictures of a split, normalised as the models take them: (n, C, H, W) float32."""
+        return self.format.normalise(self.split(name).images[rows])
+
+    def score(self, found: Tensor, labels: Tensor) -> float:
+        """Accuracy of the classes found: both (n,) -> [0, 1]."""
+        return mean_of(self.metric, (found == labels).double(), labels)
+
+    def check_head(self, source: str, num_classes: int, label_names: Sequence[str] | None) -> None:
+        """Raise InputError unless a model's head has this task's classes."""
+        if num_classes != len(self.classes):
+            raise InputError(
+                f"expert {source!r}: expected a head of {len(self.classes)} classes as in images "
+                f"{self.source!r}, found {num_classes}; give experts and images in the same order"
+            )
+        if label_names is not None and list(label_names) != self.classes:
+            if len(label_names) != len(self.classes):
+                raise InputError(
+                    f"expert {source!r}: expected {len(self.classes)} label_names in its config.json as "
+                    f"in images {self.source!r}, found {len(label_names)}; correct them"
+                )
+            first = next(i for i, c in enumerate(self.classes) if label_names[i] != c)
+            raise InputError(
+                f"expert {source!r}: expected class {first} to be {self.classes[first]!r} as in images "
+                f"{self.source!r}, found {label_names[first]!r}; give experts and images in the same "
+                "order, or correct label_names in its config.json"
+            )
+
+
+def _halved(source: str) -> tuple[str, str]:
+    """A source without ``:first`` or ``:second``, and which of them; a folder may be called so."""
+    place, _, half = source.rpartition(":")
+    if place and half in HALVES and not Path(source).expanduser().is_dir():
+        return place, half
+    return source, ""
+
+
+def _half(source: str, half: str, n: int) -> range:
+    """The class numbers of the first or second half of n classes."""
+    if n < 4:
+        raise InputError(
+            f"images {source!r}: expected at least 4 classes to halve, found {n}; take the whole set"
+        )
+    return range(n)[: (n + 1) // 2] if half == "first" else range(n)[(n + 1) // 2 :]
+
+
+# ------------------------------------------------------------------------------ the sets that ship
+
+
+def sheet_file(name: str, split: str) -> Path:
+    """The PNG sheet of a split: a row for each class, a column for each of its images."""
+    return data_folder() / "sets" / f"{name}-{split}.png"
+
+
+def write_sheet(name: str, split: str) -> Path:
+    """Draw a split anew and store it as a 4-bit grey PNG under ``data/sets``."""
+    from PIL import Image
+
+    per_class = SMALL[name][1][SPLITS.index(split)]
+    images = render.render(name, split, per_class)  # (classes * per_class, 1, 28, 28)
+    rows = images.view(-1, per_class, render.SIZE, render.SIZE).permute(0, 2, 1, 3)
+    sheet = rows.reshape(-1, per_class * render.SIZE).numpy()  # (classes * 28, per_class * 28)
+    picture = Image.fromarray(sheet // 17, mode="P")
+    picture.putpalette([17 * i for i in range(16) for _ in "rgb"])
+    file = sheet_file(name, split)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    picture.save(file, bits=4, optimize=True)
+    return file
+
+
+def _small(name: str, split: str, kept: range) -> tuple[Tensor, int]:
+    """Images (n, 1, 28, 28) of some classes of a set that ships, class by class; number per class."""
+    from PIL import Image
+
+    per_class = SMALL[name][1][SPLITS.index(split)]
+    file = sheet_file(name, split)
+    if split == "train" and not file.exists():
+        drawn = render.render(name, split, per_class)  # all classes: they share one generator
+        rows = drawn[kept.start * per_class : kept.stop * per_class]
+        return rows.clone() if len(rows) < len(drawn) else drawn, per_class
+    if not file.exists():
+        raise InputError(
+            f"expected the set {name!r} in {file}, found no such file; run python -m rmm_lab.zoo.build"
+        )
+    with Image.open(file) as picture:
+        box = (0, kept.start * render.SIZE, picture.width, kept.stop * render.SIZE)
+        sheet = torch.from_numpy(np.array(picture.crop(box).convert("L")))
+    # (classes * 28, per_class * 28) -> (classes * per_class, 1, 28, 28)
+    rows = sheet.view(-1, render.SIZE, per_class, render.SIZE).permute(0, 2, 1, 3)
+    return rows.reshape(-1, 1, render.SIZE, render.SIZE).contiguous(), per_class
+
+
+def _fit(images: Tensor, fmt: InputFormat) -> Tensor:
+    """uint8 images resized to another model's size and number of channels."""
+    if tuple(images.shape[2:]) != fmt.shape[1:]:
+        resized = torch.nn.functional.interpolate(
+            images.float(), size=fmt.shape[1:], mode="bicubic", antialias=True
+        )
+        images = resized.round().clamp(0, 255).to(torch.uint8)
+    return images.expand(-1, fmt.shape[0], -1, -1)

@@ -1,0 +1,324 @@
+"""Language tasks: multiple choice, scored by the log-probability that a T5 gives to each choice.
+
+The counterpart of ``tasks``: the same three splits, the same methods. Where a task comes from and how a
+row becomes a prompt is the matter of ``formats``; the small tasks that ship are made by ``grammar``.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from rmm_lab.errors import InputError
+from rmm_lab.families.checkpoint import Checkpoint, write_file
+from rmm_lab.families.t5 import TextBatch
+from rmm_lab.tasks import small_texts as grammar
+from rmm_lab.tasks import text_formats as formats
+from rmm_lab.tasks.image_task import SPLITS, data_folder
+from rmm_lab.tasks.metrics import mean_of
+
+# Rows of the small tasks in reward and test; the train split is made when something asks for it.
+SIZES = {"reward": 800, "test": 1_200}
+METRICS = ("auto", "accuracy", "balanced")
+SKEWED = 0.6  # share of one answer in the reward split from which "auto" balances a task
+# Rows of an embedding that no token of its tokenizer may use: T5's is padded by 28 to 32,128.
+_SPARE = 256
+
+
+@dataclass(frozen=True)
+class TextFormat:
+    """What a T5 takes: its tokenizer, its longest input (tokens), and three tokens by number."""
+
+    tokenizer: Any = field(repr=False)
+    max_length: int
+    pad: int
+    end: int
+    start: int
+
+    @classmethod
+    def of(cls, checkpoint: Checkpoint) -> TextFormat:
+        """From a checkpoint's folder; InputError where the tokenizer is missing or not this model's."""
+        tokenizer, settings = _read_tokenizer(checkpoint)
+        config = checkpoint.config
+        pad, end = (config.get(f"{n}_token_id", i) for i, n in enumerate(("pad", "eos")))
+        for name, default, number in (("pad", "<pad>", pad), ("eos", "</s>", end)):
+            token = settings.get(f"{name}_token", default)
+            token = token.get("content") if isinstance(token, dict) else token
+            found = tokenizer.token_to_id(str(token or default))
+            if found != number:
+                raise InputError(
+                    f"model {checkpoint.source!r}: expected a tokenizer whose {name} token is number "
+                    f"{number} as its config.json says, found {token!r} at number {found}; put the "
+                    "model's own tokenizer into its folder"
+                )
+        rows, size = len(checkpoint.weights["shared.weight"]), tokenizer.get_vocab_size()
+        highest = max(tokenizer.get_vocab().values()) + 1
+        if highest > rows or rows - size > _SPARE:
+            raise InputError(
+                f"model {checkpoint.source!r}: expected a tokenizer of at most {rows} tokens (and at "
+                f"most {_SPARE} fewer) as the model has embeddings, found {max(size, highest)}; put "
+                "the model's own tokenizer into its folder"
+            )
+        start = config.get("decoder_start_token_id")
+        # Relative positions have no end; this is the length that the model was trained on.
+        longest = config.get("n_positions") or 512
+        return cls(tokenizer, int(longest), pad, end, pad if start is None else start)
+
+    def check_expert(self, expert: Checkpoint) -> None:
+        """Raise InputError if an expert brings another tokenizer; without one, it has the base's."""
+        if not any((expert.folder / n).is_file() for n in ("tokenizer.json", "spiece.model")):
+            return
+        own, _ = _read_tokenizer(expert)
+        mine, theirs = self.tokenizer.get_vocab(), own.get_vocab()
+        if mine != theirs:
+            other = min(mine.items() ^ theirs.items())[0]
+            raise InputError(
+                f"expert {expert.source!r}: expected the tokenizer of its base, found another one (they "
+                f"differ in {other!r}); merge only models fine-tuned from one base"
+            )
+
+    def encode(self, texts: Sequence[str]) -> list[list[int]]:
+        """Tokens of each text, the end token included."""
+        found = self.tokenizer.encode_batch(list(texts), add_special_tokens=False)
+        return [[*text.ids, self.end] for text in found]
+
+
+def _read_tokenizer(checkpoint: Checkpoint) -> tuple[Any, dict[str, Any]]:
+    """A Rust tokenizer without padding and truncation, and tokenizer_config.json."""
+    folder, settings = checkpoint.folder, {}
+    try:
+        if (folder / "tokenizer_config.json").is_file():
+            settings = json.loads((folder / "tokenizer_config.json").read_text("utf-8"))
+            if not isinstance(settings, dict):
+                raise TypeError(f"tokenizer_config.json holds a {type(settings).__name__}")
+        if (folder / "tokenizer.json").is_file():
+            from tokenizers import Tokenizer
+
+            tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+        elif (folder / "spiece.model").is_file():
+            from transformers import AutoTokenizer
+
+            try:
+                tokenizer = AutoTokenizer.from_pretrained(str(folder)).backend_tokenizer
+            except Exception as error:
+                raise InputError(
+                    f"model {checkpoint.source!r}: expected tokenizer.json in {folder}, found spiece.model "
+                    f"alone, which cannot be read here ({type(error).__name__}); pip install "
+                    "sentencepiece protobuf, or put the model's tokenizer.json beside it"
+                ) from error
+        else:
+            raise InputError(
+                f"model {checkpoint.source!r}: expected its tokenizer (tokenizer.json or spiece.model) "
+                f"in {folder}, found none; save it there with tokenizer.save_pretrained"
+            )
+    except InputError:
+        raise
+    except Exception as error:  # tokenizers raises bare Exceptions
+        raise InputError(
+            f"model {checkpoint.source!r}: expected a tokenizer that can be read in {folder}, found a "
+            f"broken one ({type(error).__name__}: {error}); save it again with "
+            "tokenizer.save_pretrained"
+        ) from error
+    tokenizer.no_padding()
+    tokenizer.no_truncation()
+    return tokenizer, settings
+
+
+@dataclass(frozen=True)
+class TextSplit:
+    """Tokens of n rows. ``inputs``: n lists; ``choices``: n lists of C lists; ``labels``: (n,) int64.
+
+    ``cut``: inputs that were longer than the model takes, and lost their end.
+    """
+
+    inputs: list[list[int]] = field(repr=False)
+    choices: list[list[list[int]]] = field(repr=False)
+    labels: Tensor = field(repr=False)
+    cut: int = 0
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+
+class TextTask:
+    """A multiple-choice task with three splits, read and tokenised when first asked for and kept.
+
+    Args:
+        source: a name that ships (``grammar.TASKS``) or whatever ``formats.load`` reads: a folder or
+            file of jsonl, ``FORMAT:FOLDER`` or ``FORMAT:hf-hub``.
+        text_format: what the models take.
+        metric: ``accuracy``, ``balanced`` (the mean over answers of the share found right, for tasks whose
+            rows all have the same choices), or ``auto``: balanced where one answer is that of 60 % or
+            more of the reward split, accuracy elsewhere.
+        normalise_length: divide a choice's log-probability by its number of tokens (the end token
+            counts); the paper takes the sum.
+    """
+
+    def __init__(
+        self,
+        source: str,
+        text_format: TextFormat,
+        *,
+        metric: str = "auto",
+        normalise_length: bool = False,
+    ) -> None:
+        if metric not in METRICS:
+            raise InputError(f"metric: expected one of {', '.join(METRICS)}, found {metric!r}")
+        self.source, self.format, self.normalise_length = source, text_format, normalise_length
+        self._splits: dict[str, TextSplit] = {}
+        self._padded: dict[str, TextBatch] = {}
+        self._asked_metric = metric
+        if source in grammar.TASKS:
+            self.name = source
+            self._rows: dict[str, list[dict[str, Any]]] = {}  # read when first asked for
+        else:
+            head, _, rest = source.partition(":")
+            place = rest if head in formats.FORMATS else source
+            hub = place.startswith("hf-hub")
+            name = Path(place).expanduser().resolve().name
+            self.name = head if hub else re.sub(r"\.(jsonl|tsv|csv)$", "", name)
+            self._rows = formats.load(source)
+
+    # --------------------------------------------------------------------------------- what is asked
+
+    def rows(self, name: str) -> list[dict[str, Any]]:
+        """A split as ``input``, ``choices``, ``label``."""
+        if name not in SPLITS:
+            raise InputError(f"split {name!r}: expected one of {', '.join(SPLITS)}")
+        if name not in self._rows:
+            self._rows[name] = _small(self.source, name)
+        return self._rows[name]
+
+    def split(self, name: str) -> TextSplit:
+        """The split ``train``, ``reward`` or ``test``, tokenised."""
+        if name not in self._splits:
+            rows, encode = self.rows(name), self.format.encode
+            inputs = encode([row["input"] for row in rows])
+            longest = self.format.max_length
+            flat = iter(encode([choice for row in rows for choice in row["choices"]]))
+            choices = [[next(flat) for _ in row["choices"]] for row in rows]
+            self._splits[name] = TextSplit(
+                [x if len(x) <= longest else [*x[: longest - 1], self.format.end] for x in inputs],
+                choices,
+                torch.tensor([row["label"] for row in rows]),
+                sum(len(x) > longest for x in inputs),
+            )
+        return self._splits[name]
+
+    def batch(self, name: str, rows: np.ndarray | slice) -> TextBatch:
+        """Some rows of a split, padded to their longest."""
+        if name not in self._padded:
+            self._padded[name] = self._pad(self.split(name))
+        whole = self._padded[name]
+        ids, mask, choices, shifted, shares = (tensor[rows] for tensor in whole)
+        s = int(mask.sum(-1).max())
+        there = shares > 0  # (n, C, T)
+        c, t = int(there.any(-1).sum(-1).max()), int(there.sum(-1).max())
+        return TextBatch(
+            ids[:, :s], mask[:, :s], choices[:, :c, :t], shifted[:, :c, :t], shares[:, :c, :t]
+        )
+
+    def _pad(self, data: TextSplit) -> TextBatch:
+        """A whole split, padded to its longest row."""
+        longest = max(map(len, data.inputs))
+        c = max(map(len, data.choices))
+        t = max(len(choice) for row in data.choices for choice in row)
+        ids = torch.full((len(data), longest), self.format.pad)
+        choices = torch.full((len(data), c, t), self.format.pad)
+        shares = torch.zeros(len(data), c, t)
+        for i, (tokens, row) in enumerate(zip(data.inputs, data.choices, strict=True)):
+            ids[i, : len(tokens)] = torch.tensor(tokens)
+            for j, choice in enumerate(row):
+                choices[i, j, : len(choice)] = torch.tensor(choice)
+                shares[i, j, : len(choice)] = 1 / len(choice) if self.normalise_length else 1
+        mask = (
+            torch.arange(longest) < torch.tensor([len(x) for x in data.inputs])[:, None]
+        )  # (n, S)
+        start = torch.full((len(data), c, 1), self.format.start)
+        shifted = torch.cat([start, choices[..., :-1]], -1)  # (n, C, T)
+        return TextBatch(ids, mask, choices, shifted, shares)
+
+    # ----------------------------------------------------------------------------------- how it is scored
+
+    @cached_property
+    def metric(self) -> str:
+        """``accuracy`` or ``balanced``."""
+        if self._asked_metric == "accuracy":
+            return "accuracy"
+        skewed = self.answers is not None and formats.majority(self.rows("reward"))[1] >= SKEWED
+        if self._asked_metric == "balanced" and self.answers is None:
+            raise InputError(
+                f"texts {self.source!r}: expected the same choices in every row, which the balanced "
+                "metric needs, found different ones; use --metric accuracy"
+            )
+        return "balanced" if skewed or self._asked_metric == "balanced" else "accuracy"
+
+    @cached_property
+    def answers(self) -> list[str] | None:
+        """The choices of every row, or None where rows have choices of their own."""
+        rows = self.rows("reward")
+        first = rows[0]["choices"]
+        return list(first) if all(row["choices"] == first for row in rows) else None
+
+    def score(self, found: Tensor, labels: Tensor) -> float:
+        """The metric of the choices found: both (n,) -> [0, 1]."""
+        return mean_of(self.metric, (found == labels).double(), labels)
+
+    def majority(self, name: str) -> tuple[float, float]:
+        """Metric and plain accuracy of giving the reward split's most frequent answer to all of a split.
+
+        Without common answers: chance, the mean of 1 / number of choices.
+        """
+        rows = self.rows(name)
+        if self.answers is None:
+            return (formats.chance(rows),) * 2
+        always, labels = formats.majority(self.rows("reward"))[0], self.split(name).labels
+        found = torch.full_like(labels, always)
+        return self.score(found, labels), float((found == labels).float().mean())
+
+    def chance(self, name: str) -> float:
+        """Expected accuracy of guessing: the mean of 1 / number of choices."""
+        return formats.chance(self.rows(name))
+
+
+# ------------------------------------------------------------------------------ the tasks that ship
+
+
+def train_size(name: str) -> int:
+    """Rows of a small task's train split: what its grammar can say, within reason."""
+    return 40_000 if name == "colours" else 8_000
+
+
+def rows_file(name: str, split: str) -> Path:
+    """The jsonl of a split that ships."""
+    return data_folder() / "sets" / f"{name}-{split}.jsonl"
+
+
+def write_rows(name: str, split: str) -> Path:
+    """Make a split anew and store it as jsonl under ``data/sets``."""
+    file = rows_file(name, split)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    lines = [json.dumps(row) for row in grammar.rows(name, split, SIZES[split])]
+    write_file(file, ("\n".join(lines) + "\n").encode())
+    return file
+
+
+def _small(name: str, split: str) -> list[dict[str, Any]]:
+    file = rows_file(name, split)
+    if split == "train" and not file.exists():
+        return grammar.rows(name, split, train_size(name))
+    if not file.exists():
+        raise InputError(
+            f"expected the set {name!r} in {file}, found no such file; run python -m rmm_lab.zoo.build "
+            "--only text-sets"
+        )
+    return formats.read(file)

@@ -1,0 +1,1 @@
+"""Where checkpoints come from: training, and the models that ship."""
