@@ -10,9 +10,9 @@ from typing import Any
 
 from rmm_lab.errors import InputError
 from rmm_lab.families.checkpoint import Checkpoint, read_checkpoint, write_checkpoint
+from rmm_lab.families.shipped import locate
 from rmm_lab.layers import LayerPool
 from rmm_lab.reward import Path, Step
-from rmm_lab.zoo.build import locate
 
 SCHEMA = "rmm_lab/layer-path/1"
 _OLD_SCALES = "task_arithmetic:scale="  # older files have a step's scales in its source
