@@ -244,7 +244,9 @@ class LayerPool:
         if not scales:
             return self._operator(source)
         if source != SCALED:
-            raise InputError(f"scales: expected with {SCALED}, found with {source!r}; leave them out")
+            raise InputError(
+                f"scales: expected with {SCALED}, found with {source!r}; leave them out"
+            )
         return lambda base, experts, _: arithmetic(base, experts, scale=scales)
 
     def _mask(self, source: str, k: int) -> torch.Generator | None:

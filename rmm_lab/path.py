@@ -142,7 +142,9 @@ class LayerPath:
         """
         return (pool or self.load_pool()).assemble(self.path)
 
-    def save_pretrained(self, folder: str | pathlib.Path, pool: LayerPool | None = None) -> pathlib.Path:
+    def save_pretrained(
+        self, folder: str | pathlib.Path, pool: LayerPool | None = None
+    ) -> pathlib.Path:
         """Write the merged model as a folder that timm or transformers loads.
 
         ``timm.create_model("local-dir:FOLDER", pretrained=True)`` or

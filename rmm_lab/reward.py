@@ -102,7 +102,7 @@ BATCH = 64  # examples that go through a model at a time
 
 
 class Task(Protocol):
-    """What evaluation needs of a task; ``tasks.image_task.Task`` and ``tasks.text_task.TextTask`` are such."""
+    """What evaluation needs of a task, of images or texts."""
 
     name: str
     metric: Any  # the metric's name, a str
@@ -155,7 +155,9 @@ def predict_all(
 
     The stem is the path's first step if that is at layer -1, else the base's.
     """
-    first, steps = (path[0], path[1:]) if path[:1] and path[0].layer < 0 else (Step("base", -1), path)
+    first, steps = (
+        (path[0], path[1:]) if path[:1] and path[0].layer < 0 else (Step("base", -1), path)
+    )
     stem, layers = pool.stem(first.source, first.scales), [pool.layer(*step) for step in steps]
     return [
         predict(pool.architecture, stem, layers, pool.heads[name], task, split, device=device)
@@ -168,4 +170,6 @@ def evaluate(
 ) -> np.ndarray:
     """Each task's metric of a path on a whole split, (N,) in [0, 1]; ``reward`` of it is Eq. 7."""
     answers = predict_all(pool, tasks, path, split, device)
-    return np.array([t.score(a, t.split(split).labels) for t, a in zip(tasks, answers, strict=True)])
+    return np.array(
+        [t.score(a, t.split(split).labels) for t, a in zip(tasks, answers, strict=True)]
+    )
