@@ -72,7 +72,7 @@ class Problem:
     """
 
     pool: LayerPool
-    tasks: list[Any]  # one per expert, of the experts' family
+    tasks: list[Any]  # a task per expert, of the pool's family
     spec: ProblemSpec
     multi_task: Checkpoint | None = None
     device: str = "cpu"
