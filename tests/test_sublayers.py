@@ -8,8 +8,8 @@ import pytest
 import timm
 import torch
 from conftest import TINY
+from t5_models import ROWS, batch_of, by_hand, close, hf_model, logits_of, run
 from test_models import VARIANTS, config_of, images, timm_model
-from test_t5 import ROWS, batch_of, by_hand, close, hf_model, logits_of, run
 from torch import nn
 from transformers import T5ForConditionalGeneration
 
