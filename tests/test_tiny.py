@@ -11,7 +11,7 @@ import torch
 from rmm_lab.course import tiny
 from rmm_lab.env import MergingEnv
 from rmm_lab.errors import InputError
-from rmm_lab.figures import facade as pictures
+from rmm_lab.figures import searches as figures
 
 
 @pytest.fixture(scope="module")
@@ -139,7 +139,7 @@ def test_pictures_show_what_their_formulas_say():
 
 
 def test_neighbours_change_one_place_and_keep_its_layer():
-    found = pictures.neighbours(((2, 0), (0, 1)), 3)
+    found = figures.neighbours(((2, 0), (0, 1)), 3)
     assert found == [
         [((0, 0), (0, 1)), ((1, 0), (0, 1)), ((2, 0), (0, 1))],
         [((2, 0), (0, 1)), ((2, 0), (1, 1)), ((2, 0), (2, 1))],
@@ -147,6 +147,6 @@ def test_neighbours_change_one_place_and_keep_its_layer():
 
 
 def test_the_legend_of_sorted_rewards_tells_ranks():
-    figure = pictures.sorted_rewards(np.array([0.2, 0.9, 0.5]), {"a": 2, "b": 0}, top=2)
+    figure = figures.sorted_rewards(np.array([0.2, 0.9, 0.5]), {"a": 2, "b": 0}, top=2)
     texts = [t.get_text() for t in figure.axes[0].get_legend().get_texts()]
     assert texts == ["the 2 best of 3 paths", "a: rank 2, 50.0 %", "b: rank 3, 20.0 %"]

@@ -10,9 +10,39 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from rmm_lab.engine.scorer import Path
-from rmm_lab.evidence.pages import mean_and_sd
+from rmm_lab.errors import InputError
 from rmm_lab.figures.paths import COLOURS, HATCHES, moving_average
+from rmm_lab.reward import Path
+
+# ------------------------------------------------------------------------------------ statistics
+
+
+def t_interval(values: Sequence[float] | np.ndarray) -> tuple[float, float]:
+    """Mean and half width of its 95 % confidence interval: ``mean ± t sd / sqrt(n)``, Student's t."""
+    from scipy.special import stdtrit
+
+    v = np.asarray(values, float)
+    if len(v) < 2:
+        raise InputError(f"t_interval: expected at least 2 values, found {len(v)}; give more")
+    return float(v.mean()), float(stdtrit(len(v) - 1, 0.975) * v.std(ddof=1) / len(v) ** 0.5)
+
+
+def mean_and_sd(
+    rows: Sequence[Mapping[str, Any]], value: str, *keys: str
+) -> dict[tuple[Any, ...], tuple[int, float, float]]:
+    """Group rows by ``keys``: key values -> (number, mean, sample standard deviation).
+
+    The deviation of a single row is NaN. Groups come in the order of their first row.
+    """
+    groups: dict[tuple[Any, ...], list[float]] = {}
+    for row in rows:
+        groups.setdefault(tuple(row[k] for k in keys), []).append(float(row[value]))
+    return {
+        k: (len(v), float(np.mean(v)), float(np.std(v, ddof=1)) if len(v) > 1 else np.nan)
+        for k, v in groups.items()
+    }
+
+
 
 # ------------------------------------------------------------------------------------ notebooks 06 and 07
 
@@ -278,23 +308,23 @@ def sorted_rewards(rewards: np.ndarray, marks: Mapping[str, int], top: int | Non
     return figure
 
 
-def neighbours(path: Path, n_sources: int) -> list[list[Path]]:
-    """What a path becomes if one place takes another source: [place][source] -> path."""
+def neighbours(path: Path, sources: Sequence[str]) -> list[list[Path]]:
+    """Every path that differs from this one in one place: [place][source] -> path."""
     return [
-        [(*path[:i], (a, k), *path[i + 1 :]) for a in range(n_sources)]
-        for i, (_, k) in enumerate(path)
+        [(*path[:i], step._replace(source=source, scales=()), *path[i + 1 :]) for source in sources]
+        for i, step in enumerate(path)
     ]
 
 
 def one_place(rewards: np.ndarray, path: Path, sources: Sequence[str]) -> Figure:
-    """Rewards (T, N+M) of a path's ``neighbours`` as a heat map; the path's own places are framed."""
+    """Rewards (T, N+M) of a path's ``neighbours`` as a heat map; the path's own sources are framed."""
     figure = Figure(figsize=(1.6 + 1.3 * len(path), 1.3 + 0.5 * len(sources)), layout="constrained")
     axes = figure.subplots()
     percent = 100 * rewards.T  # (N+M, T)
     image = axes.imshow(percent, cmap="cividis", aspect="auto")
     middle = (percent.min() + percent.max()) / 2
     for (a, i), value in np.ndenumerate(percent):
-        own = path[i][0] == a
+        own = path[i].source == sources[a]
         text = f"{value:.1f}" + (" ◆" if own else "")
         axes.text(
             i, a, text, ha="center", va="center", color="black" if value > middle else "white"
@@ -302,7 +332,7 @@ def one_place(rewards: np.ndarray, path: Path, sources: Sequence[str]) -> Figure
         if own:
             frame = Rectangle((i - 0.47, a - 0.47), 0.94, 0.94, fill=False, ec=COLOURS[1], lw=3)
             axes.add_patch(frame)
-    axes.set_xticks(range(len(path)), [str(k) for _, k in path])
+    axes.set_xticks(range(len(path)), [str(step.layer) for step in path])
     axes.set_yticks(range(len(sources)), sources)
     axes.set_xlabel("layer whose source is changed")
     figure.colorbar(image, ax=axes, label="reward, %")
