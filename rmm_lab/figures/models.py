@@ -13,35 +13,34 @@ from matplotlib.ticker import MaxNLocator, MultipleLocator
 from torch import Tensor
 
 from rmm_lab.errors import InputError
-from rmm_lab.figures.paths import COLOURS, HATCHES, draw_map
+from rmm_lab.figures.paths import COLOURS, DIFFERENCES, HATCHES, draw_map, on_cell
+from rmm_lab.reward import Path
 
 # ------------------------------------------------------------------------------------ notebooks 00 and 01
 
 
-def walk_order(steps: Sequence[tuple[str, int]], sources: Sequence[str]) -> list[tuple[int, int]]:
-    """Where a path's steps stand in the drawing: (column of the source, row of the layer), in order.
+def walk_order(path: Path, sources: Sequence[str]) -> list[tuple[int, int]]:
+    """Where each step of a path is drawn: (column of the source, row of the layer), in order.
 
     Raises InputError for a source that has no column.
     """
-    places = []
-    for source, k in steps:
-        if source not in sources:
+    for step in path:
+        if step.source not in sources:
             raise InputError(
-                f"step {source!r}: expected one of {', '.join(sources)}; draw its source too"
+                f"step {step}: expected one of {', '.join(sources)}; draw its source too"
             )
-        places.append((list(sources).index(source), k))
-    return places
+    return [(list(sources).index(step.source), step.layer) for step in path]
 
 
 def rmm_picture(
-    steps: Sequence[tuple[str, int]], models: Sequence[str], operators: Sequence[str], n_layers: int
+    path: Path, models: Sequence[str], operators: Sequence[str], n_layers: int
 ) -> Figure:
     """RMM in one picture: sources as columns of layers, the walk through them, the merged stack.
 
-    ``steps``: (source, layer) of an example path without skip and back. The paper's Fig. 2, drawn anew.
+    ``path``: an example without skip and back. After the paper's Fig. 2.
     """
     sources = [*models, *operators]
-    places = walk_order(steps, sources)
+    places = walk_order(path, sources)
     figure = Figure(figsize=(9.5, 4.6), layout="constrained")
     axes: Any = figure.subplots()
     for a, source in enumerate(sources):
@@ -264,12 +263,11 @@ def gains_picture(
     figure = Figure(figsize=(8.5, 0.6 + len(titles) * (0.75 + 0.34 * len(sources))))
     figure.set_layout_engine("constrained")
     panels: Any = figure.subplots(len(titles), 1, squeeze=False)[:, 0]
-    low, high = float(gains.min()), float(gains.max())
+    most = float(np.abs(gains).max()) or 1.0
     for axes, values, title in zip(panels, gains, titles, strict=True):
-        axes.imshow(values, cmap="cividis", vmin=low, vmax=high, aspect="auto")
+        axes.imshow(values, cmap=DIFFERENCES, vmin=-most, vmax=most, aspect="auto")
         for (a, p), v in np.ndenumerate(values):
-            dark = v < (low + high) / 2
-            text = {"color": "white" if dark else "black", "ha": "center", "va": "center"}
+            text = {"color": on_cell(abs(v) / most), "ha": "center", "va": "center"}
             axes.text(p, a, f"{v:+.1f}", fontsize=9, **text)
         for p, a in enumerate(values.argmax(0)):
             if values[a, p] > 0:

@@ -12,36 +12,37 @@ from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from rmm_lab.figures.paths import COLOURS
+from rmm_lab.figures.paths import COLOURS, COUNTS, on_cell, with_stem
 from rmm_lab.operators import parse_operator
+from rmm_lab.reward import Path, Step
 
 # ---- notebook 08
 
 LINEAR = ("task_arithmetic", "weight_average", "weighted_average")  # sums of scaled task vectors
 
 
-def amounts(source: str, names: Sequence[str]) -> np.ndarray:
-    """How much of each expert's task vector a source adds to the base: (N,).
+def amounts(step: Step, names: Sequence[str]) -> np.ndarray:
+    """How much of each expert's task vector a step adds to the base: (N,).
 
-    1 of its own for an expert, its scales for task arithmetic; NaN where a source trims or drops.
+    1 of its own for an expert, its scales for task arithmetic; NaN where the source trims or drops.
     """
-    if source == "base":
+    if step.scales:
+        return np.array(step.scales)
+    if step.source == "base":
         return np.zeros(len(names))
-    if source in names:
-        return np.eye(len(names))[list(names).index(source)]
-    spec = parse_operator(source)
+    if step.source in names:
+        return np.eye(len(names))[list(names).index(step.source)]
+    spec = parse_operator(step.source)
     if spec.function not in LINEAR:
         return np.full(len(names), np.nan)
     return spec(torch.zeros(len(names)), torch.eye(len(names))).double().numpy()
 
 
-def path_amounts(
-    steps: Sequence[tuple[str, int]], stem: str, names: Sequence[str], n_layers: int
-) -> np.ndarray:
+def path_amounts(path: Path, names: Sequence[str], n_layers: int, stem: str = "base") -> np.ndarray:
     """``amounts`` at each place of a path: (N, 1 + L), the stem first; NaN where it takes no layer."""
     out = np.full((len(names), 1 + n_layers), np.nan)
-    for source, k in [(stem, -1), *steps]:
-        out[:, 1 + k] = amounts(source, names)
+    for step in with_stem(path, stem):
+        out[:, 1 + step.layer] = amounts(step, names)
     return out
 
 
@@ -52,12 +53,12 @@ def amounts_picture(found: Mapping[str, Mapping[str, np.ndarray]]) -> Figure:
     grid = figure.subplots(rows, 2, squeeze=False)
     for axes, (group, own) in zip(grid.flat, found.items(), strict=False):
         values = np.stack(list(own.values()))  # (N, 1 + L)
-        axes.imshow(values, cmap="cividis", vmin=0, vmax=1, aspect="auto")
+        axes.imshow(values, cmap=COUNTS, vmin=0, vmax=1, aspect="auto")
         for (y, x), value in np.ndenumerate(values):
             if not np.isnan(value):
-                colour = "black" if value >= 0.5 else "white"
                 text = f"{value:.1f}".replace("0.", ".")
-                axes.text(x, y, text, ha="center", va="center", fontsize=8, color=colour)
+                look = {"ha": "center", "va": "center", "color": on_cell(value)}
+                axes.text(x, y, text, fontsize=8, **look)
         axes.set_title(group, fontsize=10)
         axes.set_xticks(range(values.shape[1]), ["stem", *range(values.shape[1] - 1)], fontsize=9)
         axes.set_yticks(range(len(own)), list(own), fontsize=9)
