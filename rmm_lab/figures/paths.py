@@ -330,12 +330,15 @@ def replay_picture(
     merging_map: np.ndarray,
     actions: Sequence[str],
     first: int,
-    stacks: Sequence[range] = (),
+    stacks: Sequence[range],
+    agent_stacks: Sequence[range],
+    title: str = "the policy that acted: mean probability",
     width: int = 50,
 ) -> Figure:
-    """A search at one episode: rewards so far and to come, the policy that acted, the episode's map.
+    """A search at one episode: all rewards, the agent's policy under a ``title``, the episode's map.
 
-    rewards: (T,) raw, in [0, 1]; policy: (P, A), NaN at places never visited; merging_map: (N+M, P).
+    rewards: (T,) raw, in [0, 1]; policy: (P, A), NaN at places never visited; merging_map: (N+M, P').
+    The policy's places are those of ``agent_stacks``: blocks, where those of ``stacks`` are sublayers.
     """
     n_places = len(policy)
     figure = Figure(
@@ -369,12 +372,16 @@ def replay_picture(
         y = (len(actions) - 1) / 2
         box = {"fc": "white", "ec": "none", "pad": 1}
         left.text(x, y, "not visited", rotation=90, ha="center", va="center", fontsize=8, bbox=box)
-    _places(left, first, n_places, stacks)
+    _places(left, first, n_places, agent_stacks)
     left.set_yticks(range(len(actions)), actions, fontsize=9)
-    left.set_title("the policy that acted: mean probability", fontsize=10)
+    left.set_title(title, fontsize=10)
     draw_map(right, merging_map, actions, first, stacks)
     right.set_yticks(range(len(actions)), [""] * len(actions))
     right.set_title(f"merging map of episode {episode}", fontsize=10)
+    if tuple(stacks) != tuple(agent_stacks):
+        left.set_xlabel("block", fontsize=9)
+        right.set_xlabel("sublayer", fontsize=9)
+        right.tick_params("x", rotation=90, labelsize=8)  # twice as many, in the same width
     return figure
 
 
