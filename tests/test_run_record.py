@@ -179,7 +179,7 @@ def test_the_problem_of_another_search_is_refused(searched, tiny):
 @pytest.mark.parametrize(
     ("name", "content"),
     [
-        ("episodes.csv", b"episode,path\n0\n"),  # half a line
+        ("episodes.csv", b"path,episode\nm0@0\n"),  # half a line
         ("updates.csv", b"\xff\xfe"),  # bytes that are no text
         ("finalists.json", b"["),
         ("policies.safetensors", b"x"),
@@ -194,7 +194,7 @@ def test_a_folder_that_is_not_whole_is_refused(searched, tmp_path, name, content
     (tmp_path / name).unlink()
     if content is not None:
         (tmp_path / name).write_bytes(content)
-    with pytest.raises(InputError, match="none that can be read"):
+    with pytest.raises(InputError, match=r"none that can be read|an altered one"):
         Run.read(tmp_path)
 
 

@@ -17,9 +17,10 @@ from rmm_lab.engine.scorer import Scorer
 from rmm_lab.errors import InputError
 from rmm_lab.figures.paths import place_name, with_stem
 from rmm_lab.reward import Path, Step, parse_path
+from rmm_lab.search.config import read_config
 from rmm_lab.search.pipeline import Result
 from rmm_lab.search.problem import Problem, problem_of
-from rmm_lab.search.run_folder import Row, RunFolder, from_csv
+from rmm_lab.search.run_folder import Row, RunFolder
 
 
 @dataclass
@@ -48,20 +49,17 @@ class Run:
 
         Raises InputError if the search has not ended, a file cannot be read, or the problem is another one.
         """
-        folder = Folder(folder)
-        config = RunFolder.read_config(folder)
+        files = RunFolder(Folder(folder))
+        config = read_config(files.read_config(), folder)
+        episodes, updates = files.read_rows("episodes.csv"), files.read_rows("updates.csv")
         try:
-            finalists = json.loads((folder / "finalists.json").read_text("utf-8"))
-            episodes, updates = (
-                from_csv((folder / f"{name}.csv").read_text("utf-8"))
-                for name in ("episodes", "updates")
-            )
-            policies = load_file(folder / "policies.safetensors")["policies"]
-        except (OSError, LookupError, SafetensorError, TypeError, ValueError) as error:
+            finalists = json.loads((Folder(folder) / "finalists.json").read_text("utf-8"))
+            policies = load_file(Folder(folder) / "policies.safetensors")["policies"]
+        except (OSError, LookupError, SafetensorError, ValueError) as error:
             raise InputError(
-                f"run folder {folder}: expected finalists.json, episodes.csv, updates.csv and "
-                f"policies.safetensors of a finished search, found none that can be read ({error!r}); "
-                "finish it with --resume, or name another folder"
+                f"run folder {folder}: expected finalists.json and policies.safetensors of a finished "
+                f"search, found none that can be read ({error!r}); finish it with --resume, or name "
+                "another folder"
             ) from error
         if problem is not None and problem.spec != config.problem:
             raise InputError(
