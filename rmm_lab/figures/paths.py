@@ -116,7 +116,7 @@ def _path_size(paths: Sequence[Path], sources: Sequence[str], n_layers: int) -> 
     longest = max(len(path) for path in paths)
     width = max(6.0, 0.8 * max(min(longest, BOXES), min(n_layers, BOXES)) + 3, 0.45 * n_layers + 3)
     rows = sum(-(-len(path) // BOXES) for path in paths)
-    return width, len(paths) * (1.2 + 0.32 * len(sources)) + 0.7 * rows
+    return width, len(paths) * (1.0 + 0.25 * len(sources)) + 0.7 * rows
 
 
 def _draw_path(
@@ -185,14 +185,15 @@ def draw_map(
     axes.imshow(counts, cmap=COUNTS, vmin=0, vmax=most, aspect="auto")
     # Thin lines between the cells, so that two counted neighbours read as two choices.
     axes.vlines(np.arange(1, n_places) - 0.5, -0.5, len(counts) - 0.5, color="0.75", lw=0.5)
-    axes.hlines(np.arange(1, len(counts)) - 0.5, -0.5, n_places - 0.5, color="0.75", lw=0.5)
+    below = len(counts) + (len(names) > len(counts))
+    axes.hlines(np.arange(1, below) - 0.5, -0.5, n_places - 0.5, color="0.75", lw=0.5)
     for (a, x), n in np.ndenumerate(counts):
         if n:
             text, size = (f"{n:.0f}", 9) if n == round(n) else (f"{n:.2f}".replace("0.", "."), 7)
             colour = on_cell(n / most)
             axes.text(x, a, text, ha="center", va="center", fontsize=size, color=colour)
     _places(axes, first, n_places, stacks)
-    axes.set_yticks(range(len(names)), names, fontsize=9)
+    axes.set_yticks(range(len(names)), list(map(short_name, names)), fontsize=9)
     axes.set_ylim(len(names) - 0.5, -0.5)
     if len(names) > len(counts):
         x, y = (n_places - 1) / 2, (len(counts) + len(names) - 1) / 2
@@ -307,7 +308,7 @@ def paths_picture(
     tasks = list(next(iter(scores.values()), {}))
     heights = [height + 0.3 for _, height in sizes]
     if scores:
-        heights.append(0.9 + 0.28 * len(scores) * (len(tasks) + 1))
+        heights.append(0.8 + 0.24 * len(scores) * (len(tasks) + 1))
     width = max((w for w, _ in sizes), default=7.0)
     figure = Figure(figsize=(width, sum(heights)), layout="constrained")
     parts = figure.subfigures(len(heights), 1, height_ratios=heights, squeeze=False)[:, 0]
@@ -342,9 +343,9 @@ def replay_picture(
     """
     n_places = len(policy)
     figure = Figure(
-        figsize=(3.5 + max(5.0, 0.75 * n_places), 3.6 + 0.27 * len(actions)), layout="constrained"
+        figsize=(3.5 + max(5.0, 0.75 * n_places), 3.1 + 0.25 * len(actions)), layout="constrained"
     )
-    grid = figure.add_gridspec(2, 2, height_ratios=[2.2, 0.8 + 0.27 * len(actions)])
+    grid = figure.add_gridspec(2, 2, height_ratios=[1.8, 0.8 + 0.25 * len(actions)])
     top, left, right = (figure.add_subplot(g) for g in (grid[0, :], grid[1, 0], grid[1, 1]))
     percent = 100 * rewards
     top.plot(percent, ".", ms=3, color="0.45", label="raw reward of an episode (Eq. 7)")
@@ -373,7 +374,7 @@ def replay_picture(
         box = {"fc": "white", "ec": "none", "pad": 1}
         left.text(x, y, "not visited", rotation=90, ha="center", va="center", fontsize=8, bbox=box)
     _places(left, first, n_places, agent_stacks)
-    left.set_yticks(range(len(actions)), actions, fontsize=9)
+    left.set_yticks(range(len(actions)), list(map(short_name, actions)), fontsize=9)
     left.set_title(title, fontsize=10)
     draw_map(right, merging_map, actions, first, stacks)
     right.set_yticks(range(len(actions)), [""] * len(actions))
@@ -385,10 +386,15 @@ def replay_picture(
     return figure
 
 
+def short_name(source: str) -> str:
+    """A source without the options of an operator that leans to an expert: ``weighted_average → 1``."""
+    name, _, options = source.partition(":")
+    leads = [o.partition("=")[2] for o in options.split(",") if o.startswith("expert=")]
+    return f"{name} → {leads[0]}" if leads else source
+
+
 def _label(step: Step) -> str:
-    """A step's source in a few short lines; an operator that leans says to which expert."""
+    """A step's source in a few short lines."""
     if step.scales:
         return "scales\n" + "/".join(f"{s:.2f}".replace("0.", ".") for s in step.scales)
-    name, _, options = step.source.partition(":")
-    leads = next((o.partition("=")[2] for o in options.split(",") if o.startswith("expert=")), "")
-    return name.replace("_", "\n") + (f" → {leads}" if leads else "")
+    return short_name(step.source).partition(":")[0].replace("_", "\n")
