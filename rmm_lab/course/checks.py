@@ -157,7 +157,7 @@ def _check_quiz(quiz: Quiz, function: Function) -> Verdict:
 
 def _check_exercise(task: Exercise, function: Function) -> Verdict:
     expected = [task.reference(*case) for case in task.cases()]
-    found = []
+    answers = []
     for case, wanted in zip(task.cases(), expected, strict=True):
         before = copy.deepcopy(case)
         try:
@@ -177,14 +177,14 @@ def _check_exercise(task: Exercise, function: Function) -> Verdict:
                 "Your function changes its arguments in place. Work on a copy: new = x.copy() (NumPy) or "
                 "x.clone() (torch), list(x); or make a new one: x = x + y, not x += y.",
             )
-        found.append(copy.deepcopy(answer))
-    if all(_equal(f, e, task.tolerance) for f, e in zip(found, expected, strict=True)):
+        answers.append(copy.deepcopy(answer))
+    if all(_equal(f, e, task.tolerance) for f, e in zip(answers, expected, strict=True)):
         hint = _last_look(task, function)
         return Verdict("wrong", hint) if hint else Verdict("correct", task.right)
     for mistake in task.mistakes:
-        if _makes(mistake, found, task):
+        if _makes(mistake, answers, task):
             return Verdict("wrong", mistake.hint)
-    for case, f, e in zip(task.cases(), found, expected, strict=True):
+    for case, f, e in zip(task.cases(), answers, expected, strict=True):
         if not _equal(f, e, task.tolerance):
             return Verdict("wrong", _compare(function, case, f, e, task.tolerance))
     raise AssertionError("a wrong answer differs from the right one in some case")
@@ -197,11 +197,11 @@ def _last_look(task: Exercise, function: Function) -> str | None:
         return f"Your function raised {_raised(error)}."
 
 
-def _makes(mistake: Mistake, found: Sequence[Any], task: Exercise) -> bool:
+def _makes(mistake: Mistake, answers: Sequence[Any], task: Exercise) -> bool:
     """Whether the answers match this mistake in every case."""
     return all(
         _equal(answer, mistake.wrong(*case), task.tolerance)
-        for answer, case in zip(found, task.cases(), strict=True)
+        for answer, case in zip(answers, task.cases(), strict=True)
     )
 
 
@@ -327,8 +327,8 @@ def _raised(error: Exception) -> str:
 def _line(error: Exception) -> str:
     """The line of the student's code that raised; nothing if the call itself failed."""
     frames = traceback.extract_tb(error.__traceback__)[1:]  # the first is this module's call
-    own = [frame for frame in frames if frame.filename == frames[0].filename]
-    return f", in line {own[-1].lineno}: {own[-1].line}" if own else ""
+    lines = [frame for frame in frames if frame.filename == frames[0].filename]
+    return f", in line {lines[-1].lineno}: {lines[-1].line}" if lines else ""
 
 
 def _short(value: Any) -> str:

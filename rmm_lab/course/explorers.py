@@ -136,10 +136,10 @@ class TiesExplorer(_Explorer):
         label = f"TIES, λ = {self.scale.value:.2f}"
         scaled.bar(x, s.scaled.numpy(), 0.6, color=COLOURS[3], hatch="...", label=label, **line)
         scaled.plot(x, mean.numpy(), "D", color=COLOURS[6], mec="black", label="plain average")
-        beside = {"fontsize": 8, "loc": "upper left", "bbox_to_anchor": (1, 1)}
-        raw.legend(**beside)
-        kept.legend([dotted, cross], ["removed", "kept, not merged"], **beside)
-        scaled.legend(**beside)
+        right_of = {"fontsize": 8, "loc": "upper left", "bbox_to_anchor": (1, 1)}
+        raw.legend(**right_of)
+        kept.legend([dotted, cross], ["removed", "kept, not merged"], **right_of)
+        scaled.legend(**right_of)
         high = 1.1 * float(deltas.abs().max()) or 1.0
         for axes, reach, title in (
             (raw, high, "1  task vectors"),
@@ -283,7 +283,7 @@ class DarExplorer(_Explorer):
             why = "the window has no other episode" if len(w) == 1 else "λ is 0"
             return self._figure(t, w), sentence + f"its reward counts alone, because {why}."
         return self._figure(t, w), (
-            f"{sentence}its own reward weighs {100 * w[0]:.3g} %, those of earlier models in the "
+            f"{sentence}its reward weighs {100 * w[0]:.3g} %, those of earlier models in the "
             f"window {100 - 100 * w[0]:.3g} %. Effective number of episodes averaged: {n:.1f}, so that "
             f"independent noise of equal size falls to {n**-0.5:.0%}."
         )

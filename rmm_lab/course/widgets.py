@@ -276,8 +276,7 @@ class PathInspector(View):
         """The paths, one below the other, and bars of their scores."""
         run, chosen = self.run, self.chosen()
         paths = [(label, run.with_stem(run.path(name))) for label, name in chosen]
-        found = {label: self.scores(name) for label, name in chosen}
-        scores = {label: s for label, s in found.items() if s}
+        scores = {label: s for label, name in chosen if (s := self.scores(name))}
         figure = plots.paths_picture(
             paths, scores, run.sources, run.n_layers, run.stacks, "score on the whole reward split"
         )
@@ -333,13 +332,13 @@ class TrainingReplay(View):
         run, number = self.run, self.slider.value
         places = run.n_layers - run.first
         counts = plots.merging_map(run.path(number), run.sources, run.first, places)
-        found, names, stacks = run.policy(number), run.action_names, run.agent_stacks
+        mean, names, stacks = run.policy(number), run.action_names, run.agent_stacks
         n_places = stacks[-1].stop - run.first
-        policy = np.full((n_places, len(names)), np.nan) if found is None else found.numpy()
+        policy = np.full((n_places, len(names)), np.nan) if mean is None else mean.numpy()
         title = "the policy that acted: mean probability"
         if (phase := run.episode(number)["phase"]) != "agent":
             title = f"{phase} phase: " + (
-                "no policy" if found is None else "the agent's last policy"
+                "no policy" if mean is None else "the agent's last policy"
             )
         figure = plots.replay_picture(
             self.rewards, number, policy, counts, names, run.first, run.stacks, stacks, title
@@ -350,7 +349,7 @@ class TrainingReplay(View):
         figure.set_layout_engine("none")  # reuse the first frame's layout: a third of the time less
         for axes, box in zip(figure.axes, self._boxes, strict=True):
             axes.set_position(box)
-        words = "No policy acted." if found is None else self.likeliest(policy)
+        words = "No policy acted." if mean is None else self.likeliest(policy)
         return figure, f"Search at {self.sentence()}. {words}"
 
     def likeliest(self, policy: np.ndarray) -> str:
@@ -415,7 +414,7 @@ class ResultsTable(View):
             self.draw(self.place)
 
     def html(self) -> str:
-        """The table, with a caption, scopes, and a word beside the selected method."""
+        """The table, with a caption, scopes, and a word after the selected method."""
         tasks = list(self.rows[0]["scores"])
         cell = 'style="padding: 2px 8px; text-align: right"'
         left = 'style="padding: 2px 8px; text-align: left"'

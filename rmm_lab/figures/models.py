@@ -127,10 +127,10 @@ def plane_picture(base: Tensor, experts: Tensor, names: Sequence[str]) -> Figure
             "", point, (0, 0), arrowprops={"arrowstyle": "-|>", "lw": 2.5, "color": COLOURS[i]}
         )
         below: dict[str, Any] = {"xytext": (0, -8), "ha": "center", "va": "top"}
-        beside: dict[str, Any] = {"xytext": (-8, 0), "ha": "right", "va": "center"}
+        left: dict[str, Any] = {"xytext": (-8, 0), "ha": "right", "va": "center"}
         axes.annotate(
             f"task vector\nof {name}", point / 2, textcoords="offset points", fontsize=9,
-            **(below if i == 1 else beside),
+            **(below if i == 1 else left),
         )  # fmt: skip
         axes.plot(*point, marker="os"[i - 1], ms=11, color=COLOURS[i], mec="black")
         axes.text(*point, f"   {name}", fontsize=10, va="bottom")

@@ -238,10 +238,10 @@ def walk_picture(
     A second panel shows ``probabilities`` (A,) of the agent's policy and its ``value``, or at the end the
     ``scores`` (task -> metric in [0, 1]), if there are any.
     """
-    n_places, beside = merging_map.shape[1], probabilities is not None or scores is not None
-    width = 3.2 + max(2.4, 0.5 * n_places) + 2.9 * beside
+    n_places, two_panels = merging_map.shape[1], probabilities is not None or scores is not None
+    width = 3.2 + max(2.4, 0.5 * n_places) + 2.9 * two_panels
     figure = Figure(figsize=(width, 1.1 + 0.29 * len(actions)), layout="constrained")
-    ratios = [max(2.4, 0.5 * n_places), 2.4] if beside else [1]
+    ratios = [max(2.4, 0.5 * n_places), 2.4] if two_panels else [1]
     axes = figure.subplots(1, len(ratios), width_ratios=ratios, squeeze=False)[0]
     draw_map(axes[0], merging_map, actions, first, stacks, cursor)
     axes[0].set_title("merging map", fontsize=10)

@@ -46,13 +46,13 @@ def path_amounts(path: Path, names: Sequence[str], n_layers: int, stem: str = "b
     return out
 
 
-def amounts_picture(found: Mapping[str, Mapping[str, np.ndarray]]) -> Figure:
+def amounts_picture(groups: Mapping[str, Mapping[str, np.ndarray]]) -> Figure:
     """A heat map for each group: group -> expert -> (1 + L,) amounts, in the cells as numbers."""
-    rows = -(-len(found) // 2)
+    rows = -(-len(groups) // 2)
     figure = Figure(figsize=(9.5, 1.9 * rows), layout="constrained")
     grid = figure.subplots(rows, 2, squeeze=False)
-    for axes, (group, own) in zip(grid.flat, found.items(), strict=False):
-        values = np.stack(list(own.values()))  # (N, 1 + L)
+    for axes, (group, experts) in zip(grid.flat, groups.items(), strict=False):
+        values = np.stack(list(experts.values()))  # (N, 1 + L)
         axes.imshow(values, cmap=COUNTS, vmin=0, vmax=1, aspect="auto")
         for (y, x), value in np.ndenumerate(values):
             if not np.isnan(value):
@@ -61,9 +61,9 @@ def amounts_picture(found: Mapping[str, Mapping[str, np.ndarray]]) -> Figure:
                 axes.text(x, y, text, fontsize=8, **look)
         axes.set_title(group, fontsize=10)
         axes.set_xticks(range(values.shape[1]), ["stem", *range(values.shape[1] - 1)], fontsize=9)
-        axes.set_yticks(range(len(own)), list(own), fontsize=9)
+        axes.set_yticks(range(len(experts)), list(experts), fontsize=9)
         axes.set_xlabel("layer", fontsize=9)
-    for axes in grid.flat[len(found) :]:
+    for axes in grid.flat[len(groups) :]:
         axes.set_axis_off()
     return figure
 
@@ -72,14 +72,14 @@ def seeds_picture(scores: Mapping[str, Mapping[str, np.ndarray]]) -> Figure:
     """Every seed's score as an open mark, one panel per group, one line per method.
 
     ``scores``: group -> method -> (S,) in %. Squares are bounds, circles uniform merges as published,
-    triangles tuned ones, diamonds RMM. A method that a group lacks keeps its line empty.
+    triangles tuned ones, diamonds RMM. The line of a method that a group lacks stays empty.
     """
     rows = -(-len(scores) // 2)
-    methods = list(dict.fromkeys(m for own in scores.values() for m in own))
+    methods = list(dict.fromkeys(m for group in scores.values() for m in group))
     figure = Figure(figsize=(9.5, 3.3 * rows), layout="constrained")
     grid = figure.subplots(rows, 2, squeeze=False, sharey=True)
-    for axes, (group, own) in zip(grid.flat, scores.items(), strict=False):
-        for method, values in own.items():
+    for axes, (group, by_method) in zip(grid.flat, scores.items(), strict=False):
+        for method, values in by_method.items():
             marker, colour = "o", COLOURS[1]
             if method in ("base", "fine-tuned", "multi-task") or "expert" in method:
                 marker, colour = "s", "0.35"
@@ -172,15 +172,15 @@ def hills_picture(
     """
     figure = Figure(figsize=(9.5, 3.7), layout="constrained")
     left, right = figure.subplots(1, 2)
-    rewards = {n: 100 * found.mean(1) for n, found in partial.items()}
-    for n, found in rewards.items():
-        right.plot(np.full(len(found), n), found, "D", color="black", mfc="none", ms=4, alpha=0.6)
-    means = [found.mean() for found in rewards.values()]
+    rewards = {n: 100 * scores.mean(1) for n, scores in partial.items()}
+    for n, scores in rewards.items():
+        right.plot(np.full(len(scores), n), scores, "D", color="black", mfc="none", ms=4, alpha=0.6)
+    means = [scores.mean() for scores in rewards.values()]
     right.plot(list(partial), means, "D-", color="black", lw=2.5, label="reward")
     for i, task in enumerate(tasks):
         style: dict[str, Any] = {"marker": "o^s"[i], "color": COLOURS[(5, 6, 3)[i]], "label": task}
         left.plot(100 * drawn.mean(1), 100 * drawn[:, i], ms=5, ls="none", mfc="none", **style)
-        means = [100 * found[:, i].mean() for found in partial.values()]
+        means = [100 * scores[:, i].mean() for scores in partial.values()]
         right.plot(list(partial), means, ls=("--", "-.", ":")[i], lw=1.8, **style)
     left.set_xlabel("reward of a random path: mean over tasks, %", fontsize=9)
     left.set_ylabel("score on each task, %", fontsize=9)

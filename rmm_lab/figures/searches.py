@@ -131,10 +131,10 @@ def searches_picture(rows: Sequence[Mapping[str, Any]]) -> Figure:
     figure = Figure(figsize=(5 * n_columns, 0.4 + 2.7 * n_rows), layout="constrained")
     panels = figure.subplots(n_rows, n_columns, squeeze=False).flatten()
     for axes, group in zip(panels, groups, strict=False):
-        own = [row for row in rows if row["group"] == group]
-        for i, method in enumerate(dict.fromkeys(row["method"] for row in own)):
+        of_group = [row for row in rows if row["group"] == group]
+        for i, method in enumerate(dict.fromkeys(row["method"] for row in of_group)):
             at: dict[int, list[float]] = {}
-            for row in own:
+            for row in of_group:
                 if row["method"] == method:
                     at.setdefault(row["evaluations"], []).append(row["reward_split"])
             x = sorted(at)
@@ -165,15 +165,15 @@ def settled(
     ``rows``: those of ``results/searches-curve.csv``. Returns (group, method) -> (mean over seeds at the
     end, the first number of evaluations from which no mean lies more than ``within`` below it).
     """
-    found = {}
+    ends = {}
     means = mean_and_sd(rows, "reward_split", "group", "method", "evaluations")
     for key in dict.fromkeys(k[:2] for k in means):
         curve = sorted((k[2], mean) for k, (_, mean, _) in means.items() if k[:2] == key)
         first, end = curve[0][0], curve[-1][1]
         for (_, mean), (n, _) in pairwise(curve):
             first = n if mean < end - within else first
-        found[key] = (end, first)
-    return found
+        ends[key] = (end, first)
+    return ends
 
 
 def estimates_picture(
@@ -190,13 +190,13 @@ def estimates_picture(
     bins = np.linspace(100 * low - 2, 100 * high + 2, 31)
     for axes, (share, values) in zip(panels, estimates.items(), strict=True):
         gap = np.diff(np.unique(np.round(100 * values, 6))).min(initial=np.inf)
-        own = bins
+        edges = bins
         if np.isfinite(gap) and gap > bins[1] - bins[0]:  # few examples: few possible values
             n = round((100 * high - 100 * values.min()) / gap) + 1
-            own = 100 * values.min() + gap * (np.arange(n + 1) - 0.5)
+            edges = 100 * values.min() + gap * (np.arange(n + 1) - 0.5)
         axes.hist(
             100 * values,
-            bins=[float(edge) for edge in own],
+            bins=[float(edge) for edge in edges],
             color=COLOURS[2],
             ec="black",
             lw=0.6,
@@ -226,10 +226,10 @@ def dar_curve_picture(rows: Sequence[Mapping[str, Any]], window: int = 100) -> F
     figure = Figure(figsize=(8, 0.6 + 2.2 * len(scales)), layout="constrained")
     panels = figure.subplots(len(scales), 1, sharex=True, sharey=True, squeeze=False)[:, 0]
     for axes, scale in zip(panels, scales, strict=True):
-        own = [row for row in rows if row["dar"] == scale]
-        x = [row["episode"] for row in own]
-        paid = np.array([row["dar_reward"] for row in own], float)
-        raw = np.array([row["raw_reward"] for row in own], float)
+        part = [row for row in rows if row["dar"] == scale]
+        x = [row["episode"] for row in part]
+        paid = np.array([row["dar_reward"] for row in part], float)
+        raw = np.array([row["raw_reward"] for row in part], float)
         if scale:
             axes.plot(x, raw, ".", ms=3, color="0.6", label="raw reward (Eq. 7)")
         look = {"lw": 0.8, "color": COLOURS[5], "marker": "+", "ms": 4}
@@ -259,7 +259,7 @@ def examples(
 ) -> Figure:
     """One image of each class: a row for each task, the class's name above. tasks: N ``tasks.Task``.
 
-    ``means``: task -> n adds a row below the task's own: the mean of the first n images of each class.
+    ``means``: task -> n adds a row below that of the task: the mean of the first n images of each class.
     """
     averaged = means or {}
     shown = []  # (task, how many images)
@@ -316,19 +316,19 @@ def neighbours(path: Path, sources: Sequence[str]) -> list[list[Path]]:
 
 
 def one_place(rewards: np.ndarray, path: Path, sources: Sequence[str]) -> Figure:
-    """Rewards (T, N+M) of a path's ``neighbours`` as a heat map; the path's own sources are framed."""
+    """Rewards (T, N+M) of a path's ``neighbours`` as a heat map; the path's sources have a frame."""
     figure = Figure(figsize=(1.6 + 1.3 * len(path), 1.3 + 0.5 * len(sources)), layout="constrained")
     axes = figure.subplots()
     percent = 100 * rewards.T  # (N+M, T)
     image = axes.imshow(percent, cmap="cividis", aspect="auto")
     middle = (percent.min() + percent.max()) / 2
     for (a, i), value in np.ndenumerate(percent):
-        own = path[i].source == sources[a]
-        text = f"{value:.1f}" + (" ◆" if own else "")
+        taken = path[i].source == sources[a]
+        text = f"{value:.1f}" + (" ◆" if taken else "")
         axes.text(
             i, a, text, ha="center", va="center", color="black" if value > middle else "white"
         )
-        if own:
+        if taken:
             frame = Rectangle((i - 0.47, a - 0.47), 0.94, 0.94, fill=False, ec=COLOURS[1], lw=3)
             axes.add_patch(frame)
     axes.set_xticks(range(len(path)), [str(step.layer) for step in path])
@@ -342,10 +342,10 @@ def subset_strip(values: Mapping[str, tuple[np.ndarray, float]]) -> Figure:
     """Rewards on data subsets as points, and on all data as a bar. name -> ((S,) rewards, reward)."""
     figure = Figure(figsize=(7, 1.1 + 0.5 * len(values)), layout="constrained")
     axes = figure.subplots()
-    for i, (found, whole) in enumerate(values.values()):
+    for i, (rewards, whole) in enumerate(values.values()):
         label = ("one subset of 10 %", "all examples") if i == 0 else (None, None)
         axes.plot(
-            100 * found, np.full(len(found), i), "o", mfc="none", mec=COLOURS[5], label=label[0]
+            100 * rewards, np.full(len(rewards), i), "o", mfc="none", mec=COLOURS[5], label=label[0]
         )
         axes.plot([100 * whole], [i], "|", ms=26, mew=3, color=COLOURS[6], label=label[1])
     axes.set_yticks(range(len(values)), list(values))
@@ -381,7 +381,7 @@ def histograms(samples: Mapping[str, np.ndarray], label: str, at: Mapping[str, f
 
 
 def curves(lines: Mapping[str, Sequence[float]], x: str, y: str) -> Figure:
-    """Some curves over the updates, each with a marker and a line style of its own."""
+    """Some curves over the updates, each with its marker and line style."""
     figure = Figure(figsize=(7.5, 3.4), layout="constrained")
     axes = figure.subplots()
     for i, (name, values) in enumerate(lines.items()):
@@ -397,7 +397,7 @@ def curves(lines: Mapping[str, Sequence[float]], x: str, y: str) -> Figure:
 
 
 def targets(steps: np.ndarray, values: Mapping[str, np.ndarray]) -> Figure:
-    """What each step of some episodes is told: (B,) targets over (B,) step numbers, a panel for each."""
+    """The targets (B,) of the steps of some episodes over the step numbers (B,), a panel for each kind."""
     figure = Figure(figsize=(8, 3.1), layout="constrained")
     panels = figure.subplots(1, len(values), sharey=True, squeeze=False)[0]
     for i, (axes, (name, target)) in enumerate(zip(panels, values.items(), strict=True)):
