@@ -43,6 +43,33 @@ def png(figure: Figure) -> bytes:
     return data.getvalue()
 
 
+def panels(
+    n: int, n_columns: int, width: float, height: float, more: float = 0.0, **options: Any
+) -> tuple[Figure, list[Any]]:
+    """A figure of n axes in rows of ``n_columns``, each ``width`` by ``height`` inches.
+
+    ``more``: inches of height for the whole figure, such as for a legend; ``options``: of ``subplots``.
+    """
+    rows = -(-n // n_columns)
+    size = (width * n_columns, more + height * rows)
+    figure = Figure(figsize=size, layout="constrained")
+    axes = figure.subplots(rows, n_columns, squeeze=False, **options).flatten()
+    for unused in axes[n:]:
+        unused.set_axis_off()
+    return figure, list(axes[:n])
+
+
+def tidy(
+    axes: Any, title: str = "", xlabel: str = "", ylabel: str = "", grid: Any = "both"
+) -> None:
+    """Titles, labels and ticks in the sizes of the course, and a pale grid."""
+    axes.set_title(title, fontsize=10)
+    axes.set_xlabel(xlabel, fontsize=9)
+    axes.set_ylabel(ylabel, fontsize=9)
+    axes.tick_params(labelsize=8)
+    axes.grid(axis=grid, alpha=0.3)
+
+
 def moving_average(values: Sequence[float] | np.ndarray, width: int) -> np.ndarray:
     """Mean of the last ``width`` values at each place (fewer at the start): (n,) -> (n,)."""
     total = np.concatenate([[0.0], np.cumsum(values)])  # (n + 1,)

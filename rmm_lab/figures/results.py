@@ -12,7 +12,7 @@ from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from rmm_lab.figures.paths import COLOURS, COUNTS, on_cell, with_stem
+from rmm_lab.figures.paths import COLOURS, COUNTS, on_cell, panels, tidy, with_stem
 from rmm_lab.operators import parse_operator
 from rmm_lab.reward import Path, Step
 
@@ -48,10 +48,8 @@ def path_amounts(path: Path, names: Sequence[str], n_layers: int, stem: str = "b
 
 def amounts_picture(groups: Mapping[str, Mapping[str, np.ndarray]]) -> Figure:
     """A heat map for each group: group -> expert -> (1 + L,) amounts, in the cells as numbers."""
-    rows = -(-len(groups) // 2)
-    figure = Figure(figsize=(9.5, 1.9 * rows), layout="constrained")
-    grid = figure.subplots(rows, 2, squeeze=False)
-    for axes, (group, experts) in zip(grid.flat, groups.items(), strict=False):
+    figure, grid = panels(len(groups), 2, 4.75, 1.9)
+    for axes, (group, experts) in zip(grid, groups.items(), strict=True):
         values = np.stack(list(experts.values()))  # (N, 1 + L)
         axes.imshow(values, cmap=COUNTS, vmin=0, vmax=1, aspect="auto")
         for (y, x), value in np.ndenumerate(values):
@@ -63,8 +61,6 @@ def amounts_picture(groups: Mapping[str, Mapping[str, np.ndarray]]) -> Figure:
         axes.set_xticks(range(values.shape[1]), ["stem", *range(values.shape[1] - 1)], fontsize=9)
         axes.set_yticks(range(len(experts)), list(experts), fontsize=9)
         axes.set_xlabel("layer", fontsize=9)
-    for axes in grid.flat[len(groups) :]:
-        axes.set_axis_off()
     return figure
 
 
@@ -74,11 +70,9 @@ def seeds_picture(scores: Mapping[str, Mapping[str, np.ndarray]]) -> Figure:
     ``scores``: group -> method -> (S,) in %. Squares are bounds, circles uniform merges as published,
     triangles tuned ones, diamonds RMM. The line of a method that a group lacks stays empty.
     """
-    rows = -(-len(scores) // 2)
     methods = list(dict.fromkeys(m for group in scores.values() for m in group))
-    figure = Figure(figsize=(9.5, 3.3 * rows), layout="constrained")
-    grid = figure.subplots(rows, 2, squeeze=False, sharey=True)
-    for axes, (group, by_method) in zip(grid.flat, scores.items(), strict=False):
+    figure, grid = panels(len(scores), 2, 4.75, 3.3, sharey=True)
+    for axes, (group, by_method) in zip(grid, scores.items(), strict=True):
         for method, values in by_method.items():
             marker, colour = "o", COLOURS[1]
             if method in ("base", "fine-tuned", "multi-task") or "expert" in method:
@@ -89,14 +83,9 @@ def seeds_picture(scores: Mapping[str, Mapping[str, np.ndarray]]) -> Figure:
                 marker, colour = "^", COLOURS[5]
             y = np.full(len(values), methods.index(method))
             axes.plot(values, y, marker, ms=7, mfc="none", mec=colour, mew=1.4)
-        axes.set_title(group, fontsize=10)
-        axes.set_yticks(range(len(methods)), methods, fontsize=9)
+        axes.set_yticks(range(len(methods)), methods)
         axes.set_ylim(len(methods) - 0.5, -0.5)
-        axes.set_xlabel("mean over tasks, test split, %", fontsize=9)
-        axes.tick_params("x", labelsize=9)
-        axes.grid(alpha=0.3)
-    for axes in grid.flat[len(scores) :]:
-        axes.set_axis_off()
+        tidy(axes, group, "mean over tasks, test split, %")
     return figure
 
 
@@ -105,18 +94,15 @@ def gain_picture(gains: Mapping[str, np.ndarray], half: Mapping[str, float]) -> 
 
     ``gains``: group -> (S,) in points; ``half``: group -> half the width of the interval.
     """
-    figure = Figure(figsize=(7.5, 1.0 + 0.6 * len(gains)), layout="constrained")
-    axes = figure.subplots()
+    figure, (axes,) = panels(1, 1, 7.5, 0.6 * len(gains), more=1.0)
     for y, (group, values) in enumerate(gains.items()):
         axes.plot(values, np.full(len(values), y + 0.18), "D", ms=6, mfc="none", mec=COLOURS[3])
         mean, bar = values.mean(), half[group]
         axes.errorbar(mean, y - 0.14, xerr=bar, fmt="|", ms=12, color="black", capsize=5, lw=2)
     axes.axvline(0, color="black", lw=1, ls="--")
-    axes.set_yticks(range(len(gains)), list(gains), fontsize=9)
+    axes.set_yticks(range(len(gains)), list(gains))
     axes.set_ylim(len(gains) - 0.5, -0.5)
-    axes.set_xlabel("gain of RMM over the best uniform merge, points", fontsize=9)
-    axes.tick_params("x", labelsize=9)
-    axes.grid(axis="x", alpha=0.3)
+    tidy(axes, "", "gain of RMM over the best uniform merge, points", grid="x")
     return figure
 
 
@@ -170,8 +156,7 @@ def hills_picture(
     that take ``expert``, one of the ``tasks``, at n places. Left: each task's score against the reward;
     right: the mean reward and each task's mean score against n; the reward of each path as a mark.
     """
-    figure = Figure(figsize=(9.5, 3.7), layout="constrained")
-    left, right = figure.subplots(1, 2)
+    figure, (left, right) = panels(2, 2, 4.75, 3.7)
     rewards = {n: 100 * scores.mean(1) for n, scores in partial.items()}
     for n, scores in rewards.items():
         right.plot(np.full(len(scores), n), scores, "D", color="black", mfc="none", ms=4, alpha=0.6)
@@ -182,16 +167,11 @@ def hills_picture(
         left.plot(100 * drawn.mean(1), 100 * drawn[:, i], ms=5, ls="none", mfc="none", **style)
         means = [100 * scores[:, i].mean() for scores in partial.values()]
         right.plot(list(partial), means, ls=("--", "-.", ":")[i], lw=1.8, **style)
-    left.set_xlabel("reward of a random path: mean over tasks, %", fontsize=9)
-    left.set_ylabel("score on each task, %", fontsize=9)
+    tidy(left, "", "reward of a random path: mean over tasks, %", "score on each task, %")
     left.set_ylim(-3, 125)
     left.set_yticks(range(0, 101, 20))
-    right.set_xlabel(f"places that take {expert}; the others are random", fontsize=9)
-    right.set_ylabel("mean over the paths, %", fontsize=9)
+    tidy(right, "", f"places that take {expert}; the others are random", "mean over the paths, %")
     right.set_xticks(list(partial))
-    for axes in (left, right):
-        axes.tick_params(labelsize=9)
-        axes.grid(alpha=0.3)
     left.legend(fontsize=9, ncols=3, loc="upper center")
     title = "open marks: one path's reward"
     right.legend(fontsize=9, title=title, title_fontsize=9, loc="upper left")
