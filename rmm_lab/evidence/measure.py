@@ -13,7 +13,7 @@ import multiprocessing
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing, suppress
@@ -97,7 +97,10 @@ class Store:
         if config is not None and not rows.empty:
             row = rows.iloc[0]
             stored = configure(**json.loads(row["config"] or "{}")).run
-            for option, expected in (("episodes", row["episodes"]), ("precision", stored.precision)):
+            for option, expected in (
+                ("episodes", row["episodes"]),
+                ("precision", stored.precision),
+            ):
                 if expected != (asked := getattr(config.run, option)):
                     raise InputError(
                         f"{self.file(name)}: expected --{option} {expected} as in the row of "
@@ -164,7 +167,12 @@ def cells(problem: Problem, row: uniform.Row) -> dict[str, Any]:
     names = [task.name for task in problem.tasks]
     by_task = " ".join(f"{n}={100 * s:.2f}" for n, s in zip(names, row.scores, strict=True))
     out = {"method": row.name, "setting": row.setting, "mean": round(100 * row.mean, 2)}
-    return out | {"by_task": by_task, "reward_split": float("nan"), "path": "", "seconds": float("nan")}
+    return out | {
+        "by_task": by_task,
+        "reward_split": float("nan"),
+        "path": "",
+        "seconds": float("nan"),
+    }
 
 
 def chosen(problem: Problem, name: str, setting: str, path: str, reward: float) -> dict[str, Any]:
@@ -256,7 +264,10 @@ def measure_all(jobs: Sequence[Job], store: Store, processes: int, threads: int 
     jobs = [_at(job, threads=threads, quiet=True) for job in jobs]
     with closing(_measured(jobs, processes, threads)) as results:
         for n, (job, tables) in enumerate(results, 1):
-            for name, rows in tables.items():  # the curve first: the table's row says that all is there
+            for (
+                name,
+                rows,
+            ) in tables.items():  # the curve first: the table's row says that all is there
                 store.add(name, rows.assign(commit=commit()))
             left = (time.perf_counter() - start) / n * (len(jobs) - n)
             key = " ".join(f"{k}={v}" for k, v in job.key.items())

@@ -1,8 +1,8 @@
-"""Result tables in Markdown: a page for each table of the paper, and the excerpts in README.md and docs/.
+"""Result tables in Markdown: the pages of results/, and the excerpts in README.md and docs/.
 
-Both are written from the CSV files alone. ``PAGES[name].text(*tables, paper=...)`` is a page. An excerpt has a
-place in a text, between ``<!-- results: NAME -->`` and ``<!-- end -->``; ``fill`` brings it up to date. Means
-are over seeds, ± is the sample standard deviation, and differences are paired by seed with a 95 % interval.
+Both are written from the CSV files alone. ``PAGES[name].text(*tables, paper=...)`` is a page. An excerpt has
+a place in a text, between ``<!-- results: NAME -->`` and ``<!-- end -->``; ``fill`` brings it up to date.
+Means are over seeds, ± is the sample standard deviation, differences are paired by seed with a 95 % interval.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import json
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import pandas as pd
 
@@ -29,7 +30,7 @@ from rmm_lab.search.config import configure
 Rows = pd.DataFrame
 Read = Callable[[str], Rows]  # a table by its file's name
 PAIRS = ("digits+textures", "CUB+Dogs")  # Table II's, at the kit's scale and at the paper's
-GAIN = "{} − best uniform merge"
+BEST, GAIN = "best uniform merge", "{} − best uniform merge"
 
 
 def markdown(table: pd.DataFrame, left: Sequence[str] = ()) -> str:
@@ -79,24 +80,21 @@ def by_half(rows: Rows) -> dict[str, pd.DataFrame]:
 
 
 def by_task(rows: Rows) -> dict[str, pd.DataFrame]:
-    """Table II: the pair (one of ``PAIRS``, or the only group) -> scores of its tasks; {} without one."""
-    groups = list(rows["group"].unique())
-    pairs = [group for group in groups if group in PAIRS] or groups
-    if len(pairs) > 1:
-        return {}
-    own = rows[rows["group"] == pairs[0]]
-    return {pairs[0]: _scores(own, task_scores(own).assign(Average=own["mean"]))}
+    """Table II: the pair -> scores of its tasks, and their mean."""
+    rows = pair_of(rows)
+    values = task_scores(rows).assign(Average=rows["mean"]) if len(rows) else rows
+    return {str(pair): _scores(own, values) for pair, own in rows.groupby("group")}
 
 
-def best_uniform(scores: pd.DataFrame) -> pd.DataFrame:
-    """The best uniform merge of each seed on the test split, the hardest to beat. The index is the seed."""
-    methods = METHODS.index[METHODS["kind"] == "uniform"]
-    return scores[scores.index.isin(methods, level="method")].groupby("seed").max()
+def pair_of(rows: Rows) -> Rows:
+    """The rows of the pair: of one of ``PAIRS``, or of the only group."""
+    return rows[rows["group"].isin(PAIRS)] if rows["group"].nunique() > 1 else rows
 
 
 def methods_table(scores: pd.DataFrame, compared: Sequence[str]) -> pd.DataFrame:
-    """A row for each method; below them what each search gains over the best uniform merge of each seed.
+    """A row for each method, then the best uniform merge of each seed, and what each search gains over it.
 
+    It is the best on the test split, so the hardest to beat.
     ``compared``: the columns with a gain. Where they are tasks of one merged model, only the average has
     one: a merge may be good at one task because it lost the other.
     """
@@ -104,34 +102,39 @@ def methods_table(scores: pd.DataFrame, compared: Sequence[str]) -> pd.DataFrame
         method: own.agg(spread, plus_minus=METHODS.at[method, "is_stochastic"])
         for method, own in scores.groupby("method", sort=False)
     }
-    for method in [m for m in lines if METHODS.at[m, "kind"] == "search"]:
-        gain = (scores.loc[method] - best_uniform(scores)).agg(interval)
+    kinds = METHODS["kind"].reindex(list(lines))
+    best = scores.loc[kinds.index[kinds == "uniform"]].groupby("seed").max()
+    lines[BEST] = best.agg(spread)
+    for method in kinds.index[kinds == "search"]:
+        gain = (scores.loc[method] - best).agg(interval)
         lines[GAIN.format(method)] = gain.where(gain.index.isin(compared), "")
     return pd.DataFrame(lines).T.rename_axis("method")
 
 
-def show_methods(rows: Rows, sections: Callable[[Rows], dict[str, pd.DataFrame]]) -> str:
-    """Tables I to III and other groups; empty where the rows are not those of the table."""
+def show_methods(
+    rows: Rows, sections: Callable[[Rows], dict[str, pd.DataFrame]], compared: Sequence[str] = ()
+) -> str:
+    """Tables I to III and other groups; empty where there are no such rows.
+
+    ``compared``: see ``methods_table``; by default all columns.
+    """
     of = sections(rows)
-    if sections is by_task:
-        rows = rows[rows["group"].isin(list(of))]
-    if rows.empty:
-        return ""
     searches = rows[kind_of(rows["method"]) == "search"]
+    if not of or searches.empty:
+        return ""
     grids = {name: len(grid) for name, grid in uniform.GRIDS.items() if len(grid) > 1}
     run = configure(**json.loads(searches["config"].iloc[0])).run
     text = (
-        f"Score on the test split, %: mean over seeds ({_seeds(searches, 'group', 'size', 'method')}), ± the "
-        "sample standard deviation of what draws; the rest is measured once. Last: the gain over the best of "
-        "the seven uniform merges *on the test split*, paired by seed, ± its 95 % interval. Tuned: the best on "
-        f"the reward split of {', '.join(f'{n} settings of {name}' for name, n in grids.items())}; with the "
-        f"weight average {1 + sum(grids.values())} evaluations of that whole split. RMM: "
-        f"{searches['episodes'].iloc[0]} episodes, each on {100 * run.data_fraction:g} % of the reward split; "
-        f"at most {run.finalists + 1} paths are scored on all of it to choose one.\n"
+        f"Test split, %: mean over seeds ({_seeds(searches, 'group', 'size', 'method')}), ± sample standard "
+        "deviation where a method draws. Last: the gain over the best of the seven uniform merges *on the "
+        "test split*, paired by seed, ± its 95 % interval. Tuned: the best on the reward split of "
+        f"{', '.join(f'{n} settings of {name}' for name, n in grids.items())}; with the weight average "
+        f"{1 + sum(grids.values())} evaluations of that whole split. RMM: {searches['episodes'].iloc[0]} "
+        f"episodes, each on {100 * run.data_fraction:g} % of the reward split; at most {run.finalists + 1} "
+        "paths are scored on all of it to choose one.\n"
     )
     for heading, scores in of.items():
-        compared = ["Average"] if sections is by_task else list(scores)
-        text += f"\n## {heading}\n\n{markdown(methods_table(scores, compared))}"
+        text += f"\n## {heading}\n\n{markdown(methods_table(scores, compared or list(scores)))}"
     return text
 
 
@@ -205,16 +208,16 @@ def show_dar(rows: Rows) -> str:
         table.loc[("times faster", "paper's preset"), :] = faster
     seeds = _seeds(rows, "preset", "reward", "data_fraction", "dar")
     return (
-        f"Score on the test split, %: mean ± sample standard deviation over seeds ({seeds}), "
-        f"{rows['episodes'].iloc[0]} episodes. At {FULL} DAR has no effect, and one search stands for both "
-        "rows of the paper's preset. *By likelihood*: an episode is paid by how likely the right answers are; "
-        "the final choice is by the metric as always. Differences are paired by seed, ± the 95 % interval. "
-        f"Seconds are of whole searches that ran beside other work.\n\n{markdown(table)}"
+        f"Test split, %: mean ± sample standard deviation over seeds ({seeds}), {rows['episodes'].iloc[0]} "
+        f"episodes. At {FULL} DAR has no effect, and one search stands for both rows of the paper's preset. "
+        "*By likelihood*: an episode is paid by how likely the right answers are; the final choice is by the "
+        "metric as always. Differences are paired by seed, ± the 95 % interval. Seconds are of searches "
+        f"that ran beside other work.\n\n{markdown(table)}"
     )
 
 
 def less(rows: Rows, column: str, reference: str) -> pd.DataFrame:
-    """Both splits' scores less those of the row of the same group and seed whose ``column`` is ``reference``."""
+    """Both splits' scores less those at the same group and seed where ``column`` is ``reference``."""
     splits, key = ["reward_split", "mean"], ["group", "seed"]
     base = rows[rows[column] == reference].set_index(key)[splits]
     return (rows[splits] - rows[key].join(base, on=key)[splits]).mask(rows[column] == reference)
@@ -243,9 +246,9 @@ def show_searches(rows: Rows, curve: Rows) -> str:
     names = list(rows["group"].unique())
     order = sorted(best.index, key=lambda at: (names.index(at[0]), -best[at]))
     return (
-        f"All had {rows['episodes'].iloc[0]} evaluations on the same subsets of the reward split. Each chose in "
-        "the end among ten paths on all of it: those with the best scores, and where scales evolved, most are "
-        "the means that these arrived at; RMM had its agent's greedy path besides. Mean ± sample standard "
+        f"All had {rows['episodes'].iloc[0]} evaluations on the same subsets of the reward split. Each chose "
+        "in the end among ten paths on all of it: those with the best scores, and where scales evolved, "
+        "mostly the means that CMA-ES arrived at; RMM had its agent's greedy path besides. Mean ± sample standard "
         "deviation over seeds, best first on the reward split. *RMM − it*: paired by seed, ± the 95 % "
         "interval. Seconds are of searches that ran beside other work.\n\n"
         + markdown(searches_table(rows).loc[order])
@@ -273,8 +276,8 @@ def agent_table(rows: Rows) -> pd.DataFrame:
 def show_agent(rows: Rows) -> str:
     """The default preset and one choice changed."""
     return (
-        f"Mean ± sample standard deviation over seeds, {rows['episodes'].iloc[0]} episodes. The difference is "
-        "on the reward split, where choices were made, paired by seed, ± its 95 % interval.\n\n"
+        f"Mean ± sample standard deviation over seeds, {rows['episodes'].iloc[0]} episodes. The difference "
+        "is on the reward split, which also chose; it is paired by seed, ± its 95 % interval.\n\n"
         + markdown(agent_table(rows))
     )
 
@@ -284,18 +287,17 @@ def show_agent(rows: Rows) -> str:
 
 @dataclass(frozen=True)
 class Page:
-    """A page of results/. ``files``: the CSV files it is written from; ``number``: of the paper's table."""
+    """A page of results/. ``files``: the tables it is written from; ``number``: of the paper's table."""
 
-    title: str
     files: tuple[str, ...]
+    title: str
     show: Callable[..., str]
     number: str = ""
 
     def text(self, *tables: Rows, paper: Rows) -> str:
         """The page; empty where the rows are not this table's."""
-        body = self.show(*tables)
         papers = papers_tables(paper[paper["table"] == self.number])
-        return f"# {self.title}\n\n{body}{papers}" if body else ""
+        return f"# {self.title}\n\n{body}{papers}" if (body := self.show(*tables)) else ""
 
 
 def papers_tables(rows: Rows) -> str:
@@ -317,61 +319,43 @@ def papers_tables(rows: Rows) -> str:
     return text
 
 
+_HALVES = partial(show_methods, sections=by_half)
+_PAIR = partial(show_methods, sections=by_task, compared=["Average"])
+_GROUPS = partial(show_methods, sections=by_size)
+_SEARCHES = ("searches", "searches-curve")
 PAGES = {
-    "table-I": Page(
-        "Table I: halves of each set, merged in pairs",
-        ("halves",),
-        lambda rows: show_methods(rows, by_half),
-        "I",
-    ),
-    "table-II": Page(
-        "Table II: two sets that differ more",
-        ("vision",),
-        lambda rows: show_methods(rows, by_task),
-        "II",
-    ),
-    "groups": Page(
-        "Groups of sets: Table II's methods", ("vision",), lambda rows: show_methods(rows, by_size)
-    ),
-    "table-III": Page(
-        "Table III: language tasks", ("language",), lambda rows: show_methods(rows, by_size), "III"
-    ),
-    "table-IV": Page("Table IV: share of the data, with DAR and without", ("dar",), show_dar, "IV"),
-    "searches": Page(
-        "RMM beside other searches", ("searches", "searches-curve"), show_searches
-    ),
-    "agent": Page("The default preset, one choice changed", ("agent",), show_agent),
+    "table-I": Page(("halves",), "Table I: halves of each set, merged in pairs", _HALVES, "I"),
+    "table-II": Page(("vision",), "Table II: two sets that differ more", _PAIR, "II"),
+    "groups": Page(("vision",), "Groups of sets: Table II's methods", _GROUPS),
+    "table-III": Page(("language",), "Table III: language tasks", _GROUPS, "III"),
+    "table-IV": Page(("dar",), "Table IV: share of the data, DAR or not", show_dar, "IV"),
+    "searches": Page(_SEARCHES, "RMM beside other searches", show_searches),
+    "agent": Page(("agent",), "The default preset, one choice changed", show_agent),
 }
 
 
 # -------------------------------------------------------------------------------------- excerpts
 
 
+SHORT = ["fine-tuned", "multi-task", BEST, "RMM", GAIN.format("RMM")]
+
+
 def groups(read: Read) -> str:
-    """Room and gain of each group of experts: means over seeds, the gain paired."""
-    lines = []
-    for scores in (*by_size(read("vision")).values(), *by_size(read("language")).values()):
-        best = best_uniform(scores)
-        lines.append(
-            methods_table(scores, ())
-            .T[["fine-tuned", "multi-task"]]
-            .assign(**{"best uniform merge": best.agg(spread), "RMM": scores.loc["RMM"].agg(spread)})
-            .assign(gain=(scores.loc["RMM"] - best).agg(interval), seeds=scores.loc["RMM"].count())
-        )
-    table = pd.concat(lines).rename_axis("experts")
-    return markdown(table.replace({"multi-task": {"": "none ships"}}))
+    """What merging loses in each group of experts, and what RMM wins back."""
+    tables = [
+        methods_table(scores, list(scores)).loc[SHORT].T.assign(seeds=scores.loc["RMM"].count())
+        for name in ("vision", "language")
+        for scores in by_size(read(name)).values()
+    ]
+    table = pd.concat(tables).rename_axis("experts").replace({"multi-task": {"": "none ships"}})
+    return markdown(table.rename(columns={SHORT[-1]: "gain"}))
 
 
 def halves(read: Read) -> str:
-    """Table I in short: what merging loses, and what RMM wins back."""
-    lines = {}
-    for size, scores in by_half(read("halves")).items():
-        rmm, best = scores.loc["RMM"], best_uniform(scores)
-        lines[size, "fine-tuned"] = scores.loc["fine-tuned"].agg(spread, plus_minus=False)
-        lines[size, "best uniform merge"] = best.agg(spread)
-        lines[size, "RMM"] = rmm.agg(spread)
-        lines[size, "gain"] = (rmm - best).agg(interval)
-    return markdown(pd.DataFrame(lines).T.rename_axis(["models", "method"]))
+    """Table I in short."""
+    of = by_half(read("halves")).items()
+    tables = {size: methods_table(scores, list(scores)).loc[SHORT] for size, scores in of}
+    return markdown(pd.concat(tables, names=["models", "method"]))
 
 
 def searches(read: Read) -> str:

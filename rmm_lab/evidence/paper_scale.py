@@ -145,7 +145,10 @@ class PaperScale:
         """
         numbers = "steps text_steps batch_size text_batch_size"
         rates = "learning_rate text_learning_rate"
-        ranges = {numbers: ("at least 1", lambda v: v >= 1), rates: ("more than 0", lambda v: v > 0)}
+        ranges = {
+            numbers: ("at least 1", lambda v: v >= 1),
+            rates: ("more than 0", lambda v: v > 0),
+        }
         check_values(self, ranges)
         if self.sets_folder is not None and not self.sets_folder.is_dir():
             raise InputError(

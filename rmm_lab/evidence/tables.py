@@ -71,7 +71,11 @@ AGENT: dict[str, dict[str, Any] | None] = {
     "agent preset": {"preset": "agent"},
     "paper preset": {"preset": "paper"},
 }
-ON_TEXTS = ("default preset", "likelihood as the reward", "agent preset")  # whose searches take minutes
+ON_TEXTS = (
+    "default preset",
+    "likelihood as the reward",
+    "agent preset",
+)  # whose searches take minutes
 LABELS = {"default": "RMM", "paper": "RMM, paper's preset"}
 ORDER = {
     "group": (*SETS, *VISION, *LANGUAGE),
@@ -142,7 +146,9 @@ class Command:
                 self.paper.prepare(list(wanted.values()), self.device, self.threads)
             store = Store(out, ORDER)
             jobs = [job for name in names for job in self.jobs_of(name, groups[name], store)]
-            once = list({(j.table, *j.key.values()): j for j in jobs}.values())  # fig3 is a part of IV
+            once = list(
+                {(j.table, *j.key.values()): j for j in jobs}.values()
+            )  # fig3 is a part of IV
             print(f"{len(once)} jobs to measure into {out}", flush=True)
             measure.measure_all(once, store, self.jobs, self.threads)
         written = [*write_pages(out), *write_excerpts(out)]
@@ -222,7 +228,10 @@ class Command:
         is for small shares. Fig. 3 shows the first seed's searches at the smallest share.
         """
         shares = [f for f in DATA if f"{f:g}" in self.only] or DATA
-        settings: list[dict[str, Any]] = [{"preset": "paper"}, {"preset": "paper", "dar_lambda": 0.0}]
+        settings: list[dict[str, Any]] = [
+            {"preset": "paper"},
+            {"preset": "paper", "dar_lambda": 0.0},
+        ]
         settings += [{"preset": "default"}, {"preset": "default", "reward": "likelihood"}]
         for fraction in DATA:
             for setting in settings[::2] if fraction == 1 else settings:
@@ -268,14 +277,15 @@ def read(name: str) -> pd.DataFrame:
 
 def write_pages(folder: Path) -> Iterator[Path]:
     """Write the page and the figure of each table whose CSV files are in the folder."""
-    paper = read("paper")
-    for name, page in pages.PAGES.items():
-        files = [folder / f"{table}.csv" for table in page.files]
+    paper, page_of = read("paper"), pages.PAGES
+    needed = {name: page.files for name, page in page_of.items()} | {"fig-3": ("dar-curve",)}
+    for name, names in needed.items():
+        files = [folder / f"{table}.csv" for table in names]
         if not all(file.is_file() for file in files):
             continue
         tables = [read_csv(file) for file in files]
-        if page.show is not None:
-            if not (text := page.text(*tables, paper=paper)):
+        if name in page_of:
+            if not (text := page_of[name].text(*tables, paper=paper)):
                 continue
             write(folder / f"{name}.md", text)
             yield folder / f"{name}.md"
