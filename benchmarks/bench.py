@@ -39,13 +39,14 @@ from rmm_lab.engine.cache import keep_freed_memory
 from rmm_lab.engine.scorer import Scorer
 from rmm_lab.errors import InputError, run_command
 from rmm_lab.evidence.measure import commit
-from rmm_lab.families import t5, vit
 from rmm_lab.families.checkpoint import Checkpoint
+from rmm_lab.families.vit_run import head_slices
 from rmm_lab.layers import LayerPool
 from rmm_lab.reward import Step
 from rmm_lab.search.config import Config, configure
 from rmm_lab.search.problem import Problem, problem_of
 from rmm_lab.tasks.image_task import Split
+from rmm_lab.tasks.text_task import TextBatch
 
 BATCH = 256  # examples that the plain way takes at once
 # Searches to time: EXPERTS@SHARE_OF_THE_DATA, and /PRESET unless it is "agent".
@@ -216,8 +217,7 @@ def plain_way(
     assembly = forward = difference = 0.0
     for n, (path, subset, expected) in enumerate([chosen[0], *chosen]):
         start = time.perf_counter()
-        whole = path if path[0].layer < 0 else (Step(scorer.stem, -1), *path)
-        model = problem.pool.assemble(whole).to(scorer.device)
+        model = problem.pool.assemble(path, scorer.stem).to(scorer.device)
         built = time.perf_counter()
         scores = [plain_score(problem, model, i, scorer.rows(i, subset)) for i in tasks]
         done = time.perf_counter()
@@ -235,15 +235,15 @@ def plain_score(problem: Problem, model: Any, i: int, rows: np.ndarray) -> float
     task, device, found = problem.tasks[i], next(model.parameters()).device, []
     for part in np.split(rows, range(BATCH, len(rows), BATCH)):
         batch = task.batch("reward", part)
-        if isinstance(batch, t5.TextBatch):
+        if isinstance(batch, TextBatch):
             found.append(t5_choices(model, batch).argmax(-1))
         else:
-            own = slice(*vit.head_slices(problem.pool.heads)[problem.pool.names[i]])
+            own = slice(*head_slices(problem.pool.heads)[problem.pool.names[i]])
             found.append(model(batch.to(device))[:, own].argmax(-1).cpu())
     return task.score(torch.cat(found), task.split("reward").labels[torch.from_numpy(rows)])
 
 
-def t5_choices(model: Any, batch: Any) -> Tensor:
+def t5_choices(model: Any, batch: TextBatch) -> Tensor:
     """Each choice's log-probability (n, C) by T5ForConditionalGeneration's forward pass."""
     n, c, t = batch.shifted.shape
     encoded = model.encoder(input_ids=batch.ids, attention_mask=batch.mask.long())[0]
