@@ -30,7 +30,6 @@ from unittest import mock
 import numpy as np
 import pandas as pd
 import torch
-from rmm_lab.search.pipeline import make_scorer, train
 from torch import Tensor
 from torch.utils.benchmark import Timer
 
@@ -44,6 +43,7 @@ from rmm_lab.families.vit_run import head_slices
 from rmm_lab.layers import LayerPool
 from rmm_lab.reward import Step
 from rmm_lab.search.config import Config, configure
+from rmm_lab.search.pipeline import make_scorer, train
 from rmm_lab.search.problem import Problem, problem_of
 from rmm_lab.tasks.image_task import Split
 from rmm_lab.tasks.text_task import TextBatch
