@@ -1,34 +1,18 @@
 """The merging environment (Gymnasium) and the Dynamic Average Reward as a reward wrapper.
 
-``import rmm_lab.env`` registers ``rmm_lab/Merging-v0``; made without arguments it holds the demo's pair.
+``import rmm_lab.env`` registers ``rmm_lab/Merging-v0``; ``gym.make`` with no further argument gives the
+demo's pair.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import gymnasium as gym
 import numpy as np
 
-from rmm_lab.engine.scorer import Path, name_of, reward
 from rmm_lab.errors import InputError
-
-
-class PathScorer(Protocol):
-    """What the environment needs of a scorer; ``rmm_lab.engine.scorer.Scorer`` is one."""
-
-    sources: tuple[str, ...]  # N models, then M operators
-    n_models: int
-    n_layers: int
-    stacks: Sequence[range]  # layers that may follow each other: one stack for a ViT
-    n_subsets: int
-    task_names: list[str]
-    chooses_stem: bool  # whether a path may start with (source number, -1)
-
-    def score(self, path: Path, subset: int | None = None) -> np.ndarray:
-        """Each task's metric: (N,) in [0, 1]."""
-        ...
+from rmm_lab.reward import Path, PathScorer, Step, path_text, reward
 
 
 class MergingEnv(gym.Env[np.ndarray, np.int64]):
@@ -47,7 +31,7 @@ class MergingEnv(gym.Env[np.ndarray, np.int64]):
     ``back`` undoes nothing: what was appended stays ("hierarchical stacking").
 
     With a scorer that ``chooses_stem`` the walk starts one place earlier, at k = -1: there a source
-    gives the stem (all weights outside the layers and heads) and ``skip`` leaves it the base's. The map
+    gives the *stem* (all weights outside the layers and heads) and ``skip`` leaves it the base's. The map
     then has a column for it in front, so that L + 1 stands for L below.
 
     ## Observation space
@@ -75,12 +59,12 @@ class MergingEnv(gym.Env[np.ndarray, np.int64]):
 
     ## Info
     ``action_mask``: (N+M+2,) int8, 1 where an action is legal and leaves a way to the end;
-    ``layer``: k; ``path``: tuple of (source number, layer); ``subset``; ``new_window``: whether this
+    ``layer``: k; ``path``: tuple of ``Step``; ``subset``; ``new_window``: whether this
     episode is the first of a window. At the end also ``raw_reward``, ``penalised``, and unless
     penalised ``scores``: task -> metric.
 
     ## Arguments
-    scorer: a ``PathScorer``; None loads the demo's pair. observation: as above. penalty: reward of an
+    scorer: a ``PathScorer``. observation: as above. penalty: reward of an
     illegal move, in units of the reward (the paper's -10 points are -0.1). max_steps: default 4 L + 1.
     max_depth: layers of the merged model, default 2 L. episodes_per_subset: see Start.
     render_mode: ``ansi`` (text) or ``rgb_array``.
@@ -92,7 +76,7 @@ class MergingEnv(gym.Env[np.ndarray, np.int64]):
 
     def __init__(
         self,
-        scorer: PathScorer | None = None,
+        scorer: PathScorer,
         *,
         observation: str = "map+cursor",
         penalty: float = -0.1,
@@ -101,11 +85,7 @@ class MergingEnv(gym.Env[np.ndarray, np.int64]):
         episodes_per_subset: int = 1,
         render_mode: str | None = None,
     ) -> None:
-        if scorer is None:
-            from rmm_lab.search.problem import load_problem
-
-            scorer = load_problem(("demo",)).scorer()
-        self.scorer: PathScorer = scorer
+        self.scorer = scorer
         self.n_sources, self.n_layers = len(scorer.sources), scorer.n_layers
         if observation not in ("map", "map+cursor"):
             raise InputError(
@@ -187,7 +167,7 @@ class MergingEnv(gym.Env[np.ndarray, np.int64]):
         illegal = False
         if action < self.n_sources:  # model and merging actions
             self.merging_map[action, self.layer - self.first] += 1  # Eq. 5
-            self.path += ((action, self.layer),)
+            self.path += (Step(self.scorer.sources[action], self.layer),)
             self.depth += self.layer >= 0
             self.layer += 1
         elif action == self.skip:
@@ -253,10 +233,8 @@ class MergingEnv(gym.Env[np.ndarray, np.int64]):
                 cells = " ".join(f"{int(v):2d}" if v else " ." for v in row)
                 lines.append(f"{name:>{width}} {cells}")
             cursor = " ".join(" ^" if k == self.layer else "  " for k in places)
-            path = " ".join(f"{name_of(a, self.scorer.sources)}[{k}]" for a, k in self.path)
-            return (
-                "\n".join([*lines, f"{'':>{width}} {cursor}", f"path: {path or '(empty)'}"]) + "\n"
-            )
+            path = path_text(self.path) or "(empty)"
+            return "\n".join([*lines, f"{'':>{width}} {cursor}", f"path: {path}"]) + "\n"
         if self.render_mode == "rgb_array":
             import matplotlib
 
@@ -277,58 +255,73 @@ class DynamicAverageReward(gym.Wrapper[np.ndarray, np.int64, np.ndarray, np.int6
         R_t <- lambda * (t / T_max) * R_{t-1} + (1 - lambda * (t / T_max)) * R_t
 
     R_{t-1} is the previous episode's DAR reward (the equation writes R_t on both sides, so the average
-    runs on within a window); lambda is 0 for the first episode of a window, when the data come round
-    again. A penalty passes unblended and never becomes a "previous reward".
+    runs on within a window); lambda is 0 for the first episode of a window, when the subsets start over.
+    A penalty passes unblended and never becomes a "previous reward". An episode on a subset that
+    ``reset(options={"subset": ...})`` asks for is out of turn: it passes unblended and does not count.
 
     Args:
         env: a ``MergingEnv``.
-        scale: lambda, in [0, 1].
-        max_episodes: T_max, the episodes of the whole search.
+        dar_lambda: lambda, in [0, 1].
+        max_episodes: T_max, the number of episodes that the agent plays in turn.
 
     ``info["raw_reward"]`` keeps Eq. 7's reward, ``info["dar_reward"]`` holds the blended one, which is
-    also what ``step`` returns. ``episode`` (t, from 0) and ``previous`` are the wrapper's whole state.
+    also what ``step`` returns. ``episode`` (t, from 0; -1 before the first) and ``previous`` are the
+    wrapper's whole state. ``reset(seed=...)`` forgets both; ``reset(options={"episode": t})`` sets t.
     """
 
     def __init__(
-        self, env: gym.Env[np.ndarray, np.int64], *, scale: float, max_episodes: int
+        self, env: gym.Env[np.ndarray, np.int64], *, dar_lambda: float, max_episodes: int
     ) -> None:
-        if not 0 <= scale <= 1:
-            raise InputError(f"DAR lambda: expected a number in [0, 1], found {scale}")
+        if not 0 <= dar_lambda <= 1:
+            raise InputError(
+                f"dar_lambda: expected a number in [0, 1], found {dar_lambda}; correct it"
+            )
         if max_episodes < 1:
-            raise InputError(f"episodes: expected at least 1, found {max_episodes}")
+            raise InputError(f"max_episodes: expected at least 1, found {max_episodes}; correct it")
         super().__init__(env)
-        self.scale, self.max_episodes = scale, max_episodes
-        self.episode = -1
+        self.dar_lambda, self.max_episodes = dar_lambda, max_episodes
+        self.episode, self.in_turn = -1, False
         self.previous: float | None = None
 
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
     ) -> tuple[np.ndarray, dict[str, Any]]:
-        """Start episode t + 1; a new window forgets the previous reward."""
+        """Start the next episode; a new window forgets the previous reward."""
         observation, info = self.env.reset(seed=seed, options=options)
-        self.episode += 1
-        if info["new_window"]:
-            self.previous = None
+        options = options or {}
+        if seed is not None:
+            self.episode, self.previous = -1, None
+        if "episode" in options:
+            self.episode = int(options["episode"]) - 1
+        self.in_turn = "subset" not in options
+        if self.in_turn:
+            self.episode += 1
+            if info["new_window"]:
+                self.previous = None
         return observation, info
 
     def step(self, action: np.int64 | int) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
         """As the environment's, with the last reward blended."""
         observation, value, terminated, truncated, info = self.env.step(action)  # type: ignore[arg-type]
         value = float(value)
-        if (terminated or truncated) and not info["penalised"]:
-            value = dar(value, self.previous, self.episode, self.max_episodes, self.scale)
-            self.previous = value
         if terminated or truncated:
+            if self.in_turn and not info["penalised"]:
+                value = dar(value, self.previous, self.episode, self.max_episodes, self.dar_lambda)
+                self.previous = value
             info["dar_reward"] = value
         return observation, value, terminated, truncated, info
 
 
-def dar(reward: float, previous: float | None, t: int, t_max: int, scale: float) -> float:
-    """Eq. 10 for one episode; ``previous`` None (the start of a window) leaves the reward as it is."""
+def dar(reward: float, previous: float | None, t: int, t_max: int, dar_lambda: float) -> float:
+    """Eq. 10 for one episode; t / t_max counts as 1 from t_max on.
+
+    ``previous`` None (the start of a window) leaves the reward as it is.
+    """
     if previous is None:
         return reward
-    weight = scale * t / t_max
+    weight = dar_lambda * min(t / t_max, 1)
     return weight * previous + (1 - weight) * reward
 
 
-gym.register(id="rmm_lab/Merging-v0", entry_point="rmm_lab.env:MergingEnv")
+# A function by name: the demo's pair is loaded from the wings, which this file does not import.
+gym.register(id="rmm_lab/Merging-v0", entry_point="rmm_lab.search.problem:make_merging_env")

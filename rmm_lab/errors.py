@@ -1,13 +1,17 @@
-"""The package's one kind of error for what a user passed in, and how errors are told."""
+"""One kind of error for what a user passed in, how it is told, and the check of a command's options."""
+
+from __future__ import annotations
 
 import errno
+import math
 import sys
-from collections.abc import Sequence
-from typing import Any
+import types
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 
 class InputError(ValueError):
-    """Something the caller gave is not what is expected; the message says what, and what to do."""
+    """The caller gave something unexpected; the message says what, and what to do."""
 
 
 def one_sentence(error: Exception) -> str:
@@ -21,22 +25,78 @@ def one_sentence(error: Exception) -> str:
 
 
 def run_command(
-    command: Any, prog: str, argv: Sequence[str] | None = None, stopped: str = ""
+    command: Any,
+    prog: str,
+    argv: Sequence[str] | None = None,
+    stopped: str = "",
+    **options: Any,
 ) -> int:
-    """A command line of a dataclass with ``run``; returns 0, 2 for bad input, 130 after Ctrl-C.
+    """Parse a command line into a dataclass with ``run`` and run it.
 
-    ``argv``: its words, the process's own by default. ``stopped``: what Ctrl-C leaves, for the message.
+    Returns the exit code: 0, 2 for bad input, 130 after Ctrl-C.
+
+    Args:
+        command: the dataclass. prog: what the command is called in its help.
+        argv: the words; by default those of the process.
+        stopped: what Ctrl-C leaves behind, for the message.
+        options: further options of ``tyro.cli``, such as ``default``.
     """
     import tyro
 
     config = (tyro.conf.PositionalRequiredArgs, tyro.conf.OmitArgPrefixes)
     try:
         words = sys.argv[1:] if argv is None else list(argv)
-        tyro.cli(command, args=words, prog=prog, config=config).run()
+        tyro.cli(command, args=words, prog=prog, config=config, **options).run()
     except (InputError, OSError) as error:
         print(f"\nerror: {one_sentence(error)}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print(f"\nstopped; {stopped}", file=sys.stderr)
+    except KeyboardInterrupt as error:
+        print(f"\nstopped; {str(error) or stopped}", file=sys.stderr)
         return 130
     return 0
+
+
+# ----------------------------------------------------------------------------- checks of options
+
+Range = tuple[str, Callable[[Any], bool]]  # what is expected, in words, and whether a value is that
+_WORDS = {int: "a whole number", float: "a finite number", bool: "True or False", str: "a text"}
+
+
+def check_values(args: Any, ranges: dict[str, Range]) -> None:
+    """InputError for the first field of a dataclass whose value has another type or is out of range.
+
+    ``ranges``: field names, several separated by spaces, -> (what is expected, test). None passes where
+    the type allows it.
+    """
+    hints = get_type_hints(type(args))
+    checks = [(name, hint, (_expected(hint), lambda _: True)) for name, hint in hints.items()]
+    checks += [(name, hints[name], r) for names, r in ranges.items() for name in names.split()]
+    for name, hint, (expected, is_in_range) in checks:
+        value = getattr(args, name)
+        if not _fits(value, hint) or (value is not None and not is_in_range(value)):
+            option = f"--{name.replace('_', '-')}"
+            raise InputError(f"{option}: expected {expected}, found {value!r}; correct it")
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    origin, inner = get_origin(hint), get_args(hint)
+    if origin is Literal:
+        return type(value) in map(type, inner) and value in inner
+    if origin in (Union, types.UnionType):
+        return any(_fits(value, one) for one in inner)
+    if origin is tuple:
+        return isinstance(value, tuple) and all(_fits(v, inner[0]) for v in value)
+    if hint is float:
+        return type(value) in (int, float) and math.isfinite(value)
+    return isinstance(value, hint) and (hint is bool or not isinstance(value, bool))
+
+
+def _expected(hint: Any) -> str:
+    origin, inner = get_origin(hint), get_args(hint)
+    if origin is Literal:
+        return " or ".join(map(str, inner))
+    if origin in (Union, types.UnionType):
+        return " or ".join(map(_expected, inner))
+    if origin is tuple:
+        return f"a tuple, each {_expected(inner[0])}"
+    return "None" if hint is type(None) else _WORDS.get(hint, f"a {hint.__name__}")

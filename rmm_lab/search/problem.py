@@ -6,14 +6,18 @@ import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
+
+import tyro
 
 from rmm_lab.engine.scorer import Scorer
-from rmm_lab.errors import InputError
+from rmm_lab.env import MergingEnv
+from rmm_lab.errors import InputError, Range, check_values
 from rmm_lab.families import t5
 from rmm_lab.families.checkpoint import Checkpoint, check_same_architecture, read_checkpoint
 from rmm_lab.layers import LayerPool
 from rmm_lab.operators import parse_operator
+from rmm_lab.reward import PathScorer
 from rmm_lab.tasks.image_task import InputFormat, Task
 from rmm_lab.tasks.text_task import TextFormat, TextTask
 from rmm_lab.zoo.build import GROUPS, SETS, base_of, is_shipped, locate, multi_task_of
@@ -26,20 +30,60 @@ OPERATORS = (
     "ties",
 )
 STEM = "agent"
+SEED_RANGE: Range = ("0 or more and below 2**63", lambda v: 0 <= v < 2**63)
+
+
+@dataclass(frozen=True)
+class ProblemSpec:
+    """What is merged, by name: a problem is loaded from it, and a run folder keeps it."""
+
+    experts: tuple[str, ...] = ("demo",)
+    """Models to merge: a group that ships (demo, glyphs, vision, qa, mixed), names, folders, hub names."""
+    base: str | None = None
+    """The model that they were fine-tuned from: a folder, a hub name, base or text-base."""
+    images: tuple[str, ...] = ()
+    """For ViTs: an image folder per expert, in the experts' order; needed for your own experts."""
+    texts: tuple[str, ...] = ()
+    """For T5s: per expert a folder or file of jsonl, FORMAT:FOLDER, FORMAT:hf-hub, or a set that ships."""
+    metric: Literal["auto", "accuracy", "balanced"] = "auto"
+    """For T5s: auto balances the answers of a task where one of them is much more frequent."""
+    normalise_length: bool = False
+    """For T5s: divide a choice's log-probability by its number of tokens; the paper takes the sum."""
+    multi_task: str | None = None
+    """Folder of a multi-task model to compare with; those that ship need no mention."""
+    operators: tuple[str, ...] = OPERATORS
+    """Merging actions, such as ties, task_arithmetic:scale=0.5 or dare:drop_rate=0.5,scale=1."""
+    scope: Literal["layer", "tensor", "global"] = "layer"
+    """What an operator trims over: each layer, each tensor, or the whole model."""
+    stem: str = STEM
+    """Source of the stem, all weights outside the layers: base, an expert, an operator; agent: it chooses."""
+    unit: Literal["block", "sublayer", "both"] = "block"
+    """What is chosen at a time: block (the paper), sublayer (attention, MLP), both: blocks, then these."""
+    seed: Annotated[int, tyro.conf.Fixed] = 0
+    """Seed of the random operators' masks."""
+
+    def __post_init__(self) -> None:
+        check_values(self, {"seed": SEED_RANGE})
 
 
 @dataclass
 class Problem:
-    """N experts of one base with their tasks, as a pool of layers; ``stem`` is the stem's source.
+    """N experts of one base with their tasks, as a pool of layers.
 
-    ``device``: where whole splits are scored for tables; a search's scorer has one of its own.
+    ``spec``: what it was loaded from. ``device``: where whole splits are scored for tables; a search's
+    scorer has its own.
     """
 
     pool: LayerPool
-    tasks: list[Any]  # Task of pictures or TextTask
-    stem: str
+    tasks: list[Any]  # a task per expert: image_task.Task or text_task.TextTask
+    spec: ProblemSpec
     multi_task: Checkpoint | None = None
     device: str = "cpu"
+
+    @property
+    def stem(self) -> str:
+        """The stem's source, or ``agent``."""
+        return self.spec.stem
 
     def scorer(self, *, workers: int | str = 1, **options: Any) -> Scorer:
         """A scorer of paths; the options are those of ``Scorer``.
@@ -60,37 +104,31 @@ class Problem:
         return Scorer(self.pool, self.tasks, **options, workers=int(workers))
 
 
-def load_problem(
-    experts: Sequence[str],
-    *,
-    base: str | None = None,
-    images: Sequence[str] = (),
-    texts: Sequence[str] = (),
-    operators: Sequence[str] = OPERATORS,
-    stem: str = STEM,
-    scope: str = "layer",
-    seed: int = 0,
-    unit: str = "block",
-    multi_task: str | None = None,
-    metric: str = "auto",
-    normalise_length: bool = False,
-) -> Problem:
-    """Read and check everything that a search needs; no image is opened and no text tokenised yet.
+def make_merging_env(scorer: PathScorer | None = None, **options: Any) -> MergingEnv:
+    """The environment behind ``rmm_lab/Merging-v0``; without a scorer it holds the demo's pair."""
+    return MergingEnv(load_problem(("demo",)).scorer() if scorer is None else scorer, **options)
 
-    Args:
-        experts: a group that ships (demo, glyphs, vision; qa, mixed), names that ship, folders or hub
-            names; all ViTs or all T5s.
-        base: folder or hub name; may be left out where all experts ship.
-        images: for ViTs, one source of ``Task`` per expert: a folder, ``FORMAT:FOLDER`` or set that ships, or
-            half of one; texts: for T5s, one folder, jsonl file, ``FORMAT:FOLDER`` or set that ships per
-            expert. May be left out where all experts ship.
-        operators, scope, seed, unit: see ``LayerPool``; ``both`` is ``sublayer`` too. stem: ``base``, an
-            expert's name, an operator, or ``agent``.
-        multi_task: folder of a multi-task model for the table; found by itself where one ships.
-        metric, normalise_length: of language tasks, see ``TextTask``.
+
+def load_problem(experts: Sequence[str], **options: Any) -> Problem:
+    """The problem of these experts; ``options``: further fields of ``ProblemSpec``."""
+    names = {f.name for f in dataclasses.fields(ProblemSpec)}
+    if unknown := set(options) - names:
+        raise InputError(
+            f"load_problem: expected options among {', '.join(sorted(names))}, found "
+            f"{unknown.pop()!r}; correct it"
+        )
+    values: dict[str, Any] = {"experts": experts} | options
+    values = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+    return problem_of(ProblemSpec(**values))
+
+
+def problem_of(spec: ProblemSpec) -> Problem:
+    """Read and check everything that a search needs; no image is opened and no text tokenised yet.
 
     Raises InputError for anything missing, broken or out of place.
     """
+    experts, base, images, texts = spec.experts, spec.base, spec.images, spec.texts
+    operators, stem, scope = spec.operators, spec.stem, spec.scope
     names = [n for e in map(str, experts) for n in GROUPS.get(e, (e,))]
     for text in operators:
         parse_operator(text)
@@ -137,7 +175,9 @@ def load_problem(
             raise InputError(
                 f"--images: expected ViTs, but base {origin.source!r} is a T5; give its data by --texts"
             )
-        tasks: list[Any] = _text_tasks(origin, checkpoints, sets, metric, normalise_length)
+        tasks: list[Any] = _text_tasks(
+            origin, checkpoints, sets, spec.metric, spec.normalise_length
+        )
     else:
         if texts:
             raise InputError(
@@ -147,15 +187,15 @@ def load_problem(
     for task, name in zip(tasks, _distinct([t.name for t in tasks]), strict=True):
         task.name = name
     short = _distinct([Path(n.partition("@")[0]).name.replace(" ", "_") for n in names])
-    unit = "sublayer" if unit == "both" else unit
-    pool = LayerPool(origin, checkpoints, short, operators, scope=scope, seed=seed, unit=unit)
+    unit = "sublayer" if spec.unit == "both" else spec.unit
+    pool = LayerPool(origin, checkpoints, short, operators, scope=scope, seed=spec.seed, unit=unit)
     if origin.family is not t5:
         _check_normalisation(origin, checkpoints)
     if stem != "agent":
         pool.check_stem(stem)
     joint = None
-    if multi_task is not None:
-        joint = read_checkpoint(multi_task)
+    if spec.multi_task is not None:
+        joint = read_checkpoint(spec.multi_task)
     elif all_ship and sets == shipped_sets and base is None:
         folder = multi_task_of(names)
         joint = read_checkpoint(folder) if folder else None
@@ -165,7 +205,7 @@ def load_problem(
             TextFormat.of(origin).check_expert(joint)
         else:
             _check_multi_task(joint, tasks)
-    return Problem(pool, tasks, stem, joint)
+    return Problem(pool, tasks, spec, joint)
 
 
 def _image_tasks(

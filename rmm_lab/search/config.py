@@ -1,0 +1,202 @@
+"""The options of a search in three parts, the presets, and how options are set by name."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from rmm_lab import ppo
+from rmm_lab.errors import InputError, check_values
+from rmm_lab.search.problem import SEED_RANGE, ProblemSpec
+
+
+@dataclass(frozen=True)
+class RunArgs:
+    """How a search spends its evaluations, and where it runs."""
+
+    episodes: int = 700
+    """Merged models to evaluate."""
+    data_fraction: float = 0.1
+    """Share of each task's reward split that scores an episode, in (0, 1]."""
+    seed: int = 1
+    """Seed of the policy, the rollouts, the data subsets, CMA-ES, and the random operators' masks."""
+    reward: Literal["metric", "likelihood"] = "metric"
+    """Of an episode: each task's metric (Eq. 7), or how likely the right answers are, less noisy on few."""
+    dar_lambda: float = 0.0
+    """Lambda of the Dynamic Average Reward, Eq. 10, in [0, 1]; 0 switches it off."""
+    observation: Literal["map", "map+cursor"] = "map+cursor"
+    """What the agent sees: the merging map of Eq. 5, or the map and its own position."""
+    penalty: float = -0.1
+    """Reward of an illegal move, at most 0; rewards are in [0, 1]."""
+    max_steps: int | None = None
+    """Longest episode in actions; by default four times the layers, and one."""
+    max_depth: int | None = None
+    """Most layers of a merged model; by default twice the layers."""
+    episodes_per_subset: int = 20
+    """Episodes in a row that are scored on the same data subset."""
+    score_uniform_first: bool = False
+    """Score the uniform path of each source first; these count as episodes."""
+    cma_share: float = 0.0
+    """Share of the other episodes, the last ones, for CMA-ES over a scale per layer and expert, in [0, 1]."""
+    finalists: int = 10
+    """Best paths, besides the greedy one, that are scored on the whole reward split at the end."""
+
+    run_dir: Path | None = None
+    """New folder for the results; the command line makes runs/merge-DATE-TIME by default."""
+    resume: Path | None = None
+    """Folder of a stopped run to go on with, to the same result as an unbroken one."""
+    threads: int = 1
+    """CPU threads for torch; with more than one, small models are often slower. 0: torch's choice."""
+    workers: int | str = 1
+    """Scoring at once: a number of threads, or ray, or ray://HOST:PORT (a cluster); changes no reward."""
+    cache_mb: float | None = None
+    """MiB for activations that are used again, by default a quarter of free memory; changes no reward."""
+    device: str = "cpu"
+    """Where the models run: cpu, or a GPU such as cuda."""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """Of the models in the search; bfloat16 may be faster, and changes rewards a little. Tables: float32."""
+    quiet: bool = False
+    """Print nothing while searching."""
+
+    def __post_init__(self) -> None:
+        optional = ("at least 1", lambda v: v is None or v >= 1)
+        check_values(
+            self,
+            {
+                "episodes episodes_per_subset": ("at least 1", lambda v: v >= 1),
+                "max_steps max_depth": optional,
+                "seed": SEED_RANGE,
+                "threads": ("0 to 1024", lambda v: 0 <= v <= 1024),
+                "data_fraction": ("at least 1e-6 and at most 1", lambda v: 1e-6 <= v <= 1),
+                "dar_lambda cma_share": ("0 to 1", lambda v: 0 <= v <= 1),
+                "finalists cache_mb": ("0 or more", lambda v: v >= 0),
+                "penalty": ("0 or less", lambda v: v <= 0),
+                "device": ("a device of torch's, such as cpu or cuda", _is_device),
+            },
+        )
+        if self.cma_share == 1 and not self.score_uniform_first:
+            raise InputError(
+                "--cma-share: expected less than 1 without --score-uniform-first, found 1; CMA-ES needs "
+                "a path to start from"
+            )
+
+
+def _is_device(text: str) -> bool:
+    try:
+        torch.device(text)
+    except RuntimeError:
+        return False
+    return True
+
+
+# Fields of RunArgs that do not determine the result, and are not stored.
+WHERE = ("run_dir", "resume", "threads", "workers", "cache_mb", "quiet")
+
+
+@dataclass(frozen=True)
+class Config:
+    """All options of a search; each has one name, in one of the three parts."""
+
+    problem: ProblemSpec = field(default_factory=ProblemSpec)
+    agent: ppo.Args = field(default_factory=ppo.Args)
+    run: RunArgs = field(default_factory=RunArgs)
+
+    def stored(self) -> dict[str, dict[str, Any]]:
+        """What determines the result, as JSON takes it: config.json of a run folder."""
+        parts = {name: dataclasses.asdict(part) for name, part in vars(self).items()}
+        for name in WHERE:
+            del parts["run"][name]
+        return {
+            name: {k: list(v) if isinstance(v, tuple) else v for k, v in part.items()}
+            for name, part in parts.items()
+        }
+
+
+PRESETS: dict[str, Config] = {
+    # The agent walks through whole blocks; then a scale for each sublayer and expert evolves around its best
+    # path. It measures best on the reward split: see docs/evidence.md.
+    "default": Config(
+        problem=ProblemSpec(unit="both"), run=RunArgs(score_uniform_first=True, cma_share=0.8)
+    ),
+    # The agent alone, as it measures best on the reward split.
+    "agent": Config(),
+    # As published with the paper, but for the bounds on an episode.
+    "paper": Config(
+        problem=ProblemSpec(
+            metric="accuracy",
+            operators=("task_arithmetic", "ties", "dare"),
+            stem="task_arithmetic",
+        ),
+        agent=ppo.Args(
+            episodes_per_update=4,
+            update_epochs=40,
+            learning_rate=3e-4,
+            critic_learning_rate=1e-3,
+            gamma=0.99,
+            ent_coef=0.0001,
+            ent_coef_end=0.0001,
+            target_kl=0.0,
+            mask_actions=False,
+        ),
+        run=RunArgs(dar_lambda=0.8, observation="map", episodes_per_subset=1),
+    ),
+}
+
+
+def configure(preset: str | Config = "default", **options: Any) -> Config:
+    """A preset with some options set by name, as on the command line.
+
+    ``configure("paper", experts=("qa",), episodes=100)``. The operators' masks get the run's seed.
+    Raises InputError for an unknown preset or option, and for a value out of range.
+    """
+    if isinstance(preset, str) and preset not in PRESETS:
+        raise InputError(f"--preset: expected {' or '.join(PRESETS)}, found {preset!r}; correct it")
+    config = PRESETS[preset] if isinstance(preset, str) else preset
+    parts = dict(vars(config))
+    for name, part in parts.items():
+        known = {f.name for f in dataclasses.fields(part)} & set(options)
+        known -= {"seed"} if name == "problem" else set()
+        values = {k: tuple(v) if isinstance(v := options[k], list) else v for k in known}
+        parts[name] = dataclasses.replace(part, **values)
+        options = {k: v for k, v in options.items() if k not in known}
+    if unknown := sorted(options):
+        raise InputError(
+            f"configure: expected options of a search, found {unknown[0]!r}; see python -m rmm_lab "
+            "merge --help"
+        )
+    parts["problem"] = dataclasses.replace(parts["problem"], seed=parts["run"].seed)
+    return Config(**parts)
+
+
+def describe(config: Config) -> dict[str, Any]:
+    """The inverse of ``configure``: the nearest preset, the seed, and the options that differ from it.
+
+    As JSON takes it; options that do not determine the result are left out.
+    """
+
+    def flat(config: Config) -> dict[str, Any]:
+        stored = config.stored()
+        return stored["problem"] | stored["agent"] | stored["run"]
+
+    own = flat(config)
+    found = []
+    for name, preset in PRESETS.items():
+        usual = flat(preset)
+        found.append((name, {k: v for k, v in own.items() if v != usual[k] and k != "seed"}))
+    name, differences = min(found, key=lambda pair: len(pair[1]))
+    return {"preset": name, "seed": own["seed"]} | differences
+
+
+def read_config(stored: Mapping[str, Any]) -> Config:
+    """The inverse of ``Config.stored``; KeyError, TypeError or InputError for anything else."""
+    kinds = {"problem": ProblemSpec, "agent": ppo.Args, "run": RunArgs}
+    parts: dict[str, Any] = {}
+    for name, kind in kinds.items():
+        values = {k: tuple(v) if isinstance(v, list) else v for k, v in stored[name].items()}
+        parts[name] = kind(**values)
+    return Config(**parts)
