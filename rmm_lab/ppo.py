@@ -196,7 +196,7 @@ def play(
         step = (x, mask, action, policy, log_probs[action], float(reward), acted_on)
         for column, value in zip(columns, step, strict=True):
             column.append(value)
-    return Episode(*columns, info)
+    return Episode(*columns, info=info)
 
 
 def collect(episodes: Sequence[Episode], gamma: float) -> Rollout:

@@ -192,11 +192,17 @@ def describe(config: Config) -> dict[str, Any]:
     return {"preset": name, "seed": own["seed"]} | differences
 
 
-def read_config(stored: Mapping[str, Any]) -> Config:
-    """The inverse of ``Config.stored``; KeyError, TypeError or InputError for anything else."""
+def read_config(stored: Mapping[str, Any], where: str | Path) -> Config:
+    """The inverse of ``Config.stored``; ``where`` names the folder for the InputError."""
     kinds = {"problem": ProblemSpec, "agent": ppo.Args, "run": RunArgs}
     parts: dict[str, Any] = {}
-    for name, kind in kinds.items():
-        values = {k: tuple(v) if isinstance(v, list) else v for k, v in stored[name].items()}
-        parts[name] = kind(**values)
+    try:
+        for name, kind in kinds.items():
+            values = {k: tuple(v) if isinstance(v, list) else v for k, v in stored[name].items()}
+            parts[name] = kind(**values)
+    except (KeyError, TypeError, AttributeError, InputError) as error:
+        raise InputError(
+            f"--resume: expected the config of this version in {where}, found another ({error}); start "
+            "the search again in another folder"
+        ) from error
     return Config(**parts)

@@ -1,12 +1,11 @@
 """A scale for each place and expert: the models between and beyond the experts, and CMA-ES over them.
 
 ``layer_k = base_k + sum_i scale_{k,i} (expert_{i,k} - base_k)`` at each place k, the stem among them where it
-is chosen. A step reads ``task_arithmetic:scale=0.31/0.55@k``, so a path of scales is scored, built and
-exported as any other.
+is chosen.
 
 Sources: Ilharco et al. 2022 for the models; Hansen 2016, "The CMA Evolution Strategy: A Tutorial"; Ros and
-Hansen 2008 for its separable form, which adapts one variance for each number and so learns faster where
-they are many; Auger and Hansen 2005 for the larger population after a restart.
+Hansen 2008 for its separable form, which adapts one variance per number and so learns faster where there
+are many; Auger and Hansen 2005 for the larger population after a restart.
 """
 
 from __future__ import annotations
@@ -17,9 +16,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from rmm_lab.engine.scorer import Path, name_of, own_sources, places_of, steps_of
 from rmm_lab.layers import LayerPool
-from rmm_lab.search.gaussian_process import surrogate_of
+from rmm_lab.reward import Path, Step, parse_path, places_of
+from rmm_lab.search.finalists import shortlist
 
 BOUNDS = (-0.2, 1.5)  # of a scale: 0 is the base, 1 the expert
 SIGMA = 0.2  # CMA-ES's first step
@@ -27,37 +26,35 @@ MEANS = 10  # generations whose means are averaged at the end
 SEEDS = 2**32  # that the libraries take
 
 
-def text_of_scales(scales: np.ndarray, places: Sequence[int]) -> str:
-    """A path as text from the scales ((P * N,) or (P, N)) of each place's experts, to 3 digits."""
+def path_of_scales(scales: np.ndarray, places: Sequence[int]) -> Path:
+    """The path of the scales ((P * N,) or (P, N)) of each place's experts, rounded to 3 digits."""
     rows = scales.round(3).reshape(len(places), -1) + 0.0  # (P * N,) -> (P, N); no -0
-    return " ".join(
-        f"task_arithmetic:scale={'/'.join(f'{s:g}' for s in row)}@{k}"
-        for k, row in zip(places, rows, strict=True)
+    return tuple(
+        Step("task_arithmetic", k, tuple(row.tolist())) for k, row in zip(places, rows, strict=True)
     )
 
 
 def scales_of(pool: LayerPool, path: Path) -> np.ndarray:
     """The scales whose layers are nearest to those of a path: (P, N), by least squares over all weights.
 
-    An expert's layer is 1 for itself and 0 for the others, task arithmetic's its own scale; only what an
-    operator trims or elects is lost. ``path`` has P steps, the stem's as layer -1.
+    An expert's layer has scale 1 for itself and 0 for the others, task arithmetic its own scale; only what
+    an operator trims or elects is lost. ``path`` has P steps.
     """
     rows = []
-    for source, k in path:
-        wanted = [*pool.names, name_of(source, pool.sources)]
-        base, *layers = (_flat(pool, s, k) for s in ("base", *wanted))  # (D,) each
+    for step in path:
+        base, *layers = (
+            torch.cat([t.flatten().double() for t in weights.values()])  # (D,)
+            for weights in (
+                *(pool.weights(source, step.layer) for source in ("base", *pool.names)),
+                pool.weights(*step),
+            )
+        )
         deltas = torch.stack(layers) - base  # (N + 1, D)
         products = deltas @ deltas.T
         # The normal equations; experts that are equal here, or the base itself, share or get nothing.
         inverse = torch.linalg.pinv(products[:-1, :-1], hermitian=True, rtol=1e-9)
         rows.append((inverse @ products[:-1, -1]).numpy())
     return np.stack(rows)
-
-
-def _flat(pool: LayerPool, source: str, k: int) -> torch.Tensor:
-    return torch.cat(
-        [tensor.flatten().double() for tensor in pool.layer_weights(source, k).values()]
-    )
 
 
 class Evolution:
@@ -132,24 +129,32 @@ class Evolution:
         return [*settled, *means][:n]
 
 
-def path_of_scales(scorer: Any, scales: np.ndarray) -> Path:
-    """The path of a vector of scales, (P * N,)."""
-    return steps_of(text_of_scales(scales, places_of(scorer)), ())
+def start_of(scorer: Any, episodes: Sequence[Mapping[str, Any]]) -> Path:
+    """The best path so far that takes one source at each place, see ``shortlist``.
+
+    Where no legal episode did: the first expert, everywhere.
+    """
+    places = list(places_of(scorer))
+    whole = [
+        (e["path"], e["raw_reward"])
+        for e in episodes
+        if not e["penalised"] and [step.layer for step in parse_path(e["path"])] == places
+    ]
+    best = shortlist(whole, 1)
+    return parse_path(best[0]) if best else tuple(Step(scorer.sources[0], k) for k in places)
 
 
 def evolution_of(scorer: Any, episodes: Sequence[Mapping[str, Any]], seed: int) -> Evolution:
-    """CMA-ES around the best path of sources, as far as the episodes of scales have brought it.
+    """CMA-ES around the best path, as far as the episodes of the phase ``scales`` have brought it.
 
-    Those come after all others; with none of them it stands at its start. The best path is the one that all
-    others let expect the most of, among those that were scored.
+    These come after all others; where there are none it stands at its start.
     """
-    known = [not own_sources(steps_of(e["path"], scorer.sources)) for e in episodes].count(True)
-    best = surrogate_of(scorer, episodes[:known], seed).propose(1)[0]
-    first = scales_of(scorer.pool, best).clip(*BOUNDS).ravel()
+    before = [e for e in episodes if e["phase"] != "scales"]
+    rewards = [e["raw_reward"] for e in episodes if e["phase"] == "scales"]
+    first = scales_of(scorer.pool, start_of(scorer, before)).clip(*BOUNDS).ravel()
     evolution = Evolution(first, BOUNDS, seed, separable=True)
-    while known < len(episodes):
-        asked = evolution.ask(len(episodes) - known)
-        told = [e["raw_reward"] for e in episodes[known : known + len(asked)]]
-        evolution.tell(asked, told)
-        known += len(asked)
+    while rewards:
+        asked = evolution.ask(len(rewards))
+        evolution.tell(asked, rewards[: len(asked)])
+        rewards = rewards[len(asked) :]
     return evolution

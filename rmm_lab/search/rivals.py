@@ -23,9 +23,10 @@ from typing import Any
 
 import numpy as np
 
-from rmm_lab.engine.scorer import Path, places_of, reward, shortlist, steps_of, text_of
 from rmm_lab.errors import InputError
-from rmm_lab.search.layer_scales import BOUNDS, SEEDS, Evolution, text_of_scales
+from rmm_lab.reward import Path, Step, parse_path, path_text, places_of, reward
+from rmm_lab.search.finalists import shortlist
+from rmm_lab.search.layer_scales import BOUNDS, SEEDS, Evolution, path_of_scales
 
 
 class Scored(list[tuple[str, float]]):
@@ -55,27 +56,19 @@ MEAN = 0.25  # of a layer's number at the start of CMA-ES, order: above 0 it run
 
 def uniform_paths(scorer: Any) -> list[Path]:
     """The path of each source, everywhere: N experts and M operators, in the order of the sources."""
-    return [tuple((a, k) for k in places_of(scorer)) for a in range(len(scorer.sources))]
+    return [tuple(Step(source, k) for k in places_of(scorer)) for source in scorer.sources]
 
 
 def random_path(scorer: Any, rng: np.random.Generator) -> Path:
     """A source drawn uniformly at each place."""
-    return tuple((int(rng.integers(len(scorer.sources))), k) for k in places_of(scorer))
-
-
-def score_text(scorer: Any, text: str, subset: int | None) -> float:
-    """The reward in [0, 1] of a path given as text; ``subset`` None uses all examples.
-
-    Its sources need not be the scorer's: a layer of any operator's specification is merged, used, and
-    forgotten.
-    """
-    return reward(scorer.score(steps_of(text, scorer.sources), subset))
+    sources = scorer.sources
+    return tuple(Step(sources[rng.integers(len(sources))], k) for k in places_of(scorer))
 
 
 def _score(scorer: Any, paths: Sequence[Path], subset: int) -> list[tuple[str, float]]:
     """(path as text, reward) of each, by all workers at once."""
     prefetch(scorer, [(path, subset) for path in paths])
-    return [(text_of(path, scorer.sources), reward(scorer.score(path, subset))) for path in paths]
+    return [(path_text(path), reward(scorer.score(path, subset))) for path in paths]
 
 
 def prefetch(scorer: Any, wanted: Sequence[tuple[Path, int | None]]) -> None:
@@ -116,7 +109,7 @@ def coordinate_ascent(scorer: Any, evaluations: int, seed: int) -> list[tuple[st
     if not out:
         return out
     best, text = max((value, text) for text, value in out)
-    path, sweep, changed = steps_of(text, scorer.sources), 0, True
+    path, sweep, changed = parse_path(text), 0, True
     while len(out) < evaluations:
         subset = sweep % scorer.n_subsets
         if sweep:  # in the first one the path has been scored on this subset
@@ -125,11 +118,10 @@ def coordinate_ascent(scorer: Any, evaluations: int, seed: int) -> list[tuple[st
             best = out[-1][1]
         sweep, changed = sweep + 1, False
         for place in rng.permutation(len(path)):
-            own, k = path[place]
             others = [
-                (*path[:place], (int(source), k), *path[place + 1 :])
+                (*path[:place], step, *path[place + 1 :])
                 for source in rng.permutation(len(scorer.sources))
-                if source != own
+                if (step := Step(scorer.sources[source], path[place].layer)) != path[place]
             ][: max(0, evaluations - len(out))]
             scored = _score(scorer, others, subset)
             out += scored
@@ -176,12 +168,16 @@ def _by_optuna(scorer: Any, evaluations: int, sampler: Any, batch: int) -> list[
     with _quiet(optuna):
         study = optuna.create_study(direction="maximize", sampler=sampler)
         start = uniform_paths(scorer)
+        numbers = {source: a for a, source in enumerate(scorer.sources)}
         for path in start:
-            study.enqueue_trial({str(k): a for a, k in path})
+            study.enqueue_trial({str(step.layer): numbers[step.source] for step in path})
         out: list[tuple[str, float]] = []
         while (n := min(batch, evaluations - len(out))) > 0:
             trials = [study.ask(choices) for _ in range(n)]
-            paths = [tuple((t.params[key], int(key)) for key in choices) for t in trials]
+            paths = [
+                tuple(Step(scorer.sources[t.params[key]], int(key)) for key in choices)
+                for t in trials
+            ]
             # The first subset at least for the start.
             subset = len(out) // GROUP % scorer.n_subsets if len(out) >= len(start) else 0
             scored = _score(scorer, paths, subset)
@@ -227,8 +223,8 @@ def cmaes_scales(scorer: Any, evaluations: int, seed: int) -> list[tuple[str, fl
     evolve TIES' densities beside the weights.
     """
 
-    def text(scales: np.ndarray) -> str:
-        return text_of_scales(scales, places_of(scorer))
+    def path_of(scales: np.ndarray) -> Path:
+        return path_of_scales(scales, places_of(scorer))
 
     n, size = scorer.n_models, scorer.n_models * len(places_of(scorer))
     out = _start(scorer, evaluations)
@@ -236,14 +232,14 @@ def cmaes_scales(scorer: Any, evaluations: int, seed: int) -> list[tuple[str, fl
     known = [(value, np.tile(np.eye(n)[i], size // n)) for i, (_, value) in enumerate(out[:n])]
     for scale in SCALES[: evaluations - len(out)]:
         scales = np.full(size, scale)
-        out += _score_texts(scorer, [text(scales)], 0)
+        out += _score(scorer, [path_of(scales)], 0)
         known.append((out[-1][1], scales))
     if len(out) == evaluations:
         return out
     mean = max(known, key=lambda pair: pair[0])[1]
     evolution = Evolution(mean, BOUNDS, seed)
-    out = _evolve(scorer, out, evaluations, evolution, text)
-    answers = dict.fromkeys(text(x) for x in evolution.answers(ANSWERS))
+    out = _evolve(scorer, out, evaluations, evolution, path_of)
+    answers = dict.fromkeys(path_text(path_of(x)) for x in evolution.answers(ANSWERS))
     return Scored(out, list(answers))
 
 
@@ -267,32 +263,28 @@ def cmaes_order(scorer: Any, evaluations: int, seed: int) -> list[tuple[str, flo
     mean = np.full((REPEATS, scorer.n_models, scorer.n_layers), -MEAN)
     mean[0, best] = MEAN
 
-    def text(numbers: np.ndarray) -> str:
-        return text_of(path_of_order(scorer, numbers), scorer.sources)
+    def path_of(numbers: np.ndarray) -> Path:
+        return path_of_order(scorer, numbers)
 
     evolution = Evolution(mean.ravel(), None, seed)
     last = min(LAST, scorer.n_subsets, (evaluations - len(out)) // 10)
-    out = _evolve(scorer, out, evaluations - last, evolution, text)
+    out = _evolve(scorer, out, evaluations - last, evolution, path_of)
     for i in range(last):
         subset = (evolution.generation + 1 + i) % scorer.n_subsets
-        out += _score_texts(scorer, [text(evolution.latest)], subset)
+        out += _score(scorer, [path_of(evolution.latest)], subset)
     return out
 
 
 def path_of_order(scorer: Any, numbers: np.ndarray) -> Path:
     """The path of CMA-ES, order, from the number of each place: ((REPEATS * N * L),)."""
     n, n_layers = scorer.n_models, scorer.n_layers
-    slots = [(i, k) for _ in range(REPEATS) for i in range(n) for k in range(n_layers)]
+    experts = scorer.sources[:n]
+    slots = [Step(e, k) for _ in range(REPEATS) for e in experts for k in range(n_layers)]
     stack_of = {k: s for s, stack in enumerate(scorer.stacks) for k in stack}
     largest = np.argsort(-numbers, kind="stable")[: 2 * n_layers]
     on = [slots[t] for t in sorted(largest) if numbers[t] > 0]
-    stem = ((n, -1),) if scorer.chooses_stem and len(scorer.sources) > n else ()
-    return (*stem, *sorted(on, key=lambda step: stack_of[step[1]]))  # stable: otherwise in order
-
-
-def _score_texts(scorer: Any, texts: Sequence[str], subset: int) -> list[tuple[str, float]]:
-    prefetch(scorer, [(steps_of(text, scorer.sources), subset) for text in texts])
-    return [(text, score_text(scorer, text, subset)) for text in texts]
+    stem = (Step(scorer.sources[n], -1),) if scorer.chooses_stem and len(scorer.sources) > n else ()
+    return (*stem, *sorted(on, key=lambda step: stack_of[step.layer]))  # stable: otherwise in order
 
 
 def _evolve(
@@ -300,7 +292,7 @@ def _evolve(
     out: Sequence[tuple[str, float]],
     evaluations: int,
     evolution: Evolution,
-    text_of_numbers: Callable[[np.ndarray], str],
+    path_of: Callable[[np.ndarray], Path],
 ) -> list[tuple[str, float]]:
     """CMA-ES until all evaluations are spent; a generation shares a subset.
 
@@ -310,8 +302,8 @@ def _evolve(
     out = list(out)
     while (left := evaluations - len(out)) > 0:
         asked = evolution.ask(left)
-        texts = [text_of_numbers(x) for x in asked]
-        scored = _score_texts(scorer, texts, evolution.generation % scorer.n_subsets)
+        paths = [path_of(x) for x in asked]
+        scored = _score(scorer, paths, evolution.generation % scorer.n_subsets)
         out += scored
         evolution.tell(asked, [value for _, value in scored])
     return out
@@ -332,7 +324,7 @@ SEARCHES: dict[str, Search] = {
 
 def whole(scorer: Any, text: str) -> float:
     """The reward in [0, 1] of a path, given as text, on the whole reward split."""
-    return score_text(scorer, text, None)
+    return reward(scorer.score(parse_path(text), None))
 
 
 def finalists(scored: Sequence[tuple[str, float]], n: int) -> list[str]:
