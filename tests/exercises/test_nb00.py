@@ -15,7 +15,7 @@ from matplotlib.patches import Rectangle
 from rmm_lab.course import checks
 from rmm_lab.course import notebooks as course
 from rmm_lab.errors import InputError
-from rmm_lab.figures import facade as pictures
+from rmm_lab.figures import models as pictures
 
 NOTEBOOK = Path(__file__).parents[2] / "notebooks" / "solved" / "00_start_here.ipynb"
 

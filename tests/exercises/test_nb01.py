@@ -8,7 +8,7 @@ import torch
 from answers import function_of
 
 from rmm_lab.course import checks
-from rmm_lab.figures import facade as pictures
+from rmm_lab.figures import models as pictures
 
 TASK_VECTOR, AVERAGE, LINE = "01.task_vector", "01.average", "01.interpolate"
 WRONG = [

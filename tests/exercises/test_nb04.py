@@ -363,16 +363,6 @@ def test_a_right_answer_written_otherwise_passes(name, text):
     assert verdict.status == "correct", verdict.message
 
 
-@pytest.mark.parametrize(
-    "name", [n for n, e in EXERCISES.items() if isinstance(e, checks.Exercise)]
-)
-def test_each_mistake_on_the_list_gets_its_own_hint(name):
-    exercise = EXERCISES[name]
-    hints = [checks.check(name, m.wrong).message for m in exercise.mistakes]
-    assert hints == [m.hint for m in exercise.mistakes]
-    assert len(set(hints)) == len(hints)
-
-
 def test_layers_are_shown_by_their_formula():
     verdict = checks.check("04.compose", lambda layers, x: x - 1)
     assert "[x + 3, 2x]" in verdict.message

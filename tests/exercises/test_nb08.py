@@ -9,7 +9,7 @@ from answers import function_of
 from rmm_lab.course import checks
 from rmm_lab.course.exercises import nb08
 from rmm_lab.evidence import tables
-from rmm_lab.figures import facade as pictures
+from rmm_lab.figures import results as pictures
 
 UNIFORM = ("weight average", "task arithmetic, tuned", "TIES, tuned", "DARE, tuned")
 

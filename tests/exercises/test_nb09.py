@@ -10,7 +10,7 @@ from answers import function_of
 from rmm_lab.course import checks
 from rmm_lab.course.exercises import nb09
 from rmm_lab.evidence import tables
-from rmm_lab.figures import facade as pictures
+from rmm_lab.figures import results as pictures
 from rmm_lab.search.problem import load_problem
 
 RIGHT = [
