@@ -324,7 +324,7 @@ def test_seven_searches_differ_without_their_colours():
         len({str(line.get_linestyle()) + str(line._unscaled_dash_pattern) for line in lines}) == 7
     )
     assert len({line.get_color() for line in lines}) == 7
-    (legend,) = figure.legends  # beside the panels, not over the curves
+    (legend,) = figure.legends  # next to the panels, not over the curves
     assert [t.get_text() for t in legend.get_texts()] == [f"m{i}" for i in range(7)]
     points = {"g": {f"m{i}": [1.0, 2.0] for i in range(7)}}
     axes = pictures.spread_picture(points, "x").axes[0]

@@ -89,7 +89,7 @@ WRONG = [
     (
         "07.standard_error",
         "def f(p, n):\n    return np.mean(p * (1 - p) / n) ** 0.5",
-        "root of N only",
+        "by the root of N",
     ),
     (
         "07.standard_error",
@@ -148,7 +148,11 @@ WRONG = [
         "    return w * previous + (1 - w) * reward",
         "raised TypeError",
     ),
-    ("07.dar", "def f(reward, previous, t, t_max, dar_lambda):\n    return previous", "returns None"),
+    (
+        "07.dar",
+        "def f(reward, previous, t, t_max, dar_lambda):\n    return previous",
+        "returns None",
+    ),
 ]
 RIGHT = [
     (

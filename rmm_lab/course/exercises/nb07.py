@@ -55,7 +55,9 @@ def _pooled(p: np.ndarray, n: np.ndarray) -> float:
 def _dar_by(weight: Callable[[int, int, float], float]) -> Callable[..., float]:
     """Eq. 10 with another weight of the previous reward."""
 
-    def blended(reward: float, previous: float | None, t: int, t_max: int, dar_lambda: float) -> float:
+    def blended(
+        reward: float, previous: float | None, t: int, t_max: int, dar_lambda: float
+    ) -> float:
         if previous is None:
             return reward
         a = weight(t, t_max, dar_lambda)
@@ -64,7 +66,9 @@ def _dar_by(weight: Callable[[int, int, float], float]) -> Callable[..., float]:
     return blended
 
 
-def _never_reset(reward: float, previous: float | None, t: int, t_max: int, dar_lambda: float) -> float:
+def _never_reset(
+    reward: float, previous: float | None, t: int, t_max: int, dar_lambda: float
+) -> float:
     a = dar_lambda * t / t_max
     return a * (previous or 0.0) + (1 - a) * reward
 
@@ -77,7 +81,9 @@ def _added(reward: float, previous: float | None, t: int, t_max: int, dar_lambda
     return reward + (0.0 if previous is None else dar_lambda * t / t_max * previous)
 
 
-def _forgets_own(reward: float, previous: float | None, t: int, t_max: int, dar_lambda: float) -> float:
+def _forgets_own(
+    reward: float, previous: float | None, t: int, t_max: int, dar_lambda: float
+) -> float:
     a = dar_lambda * t / t_max
     return (1 - a) * reward if previous is None else a * previous + (1 - a) * previous
 
