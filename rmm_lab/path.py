@@ -10,8 +10,8 @@ from typing import Any
 
 from rmm_lab.errors import InputError
 from rmm_lab.families.checkpoint import Checkpoint, read_checkpoint, write_checkpoint
+from rmm_lab.families.shipped import locate
 from rmm_lab.layers import LayerPool
-from rmm_lab.zoo.build import locate
 
 SCHEMA = "rmm_lab/layer-path/1"
 

@@ -296,7 +296,7 @@ class Run:
 
         Raises InputError if the search has not ended, or if a file cannot be read.
         """
-        from rmm_lab.zoo.build import locate
+        from rmm_lab.families.shipped import locate
 
         folder = Folder(folder)
         config = RunFolder.read_config(folder)

@@ -26,13 +26,10 @@ from rmm_lab.engine.scorer import check_device
 from rmm_lab.errors import InputError
 from rmm_lab.evidence.measure import Group
 from rmm_lab.families import checkpoint as models
-from rmm_lab.families import t5
-from rmm_lab.families.checkpoint import Checkpoint
 from rmm_lab.search import run_folder as runs
 from rmm_lab.tasks import image_formats
 from rmm_lab.tasks import image_task as tasks
 from rmm_lab.tasks import text_formats as formats
-from rmm_lab.tasks import text_task as texts
 from rmm_lab.zoo import training
 
 # Pretrained on ImageNet-21k alone, since Stanford Dogs is a part of ImageNet-1k.
@@ -197,8 +194,7 @@ class PaperScale:
     def _make(self, group: Group, folder: Path, places: Sequence[str], device: str) -> None:
         """An expert, or the multi-task model of several sets, unless it is there."""
         base = models.read_checkpoint(group.options["base"])
-        is_text = base.family is t5
-        prefix = "text_" if is_text else ""
+        prefix = "text_" if base.family.DATA == "texts" else ""
         settings = {
             "steps": getattr(self, f"{prefix}steps") * len(places),
             "learning_rate": getattr(self, f"{prefix}learning_rate"),
@@ -215,9 +211,11 @@ class PaperScale:
                 )
             return
         print(f"{time.strftime('%H:%M:%S')} fine-tuning {folder}", flush=True)
-        on, tune = _tasks(base, places), training.fine_tune_t5 if is_text else training.fine_tune
+        on = base.family.make_tasks(base, places)
         label = f"{group.size} {'+'.join(task.name for task in on)}"
-        config, weights = tune(base, on, seed=0, label=label, device=device, **settings)
+        config, weights = training.fine_tune(
+            base, on, seed=0, label=label, device=device, **settings
+        )
         models.write_checkpoint(folder, config, weights, beside=base.folder)
         runs.write(record, json.dumps(made, indent=2) + "\n")
 
@@ -232,11 +230,3 @@ def _named(place: str) -> str:
     """A place without its folder: ``cub200:first``."""
     half = place.rpartition(":")[2]
     return place.partition(":")[0] + (f":{half}" if half in tasks.HALVES else "")
-
-
-def _tasks(base: Checkpoint, places: Sequence[str]) -> list[Any]:
-    if base.family is t5:
-        text_format = texts.TextFormat.of(base)
-        return [texts.TextTask(place, text_format) for place in places]
-    image_format = tasks.InputFormat.of(base.config)
-    return [tasks.Task(place, image_format) for place in places]

@@ -1,9 +1,8 @@
-"""Models as data: reading and writing checkpoints, and which family a checkpoint is of.
+"""Reading and writing checkpoints, and which family a checkpoint belongs to.
 
-A *checkpoint* is a folder, on disk or on the hub: a timm ViT's (``config.json`` of timm and
-``model.safetensors``) or a Hugging Face T5's (``config.json`` of transformers, ``model.safetensors``, a
-tokenizer). ``vit`` and ``t5`` are the only files that know what is inside, and offer the same names.
-Weights are read from safetensors only, kept in float32, and never changed.
+A *checkpoint* is a folder, on disk or on the hub: a timm ViT (timm's ``config.json`` and
+``model.safetensors``) or a Hugging Face T5 (``config.json``, ``model.safetensors``, a tokenizer). What is
+inside is the family's business. Weights are read from safetensors only, kept in float32 and never changed.
 """
 
 from __future__ import annotations
@@ -12,7 +11,6 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,43 +22,28 @@ from torch import Tensor
 from rmm_lab.errors import InputError
 from rmm_lab.families import t5, vit
 from rmm_lab.families.parts import Weights, outside_head
+from rmm_lab.families.protocol import Architecture, Family, Model
+from rmm_lab.tasks.files import write_file
 
-# What knows a family: a module with canonical, split, signature, check_head and a class that runs it.
-Family = Any
+FAMILIES: dict[str, Family] = {"vit": vit, "t5": t5}
+_FILES = ("config.json", "model.safetensors")
 
 
-@dataclass(frozen=True)
-class Checkpoint:
-    """A model as data. ``source`` is what the user typed, ``sha256`` that of the weights' file."""
-
-    source: str
-    folder: Path
-    config: dict[str, Any]
-    weights: Weights = field(repr=False)
-    sha256: str
+class Checkpoint(Model):
+    """A model as data that knows its family."""
 
     @property
     def family(self) -> Family:
-        """The module that knows this model: ``rmm_lab.families.vit`` or ``rmm_lab.families.t5``."""
+        """The module that knows this model: ``rmm_lab.families.vit``, say."""
         return family_of(self.source, self.config)
-
-    @property
-    def num_classes(self) -> int:
-        return int(self.config.get("num_classes", 0))
-
-    @property
-    def label_names(self) -> list[str] | None:
-        names = self.config.get("label_names")
-        return list(names) if isinstance(names, (list, tuple)) else None
 
 
 def family_of(source: str, config: Mapping[str, Any]) -> Family:
     """The module that knows a model with this config.json; InputError for another family's."""
-    if "architecture" in config:
-        return vit
+    for family in FAMILIES.values():
+        if family.owns(config):
+            return family
     kind = config.get("model_type")
-    if kind == "t5":
-        return t5
     raise InputError(
         f"model {source!r}: expected timm's config.json with an 'architecture' or transformers' with "
         f"the model_type 't5', found {'neither' if kind is None else f'the model_type {kind!r}'}; save "
@@ -68,10 +51,9 @@ def family_of(source: str, config: Mapping[str, Any]) -> Family:
     )
 
 
-def architecture(config: Mapping[str, Any], unit: str = "block") -> Any:
-    """What runs and rebuilds models with this config.json piece by piece: a ``ViT`` or a ``T5``."""
-    family = family_of("config.json", config)
-    return family.ViT(config, unit) if family is vit else family.T5(config, unit)
+def architecture(config: Mapping[str, Any], unit: str = "block") -> Architecture:
+    """What runs and rebuilds models with this config.json piece by piece."""
+    return family_of("config.json", config).architecture(config, unit)
 
 
 # --------------------------------------------------------------------------- reading and writing
@@ -80,7 +62,7 @@ def architecture(config: Mapping[str, Any], unit: str = "block") -> Any:
 def resolve(source: str | Path) -> Path:
     """The local folder behind a source: a folder, ``local-dir:FOLDER`` or ``hf-hub:OWNER/NAME``.
 
-    Hub models are downloaded once into the hub's own cache: safetensors, config and a T5's tokenizer.
+    Hub models are downloaded once into the hub's own cache: config, weights and the family's files.
     """
     text = str(source)
     if text.startswith("hf-hub:"):
@@ -91,7 +73,7 @@ def resolve(source: str | Path) -> Path:
             f"model {text!r}: expected a folder with config.json and model.safetensors, or "
             f"hf-hub:OWNER/NAME, but there is no folder {folder}; check the spelling"
         )
-    for name in ("config.json", "model.safetensors"):
+    for name in _FILES:
         if not (folder / name).is_file():
             raise InputError(
                 f"model {text!r}: expected config.json and model.safetensors in {folder}, found no "
@@ -106,7 +88,7 @@ def _from_hub(source: str) -> Path:
     os.environ.setdefault("HF_HUB_ETAG_TIMEOUT", "2")  # seconds: a closed network must answer fast
     from huggingface_hub import HfApi, snapshot_download
 
-    files = ["config.json", "model.safetensors", *t5.FILES]
+    files = [*_FILES, *(name for family in FAMILIES.values() for name in family.FILES)]
     commit = revision or None
     try:
         try:
@@ -131,16 +113,28 @@ def _from_hub(source: str) -> Path:
 
 
 def _is_whole(folder: Path) -> bool:
-    """Whether config and weights are there, and a T5's tokenizer."""
-    there = {
-        name
-        for name in ("config.json", "model.safetensors", *t5.FILES)
-        if (folder / name).is_file()
-    }
-    if not {"config.json", "model.safetensors"} <= there:
+    """Whether config and weights are there, and what the model's family needs besides."""
+    if not all((folder / name).is_file() for name in _FILES):
         return False
-    is_t5 = '"t5"' in (folder / "config.json").read_text("utf-8", errors="replace")
-    return not is_t5 or bool({"tokenizer.json", "spiece.model"} & there)
+    try:
+        needed = family_of(str(folder), _read_config(str(folder), folder)).NEEDED
+    except InputError:
+        return True  # whole, if of no use: ``read_checkpoint`` says why
+    return not needed or any((folder / name).is_file() for name in needed)
+
+
+def _read_config(source: str, folder: Path) -> dict[str, Any]:
+    try:
+        config = json.loads((folder / "config.json").read_text("utf-8"))
+        if not isinstance(config, dict):
+            raise TypeError(f"a {type(config).__name__}")
+        return config
+    except (ValueError, TypeError) as error:
+        raise InputError(
+            f"model {source!r}: expected a JSON object with an 'architecture' (timm) or a "
+            f"'model_type' (transformers) in {folder / 'config.json'}, found something else ({error}); "
+            "save the model with timm or transformers again"
+        ) from error
 
 
 def read_checkpoint(source: str | Path) -> Checkpoint:
@@ -148,18 +142,9 @@ def read_checkpoint(source: str | Path) -> Checkpoint:
 
     Raises InputError for a missing or broken file, an unknown family, NaN or Inf.
     """
-    folder = resolve(source)
-    try:
-        config = json.loads((folder / "config.json").read_text("utf-8"))
-        if not isinstance(config, dict):
-            raise TypeError(f"a {type(config).__name__}")
-    except (ValueError, TypeError) as error:
-        raise InputError(
-            f"model {str(source)!r}: expected a JSON object with an 'architecture' (timm) or a "
-            f"'model_type' (transformers) in {folder / 'config.json'}, found something else ({error}); "
-            "save the model with timm or transformers again"
-        ) from error
-    family = family_of(str(source), config)
+    text, folder = str(source), resolve(source)
+    config = _read_config(text, folder)
+    family = family_of(text, config)
     file = folder / "model.safetensors"
     weights: Weights = {}
     try:
@@ -168,20 +153,19 @@ def read_checkpoint(source: str | Path) -> Checkpoint:
                 weights[name] = tensors.get_tensor(name).float()
     except (SafetensorError, ValueError) as error:
         raise InputError(
-            f"model {str(source)!r}: expected a whole safetensors file, but {file} is truncated or "
+            f"model {text!r}: expected a whole safetensors file, but {file} is truncated or "
             f"altered ({error}); copy or download it again"
         ) from error
     for name, tensor in weights.items():
-        if not torch.isfinite(tensor).all():
-            bad = int((~torch.isfinite(tensor)).sum())
+        if bad := int((~torch.isfinite(tensor)).sum()):
             raise InputError(
-                f"model {str(source)!r}: expected finite weights, found {bad} NaN or Inf in tensor "
+                f"model {text!r}: expected finite weights, found {bad} NaN or Inf in tensor "
                 f"{name!r}; fine-tune it again or take an earlier checkpoint"
             )
-    weights = family.canonical(str(source), config, weights)
+    weights = family.canonical(text, config, weights)
     with open(file, "rb") as stream:
         sha256 = hashlib.file_digest(stream, "sha256").hexdigest()
-    return Checkpoint(str(source), folder, config, weights, sha256)
+    return Checkpoint(text, folder, config, weights, sha256)
 
 
 def write_checkpoint(
@@ -194,11 +178,10 @@ def write_checkpoint(
 ) -> None:
     """Write a checkpoint's folder, each file to a temporary name first and then renamed.
 
-    beside: folder whose tokenizer (or whatever else its family keeps beside the weights) is copied.
+    beside: folder whose tokenizer (or other files of the model's family) is copied.
     """
-    text = (
-        json.dumps(dict(config), indent=2, ensure_ascii=False) + "\n"
-    )  # may fail: before any file
+    # As text first: what JSON cannot hold must fail before any file is written.
+    text = json.dumps(dict(config), indent=2, ensure_ascii=False) + "\n"
     folder.mkdir(parents=True, exist_ok=True)
     # Clones, so that no two names share memory: safetensors refuses that, and a repeat is a copy.
     tensors = {k: v.detach().to("cpu", dtype, copy=True).contiguous() for k, v in weights.items()}
@@ -211,47 +194,31 @@ def write_checkpoint(
         write_file(folder / name, content)
 
 
-def write_file(file: Path, content: bytes) -> None:
-    """Write to a temporary name, then rename: a reader sees the old file or the new one."""
-    scratch = file.with_name(f".{file.name}.tmp")
-    try:
-        scratch.write_bytes(content)
-        scratch.replace(file)
-    finally:
-        scratch.unlink(missing_ok=True)
-
-
 def check_same_architecture(base: Checkpoint, experts: Sequence[Checkpoint]) -> None:
-    """Experts must equal the base in everything but the head; the first difference is named."""
-    own = base.family.signature(base.config)
+    """Raise InputError, naming the first difference, unless experts equal the base up to the head."""
+    signature = base.family.signature(base.config)
+    shapes = {k: tuple(v.shape) for k, v in outside_head(base.weights).items()}
     for expert in experts:
+
+        def refuse(expected: str, found: str, source: str = expert.source) -> InputError:
+            return InputError(
+                f"expert {source!r}: expected {expected}, found {found}; merge only models "
+                "fine-tuned from one base"
+            )
+
         if expert.family is not base.family:
-            raise InputError(
-                f"expert {expert.source!r}: expected {base.family.NAME} as base {base.source!r}, found "
-                f"{expert.family.NAME}; merge only models fine-tuned from one base"
-            )
-        shapes = {k: tuple(v.shape) for k, v in outside_head(expert.weights).items()}
-        for name, tensor in outside_head(base.weights).items():
-            if name not in shapes:
-                raise InputError(
-                    f"expert {expert.source!r}: expected tensor {name!r} of shape "
-                    f"{tuple(tensor.shape)} as in base {base.source!r}, found no such tensor; merge "
-                    "only models fine-tuned from one base"
+            raise refuse(f"{base.family.NAME} as base {base.source!r}", expert.family.NAME)
+        others = {k: tuple(v.shape) for k, v in outside_head(expert.weights).items()}
+        for name, shape in shapes.items():
+            if others.get(name) != shape:
+                raise refuse(
+                    f"tensor {name!r} of shape {shape} as in base {base.source!r}",
+                    str(others.get(name, "no such tensor")),
                 )
-            if shapes[name] != tuple(tensor.shape):
-                raise InputError(
-                    f"expert {expert.source!r}: expected tensor {name!r} of shape "
-                    f"{tuple(tensor.shape)} as in base {base.source!r}, found {shapes[name]}; merge "
-                    "only models fine-tuned from one base"
-                )
-        if extra := sorted(set(shapes) - set(base.weights)):
-            raise InputError(
-                f"expert {expert.source!r}: expected the tensors of base {base.source!r}, found "
-                f"{extra[0]!r} of shape {shapes[extra[0]]} besides; merge only models fine-tuned "
-                "from one base"
+        if extra := sorted(set(others) - set(base.weights)):
+            raise refuse(
+                f"the tensors of base {base.source!r}",
+                f"{extra[0]!r} of shape {others[extra[0]]} besides",
             )
-        if (other := expert.family.signature(expert.config)) != own:
-            raise InputError(
-                f"expert {expert.source!r}: expected the architecture {own} of base {base.source!r}, "
-                f"found {other}; merge only models fine-tuned from one base"
-            )
+        if (other := expert.family.signature(expert.config)) != signature:
+            raise refuse(f"the architecture {signature} of base {base.source!r}", str(other))

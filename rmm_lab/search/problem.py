@@ -13,14 +13,11 @@ import tyro
 from rmm_lab.engine.scorer import Scorer
 from rmm_lab.env import MergingEnv
 from rmm_lab.errors import InputError, Range, check_values
-from rmm_lab.families import t5
 from rmm_lab.families.checkpoint import Checkpoint, check_same_architecture, read_checkpoint
+from rmm_lab.families.shipped import GROUPS, SETS, base_of, locate, multi_task_of
 from rmm_lab.layers import LayerPool
 from rmm_lab.operators import parse_operator
 from rmm_lab.reward import PathScorer
-from rmm_lab.tasks.image_task import InputFormat, Task
-from rmm_lab.tasks.text_task import TextFormat, TextTask
-from rmm_lab.zoo.build import GROUPS, SETS, base_of, is_shipped, locate, multi_task_of
 
 # Measured on the reward split: see the README's section on the default preset.
 OPERATORS = (
@@ -75,7 +72,7 @@ class Problem:
     """
 
     pool: LayerPool
-    tasks: list[Any]  # a task per expert: image_task.Task or text_task.TextTask
+    tasks: list[Any]  # a task per expert, of the pool's family
     spec: ProblemSpec
     multi_task: Checkpoint | None = None
     device: str = "cpu"
@@ -142,10 +139,10 @@ def problem_of(spec: ProblemSpec) -> Problem:
             "--texts: expected either --images (for ViTs) or --texts (for T5s), found both; one model "
             "cannot take both"
         )
-    all_ship = all(is_shipped(n) for n in names)
+    all_ship = all(n in SETS for n in names)
     option = "--texts" if texts else "--images"
     if not images and not texts and not all_ship:
-        first = next(n for n in names if not is_shipped(n))
+        first = next(n for n in names if n not in SETS)
         raise InputError(
             f"--images: expected a folder for each expert (ViTs), or --texts (T5s), found none for "
             f"{first!r}"
@@ -170,27 +167,24 @@ def problem_of(spec: ProblemSpec) -> Problem:
                 f"expert {name!r}: expected {origin.family.NAME} as base {origin.source!r}, found "
                 f"{checkpoint.family.NAME}; a merged model is of one family"
             )
-    if origin.family is t5:
-        if images:
-            raise InputError(
-                f"--images: expected ViTs, but base {origin.source!r} is a T5; give its data by --texts"
-            )
-        tasks: list[Any] = _text_tasks(
-            origin, checkpoints, sets, spec.metric, spec.normalise_length
+    family = origin.family
+    if (images or texts) and option != f"--{family.DATA}":
+        raise InputError(
+            f"{option}: expected --{family.DATA}, since base {origin.source!r} is {family.NAME}, found "
+            f"{option}; give the data by --{family.DATA}"
         )
-    else:
-        if texts:
-            raise InputError(
-                f"--texts: expected T5s, but base {origin.source!r} is a ViT; give its data by --images"
-            )
-        tasks = _image_tasks(origin, checkpoints, sets)
+    tasks = family.make_tasks(
+        origin, sets, metric=spec.metric, normalise_length=spec.normalise_length
+    )
+    for checkpoint, task in zip(checkpoints, tasks, strict=True):
+        family.check_task(checkpoint, task)
     for task, name in zip(tasks, _distinct([t.name for t in tasks]), strict=True):
         task.name = name
     short = _distinct([Path(n.partition("@")[0]).name.replace(" ", "_") for n in names])
     unit = "sublayer" if spec.unit == "both" else spec.unit
     pool = LayerPool(origin, checkpoints, short, operators, scope=scope, seed=spec.seed, unit=unit)
-    if origin.family is not t5:
-        _check_normalisation(origin, checkpoints)
+    for checkpoint in checkpoints:
+        family.check_inputs(origin, checkpoint)
     if stem != "agent":
         pool.check_stem(stem)
     joint = None
@@ -201,61 +195,10 @@ def problem_of(spec: ProblemSpec) -> Problem:
         joint = read_checkpoint(folder) if folder else None
     if joint is not None:
         check_same_architecture(origin, [joint])
-        if origin.family is t5:
-            TextFormat.of(origin).check_expert(joint)
-        else:
-            _check_multi_task(joint, tasks)
+        family.check_inputs(origin, joint)
+        for task in tasks:
+            family.task_head(joint, task)  # raises InputError where it has none
     return Problem(pool, tasks, spec, joint)
-
-
-def _image_tasks(
-    origin: Checkpoint, experts: Sequence[Checkpoint], sets: Sequence[str]
-) -> list[Any]:
-    """One task of pictures for each expert, once the heads are found to fit."""
-    fmt, tasks = InputFormat.of(origin.config), []
-    for expert, images_of in zip(experts, sets, strict=True):
-        task = Task(images_of, fmt)
-        task.check_head(expert.source, expert.num_classes, expert.label_names)
-        tasks.append(task)
-    return tasks
-
-
-def _check_normalisation(origin: Checkpoint, experts: Sequence[Checkpoint]) -> None:
-    fmt = InputFormat.of(origin.config)
-    for expert in experts:
-        own = InputFormat.of(expert.config)
-        if (own.mean, own.std) != (fmt.mean, fmt.std):
-            raise InputError(
-                f"expert {expert.source!r}: expected images normalised by mean {fmt.mean} and std "
-                f"{fmt.std} as for the base, found {own.mean} and {own.std}; one merged model can take "
-                "only one"
-            )
-
-
-def _text_tasks(
-    origin: Checkpoint,
-    experts: Sequence[Checkpoint],
-    sets: Sequence[str],
-    metric: str,
-    normalise_length: bool,
-) -> list[Any]:
-    """One task of texts for each expert, once the tokenizers are found to fit."""
-    fmt = TextFormat.of(origin)
-    for expert in experts:
-        fmt.check_expert(expert)
-    return [TextTask(s, fmt, metric=metric, normalise_length=normalise_length) for s in sets]
-
-
-def _check_multi_task(joint: Checkpoint, tasks: Sequence[Any]) -> None:
-    heads = (joint.config.get("rmm_lab") or {}).get("heads", {})
-    for task in tasks:
-        start, stop = heads.get(task.name, (0, 0))
-        if stop - start != len(task.classes):
-            raise InputError(
-                f"multi-task model {joint.source!r}: expected rmm_lab.heads in config.json to hold a "
-                f"slice of {len(task.classes)} classes for {task.name!r}, found {heads or 'none'}; "
-                "make it with python -m rmm_lab.zoo.build finetune and all image folders"
-            )
 
 
 def _read(name: str) -> Checkpoint:

@@ -13,9 +13,7 @@ import numpy as np
 from torch import Tensor
 
 from rmm_lab.engine.scorer import answers, answers_of_path, evaluate
-from rmm_lab.families import t5
 from rmm_lab.search.problem import Problem
-from rmm_lab.tasks.text_task import TextTask
 
 SCALES = (0.2, 0.3, 0.4, 0.5, 0.6, 0.8, 1.0)
 # Each uniform merge with the settings it is tuned over: 36 evaluations of the reward split in all.
@@ -89,27 +87,14 @@ def tune(problem: Problem, settings: Sequence[str]) -> str:
 def rows(problem: Problem) -> Iterator[Row]:
     """The rows of Tables I to III but for RMM, on the test split, in the paper's order.
 
-    Language tasks have two more at the top: chance, and the most frequent answer given always.
+    A family may put rows that need no model at the top, such as chance.
     """
-    pool, tasks = problem.pool, problem.tasks
-    if all(isinstance(task, TextTask) for task in tasks):
-        skewed = {t.name: t for t in tasks if t.metric != "accuracy"}
-        yield Row(
-            "chance",
-            "guessing",
-            tuple(t.chance("test") for t in tasks),
-            {name: t.chance("test") for name, t in skewed.items()},
-        )
-        always = {t.name: t.majority("test") for t in tasks}
-        yield Row(
-            "most frequent answer",
-            "of the reward split, always; chance where rows have their own choices",
-            tuple(score for score, _ in always.values()),
-            {name: always[name][1] for name in skewed},
-        )
-    images = pool.base.family is not t5
-    setting = "with the experts' heads" if images else "as pretrained"
-    yield path_row(problem, "base", setting, _all(problem, "base"), "base")
+    pool, tasks, family = problem.pool, problem.tasks, problem.pool.base.family
+    for trivial in family.trivial_rows(tasks):
+        accuracies = zip(tasks, trivial.accuracies, strict=True)
+        plain = {task.name: a for task, a in accuracies if task.metric != "accuracy"}
+        yield Row(trivial.name, trivial.setting, trivial.scores, plain)
+    yield path_row(problem, "base", family.BASE_SETTING, _all(problem, "base"), "base")
     own: list[Tensor] = []
     for i, name in enumerate(pool.names):
         found = answers_of_path(pool, tasks, _all(problem, name), name, "test", problem.device)
@@ -151,9 +136,6 @@ def _joint(problem: Problem) -> list[Tensor]:
     layers = [architecture.layer(k, weights) for k, weights in enumerate(parts.layers)]
     found = []
     for task in problem.tasks:
-        head = {}
-        if parts.head:
-            own = slice(*joint.config["rmm_lab"]["heads"][task.name])
-            head = {key: value[own] for key, value in parts.head.items()}
+        head = joint.family.task_head(joint, task)
         found.append(answers(architecture, stem, layers, head, task, "test", problem.device))
     return found

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import io
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,9 +15,8 @@ import torch
 from torch import Tensor
 
 from rmm_lab.errors import InputError
+from rmm_lab.tasks.files import SPLIT_SEED, SPLITS, draw
 
-SPLITS = ("train", "reward", "test")
-SPLIT_SEED = 0  # of the splits that we draw: fixed, so that fine-tuning and search agree
 KEPT_MB = 1024  # a split that is larger when decoded is decoded batch by batch instead
 Picture = Path | bytes  # a picture's file, or what stands in it
 Listing = dict[str, list[tuple[Picture, int]]]  # split -> its pictures with their class numbers
@@ -214,38 +213,29 @@ def split(
         names: the classes' names; thing: what an error speaks of.
     """
     rng = np.random.default_rng(SPLIT_SEED)
-    files: Listing = {name: [] for name in SPLITS}
+    listing: Listing = {name: [] for name in SPLITS}
     for label, (pile, name) in enumerate(zip(piles, names, strict=True)):
-        deal = dict(pile)
+        parts = dict(pile)
         for key, shares in (
-            ("all", {"train": 0.6, "reward": 0.2, "test": 0.2}),
-            ("train", {"train": 0.8, "reward": 0.2}),
+            ("all", {"train": 3, "reward": 1, "test": 1}),
+            ("train", {"train": 4, "reward": 1}),
         ):
-            if key in deal and "reward" not in deal:
-                deal |= _deal(deal.pop(key), shares, rng, f"{thing}, class {name!r}")
+            if key not in parts or "reward" in parts:
+                continue
+            pictures = parts.pop(key)
+            if len(pictures) < len(shares):
+                first = next(iter(pictures), None)
+                folder = f" in {first.parent}" if isinstance(first, Path) else ""
+                raise InputError(
+                    f"{thing}, class {name!r}: expected at least {len(shares)} pictures{folder} to make "
+                    f"the splits {', '.join(shares)}, found {len(pictures)}; add pictures or provide "
+                    "the splits"
+                )
+            rows = draw(len(pictures), shares, rng)
+            parts |= {s: [pictures[i] for i in numbers] for s, numbers in rows.items()}
         for s in SPLITS:
-            files[s] += [(picture, label) for picture in deal[s]]
-    return files
-
-
-def _deal(
-    pile: Sequence[Picture], shares: Mapping[str, float], rng: np.random.Generator, where: str
-) -> dict[str, list[Picture]]:
-    """Shuffle one class and deal it out, each share in the pile's order; every one gets a picture."""
-    if len(pile) < len(shares):
-        folder = f" in {pile[0].parent}" if pile and isinstance(pile[0], Path) else ""
-        raise InputError(
-            f"{where}: expected at least {len(shares)} pictures{folder} to make the splits "
-            f"{', '.join(shares)}, found {len(pile)}; add pictures or provide the splits"
-        )
-    counts = {k: max(1, int(len(pile) * v)) for k, v in shares.items()}
-    counts["train"] = len(pile) - sum(n for k, n in counts.items() if k != "train")
-    order = iter(rng.permutation(len(pile)))
-    return {name: [pile[i] for i in sorted(_take(order, n))] for name, n in counts.items()}
-
-
-def _take(rows: Iterator[int], n: int) -> list[int]:
-    return [next(rows) for _ in range(n)]
+            listing[s] += [(picture, label) for picture in parts[s]]
+    return listing
 
 
 def _subfolders(folder: Path) -> dict[str, Path]:

@@ -6,7 +6,6 @@ search, ``test`` to report once. Images are kept as uint8 and normalised batch b
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,7 +18,8 @@ from rmm_lab.errors import InputError
 from rmm_lab.tasks import image_folder as images
 from rmm_lab.tasks import image_formats
 from rmm_lab.tasks import small_images as render
-from rmm_lab.tasks.image_folder import SPLITS, InputFormat, Listing, Pictures
+from rmm_lab.tasks.files import SPLITS, data_folder
+from rmm_lab.tasks.image_folder import InputFormat, Listing, Pictures
 from rmm_lab.tasks.metrics import mean_of
 
 HALVES = ("first", "second")  # of a set's classes: NAME:first and NAME:second
@@ -31,17 +31,6 @@ SMALL: dict[str, tuple[list[str], tuple[int, int, int]]] = {
     "symbols": (list(render.SYMBOLS), (150, 50, 83)),
     "textures": (_TEXTURE_NAMES, (250, 75, 125)),
 }
-
-
-def data_folder() -> Path:
-    """The folder ``data/`` of the repository, or the one that RMM_LAB_DATA names."""
-    folder = Path(os.environ.get("RMM_LAB_DATA") or Path(__file__).resolve().parents[2] / "data")
-    if not folder.is_dir():
-        raise InputError(
-            f"expected the data that ships in {folder}, found no such folder; clone the repository "
-            "and install it with pip install -e, or set RMM_LAB_DATA to its data folder"
-        )
-    return folder
 
 
 @dataclass(frozen=True)

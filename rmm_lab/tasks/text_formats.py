@@ -21,10 +21,9 @@ import numpy as np
 
 from rmm_lab.errors import InputError
 from rmm_lab.tasks import hub
+from rmm_lab.tasks.files import SPLIT_SEED, draw
 
 Row = dict[str, Any]
-SPLITS = ("train", "reward", "test")
-SPLIT_SEED = 0  # of the splits that we draw: fixed, so that fine-tuning and search agree
 
 # ------------------------------------------------------------------------------------ the prompts
 
@@ -475,11 +474,8 @@ def _deal(rows: list[Row], shares: dict[str, int], thing: str) -> dict[str, list
     if len(inputs) < len(shares):
         expected = f"at least {len(shares)} different inputs, for {', '.join(shares)}"
         raise _wrong(thing, expected, str(len(inputs)), "add rows or provide the splits")
-    counts = {k: max(1, len(inputs) * n // sum(shares.values())) for k, n in shares.items()}
-    counts["train"] = len(inputs) - sum(n for k, n in counts.items() if k != "train")
-    owners = [name for name, n in counts.items() for _ in range(n)]
-    order = np.random.default_rng(SPLIT_SEED).permutation(len(inputs))
-    owner = {inputs[i]: name for i, name in zip(order, owners, strict=True)}
+    parts = draw(len(inputs), shares, np.random.default_rng(SPLIT_SEED))
+    owner = {inputs[i]: name for name, numbers in parts.items() for i in numbers}
     return {name: [row for row in rows if owner[row["input"]] == name] for name in shares}
 
 

@@ -1,29 +1,27 @@
-"""Language tasks: multiple choice, scored by the log-probability that a T5 gives to each choice.
+"""Language tasks: multiple choice, scored by the log-probability that a model gives to each choice.
 
-The counterpart of ``tasks``: the same three splits, the same methods. Where a task comes from and how a
-row becomes a prompt is the matter of ``formats``; the small tasks that ship are made by ``grammar``.
+The counterpart of ``image_task``: the same three splits, the same methods. ``text_formats`` reads data sets
+and turns their rows into prompts; ``small_texts`` makes the small tasks that ship.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from rmm_lab.errors import InputError
-from rmm_lab.families.checkpoint import Checkpoint, write_file
-from rmm_lab.families.t5 import TextBatch
 from rmm_lab.tasks import small_texts as grammar
 from rmm_lab.tasks import text_formats as formats
-from rmm_lab.tasks.image_task import SPLITS, data_folder
+from rmm_lab.tasks.files import SPLITS, data_folder, write_file
 from rmm_lab.tasks.metrics import mean_of
 
 # Rows of the small tasks in reward and test; the train split is made when something asks for it.
@@ -36,7 +34,7 @@ _SPARE = 256
 
 @dataclass(frozen=True)
 class TextFormat:
-    """What a T5 takes: its tokenizer, its longest input (tokens), and three tokens by number."""
+    """What a model takes: its tokenizer, its longest input (tokens), and three tokens by number."""
 
     tokenizer: Any = field(repr=False)
     max_length: int
@@ -45,10 +43,14 @@ class TextFormat:
     start: int
 
     @classmethod
-    def of(cls, checkpoint: Checkpoint) -> TextFormat:
-        """From a checkpoint's folder; InputError where the tokenizer is missing or not this model's."""
-        tokenizer, settings = _read_tokenizer(checkpoint)
-        config = checkpoint.config
+    def read(
+        cls, source: str, folder: Path, config: Mapping[str, Any], embeddings: int
+    ) -> TextFormat:
+        """From a T5's folder; InputError where the tokenizer is missing or another model's.
+
+        source: the model's name in messages; embeddings: how many tokens it knows.
+        """
+        tokenizer, settings = _read_tokenizer(source, folder)
         pad, end = (config.get(f"{n}_token_id", i) for i, n in enumerate(("pad", "eos")))
         for name, default, number in (("pad", "<pad>", pad), ("eos", "</s>", end)):
             token = settings.get(f"{name}_token", default)
@@ -56,33 +58,30 @@ class TextFormat:
             found = tokenizer.token_to_id(str(token or default))
             if found != number:
                 raise InputError(
-                    f"model {checkpoint.source!r}: expected a tokenizer whose {name} token is number "
-                    f"{number} as its config.json says, found {token!r} at number {found}; put the "
-                    "model's own tokenizer into its folder"
+                    f"model {source!r}: expected a tokenizer whose {name} token is number {number} as its "
+                    f"config.json says, found {token!r} at number {found}; put the model's own tokenizer "
+                    "into its folder"
                 )
-        rows, size = len(checkpoint.weights["shared.weight"]), tokenizer.get_vocab_size()
-        highest = max(tokenizer.get_vocab().values()) + 1
-        if highest > rows or rows - size > _SPARE:
+        size, highest = tokenizer.get_vocab_size(), max(tokenizer.get_vocab().values()) + 1
+        if highest > embeddings or embeddings - size > _SPARE:
             raise InputError(
-                f"model {checkpoint.source!r}: expected a tokenizer of at most {rows} tokens (and at "
-                f"most {_SPARE} fewer) as the model has embeddings, found {max(size, highest)}; put "
-                "the model's own tokenizer into its folder"
+                f"model {source!r}: expected a tokenizer of at most {embeddings} tokens (and at most "
+                f"{_SPARE} fewer) as the model has embeddings, found {max(size, highest)}; put the model's "
+                "own tokenizer into its folder"
             )
         start = config.get("decoder_start_token_id")
         # Relative positions have no end; this is the length that the model was trained on.
         longest = config.get("n_positions") or 512
         return cls(tokenizer, int(longest), pad, end, pad if start is None else start)
 
-    def check_expert(self, expert: Checkpoint) -> None:
-        """Raise InputError if an expert brings another tokenizer; without one, it has the base's."""
-        if not any((expert.folder / n).is_file() for n in ("tokenizer.json", "spiece.model")):
-            return
-        own, _ = _read_tokenizer(expert)
-        mine, theirs = self.tokenizer.get_vocab(), own.get_vocab()
+    def check_same_tokenizer(self, source: str, folder: Path) -> None:
+        """Raise InputError unless an expert's folder holds this tokenizer."""
+        mine = self.tokenizer.get_vocab()
+        theirs = _read_tokenizer(source, folder)[0].get_vocab()
         if mine != theirs:
             other = min(mine.items() ^ theirs.items())[0]
             raise InputError(
-                f"expert {expert.source!r}: expected the tokenizer of its base, found another one (they "
+                f"expert {source!r}: expected the tokenizer of its base, found another one (they "
                 f"differ in {other!r}); merge only models fine-tuned from one base"
             )
 
@@ -92,9 +91,9 @@ class TextFormat:
         return [[*text.ids, self.end] for text in found]
 
 
-def _read_tokenizer(checkpoint: Checkpoint) -> tuple[Any, dict[str, Any]]:
+def _read_tokenizer(source: str, folder: Path) -> tuple[Any, dict[str, Any]]:
     """A Rust tokenizer without padding and truncation, and tokenizer_config.json."""
-    folder, settings = checkpoint.folder, {}
+    settings: dict[str, Any] = {}
     try:
         if (folder / "tokenizer_config.json").is_file():
             settings = json.loads((folder / "tokenizer_config.json").read_text("utf-8"))
@@ -111,26 +110,50 @@ def _read_tokenizer(checkpoint: Checkpoint) -> tuple[Any, dict[str, Any]]:
                 tokenizer = AutoTokenizer.from_pretrained(str(folder)).backend_tokenizer
             except Exception as error:
                 raise InputError(
-                    f"model {checkpoint.source!r}: expected tokenizer.json in {folder}, found spiece.model "
+                    f"model {source!r}: expected tokenizer.json in {folder}, found spiece.model "
                     f"alone, which cannot be read here ({type(error).__name__}); pip install "
                     "sentencepiece protobuf, or put the model's tokenizer.json beside it"
                 ) from error
         else:
             raise InputError(
-                f"model {checkpoint.source!r}: expected its tokenizer (tokenizer.json or spiece.model) "
+                f"model {source!r}: expected its tokenizer (tokenizer.json or spiece.model) "
                 f"in {folder}, found none; save it there with tokenizer.save_pretrained"
             )
     except InputError:
         raise
     except Exception as error:  # tokenizers raises bare Exceptions
         raise InputError(
-            f"model {checkpoint.source!r}: expected a tokenizer that can be read in {folder}, found a "
+            f"model {source!r}: expected a tokenizer that can be read in {folder}, found a "
             f"broken one ({type(error).__name__}: {error}); save it again with "
             "tokenizer.save_pretrained"
         ) from error
     tokenizer.no_padding()
     tokenizer.no_truncation()
     return tokenizer, settings
+
+
+class TextBatch(NamedTuple):
+    """n questions with C choices each, padded.
+
+    ``ids``: (n, S) input tokens, ``mask``: (n, S) True for tokens and False for padding; ``choices``:
+    (n, C, T) target tokens, ``shifted``: (n, C, T) the same, one to the right behind the start token;
+    ``shares``: (n, C, T) how much a token's log-probability counts: 1, or 1 / length, and 0 for padding.
+    A choice that a row lacks has only zeros, and is never the best.
+    """
+
+    ids: Tensor
+    mask: Tensor
+    choices: Tensor
+    shifted: Tensor
+    shares: Tensor
+
+
+def pad(rows: Sequence[Sequence[int]], number: int) -> tuple[Tensor, Tensor]:
+    """n token lists padded with a token: (n, longest) int64, and (n, longest) True for what is no padding."""
+    mask = torch.arange(max(map(len, rows))) < torch.tensor([len(row) for row in rows])[:, None]
+    ids = torch.full(mask.shape, number)
+    ids[mask] = torch.tensor([token for row in rows for token in row])
+    return ids, mask
 
 
 @dataclass(frozen=True)
@@ -229,23 +252,16 @@ class TextTask:
 
     def _pad(self, data: TextSplit) -> TextBatch:
         """A whole split, padded to its longest row."""
-        longest = max(map(len, data.inputs))
-        c = max(map(len, data.choices))
-        t = max(len(choice) for row in data.choices for choice in row)
-        ids = torch.full((len(data), longest), self.format.pad)
-        choices = torch.full((len(data), c, t), self.format.pad)
-        shares = torch.zeros(len(data), c, t)
-        for i, (tokens, row) in enumerate(zip(data.inputs, data.choices, strict=True)):
-            ids[i, : len(tokens)] = torch.tensor(tokens)
-            for j, choice in enumerate(row):
-                choices[i, j, : len(choice)] = torch.tensor(choice)
-                shares[i, j, : len(choice)] = 1 / len(choice) if self.normalise_length else 1
-        mask = (
-            torch.arange(longest) < torch.tensor([len(x) for x in data.inputs])[:, None]
-        )  # (n, S)
-        start = torch.full((len(data), c, 1), self.format.start)
+        ids, mask = pad(data.inputs, self.format.pad)
+        n, c = len(data), max(map(len, data.choices))
+        flat = [tokens for row in data.choices for tokens in (*row, *[[]] * (c - len(row)))]
+        choices, there = (x.view(n, c, -1) for x in pad(flat, self.format.pad))  # (n, C, T)
+        shares = there.double()
+        if self.normalise_length:
+            shares /= shares.sum(-1, keepdim=True).clamp(min=1)
+        start = torch.full((n, c, 1), self.format.start)
         shifted = torch.cat([start, choices[..., :-1]], -1)  # (n, C, T)
-        return TextBatch(ids, mask, choices, shifted, shares)
+        return TextBatch(ids, mask, choices, shifted, shares.float())
 
     # ----------------------------------------------------------------------------------- how it is scored
 

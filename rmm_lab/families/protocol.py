@@ -1,0 +1,182 @@
+"""What a model family must offer. A family is a module, such as ``vit`` or ``t5``, that satisfies ``Family``.
+
+To add one, write such a module and name it in ``checkpoint.FAMILIES``; nothing else asks which family a
+model is of.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from rmm_lab.families.parts import Parts, Shapes, Weights
+
+Config = Mapping[str, Any]  # a config.json
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model as data. ``source`` is what the user typed, ``sha256`` that of the weights' file."""
+
+    source: str
+    folder: Path
+    config: dict[str, Any]
+    weights: Weights = field(repr=False)
+    sha256: str
+
+    @property
+    def num_classes(self) -> int:
+        return int(self.config.get("num_classes", 0))
+
+    @property
+    def label_names(self) -> list[str] | None:
+        names = self.config.get("label_names")
+        return list(names) if isinstance(names, (list, tuple)) else None
+
+
+class Architecture(Protocol):
+    """Runs and rebuilds the models of one architecture piece by piece.
+
+    ``embed`` -> ``apply`` for each layer of a path -> ``logits`` equals the library's own forward pass. A
+    *batch* is what the family's tasks give, a *state* what goes from one layer to the next.
+    """
+
+    config: dict[str, Any]
+    shapes: Shapes  # of every tensor outside the head
+    optional: Shapes  # of tensors that a model may also have
+    n_layers: int
+
+    def stem(self, weights: Weights) -> nn.Module:
+        """Everything outside the layers and the head as a module."""
+
+    def layer(self, k: int, weights: Weights) -> nn.Module:
+        """Layer k as a module that holds ``weights`` without copying them."""
+
+    def place(self, batch: Any, device: torch.device | str, dtype: torch.dtype) -> Any:
+        """A batch on the layers' device and in their precision."""
+
+    def embed(self, stem: Any, batch: Any) -> Any:
+        """A batch -> the first layer's state."""
+
+    def apply(self, layer: Any, state: Any) -> Any:
+        """One layer: state -> state."""
+
+    def apply_last(self, layer: Any, state: Any) -> Any:
+        """The last layer of a path: at least what ``logits`` needs of the state."""
+
+    def logits(self, stem: Any, state: Any, head: Weights) -> Tensor:
+        """The last state and one task's head -> a score for each answer, (n, answers)."""
+
+    def widest(self, state: Any) -> int:
+        """Numbers per example in the largest tensor of a layer."""
+
+    def tensors(self, state: Any) -> list[Tensor]:
+        """All memory that a state holds."""
+
+    def assemble(
+        self, stem: Weights, layers: Sequence[tuple[int, Weights]], heads: Mapping[str, Weights]
+    ) -> nn.Module:
+        """A real model of the library, with copies of the weights.
+
+        layers: (number in the base, weights) in running order; heads: task -> its head.
+        """
+
+    def merged_config(
+        self, numbers: Sequence[int], heads: Mapping[str, Weights], labels: Mapping[str, Sequence]
+    ) -> dict[str, Any]:
+        """config.json of an assembled model, from the layers' numbers, heads and labels of each task."""
+
+
+class Trainable(NamedTuple):
+    """A model to be fine-tuned. ``losses``: each task's loss on a random batch, scalars. ``result``:
+    config.json and weights once it has learned."""
+
+    model: nn.Module
+    losses: Callable[[torch.Generator], Sequence[Tensor]]
+    result: Callable[[], tuple[dict[str, Any], Weights]]
+
+
+class TrivialRow(NamedTuple):
+    """A line of a result table that needs no model: each task's metric and accuracy on the test split."""
+
+    name: str
+    setting: str
+    scores: tuple[float, ...]
+    accuracies: tuple[float, ...]
+
+
+class Family(Protocol):
+    """A model family: its files, its weights by owner, what runs it, and its tasks."""
+
+    NAME: str  # what messages call a model of it, such as ``a T5``
+    DATA: str  # what its tasks are made of, and the option that names them: images or texts
+    FILES: tuple[
+        str, ...
+    ]  # further files of a model's folder, such as its tokenizer; an export copies them
+    NEEDED: tuple[str, ...]  # those of which a download must hold at least one; may be empty
+    BASE_SETTING: str  # how the base is scored, for the result table
+
+    # ------------------------------------------------------------------------ weights by owner
+
+    def owns(self, config: Config) -> bool:
+        """Whether a config.json describes a model of this family."""
+
+    def canonical(self, source: str, config: Config, weights: Weights) -> Weights:
+        """The weights of a file, checked against config.json; InputError if they do not fit."""
+
+    def once(self, source: str, weights: Mapping[str, Tensor]) -> Weights:
+        """A model's state with every tensor once, as a file holds it."""
+
+    def split(self, weights: Mapping[str, Tensor]) -> Parts:
+        """Canonical weights by owner: stem, layers, head."""
+
+    def sublayers(self, block: Weights) -> list[Weights]:
+        """A block's weights by sublayer, in running order, names unchanged."""
+
+    def signature(self, config: Config) -> tuple[str, dict[str, Any]]:
+        """What two models must share that shapes do not show."""
+
+    def check_head(
+        self, name: str, source: str, num_classes: int, head: Weights, stem: Weights
+    ) -> None:
+        """Raise InputError unless an expert has the head that its config.json describes."""
+
+    def architecture(self, config: Config, unit: str = "block") -> Architecture:
+        """What runs such models. unit: whether a layer is a ``block`` or a ``sublayer``."""
+
+    # ----------------------------------------------------------------------------------- tasks
+
+    def make_tasks(
+        self,
+        base: Model,
+        sources: Sequence[str],
+        *,
+        metric: str = "auto",
+        normalise_length: bool = False,
+    ) -> list[Any]:
+        """One task for each source, in the input format of the base. metric, normalise_length: of texts."""
+
+    def check_task(self, expert: Model, task: Any) -> None:
+        """Raise InputError unless the expert's head answers this task."""
+
+    def check_inputs(self, base: Model, expert: Model) -> None:
+        """Raise InputError unless the expert takes its inputs as the base does."""
+
+    def task_head(self, joint: Model, task: Any) -> Weights:
+        """A task's part of a multi-task model's head; InputError if there is none."""
+
+    def trivial_rows(self, tasks: Sequence[Any]) -> list[TrivialRow]:
+        """Lines of a result table that need no model, such as chance."""
+
+    def trainable(
+        self, base: Model, tasks: Sequence[Any], *, seed: int, batch_size: int, augment: bool
+    ) -> Trainable:
+        """A copy of the base to be fine-tuned on the train split of one or more tasks.
+
+        batch_size: examples of a step, over all tasks. augment: whether images are distorted at random.
+        """

@@ -1,0 +1,72 @@
+"""The catalogue of the models that ship: their names, groups and folders."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from rmm_lab.tasks import image_task, small_texts
+from rmm_lab.tasks.files import data_folder
+
+# Names of the ViTs of a second, smaller size start with this.
+TINY = "tiny-"
+# Experts on the first and second half of a set's classes, as in the paper's Table I, in both sizes.
+HALVES = {
+    n: (f"{n}-{image_task.HALVES[0]}", f"{n}-{image_task.HALVES[1]}") for n in image_task.SMALL
+}
+TINY_HALVES = {n: (TINY + pair[0], TINY + pair[1]) for n, pair in HALVES.items()}
+# The pairs of ViTs whose multi-task model ships; the first is the demo's.
+PAIRS = (
+    ("digits", "textures"),
+    ("letters", "symbols"),
+    ("digits", "letters"),
+    *HALVES.values(),
+    *TINY_HALVES.values(),
+)
+# The set that each expert was trained on.
+SETS = {n: n for n in (*image_task.SMALL, *small_texts.TASKS)} | {
+    expert: f"{n}:{half}"
+    for halves in (HALVES, TINY_HALVES)
+    for n, pair in halves.items()
+    for expert, half in zip(pair, image_task.HALVES, strict=True)
+}
+# Groups of T5s, as the paper groups its tasks.
+TEXT_GROUPS = {
+    "qa": ("colours", "answers", "antonyms"),
+    "mixed": ("swaps", "endings", "fitting", "pronouns"),
+}
+GROUPS: dict[str, tuple[str, ...]] = {
+    "demo": ("digits", "textures"),
+    "glyphs": ("letters", "symbols"),
+    "vision": ("digits", "letters", "textures"),
+    **TEXT_GROUPS,
+}
+# The multi-task models and the experts whose tasks each has learned.
+MULTI_TASK: dict[str, tuple[str, ...]] = {"+".join(pair): pair for pair in PAIRS} | TEXT_GROUPS
+BASE, TINY_BASE, TEXT_BASE = "base", "tiny-base", "text-base"
+
+
+def model_folder(name: str) -> Path:
+    """The folder of a base, of an expert (a name of ``SETS``) or of a multi-task model that ships."""
+    is_text = name == TEXT_BASE or name in small_texts.TASKS or name in TEXT_GROUPS
+    return data_folder() / "models" / ("t5" if is_text else "vit") / name
+
+
+def base_of(expert: str) -> str:
+    """The name of the base of an expert that ships."""
+    if expert in small_texts.TASKS:
+        return TEXT_BASE
+    return TINY_BASE if expert.startswith(TINY) else BASE
+
+
+def multi_task_of(experts: Sequence[str]) -> Path | None:
+    """The folder of the multi-task model that ships for these experts, in any order, or None."""
+    for name, group in MULTI_TASK.items():
+        if sorted(group) == sorted(experts):
+            return model_folder(name)
+    return None
+
+
+def locate(name: str) -> str:
+    """The folder of a model that ships, by its name; any other source as it is."""
+    return str(model_folder(name)) if name in (*SETS, BASE, TINY_BASE, TEXT_BASE) else name

@@ -1,0 +1,243 @@
+"""What runs a timm ViT layer by layer, and builds a real one from layers."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rmm_lab.errors import InputError
+from rmm_lab.families.class_token import class_attention, class_token, pools_token
+from rmm_lab.families.parts import Shapes, Weights, begins, fill, gather
+from rmm_lab.families.protocol import Config
+
+# The modules of a pre-norm block's sublayers: norm, function, scale.
+SUBLAYERS = (("norm1", "attn", "ls1"), ("norm2", "mlp", "ls2"))
+
+
+class ViT:
+    """Runs and rebuilds the ViTs of one architecture piece by piece.
+
+    ``embed`` -> ``apply`` for each layer of a path -> ``logits`` equals timm's own forward pass. What
+    goes from one to the next is a Tensor of tokens (n, tokens, width).
+
+    Args:
+        config: timm's config.json of any model of the architecture.
+        unit: what a layer is: a ``block``, or a ``sublayer``: attention or MLP of a block.
+    """
+
+    def __init__(self, config: Config, unit: str = "block") -> None:
+        self.config, self.unit = dict(config), unit
+        self.optional: Shapes = {}
+        model = create(config, depth=None, num_classes=0)
+        self.shapes: Shapes = {k: tuple(v.shape) for k, v in model.state_dict().items()}
+        if unit == "sublayer":
+            _check_sublayers(config["architecture"], model)
+        self._pools_token = pools_token(model)
+        model = model.to("meta")  # shapes only: every number comes from a checkpoint
+        self._blocks = list(model.blocks)
+        self._layers: list[Any] = self._blocks
+        if unit == "sublayer":
+            self._layers = [Sublayer(block, names) for block in self._blocks for names in SUBLAYERS]
+        self.n_layers = len(self._layers)
+        model.blocks = nn.Sequential()
+        self._trunk = model
+
+    @property
+    def _kinds(self) -> list[int]:
+        """What each sublayer is: 0 for an attention, 1 for an MLP."""
+        return [i for _ in self._blocks for i in range(len(SUBLAYERS))]
+
+    def stem(self, weights: Weights) -> nn.Module:
+        """Everything outside the layers and the head as a module."""
+        return Stem(fill(self._trunk, weights))
+
+    def layer(self, k: int, weights: Weights) -> nn.Module:
+        """Layer k as a module that holds ``weights`` without copying them."""
+        return fill(self._layers[k], weights)
+
+    @staticmethod
+    def place(batch: Tensor, device: torch.device | str, dtype: torch.dtype) -> Tensor:
+        """Images on the layers' device and in their precision."""
+        return batch.to(device, dtype)
+
+    @staticmethod
+    def tensors(state: Tensor) -> list[Tensor]:
+        """All memory that a state holds."""
+        return [state]
+
+    def widest(self, state: Tensor) -> int:
+        """Numbers per example in the largest tensor of a layer, usually the hidden one of the MLP."""
+        block: Any = self._blocks[0]
+        outs = [m.out_features for m in block.modules() if isinstance(m, nn.Linear)]
+        return state.shape[1] * max(outs, default=state.shape[2])
+
+    @staticmethod
+    def embed(stem: Any, batch: Tensor) -> Tensor:
+        """Images (n, channels, height, width), normalised -> tokens (n, tokens, width)."""
+        return stem.trunk.forward_features(batch)
+
+    @staticmethod
+    def apply(layer: nn.Module, state: Tensor) -> Tensor:
+        """One layer: tokens (n, tokens, width) -> tokens (n, tokens, width)."""
+        return layer(state)
+
+    def apply_last(self, layer: nn.Module, state: Tensor) -> Tensor:
+        """The last layer of a path: what ``logits`` needs of it, (n, 1 or all tokens, width)."""
+        if not self._pools_token:
+            return layer(state)
+        if isinstance(layer, Sublayer):
+            return class_attention(layer, state) if layer.mixes else layer(state[:, :1])
+        return class_token(layer, state)
+
+    @staticmethod
+    def logits(stem: Any, state: Tensor, head: Weights) -> Tensor:
+        """Final norm, pooling and one task's head: tokens -> logits (n, classes)."""
+        pooled = stem.trunk.forward_head(stem.norm(state), pre_logits=True)  # (n, width)
+        return nn.functional.linear(pooled, head["weight"], head.get("bias"))
+
+    def assemble(
+        self, stem: Weights, layers: Sequence[tuple[int, Weights]], heads: Mapping[str, Weights]
+    ) -> nn.Module:
+        """A real timm model of depth ``len(layers)`` whose classifier holds all heads, one after another.
+
+        layers: (number in the base, weights) in running order; the number does not matter to a ViT.
+        Sublayers are joined to blocks again, with zeros for a missing attention or MLP. A task's logits are
+        a slice of the model's: see ``head_slices``.
+        """
+        total = sum(len(h["weight"]) for h in heads.values())
+        blocks = [weights for _, weights in layers]
+        if self.unit == "sublayer":
+            shapes = [
+                {k: tuple(v.shape) for k, v in block.state_dict().items()} for block in self._blocks
+            ]
+            blocks = gather(layers, self._kinds, [s for s in shapes for _ in SUBLAYERS])
+        model = create(self.config, depth=len(blocks), num_classes=total)
+        head = {
+            "weight": torch.cat([h["weight"] for h in heads.values()]),
+            "bias": torch.cat(
+                [h.get("bias", torch.zeros(len(h["weight"]))) for h in heads.values()]
+            ),
+        }
+        model.load_state_dict(join(stem, blocks, head))
+        return model.eval()
+
+    def merged_config(
+        self, numbers: Sequence[int], heads: Mapping[str, Weights], labels: Mapping[str, Sequence]
+    ) -> dict[str, Any]:
+        """config.json of an assembled model: its depth, all classes as ``task/class``, heads' slices."""
+        slices = head_slices(heads)
+        total = sum(stop - start for start, stop in slices.values())
+        depth = len(numbers) if self.unit == "block" else sum(begins(numbers, self._kinds))
+        config = model_config(self.config, depth=depth, num_classes=total)
+        config["label_names"] = [f"{name}/{label}" for name in heads for label in labels[name]]
+        config["rmm_lab"] = {"heads": {name: list(part) for name, part in slices.items()}}
+        return config
+
+
+def join(stem: Weights, layers: Sequence[Weights], head: Weights) -> Weights:
+    """The inverse of ``vit.split``: names as timm has them, layers renumbered in the order given."""
+    weights = dict(stem)
+    for k, layer in enumerate(layers):
+        weights |= {f"blocks.{k}.{name}": tensor for name, tensor in layer.items()}
+    return weights | {f"head.{name}": tensor for name, tensor in head.items()}
+
+
+class Stem(nn.Module):
+    """A ViT without layers and head, its final norm set apart: what stands before and after a path."""
+
+    def __init__(self, trunk: nn.Module) -> None:
+        super().__init__()
+        self.norm = trunk.norm
+        trunk.norm = nn.Identity()
+        self.trunk = trunk
+
+
+class Sublayer(nn.Module):
+    """Attention or MLP of a pre-norm block, with the residual: x + scale(function(norm(x)))."""
+
+    def __init__(self, block: nn.Module, names: tuple[str, str, str]) -> None:
+        super().__init__()
+        for name in names:
+            setattr(self, name, getattr(block, name))
+        self.names, self.mixes = names, "attn" in names
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Tokens (n, tokens, width) -> tokens (n, tokens, width)."""
+        norm, function, scale = (getattr(self, name) for name in self.names)
+        return tokens + scale(function(norm(tokens)))
+
+
+def _check_sublayers(architecture: str, model: Any) -> None:
+    """InputError unless a block of this architecture is its two sublayers, one after the other."""
+    generator = torch.Generator().manual_seed(0)
+    for block in model.blocks[:1]:
+        fits = all(hasattr(block, name) for own in SUBLAYERS for name in own)
+        if fits:
+            tokens = torch.randn(2, 5, model.embed_dim, generator=generator)
+            with torch.inference_mode():
+                found = tokens
+                for own in SUBLAYERS:
+                    found = Sublayer(block, own)(found)
+                fits = torch.allclose(found, block(tokens), rtol=1e-4, atol=1e-5)
+        if not fits:
+            raise InputError(
+                f"architecture {architecture!r}: expected blocks of attention and MLP, each with a norm "
+                "before it, found others; merge whole blocks: --unit block"
+            )
+
+
+def head_slices(heads: Mapping[str, Weights]) -> dict[str, tuple[int, int]]:
+    """First and last + 1 of each task's logits in the assembled model's."""
+    slices, start = {}, 0
+    for name, head in heads.items():
+        slices[name] = (start, start + len(head["weight"]))
+        start = slices[name][1]
+    return slices
+
+
+def model_config(config: Config, *, depth: int | None, num_classes: int) -> dict[str, Any]:
+    """A timm config.json like ``config`` with another depth and number of classes, without labels."""
+    out = {k: copy.deepcopy(v) for k, v in config.items() if k not in ("label_names", "rmm_lab")}
+    out["num_classes"] = num_classes
+    out["model_args"] = dict(config.get("model_args") or {}) | {"num_classes": num_classes}
+    out.setdefault("pretrained_cfg", {})["num_classes"] = num_classes
+    if depth is not None:
+        out["model_args"]["depth"] = depth
+    return out
+
+
+def create(config: Config, *, depth: int | None, num_classes: int) -> Any:
+    """A timm VisionTransformer in evaluation mode, without gradients, with random weights."""
+    import timm
+    from timm.models.vision_transformer import VisionTransformer
+
+    args = model_config(config, depth=depth, num_classes=num_classes)["model_args"]
+    try:
+        model = timm.create_model(
+            config["architecture"],
+            pretrained=False,
+            pretrained_cfg=config.get("pretrained_cfg"),  # may hold the size of the input
+            **args,
+        )
+    except (RuntimeError, TypeError, AssertionError) as error:
+        raise InputError(
+            f"architecture {config['architecture']!r}: expected a name and arguments that timm "
+            f"{timm.__version__} knows, found {args} ({error}); correct config.json or install the "
+            "timm that wrote it"
+        ) from error
+    if type(model) is not VisionTransformer:
+        raise InputError(
+            f"architecture {config['architecture']!r}: expected a timm VisionTransformer, found "
+            f"{type(model).__name__}; other families are not supported"
+        )
+    if any(hasattr(module, "lambda_init") for module in model.blocks.modules()):
+        raise InputError(
+            f"architecture {config['architecture']!r}: expected layers that compute the same wherever "
+            "they stand, found differential attention, which depends on the layer's number; such "
+            "models cannot be merged layer by layer"
+        )
+    return model.eval().requires_grad_(False)

@@ -1,0 +1,46 @@
+"""What all tasks share: the data folder, the three splits and how they are drawn, and writing a file."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+
+from rmm_lab.errors import InputError
+
+SPLITS = ("train", "reward", "test")  # to fine-tune, to search, to report once
+SPLIT_SEED = 0  # fixed, so that fine-tuning and search agree on the splits that we draw
+
+
+def data_folder() -> Path:
+    """The folder ``data/`` of the repository, or the one that RMM_LAB_DATA names."""
+    folder = Path(os.environ.get("RMM_LAB_DATA") or Path(__file__).resolve().parents[2] / "data")
+    if not folder.is_dir():
+        raise InputError(
+            f"expected the data that ships in {folder}, found no such folder; clone the repository "
+            "and install it with pip install -e, or set RMM_LAB_DATA to its data folder"
+        )
+    return folder
+
+
+def draw(n: int, shares: Mapping[str, int], rng: np.random.Generator) -> dict[str, list[int]]:
+    """Deal the numbers 0 to n - 1 at random into splits of the given proportions, each sorted.
+
+    Every split gets at least one number; train takes what rounding leaves. n: at least ``len(shares)``.
+    """
+    counts = {k: max(1, n * share // sum(shares.values())) for k, share in shares.items()}
+    counts["train"] = n - sum(count for k, count in counts.items() if k != "train")
+    parts = np.split(rng.permutation(n), np.cumsum(list(counts.values()))[:-1])
+    return {name: sorted(part.tolist()) for name, part in zip(counts, parts, strict=True)}
+
+
+def write_file(file: Path, content: str | bytes) -> None:
+    """Write to a temporary name, then rename: a reader sees the old file or the new one."""
+    scratch = file.with_name(f".{file.name}.tmp")
+    try:
+        scratch.write_bytes(content.encode() if isinstance(content, str) else content)
+        scratch.replace(file)
+    finally:
+        scratch.unlink(missing_ok=True)

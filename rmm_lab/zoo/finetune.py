@@ -1,0 +1,110 @@
+"""The command ``rmm-lab finetune``: an expert, or a multi-task model, from any base that can be merged.
+
+python -m rmm_lab finetune --base B --images FOLDER --out E
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from rmm_lab.engine.scorer import answers
+from rmm_lab.errors import InputError
+from rmm_lab.families.checkpoint import Checkpoint, read_checkpoint, write_checkpoint
+from rmm_lab.families.shipped import locate
+from rmm_lab.zoo.training import fine_tune
+
+
+@dataclass
+class Finetune:
+    """Fine-tune a base on image folders or texts: one makes an expert, several a multi-task model."""
+
+    base: str
+    """Base model: a timm or T5 folder, hf-hub:OWNER/NAME, or base or text-base for those that ship."""
+    out: Path
+    """New or empty folder to write the fine-tuned model to."""
+    images: tuple[str, ...] = ()
+    """For a ViT: image folders (SPLIT/CLASS/image or CLASS/image), FORMAT:FOLDER or FORMAT:hf-hub (cifar10,
+    cifar100, cub200, dogs), or sets that ship; with :first or :second behind, half of its classes. The
+    split train is used."""
+    texts: tuple[str, ...] = ()
+    """For a T5: folders or files of jsonl, FORMAT:FOLDER, FORMAT:hf-hub, or sets that ship; train is used."""
+    steps: int = 1000
+    """Optimiser steps."""
+    learning_rate: float = 1e-3
+    """Peak learning rate."""
+    batch_size: int = 128
+    """Examples per step."""
+    threads: int = 0
+    """CPU threads for torch; 0 leaves torch's own choice."""
+    seed: int = 0
+    """Seed of a ViT's new head, of dropout and of the batches."""
+
+    def run(self) -> None:
+        """Fine-tune, write the model, and report each task's metric on its test split."""
+        data, sources = ("texts", self.texts) if self.texts else ("images", self.images)
+        self._check(sources)
+        if self.threads:
+            torch.set_num_threads(self.threads)
+        base = read_checkpoint(locate(self.base))
+        family = base.family
+        if data != family.DATA:
+            raise InputError(
+                f"--{data}: expected --{family.DATA}, since base {self.base!r} is {family.NAME}, found "
+                f"--{data}"
+            )
+        tasks = family.make_tasks(base, sources)
+        if len({task.name for task in tasks}) < len(tasks):
+            raise InputError(
+                f"--{data}: expected folders of different names, found {[t.name for t in tasks]}; rename"
+            )
+        for task in tasks:  # broken data must show before hours of training
+            for split in ("train", "test"):
+                if cut := getattr(task.split(split), "cut", 0):
+                    print(
+                        f"note: {task.name}: {cut} inputs of the {split} split are too long, and cut"
+                    )
+        config, weights = fine_tune(
+            base,
+            tasks,
+            steps=self.steps,
+            learning_rate=self.learning_rate,
+            seed=self.seed,
+            batch_size=self.batch_size,
+        )
+        write_checkpoint(self.out, config, weights, beside=base.folder)
+        model = Checkpoint(str(self.out), self.out, config, weights, "")
+        architecture, parts = family.architecture(config), family.split(weights)
+        stem = architecture.stem(parts.stem)
+        layers = [architecture.layer(k, w) for k, w in enumerate(parts.layers)]
+        for task in tasks:
+            head = parts.head if len(tasks) == 1 else family.task_head(model, task)
+            predicted = answers(architecture, stem, layers, head, task, "test")
+            score = task.score(predicted, task.split("test").labels)
+            metric = "" if task.metric == "accuracy" else f" ({task.metric})"
+            print(f"{task.name}: {100 * score:.1f} % of the test split{metric}")
+        print(f"written: {self.out}")
+
+    def _check(self, sources: tuple[str, ...]) -> None:
+        for name in ("steps", "learning_rate", "batch_size"):
+            if not 0 < getattr(self, name) < float("inf"):
+                raise InputError(
+                    f"--{name.replace('_', '-')}: expected more than 0, found {getattr(self, name)}"
+                )
+        if self.threads < 0:
+            raise InputError(f"--threads: expected 0 or more, found {self.threads}")
+        if not sources or (self.images and self.texts):
+            raise InputError(
+                f"--images: expected at least one folder, or --texts for a T5, found "
+                f"{'both' if sources else 'none'}; name one"
+            )
+        if self.batch_size < len(sources):
+            raise InputError(
+                f"--batch-size: expected at least {len(sources)}, an example of each task, found "
+                f"{self.batch_size}"
+            )
+        if self.out.is_file() or (self.out.exists() and any(self.out.iterdir())):
+            kind = "a file:" if self.out.is_file() else "files in"
+            raise InputError(f"--out: expected an empty or new folder, found {kind} {self.out}")
