@@ -268,12 +268,13 @@ def test_gymnasium_finds_nothing_to_warn_of(observation, chooses_stem):
 
 def test_gymnasium_accepts_the_environment_of_real_models(problem):
     """With its ``spec``, from which the check makes the environment again, scorer and all."""
-    env = gym.make("rmm_lab/Merging-v0", scorer=problem.scorer(fraction=0.5), render_mode="ansi")
-    assert env.spec is not None
-    assert env.spec.id == "rmm_lab/Merging-v0"
+    scorer = problem.scorer(fraction=0.5)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
+        env = gym.make("rmm_lab/Merging-v0", scorer=scorer, render_mode="ansi")
         check_env(env.unwrapped)
+    assert env.spec is not None
+    assert env.spec.id == "rmm_lab/Merging-v0"
 
 
 def test_the_registered_environment_is_the_demos_pair():
