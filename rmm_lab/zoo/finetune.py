@@ -10,10 +10,10 @@ from pathlib import Path
 
 import torch
 
-from rmm_lab.engine.scorer import answers
 from rmm_lab.errors import InputError
 from rmm_lab.families.checkpoint import Checkpoint, read_checkpoint, write_checkpoint
 from rmm_lab.families.shipped import locate
+from rmm_lab.reward import predict
 from rmm_lab.zoo.training import fine_tune
 
 
@@ -81,7 +81,7 @@ class Finetune:
         layers = [architecture.layer(k, w) for k, w in enumerate(parts.layers)]
         for task in tasks:
             head = parts.head if len(tasks) == 1 else family.task_head(model, task)
-            predicted = answers(architecture, stem, layers, head, task, "test")
+            predicted = predict(architecture, stem, layers, head, task, "test")
             score = task.score(predicted, task.split("test").labels)
             metric = "" if task.metric == "accuracy" else f" ({task.metric})"
             print(f"{task.name}: {100 * score:.1f} % of the test split{metric}")
