@@ -374,10 +374,10 @@ def searches(read: Read) -> str:
 
 def agent(read: Read) -> str:
     """The ablation's differences on the reward split; its first row is the default preset's score there."""
-    full = agent_table(read("agent"))
-    table = full["difference"].unstack(0, sort=False)
-    table.loc[UNCHANGED] = full["reward split, %"].xs(UNCHANGED, level="setting")
-    return markdown(table)
+    table = agent_table(read("agent"))
+    first = table.index.get_level_values("setting") == UNCHANGED
+    own = table["difference"].mask(first, table["reward split, %"])
+    return markdown(own.unstack(0, sort=False))
 
 
 def preset(read: Read) -> str:
