@@ -383,7 +383,7 @@ class DistanceMap(_Explorer):
         image = axes.imshow(values.T, cmap=colours, vmin=low, vmax=most, aspect="auto")
         for (k, i), v in np.ndenumerate(values):
             text = "–" if np.isnan(v) else f"{v:.2f}"
-            look = {"ha": "center", "va": "center", "color": on_cell(abs(v) / most)}
+            look: dict[str, Any] = {"ha": "center", "va": "center", "color": on_cell(abs(v) / most)}
             axes.text(k, i, text, fontsize=9, **look)
         axes.set_xticks(range(n_places), self.places)
         axes.set_yticks(range(n_names), names)
