@@ -1,12 +1,13 @@
-"""The pool of layers: what an agent can choose from, each layer computed once, when first asked for.
+"""What can be chosen at each layer: ``LayerPool`` holds every source's layers, merged when first asked for.
 
-A *source* is an expert (its own layer) or a merging operator (its merge of all experts' layers).
+A *source* is an expert (its own layer) or a merging operator (its merge of all experts' layers). Position -1
+is the *stem*, all weights outside layers and heads: one more group of weights that an operator can merge.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -15,10 +16,14 @@ from torch import Tensor, nn
 from rmm_lab.errors import InputError
 from rmm_lab.families.checkpoint import Checkpoint, architecture, check_same_architecture
 from rmm_lab.families.parts import UNITS, Parts, Weights, divide, outside_head, refill
-from rmm_lab.operators import OPERATORS as ALL
 from rmm_lab.operators import RANDOM, OperatorSpec, expand_operators, parse_operator
+from rmm_lab.operators import task_arithmetic as arithmetic
+from rmm_lab.reward import Step, parse_path
 
 SCOPES = ("layer", "tensor", "global")
+SCALED = "task_arithmetic"  # the source that takes a step's scales
+_TAKEN = ("base", "agent", "skip", "back")  # names that mean something else
+Scales = tuple[float, ...]
 
 
 class LayerPool:
@@ -27,15 +32,16 @@ class LayerPool:
     Args:
         base: the model that all experts were fine-tuned from.
         experts: N >= 2 checkpoints of the base's architecture.
-        names: the experts' names, distinct; a task is called after its expert.
+        names: of the experts, all different; a task is called after its expert.
         operators: M specifications such as ``ties`` or ``task_arithmetic:scale=0.5``; a
-            ``weighted_average`` without ``expert`` stands for N, one leaning to each expert.
-        scope: what an operator sees at once. ``layer``: the flattened layer, as in Eq. 4; ``tensor``:
-            each tensor alone; ``global``: the whole model. It matters where an operator trims.
-        seed: of the random operators' masks; each operator and layer has a generator of its own, so
-            that a mask does not depend on what was asked for before.
-        unit: what a layer is: a ``block``, as in the paper, or a ``sublayer``: attention and MLP of a
-            block apart.
+            ``weighted_average`` without ``expert`` stands for N of them, one leading with each expert.
+        scope: what an operator sees at once, which matters where it trims. ``layer``: the flattened layer,
+            as in Eq. 4; ``tensor``: each tensor alone; ``global``: the whole model.
+        seed: of the random operators' masks. Each operator and layer has its own generator, so a mask does
+            not depend on what was asked for before.
+        unit: what a layer is: a ``block``, as in the paper, or a ``sublayer``, the attention or MLP of one.
+
+    Copies and pickles hold the models alone: whatever is computed from them is computed again.
     """
 
     def __init__(
@@ -57,6 +63,8 @@ class LayerPool:
             raise InputError(
                 f"experts: expected a distinct name for each, found {', '.join(names)}"
             )
+        for name in names:
+            _check_name(name)
         if scope not in SCOPES:
             raise InputError(f"scope {scope!r}: expected one of {', '.join(SCOPES)}")
         if unit not in UNITS:
@@ -65,41 +73,41 @@ class LayerPool:
         self.base, self.experts, self.names = base, list(experts), tuple(names)
         self.operators: dict[str, OperatorSpec] = {}
         for text in expand_operators(operators, len(experts)):
-            spec = parse_operator(text)
-            if spec.name in self.operators:
-                raise InputError(f"operators: expected each once, found {spec.name!r} twice")
-            self.operators[spec.name] = spec
+            if text in self.operators:
+                raise InputError(f"operators: expected each once, found {text!r} twice")
+            self.operators[text] = parse_operator(text)
         self.scope, self.seed, self.unit = scope, seed, unit
-        if clash := sorted({*ALL, "base"} & set(self.names)):
-            raise InputError(
-                f"experts: expected names that no operator and no base has, found {clash[0]!r}; "
-                "rename its folder"
-            )
         self.sources = self.names + tuple(self.operators)  # actions in the order models, operators
         self.n_models, self.n_operators = len(experts), len(self.operators)
-        split = self.split
-        self._base_parts = split(base.weights)
-        # In the base's order: flattened layers must line up whatever order a file has.
-        self._parts = [
-            split({name: e.weights[name] for name in base.weights if name in e.weights} | e.weights)
-            for e in experts
-        ]
-        for name, expert, parts in zip(self.names, self.experts, self._parts, strict=True):
+        base_parts = self.split(base.weights)
+        self._parts = {"base": base_parts}  # of each model, by its name
+        for name, expert in zip(self.names, self.experts, strict=True):
+            # In the base's order: flattened layers must line up whatever order a file has.
+            weights = {k: expert.weights[k] for k in base.weights if k in expert.weights}
+            parts = self._parts[name] = self.split(weights | expert.weights)
             base.family.check_head(
-                name, expert.source, expert.num_classes, parts.head, self._base_parts.stem
+                name, expert.source, expert.num_classes, parts.head, base_parts.stem
             )
-        self.heads = {n: p.head for n, p in zip(self.names, self._parts, strict=True)}
-        self.n_layers, self.stacks = len(self._base_parts.layers), self._base_parts.stacks
-        self.blocks = self._base_parts.blocks
+        self.heads = {name: self._parts[name].head for name in self.names}
+        self.n_layers, self.stacks = len(base_parts.layers), base_parts.stacks
+        self.blocks = base_parts.blocks
+        self._forget_all()
+
+    def _forget_all(self) -> None:
         self._architecture: Any = None
-        self._weights: dict[tuple[str, int], Weights] = {}
-        self._modules: dict[tuple[str, int], nn.Module] = {}
-        self._spare: dict[
-            int, list[nn.Module]
-        ] = {}  # of forgotten layers: filling is faster than making
-        self._stems: dict[str, nn.Module] = {}
-        self._global: dict[str, tuple[Tensor, ...]] = {}
-        self._specs = dict(self.operators)
+        self._weights: dict[Step, Weights] = {}
+        self._modules: dict[Step, nn.Module] = {}  # layers, and stems as layer -1
+        self._spare: dict[int, list[nn.Module]] = {}  # of forgotten layers: filling beats making
+        self._global: dict[tuple[str, Scales], tuple[Tensor, ...]] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        """The models and options, without what can be computed from them."""
+        computed = ("_architecture", "_weights", "_modules", "_spare", "_global")
+        return {key: value for key, value in vars(self).items() if key not in computed}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._forget_all()
 
     def split(self, weights: Weights) -> Parts:
         """A model's weights by owner, in layers of this pool's unit."""
@@ -108,7 +116,7 @@ class LayerPool:
 
     @property
     def architecture(self) -> Any:
-        """What runs the layers (a ``ViT`` or a ``T5``), built when first needed: reading stays fast."""
+        """What runs the layers, built when first needed, so that reading models stays fast."""
         if self._architecture is None:
             found = architecture(self.base.config, self.unit)
             optional = getattr(found, "optional", {})
@@ -124,126 +132,151 @@ class LayerPool:
                 if name not in found.shapes and optional.get(name) != tuple(tensor.shape):
                     raise InputError(
                         f"base {self.base.source!r}: expected the tensors that its config.json says, "
-                        f"found {name!r} of shape {tuple(tensor.shape)} besides; save the model again"
+                        f"found {name!r} of shape {tuple(tensor.shape)} too; save the model again"
                     )
             self._architecture = found
         return self._architecture
 
-    # Position -1 is the stem: one more group of weights that an operator can merge.
+    # ------------------------------------------------------------------------------------- layers
 
-    def layer_weights(self, source: str, k: int) -> Weights:
-        """Layer k of a source, name -> tensor: F* of Eq. 3 (an expert's) or Eq. 4 (an operator's)."""
-        key = (source, k)
+    def weights(self, source: str, k: int, scales: Scales = ()) -> Weights:
+        """Layer k of a source, name -> tensor: F* of Eq. 3 (an expert's) or Eq. 4 (an operator's).
+
+        source: ``base``, an expert's name, or any operator, whether an action of the pool or not.
+        scales: with ``task_arithmetic``, one for each expert.
+        """
+        key = Step(source, k, scales)
         if key not in self._weights:
-            if source == "base":
-                self._weights[key] = _group(self._base_parts, k)
-            elif source in self.names:
-                self._weights[key] = _group(self._parts[self.names.index(source)], k)
-            else:
-                self._weights[key] = self._merge(source, k)
+            own = self._parts.get(source)
+            self._weights[key] = self._merge(key) if own is None or scales else _group(own, k)
         return self._weights[key]
 
-    def stem_weights(self, source: str) -> Weights:
-        """The weights outside layers and heads from ``base``, an expert or an operator."""
-        return self.layer_weights(source, -1)
-
-    def check_stem(self, source: str) -> None:
-        """Raise InputError unless ``source`` is ``base``, an expert or an operator."""
-        if source != "base" and source not in self.names:
-            self._operator(source)
-
-    def forget(self, sources: Iterable[str]) -> None:
-        """Free what was computed for operators that are no actions of the pool.
-
-        Modules of theirs may be filled again by the next such operator's weights: hold none of them.
-        """
-        gone = set(sources) - set(self.sources)
-        for (source, k), module in self._modules.items():
-            if source in gone:
-                self._spare.setdefault(k, []).append(module.to("meta"))  # its shape alone
-        for store in (self._weights, self._modules):
-            for key in [key for key in store if key[0] in gone]:
-                del store[key]
-        for source in gone:
-            self._stems.pop(source, None)
-            self._specs.pop(source, None)
-            self._global.pop(source, None)
-
-    def layer(self, source: str, k: int) -> nn.Module:
+    def layer(self, source: str, k: int, scales: Scales = ()) -> nn.Module:
         """Layer k of a source as a module; the same object at every call."""
-        key = (source, k)
+        key = Step(source, k, scales)
         if key not in self._modules:
-            weights = self.layer_weights(source, k)
+            weights = self.weights(*key)
             if spare := self._spare.get(k):
                 self._modules[key] = refill(spare.pop(), weights)
             else:
                 self._modules[key] = self.architecture.layer(k, weights)
         return self._modules[key]
 
-    def stem(self, source: str) -> nn.Module:
+    def stem(self, source: str, scales: Scales = ()) -> nn.Module:
         """The stem of a source as a module; the same object at every call."""
-        if source not in self._stems:
-            self._stems[source] = self.architecture.stem(self.stem_weights(source))
-        return self._stems[source]
+        key = Step(source, -1, scales)
+        if key not in self._modules:
+            self._modules[key] = self.architecture.stem(self.weights(*key))
+        return self._modules[key]
 
-    def assemble(self, steps: Sequence[tuple[str, int]], stem: str) -> nn.Module:
-        """The real timm or transformers model of a path of (source, layer).
+    def check_stem(self, source: str) -> None:
+        """Raise InputError unless ``source`` is ``base``, an expert or an operator."""
+        if source not in self._parts:
+            self._operator(source)
 
-        The head of a ViT holds all tasks' heads.
+    def forget(self, gone: Iterable[str | Step]) -> None:
+        """Free what was computed for sources, or for the sources and scales of steps; actions stay.
+
+        Do not use their modules any more: the pool fills them with the weights of the next layer.
         """
-        for source, k in steps:
-            if not 0 <= k < self.n_layers:
+        pairs = {(s, ()) if isinstance(s, str) else (s.source, s.scales) for s in gone}
+        pairs -= {(source, ()) for source in self.sources}
+        for key in [key for key in self._modules if (key.source, key.scales) in pairs]:
+            module = self._modules.pop(key)
+            if key.layer >= 0:
+                self._spare.setdefault(key.layer, []).append(module.to("meta"))  # shapes alone
+        for key in [key for key in self._weights if (key.source, key.scales) in pairs]:
+            del self._weights[key]
+        for pair in pairs:
+            self._global.pop(pair, None)
+
+    def assemble(self, path: Iterable[Step], stem: str = "base") -> nn.Module:
+        """The real timm or transformers model of a path; a ViT's classifier holds all tasks' heads.
+
+        stem: where the stem comes from, unless the path starts with a step at layer -1.
+        """
+        steps = [Step(*step) for step in path]
+        first = steps.pop(0) if steps and steps[0].layer == -1 else Step(stem, -1)
+        for step in steps:
+            if not 0 <= step.layer < self.n_layers:
                 raise InputError(
-                    f"layer path: expected layers 0 to {self.n_layers - 1}, found layer {k} of "
-                    f"{source!r}; take path.json of a run with these models"
+                    f"layer path: expected layers 0 to {self.n_layers - 1}, found {str(step)!r}; take "
+                    "path.json of a run with these models"
                 )
-        layers = [(k, self.layer_weights(source, k)) for source, k in steps]
-        return self.architecture.assemble(self.stem_weights(stem), layers, self.heads)
+        layers = [(step.layer, self.weights(*step)) for step in steps]
+        return self.architecture.assemble(self.weights(*first), layers, self.heads)
 
     # ------------------------------------------------------------------------------ the operators
 
     def _operator(self, source: str) -> OperatorSpec:
-        """An operator by its specification; a stem may name one that is no action of the pool."""
-        if source not in self._specs:
-            try:
-                self._specs[source] = parse_operator(source)
-            except InputError as error:
-                raise InputError(
-                    f"source {source!r}: expected base, an expert ({', '.join(self.names)}) or an "
-                    f"operator; {error}"
-                ) from error
-        return self._specs[source]
+        """An operator by its specification, which need not be an action of the pool."""
+        try:
+            return self.operators.get(source) or parse_operator(source)
+        except InputError as error:
+            raise InputError(
+                f"source {source!r}: expected base, an expert ({', '.join(self.names)}) or an "
+                f"operator; {error}"
+            ) from error
 
-    def _merge(self, source: str, k: int) -> Weights:
-        base = _group(self._base_parts, k)
-        experts = [_group(parts, k) for parts in self._parts]
-        spec = self._operator(source)
+    def _merge(self, step: Step) -> Weights:
+        source, k, scales = step
+        merge, groups = self._merger(source, scales), list(self._parts.values())
+        base, *experts = (_group(parts, k) for parts in groups)
         if self.scope == "layer":
-            merged = spec(
-                _flat(base), torch.stack([_flat(e) for e in experts]), self._mask(spec, k)
-            )
-            return _unflat(merged, base)
+            stack = torch.stack([_flat(e) for e in experts])  # (N, D)
+            return _unflat(merge(_flat(base), stack, self._mask(source, k)), base)
         if self.scope == "tensor":
-            generator = self._mask(spec, k)
+            generator = self._mask(source, k)
             return {
-                name: spec(tensor, torch.stack([e[name] for e in experts]), generator)
+                name: merge(tensor, torch.stack([e[name] for e in experts]), generator)
                 for name, tensor in base.items()
             }
-        if source not in self._global:  # the whole model once, then cut into stem and layers
-            order = range(-1, self.n_layers)
-            groups = [_group(self._base_parts, j) for j in order]
-            stack = [torch.cat([_flat(_group(p, j)) for j in order]) for p in self._parts]
-            whole = torch.cat([_flat(g) for g in groups])  # (D,)
-            merged = spec(whole, torch.stack(stack), self._mask(spec, -1))  # (N, D) -> (D,)
-            self._global[source] = merged.split([len(_flat(g)) for g in groups])
-        return _unflat(self._global[source][k + 1], base)
+        if (source, scales) not in self._global:  # the whole model once, cut into stem and layers
+            places = range(-1, self.n_layers)
+            whole, *others = (torch.cat([_flat(_group(p, j)) for j in places]) for p in groups)
+            merged = merge(whole, torch.stack(others), self._mask(source, -1))  # (N, D) -> (D,)
+            sizes = [len(_flat(_group(groups[0], j))) for j in places]
+            self._global[source, scales] = merged.split(sizes)
+        return _unflat(self._global[source, scales][k + 1], base)
 
-    def _mask(self, spec: OperatorSpec, k: int) -> torch.Generator | None:
+    def _merger(self, source: str, scales: Scales) -> Callable[..., Tensor]:
+        """The operator of a step: base (D,), experts (N, D), generator -> (D,)."""
+        if not scales:
+            return self._operator(source)
+        if source != SCALED:
+            raise InputError(
+                f"scales: expected with {SCALED}, found with {source!r}; leave them out"
+            )
+        return lambda base, experts, _: arithmetic(base, experts, scale=scales)
+
+    def _mask(self, source: str, k: int) -> torch.Generator | None:
         """The generator of a random operator's masks in layer k, from the pool's seed."""
+        spec = self._operator(source)
         if spec.function not in RANDOM:
             return None
         digest = hashlib.sha256(f"{self.seed}/{spec.name}/{k}".encode()).digest()
         return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
+
+
+def _check_name(name: str) -> None:
+    """InputError for an expert's name that is an action's too, or cannot stand in a path's text."""
+    try:
+        fits = "@" not in name and parse_path(f"{name}@0") == (Step(name, 0),)
+    except InputError:
+        fits = False
+    if not fits:
+        raise InputError(
+            f"expert {name!r}: expected a name that can stand in a path, without white space or '@'; "
+            "rename its folder"
+        )
+    try:
+        taken = name in _TAKEN or bool(parse_operator(name))
+    except InputError:
+        taken = False
+    if taken:
+        raise InputError(
+            f"expert {name!r}: expected a name that no action, stem or operator has; rename its folder"
+        )
 
 
 def _group(parts: Parts, k: int) -> Weights:

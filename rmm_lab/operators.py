@@ -9,16 +9,16 @@
     DARE                drop and rescale -> task arithmetic            Yu et al. 2024
     DARE-TIES           drop and rescale -> elect sign -> disjoint merge
 
-An operator takes ``base: (*shape)``, one weight of the base model, and ``experts: (N, *shape)``,
-the same weight of N fine-tuned models, and returns ``(*shape)`` in the dtype of ``base``; half
-precision is computed in float32. It trims over
-all that it is given: the pool of layers passes a flattened layer, as in Eq. 4, unless told otherwise.
-A NaN is multiplied, never selected away, so that it stays visible. Inputs stay as they are.
+Every operator takes ``base: (*shape)``, a weight of the base model, and ``experts: (N, *shape)``, the same
+weight of N fine-tuned models. It returns ``(*shape)`` in the dtype of ``base``, and never changes its inputs;
+half precision is computed in float32. An operator trims over everything it is given: ``LayerPool`` passes a
+flattened layer, as in Eq. 4, unless told otherwise. NaN stays visible in the result. Wrong shapes, dtypes
+and options raise InputError.
 """
 
 import inspect
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -29,7 +29,7 @@ from rmm_lab.errors import InputError
 
 Option = float | str | tuple[float, ...]
 Rng = torch.Generator | None
-BLOCK = 2**16  # entries of a layer that are merged at once: what lies between fits a core's cache
+BLOCK = 2**16  # entries computed at a time, so that intermediate results fit a core's cache
 
 # ---------------------------------------------------------------- steps of the papers
 
@@ -37,8 +37,8 @@ BLOCK = 2**16  # entries of a layer that are merged at once: what lies between f
 def task_vectors(base: Tensor, experts: Tensor) -> Tensor:
     """What each expert learned: ``delta_i = theta_i - theta_base`` (Ilharco et al. 2022, Sec. 2).
 
-    base: (*shape), experts: (N, *shape), both floating. Returns deltas: (N, *shape) in float32, or
-    float64 if an input is. Raises InputError on other shapes or dtypes.
+    base: (*shape), experts: (N, *shape), both floating. Returns (N, *shape) in float32, or in float64 if an
+    input is.
     """
     base, experts = _checked(base, experts)
     return experts - base  # (N, *shape) - (*shape) -> (N, *shape)
@@ -47,21 +47,19 @@ def task_vectors(base: Tensor, experts: Tensor) -> Tensor:
 def trim(deltas: Tensor, density: float) -> Tensor:
     """Keep each expert's largest entries, set the rest to 0 (Yadav et al. 2023, Alg. 1, step 1).
 
-    deltas: (N, *shape) task vectors; density: kept fraction in (0, 1]. Exactly
-    ``k = max(1, int(density * numel))`` entries per expert are kept, by magnitude over its whole
-    tensor; among equal magnitudes the lower index is kept. Of an expert with a NaN nothing but the NaN
-    is kept. Returns (N, *shape). Raises InputError.
+    deltas: (N, *shape) task vectors; density: fraction to keep, in (0, 1]. Keeps exactly
+    ``k = max(1, int(density * numel))`` entries per expert, by magnitude over its whole tensor; among equal
+    magnitudes the lower index wins. An expert with a NaN keeps only the NaN. Returns (N, *shape).
     """
     _check_stack("deltas", deltas)
     _check_options(density=density)
-    return deltas * torch.stack([_largest(delta, density) for delta in deltas])
+    return torch.stack([delta * _largest(delta, density) for delta in deltas])
 
 
 def elect_sign(deltas: Tensor) -> Tensor:
     """The sign with the larger total magnitude over experts (Yadav et al. 2023, Alg. 1, step 2).
 
-    deltas: (N, *shape) task vectors. Returns (*shape) in {-1, 0, 1}: ``sgn(sum_i delta_i)``, and 0
-    where the sum is 0. Raises InputError.
+    deltas: (N, *shape) task vectors. Returns ``sgn(sum_i delta_i)``: (*shape) in {-1, 0, 1}.
     """
     _check_stack("deltas", deltas)
     return deltas.sum(dim=0).sign()  # (N, *shape) -> (*shape)
@@ -70,42 +68,40 @@ def elect_sign(deltas: Tensor) -> Tensor:
 def disjoint_merge(deltas: Tensor, sign: Tensor, how: str = "mean") -> Tensor:
     """Merge the experts that agree with the elected sign (Yadav et al. 2023, Alg. 1, step 3).
 
-    deltas: (N, *shape) task vectors; sign: (*shape) in {-1, 0, 1}; how: "mean" over the agreeing
-    nonzero entries (the TIES paper's disjoint mean) or their "sum". Returns (*shape), 0 where none
-    agrees. Raises InputError.
+    deltas: (N, *shape) task vectors; sign: (*shape) in {-1, 0, 1}; how: "mean" over the nonzero entries that
+    agree (the TIES paper's disjoint mean), or their "sum". Returns (*shape), 0 where no expert agrees.
     """
     _check_stack("deltas", deltas, sign.shape)
     _check_options(merge=how)
-    agrees = deltas * sign > 0  # (N, *shape), False where either one is 0
-    total = (deltas * agrees).sum(dim=0)  # (N, *shape) -> (*shape)
-    if how == "sum":
-        return total
-    return total / agrees.sum(dim=0).clamp(min=1)  # (N, *shape) -> (*shape)
+
+    def merge(deltas: Tensor, sign: Tensor) -> Tensor:  # (N, n), (n,) -> (n,)
+        agrees = deltas * sign > 0  # (N, n), False where either one is 0
+        total = (deltas * agrees).sum(dim=0)  # (N, n) -> (n,)
+        return total if how == "sum" else total / agrees.sum(dim=0).clamp(min=1)
+
+    return _in_blocks(merge, deltas, sign)
 
 
 def drop_and_rescale(deltas: Tensor, drop_rate: float, generator: Rng = None) -> Tensor:
-    """Drop entries at random, rescale the rest so that the mean stays: DARE (Yu et al. 2024).
+    """DARE: drop entries at random, rescale the others so that the mean stays (Yu et al. 2024).
 
     ``m ~ Bernoulli(p)`` per entry and expert, then ``(1 - m) * delta / (1 - p)``.
-    deltas: (N, *shape) task vectors; drop_rate: p in [0, 1), 0 is the identity; generator: seeded,
-    its state advances; a CPU generator gives the same mask whatever device the deltas are on.
-    Returns (N, *shape). Raises InputError, also if a mask is to be drawn without a generator.
+    deltas: (N, *shape) task vectors; drop_rate: p in [0, 1), 0 drops nothing; generator: seeded, needed
+    unless p is 0. A CPU generator draws the same mask whatever device the deltas are on.
+    Returns (N, *shape).
     """
     _check_stack("deltas", deltas)
     _check_options(drop_rate=drop_rate)
     if drop_rate == 0:
         return deltas.clone()
-    return deltas * _not_dropped(deltas, drop_rate, generator) / (1 - drop_rate)
+    return (deltas * _not_dropped(deltas, drop_rate, generator)).div_(1 - drop_rate)
 
 
 # ---------------------------------------------------------------- the six operators
 
 
 def weight_average(base: Tensor, experts: Tensor, *, generator: Rng = None) -> Tensor:
-    """Mean of the experts, the uniform soup; base and generator are ignored (Wortsman et al. 2022).
-
-    base: (*shape), experts: (N, *shape). Returns (*shape). Raises InputError.
-    """
+    """Mean of the experts, the uniform soup; ignores base and generator (Wortsman et al. 2022)."""
     average = _checked(base, experts)[1].mean(dim=0)  # (N, *shape) -> (*shape)
     return average.to(base.dtype)
 
@@ -119,12 +115,11 @@ def weighted_average(
     scale: float = 1.0,
     generator: Rng = None,
 ) -> Tensor:
-    """Task arithmetic with a weight per expert, leaning to one of them (Ilharco et al. 2022, Sec. 2).
+    """Task arithmetic with one expert in the lead; ignores generator (Ilharco et al. 2022, Sec. 2).
 
-    ``theta_base + scale * sum_i w_i delta_i`` with ``w = share`` for the expert that leads and
-    ``(1 - share) / (N - 1)`` for each other one; at scale 1 this is the weighted average of the experts.
-    base: (*shape), experts: (N, *shape); expert: which one leads, a whole number from 1 to N; share in
-    [0, 1]; scale: finite; generator is ignored. Returns (*shape). Raises InputError.
+    ``theta_base + scale * sum_i w_i delta_i`` with ``w = share`` for the leading expert and
+    ``(1 - share) / (N - 1)`` for every other; at scale 1 a weighted average of the experts.
+    expert: which one leads, a whole number from 1 to N; share in [0, 1]; scale: finite.
     """
     deltas = task_vectors(base, experts)
     _check_options(expert=expert, share=share)
@@ -143,10 +138,9 @@ def task_arithmetic(
     scale: float | tuple[float, ...] = 1.0,
     generator: Rng = None,
 ) -> Tensor:
-    """``theta_base + scale * sum_i delta_i``; generator is ignored (Ilharco et al. 2022, Sec. 2).
+    """``theta_base + scale * sum_i delta_i``; ignores generator (Ilharco et al. 2022, Sec. 2).
 
-    base: (*shape), experts: (N, *shape); scale: finite, or a tuple of N, one for each expert:
-    ``theta_base + sum_i scale_i * delta_i``. Returns (*shape). Raises InputError.
+    scale: finite, or a tuple of one for each expert: ``theta_base + sum_i scale_i * delta_i``.
     """
     deltas = task_vectors(base, experts)
     if not isinstance(scale, tuple):
@@ -171,20 +165,12 @@ def ties(
     merge: str = "mean",
     generator: Rng = None,
 ) -> Tensor:
-    """TIES: trim, elect sign, disjoint merge; generator is ignored (Yadav et al. 2023, Alg. 1).
+    """TIES: trim, elect sign, disjoint merge; ignores generator (Yadav et al. 2023, Alg. 1).
 
-    base: (*shape), experts: (N, *shape); density: kept fraction in (0, 1]; scale: finite;
-    merge: "mean" (the TIES paper) or "sum". Returns (*shape). Raises InputError.
+    density: fraction to keep, in (0, 1]; scale: finite; merge: "mean" (the TIES paper) or "sum".
     """
-    _check_layer(base, experts)
-    _check_options(density=density)
-    keep = torch.stack([_largest(task_vectors(base, e[None])[0], density) for e in experts])
-
-    def elect_and_merge(base: Tensor, experts: Tensor, keep: Tensor) -> Tensor:
-        deltas = task_vectors(base, experts) * keep  # trimmed, see trim
-        return _add(base, disjoint_merge(deltas, elect_sign(deltas), merge), scale)
-
-    return _in_blocks(elect_and_merge, base, experts, keep)
+    deltas = trim(task_vectors(base, experts), density)
+    return _add(base, disjoint_merge(deltas, elect_sign(deltas), merge), scale)
 
 
 def dare(
@@ -195,19 +181,12 @@ def dare(
     scale: float = 1.0,
     generator: Rng = None,
 ) -> Tensor:
-    """DARE: task arithmetic on randomly dropped and rescaled task vectors (Yu et al. 2024).
+    """DARE: task arithmetic on task vectors that are randomly dropped and rescaled (Yu et al. 2024).
 
-    base: (*shape), experts: (N, *shape); drop_rate in [0, 1); scale: finite; generator: seeded,
-    needed unless drop_rate is 0. Returns (*shape). Raises InputError.
+    drop_rate in [0, 1); scale: finite; generator: seeded, needed unless drop_rate is 0.
     """
-    _check_layer(base, experts)
-    keep = _not_dropped(experts, drop_rate, generator)
-
-    def rescale_and_add(base: Tensor, experts: Tensor, keep: Tensor) -> Tensor:
-        deltas = task_vectors(base, experts) * keep / (1 - drop_rate)  # see drop_and_rescale
-        return _add(base, deltas.sum(dim=0), scale)  # (N, *shape) -> (*shape)
-
-    return _in_blocks(rescale_and_add, base, experts, keep)
+    deltas = drop_and_rescale(task_vectors(base, experts), drop_rate, generator)
+    return _add(base, deltas.sum(dim=0), scale)  # (N, *shape) -> (*shape)
 
 
 def dare_ties(
@@ -221,17 +200,10 @@ def dare_ties(
 ) -> Tensor:
     """DARE-TIES: TIES with DARE's random drop in place of the trim (Yu et al. 2024).
 
-    base: (*shape), experts: (N, *shape); drop_rate in [0, 1); scale: finite; merge: "mean" or
-    "sum"; generator: seeded, needed unless drop_rate is 0. Returns (*shape). Raises InputError.
+    drop_rate in [0, 1); scale: finite; merge: "mean" or "sum"; generator: as for ``dare``.
     """
-    _check_layer(base, experts)
-    keep = _not_dropped(experts, drop_rate, generator)
-
-    def rescale_elect_and_merge(base: Tensor, experts: Tensor, keep: Tensor) -> Tensor:
-        deltas = task_vectors(base, experts) * keep / (1 - drop_rate)  # see drop_and_rescale
-        return _add(base, disjoint_merge(deltas, elect_sign(deltas), merge), scale)
-
-    return _in_blocks(rescale_elect_and_merge, base, experts, keep)
+    deltas = drop_and_rescale(task_vectors(base, experts), drop_rate, generator)
+    return _add(base, disjoint_merge(deltas, elect_sign(deltas), merge), scale)
 
 
 OPERATORS: dict[str, Callable[..., Tensor]] = {
@@ -240,7 +212,7 @@ OPERATORS: dict[str, Callable[..., Tensor]] = {
 }
 RANDOM = frozenset({"dare", "dare_ties"})  # these need a seeded generator
 
-# ---------------------------------------------------------------- which entries stay, a block at a time
+# ---------------------------------------------------------------- inside the steps
 
 
 def _largest(delta: Tensor, density: float) -> Tensor:
@@ -248,39 +220,31 @@ def _largest(delta: Tensor, density: float) -> Tensor:
     size = delta.detach().abs().flatten()  # (*shape) -> (numel,)
     size = size.to(torch.promote_types(size.dtype, torch.float32))  # numpy has no bfloat16
     k = max(1, int(density * size.numel()))
-    threshold = _smallest_of_top(size, k)
+    below = size.numel() - k
+    if size.device.type == "cpu":  # in half of topk's time; for both, NaN is the largest
+        threshold = torch.from_numpy(np.partition(size.numpy(), below)[below:]).amin()
+    else:
+        threshold = size.topk(k, sorted=False).values.amin()
     keep = size >= threshold
-    surplus = int(keep.count_nonzero()) - k  # entries tied at the threshold have too few places
+    surplus = int(keep.count_nonzero()) - k  # entries tied at the threshold, but too many
     if surplus > 0 and threshold > 0:  # zeros are zeros, kept or not
         tied = (size == threshold).nonzero().squeeze(1)
         keep[tied[-surplus:]] = False  # the lower indices stay
     return keep.reshape(delta.shape)
 
 
-def _smallest_of_top(size: Tensor, k: int) -> Tensor:
-    """The least of the k largest entries, NaN if there is one: (numel,) -> ()."""
-    if size.device.type != "cpu":
-        return size.topk(k, sorted=False).values.amin()
-    below = size.numel() - k
-    parted = np.partition(size.numpy(), below)  # as topk, NaN is largest; in half of its time
-    return torch.from_numpy(parted[below:]).amin()
-
-
 def _not_dropped(deltas: Tensor, drop_rate: float, generator: Rng) -> Tensor:
     """DARE's mask, False where an entry is dropped: (N, *shape) -> (N, *shape) bool."""
-    _check_options(drop_rate=drop_rate)
-    if drop_rate == 0:
-        return torch.ones(deltas.shape, dtype=torch.bool, device=deltas.device)
     if not isinstance(generator, torch.Generator):
         raise InputError(
             "A random operator needs a seeded generator so that the tested model is the searched "
             f"one, but generator is {generator!r}: pass torch.Generator().manual_seed(seed)."
         )
     keep = torch.empty(deltas.numel(), dtype=torch.bool, device=generator.device)
-    # A CPU generator's stream is the same in pieces as at once; another one's need not be.
+    # A CPU generator draws the same stream in pieces as at once; another one may not.
     block = BLOCK if generator.device.type == "cpu" else deltas.numel()
     for part in keep.split(block):
-        # torch.rand, not bernoulli_: its stream of numbers does not depend on how torch was built.
+        # torch.rand, not bernoulli_, whose stream depends on how torch was built.
         uniform = torch.rand(
             len(part), generator=generator, device=generator.device, dtype=torch.float64
         )  # in [0, 1)
@@ -288,21 +252,22 @@ def _not_dropped(deltas: Tensor, drop_rate: float, generator: Rng) -> Tensor:
     return keep.to(deltas.device).reshape(deltas.shape)
 
 
-def _in_blocks(merge: Callable[..., Tensor], base: Tensor, *stacks: Tensor) -> Tensor:
-    """``merge(base, *stacks)`` of a function that works entry by entry, so that a block is enough.
+def _in_blocks(merge: Callable[[Tensor, Tensor], Tensor], deltas: Tensor, sign: Tensor) -> Tensor:
+    """``merge(deltas, sign)`` of an entry-by-entry function, a block at a time (on a GPU all at once).
 
-    base: (*shape), stacks: (N, *shape) each. Returns (*shape). A GPU takes all entries at once.
+    deltas: (N, *shape), sign: (*shape). Returns (*shape).
     """
-    numel = base.numel()
-    # The last block takes the rest: torch adds the last columns, up to a vector's width, in another
-    # order, and so every block but that one must be a whole number of vectors.
-    ends = tuple(range(BLOCK, numel - BLOCK + 1, BLOCK)) if base.device.type == "cpu" else ()
-    flat = [base.reshape(-1), *(s.reshape(len(s), -1) for s in stacks)]  # (numel,), (N, numel), ...
-    blocks = zip(*(x.tensor_split(ends, dim=-1) for x in flat), strict=True)
-    return torch.cat([merge(*block) for block in blocks]).reshape(base.shape)
+    # The last block takes the rest: torch sums the last columns, up to the width of a vector register, in
+    # another order, so every other block must be a whole number of vectors.
+    ends = range(BLOCK, sign.numel() - BLOCK + 1, BLOCK) if sign.device.type == "cpu" else ()
+    columns = deltas.reshape(len(deltas), -1).tensor_split(tuple(ends), dim=1)  # (N, n) each
+    signs = sign.reshape(-1).tensor_split(tuple(ends))  # (n,) each
+    return torch.cat([merge(*block) for block in zip(columns, signs, strict=True)]).reshape(
+        sign.shape
+    )
 
 
-# ---------------------------------------------------------------- plumbing: text, checks, dtypes
+# ---------------------------------------------------------------- operators as text
 
 
 @dataclass(frozen=True)
@@ -313,60 +278,60 @@ class OperatorSpec:
     function: str  # key of OPERATORS
     options: tuple[tuple[str, Option], ...] = ()  # sorted by key
 
+    @classmethod
+    def of(cls, function: str, options: Mapping[str, Option]) -> "OperatorSpec":
+        """The spec of a function with options, once they are checked."""
+        for key, value in options.items():
+            for one in value if isinstance(value, tuple) else (value,):
+                _check_options(**{key: one})
+        ordered = tuple(sorted(options.items()))
+        text = ",".join(f"{key}={_text(value)}" for key, value in ordered)
+        return cls(f"{function}:{text}" if text else function, function, ordered)
+
     def __call__(self, base: Tensor, experts: Tensor, generator: Rng = None) -> Tensor:
         """Apply it to base: (*shape) and experts: (N, *shape); returns (*shape)."""
         return OPERATORS[self.function](base, experts, generator=generator, **dict(self.options))
 
 
-def parse_operator(spec: str) -> OperatorSpec:
-    """Read text such as "ties", "ties:density=0.3,scale=1" or "task_arithmetic:scale=0.5".
+def parse_operator(text: str) -> OperatorSpec:
+    """Read text such as "ties", "ties:density=0.3,scale=1" or "task_arithmetic:scale=0.3/0.6".
 
-    "task_arithmetic:scale=0.3/0.6" has one scale for each expert; their number is checked when it is
-    applied. Options not given keep the function's defaults. Raises InputError on an unknown operator,
-    an unknown or repeated option, or a value out of range.
+    The last one has a scale for each expert. Options that are not given keep the function's defaults.
     """
-    function, colon, text = (part.strip() for part in spec.partition(":"))
+    function, colon, rest = (part.strip() for part in text.partition(":"))
     if function not in OPERATORS:
         raise InputError(
-            f"Unknown operator {function!r} in {spec!r}: choose one of {', '.join(OPERATORS)}."
+            f"Unknown operator {function!r} in {text!r}: choose one of {', '.join(OPERATORS)}."
         )
     known = [key for key in inspect.signature(OPERATORS[function]).parameters if key in _OPTIONS]
     options: dict[str, Option] = {}
-    for item in text.split(",") if colon else []:
+    for item in rest.split(",") if colon else []:
         key, _, value = (part.strip() for part in item.partition("="))
         if key not in known or key in options:
             problem = "Repeated" if key in options else "Unknown"
             raise InputError(
-                f"{problem} option {key!r} in {spec!r}: write {function}:key=value,... with each "
+                f"{problem} option {key!r} in {text!r}: write {function}:key=value,... with each "
                 f"key at most once, out of {', '.join(known) or 'none, it takes no option'}."
             )
         each = (function, key) == ("task_arithmetic", "scale") and "/" in value
         try:
             options[key] = tuple(map(float, value.split("/"))) if each else float(value)
         except ValueError:
-            options[key] = value  # right for merge; for a number refused in the next line
-    for key, found in options.items():
-        for one in found if isinstance(found, tuple) else (found,):
-            _check_options(**{key: one})
-    ordered = tuple(sorted(options.items()))
-    name = function + (":" if ordered else "") + ",".join(f"{k}={_text(v)}" for k, v in ordered)
-    return OperatorSpec(name, function, ordered)
+            options[key] = value  # right for merge; OperatorSpec.of refuses it for a number
+    return OperatorSpec.of(function, options)
 
 
 def expand_operators(specs: Sequence[str], n: int) -> list[str]:
     """Specifications as ``parse_operator`` names them, for n experts.
 
-    A ``weighted_average`` that names no expert stands for n operators, one leaning to each.
+    A ``weighted_average`` that names no expert stands for n operators, each with another one in the lead.
     """
     names = []
-    for text in specs:
-        spec = parse_operator(text)
-        if spec.function == "weighted_average" and "expert" not in dict(spec.options):
-            tail = spec.name.partition(":")[2]
-            each = [f"{spec.function}:expert={i + 1}" + ("," + tail) * bool(tail) for i in range(n)]
-            names += [parse_operator(one).name for one in each]
-        else:
-            names.append(spec.name)
+    for spec in map(parse_operator, specs):
+        options = dict(spec.options)
+        leads = spec.function == "weighted_average" and "expert" not in options
+        each = [options | {"expert": float(i + 1)} for i in range(n)] if leads else [options]
+        names += [OperatorSpec.of(spec.function, one).name for one in each]
     return names
 
 
@@ -378,6 +343,8 @@ def _text(value: Option) -> str:
         return "/".join(map(_text, value))
     return f"{value:g}" if float(f"{value:g}") == value else repr(value)
 
+
+# ---------------------------------------------------------------- checks and dtypes
 
 _OPTIONS: dict[str, tuple[str, Callable[[float], bool]]] = {
     "density": ("a number in (0, 1]", lambda value: 0 < value <= 1),
@@ -407,20 +374,16 @@ def _check_stack(name: str, stack: Tensor, shape: torch.Size | None = None) -> N
         )
 
 
-def _check_layer(base: Tensor, experts: Tensor) -> None:
+def _checked(base: Tensor, experts: Tensor) -> tuple[Tensor, Tensor]:
+    """Both inputs in the dtype to compute in: float32, or float64 if one of them is."""
     if not base.is_floating_point():
         raise InputError(f"base must be floating, but is {base.dtype}: use base.float().")
     _check_stack("experts", experts, base.shape)
-
-
-def _checked(base: Tensor, experts: Tensor) -> tuple[Tensor, Tensor]:
-    """Both inputs in the dtype to compute in: float32, or float64 if one of them is."""
-    _check_layer(base, experts)
     dtype = torch.promote_types(torch.promote_types(base.dtype, experts.dtype), torch.float32)
     return base.to(dtype), experts.to(dtype)
 
 
 def _add(base: Tensor, merged: Tensor, scale: float) -> Tensor:
-    """``base + scale * merged``, both (*shape), in the dtype of base (all papers' last step)."""
+    """``base + scale * merged``, both (*shape), in the dtype of base: every paper's last step."""
     _check_options(scale=scale)
-    return (base.to(merged.dtype) + scale * merged).to(base.dtype)
+    return (scale * merged).add_(base.to(merged.dtype)).to(base.dtype)

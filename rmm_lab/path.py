@@ -1,25 +1,29 @@
-"""What the agent chose, as data: a ``LayerPath`` is JSON that turns into a real timm ViT or T5."""
+"""What a search chose, as data: a ``LayerPath`` is JSON that turns into a real timm ViT or T5."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import pathlib
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 from rmm_lab.errors import InputError
 from rmm_lab.families.checkpoint import Checkpoint, read_checkpoint, write_checkpoint
 from rmm_lab.families.shipped import locate
 from rmm_lab.layers import LayerPool
+from rmm_lab.reward import Path, Step
 
 SCHEMA = "rmm_lab/layer-path/1"
+_OLD_SCALES = "task_arithmetic:scale="  # older files have a step's scales in its source
 
 
 @dataclass(frozen=True)
 class Origin:
-    """Where a model came from: its name in the path, the name it ships under, its folder (absolute) or
-    hub name, and its weights' SHA-256."""
+    """Where a model came from: its name in the path, its source, and its weights' SHA-256.
+
+    ``source``: the name it ships under, its absolute folder, or its hub name.
+    """
 
     name: str
     source: str
@@ -27,7 +31,7 @@ class Origin:
 
     @classmethod
     def of(cls, name: str, checkpoint: Checkpoint) -> Origin:
-        """The origin of a checkpoint, in a form that holds from any working directory."""
+        """The origin of a checkpoint, valid from any working directory."""
         source = checkpoint.source
         if locate(source) == source and not source.startswith("hf-hub:"):
             source = str(checkpoint.folder.resolve())
@@ -38,26 +42,27 @@ class Origin:
 class LayerPath:
     """F_M = F*_1 o F*_2 o ... o F*_T (Eq. 6) with everything needed to build it again.
 
-    ``steps``: (source, layer) in the order in which the layers are run; a source is an expert's name
-    or an operator's specification. ``stem``: the source of all weights outside layers and heads.
-    ``seed`` and ``scope``: those of the pool, so that random operators draw the same masks. ``unit``:
-    what a layer is, ``block`` or ``sublayer``.
+    ``stem``: the step at layer -1, the source of all weights outside layers and heads. ``steps``: the
+    other steps, in the order in which the layers run. ``seed``, ``scope`` and ``unit``: those of the pool,
+    so that random operators draw the same masks.
     """
 
-    steps: tuple[tuple[str, int], ...]
+    steps: Path
     base: Origin
     experts: tuple[Origin, ...]
     operators: tuple[str, ...]
     scope: str
     seed: int
-    stem: str
+    stem: Step
     unit: str = "block"
 
     @classmethod
-    def of(cls, pool: LayerPool, steps: Sequence[tuple[str, int]], stem: str) -> LayerPath:
-        """The path of (source, layer) through a pool."""
+    def of(cls, pool: LayerPool, path: Sequence[Step], stem: str = "base") -> LayerPath:
+        """A path through a pool; ``stem`` is its stem's source unless it starts with one, at layer -1."""
+        steps = [Step(source, int(k), *scales) for source, k, *scales in path]
+        first = steps.pop(0) if steps and steps[0].layer == -1 else Step(stem, -1)
         return cls(
-            steps=tuple((source, int(k)) for source, k in steps),
+            steps=tuple(steps),
             base=Origin.of("base", pool.base),
             experts=tuple(
                 Origin.of(name, e) for name, e in zip(pool.names, pool.experts, strict=True)
@@ -65,14 +70,28 @@ class LayerPath:
             operators=tuple(pool.operators),
             scope=pool.scope,
             seed=pool.seed,
-            stem=stem,
+            stem=first,
             unit=pool.unit,
         )
 
+    @property
+    def path(self) -> Path:
+        """All steps, the stem's first, as scorers and ``path_text`` take them."""
+        return (self.stem, *self.steps)
+
     def to_json(self) -> str:
-        """The path as JSON text with a schema; steps read ``{"layer": 0, "source": "ties"}``."""
+        """The path as JSON text with a schema; a step reads ``{"layer": 0, "source": "ties"}``.
+
+        A step with scales has them as ``"scales": [0.3, 0.5]``, the stem's are ``"stem_scales"``.
+        """
         data = {"schema": SCHEMA} | asdict(self)
-        data["steps"] = [{"layer": k, "source": source} for source, k in self.steps]
+        data["steps"] = [
+            {"layer": k, "source": source} | ({"scales": list(scales)} if scales else {})
+            for source, k, scales in self.steps
+        ]
+        data["stem"] = self.stem.source
+        if self.stem.scales:
+            data["stem_scales"] = list(self.stem.scales)
         return json.dumps(data, indent=2, ensure_ascii=False) + "\n"
 
     @classmethod
@@ -82,17 +101,13 @@ class LayerPath:
             data: dict[str, Any] = json.loads(text)
             if data.pop("schema") != SCHEMA:
                 raise ValueError(f"the schema is not {SCHEMA}")
-            for s in data["steps"]:
-                if type(s["layer"]) is not int or s["layer"] < 0 or type(s["source"]) is not str:
-                    raise ValueError(f"the step {s} is not a source and a layer's number")
             data.setdefault("unit", "block")  # paths written before there were sublayers
-            for key, kind in (
-                *(("seed", int), ("stem", str), ("scope", str), ("operators", list)),
-                ("unit", str),
-            ):
+            for key, kind in {"seed": int, "scope": str, "operators": list, "unit": str}.items():
                 if type(data[key]) is not kind:
                     raise ValueError(f"{key} is no {kind.__name__}")
-            data["steps"] = tuple((s["source"], s["layer"]) for s in data["steps"])
+            data["steps"] = tuple(_read_step(step, 0) for step in data["steps"])
+            stem = {"source": data["stem"], "layer": -1, "scales": data.pop("stem_scales", [])}
+            data["stem"] = _read_step(stem, -1)
             data["base"] = Origin(**data["base"])
             data["experts"] = tuple(Origin(**e) for e in data["experts"])
             data["operators"] = tuple(data["operators"])
@@ -115,34 +130,28 @@ class LayerPath:
                     "old one back or search again"
                 )
             checkpoints.append(checkpoint)
-        names = [e.name for e in self.experts]
-        return LayerPool(
-            checkpoints[0],
-            checkpoints[1:],
-            names,
-            self.operators,
-            scope=self.scope,
-            seed=self.seed,
-            unit=self.unit,
-        )
+        base, *experts = checkpoints
+        names, options = [e.name for e in self.experts], {"scope": self.scope, "unit": self.unit}
+        return LayerPool(base, experts, names, self.operators, seed=self.seed, **options)
 
     def build(self, pool: LayerPool | None = None) -> Any:
         """The merged model: a timm VisionTransformer or a T5ForConditionalGeneration, ready to run.
 
-        A ViT's classifier holds the heads of all tasks one after another; ``rmm_lab.heads`` in
-        config.json of the saved folder tells whose logits stand where. A T5 has its own number of
-        encoder and decoder blocks; its tokenizer is the base's.
+        A ViT's classifier holds the heads of all tasks one after another; ``rmm_lab.heads`` in the saved
+        folder's config.json says which logits are whose. A T5's tokenizer is the base's.
         """
-        return (pool or self.load_pool()).assemble(self.steps, self.stem)
+        return (pool or self.load_pool()).assemble(self.path)
 
-    def save_pretrained(self, folder: str | Path, pool: LayerPool | None = None) -> Path:
+    def save_pretrained(
+        self, folder: str | pathlib.Path, pool: LayerPool | None = None
+    ) -> pathlib.Path:
         """Write the merged model as a folder that timm or transformers loads.
 
         ``timm.create_model("local-dir:FOLDER", pretrained=True)`` or
         ``T5ForConditionalGeneration.from_pretrained(FOLDER)``. config.json carries the path (and a
         ViT's slices of the classifier); a repeated layer is stored as a copy.
         """
-        pool, folder = pool or self.load_pool(), Path(folder)
+        pool, folder = pool or self.load_pool(), pathlib.Path(folder)
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             raise InputError(f"folder {folder}: expected a new or empty one; name another")
         model = self.build(pool)
@@ -150,8 +159,21 @@ class LayerPath:
             name: e.label_names or range(e.num_classes)
             for name, e in zip(pool.names, pool.experts, strict=True)
         }
-        config = pool.architecture.merged_config([k for _, k in self.steps], pool.heads, labels)
+        config = pool.architecture.merged_config([s.layer for s in self.steps], pool.heads, labels)
         config["rmm_lab"] = dict(config.get("rmm_lab", {})) | {"path": json.loads(self.to_json())}
         weights = pool.base.family.once(str(folder), model.state_dict())
         write_checkpoint(folder, config, weights, beside=pool.base.folder)
         return folder
+
+
+def _read_step(data: Mapping[str, Any], first: int) -> Step:
+    """A step of a JSON file; ValueError for one that is none, or whose layer is below ``first``."""
+    source, k, scales = data["source"], data["layer"], data.get("scales", [])
+    if type(k) is not int or k < first or type(source) is not str or type(scales) is not list:
+        raise ValueError(f"the step {data} is not a source and a layer's number")
+    if source.startswith(_OLD_SCALES) and "/" in source:
+        source, _, text = source.partition(":scale=")
+        scales = list(map(float, text.split("/")))
+    if not all(type(s) in (int, float) for s in scales):
+        raise ValueError(f"the scales of the step {data} are not numbers")
+    return Step(source, k, tuple(map(float, scales)))

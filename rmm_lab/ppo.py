@@ -174,7 +174,7 @@ def play(
     options: dict[str, Any] | None = None,
 ) -> Episode:
     """One episode; actions are sampled, or the most probable where ``generator`` is None (Eq. 1)."""
-    columns: Any = [[] for _ in Episode._fields[:-1]]
+    columns: tuple[Any, ...] = ([], [], [], [], [], [], [])  # as in Episode
     obs, info = env.reset(options=options)
     done = False
     while not done:
@@ -196,7 +196,7 @@ def play(
         step = (x, mask, action, policy, log_probs[action], float(reward), acted_on)
         for column, value in zip(columns, step, strict=True):
             column.append(value)
-    return Episode(*columns, info=info)
+    return Episode._make([*columns, info])
 
 
 def collect(episodes: Sequence[Episode], gamma: float) -> Rollout:

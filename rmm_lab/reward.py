@@ -1,4 +1,4 @@
-"""What a layer path is, and what it is worth: the reward of Eq. 7.
+"""What a layer path is, and what it is worth: the reward of Eq. 7, evaluated in the plainest way.
 
 A *path* is a tuple of steps in the order in which their layers run. A *step* takes layer k of a source: an
 expert's own layer, or all experts' layers merged by an operator.
@@ -6,11 +6,14 @@ expert's own layer, or all experts' layers merged by an operator.
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from rmm_lab.errors import InputError
 
@@ -90,3 +93,83 @@ def partition(n: int, n_subsets: int, seed: int) -> list[np.ndarray]:
     if n < n_subsets:
         return [order[[i % n]] for i in range(n_subsets)]
     return [np.sort(part) for part in np.array_split(order, n_subsets)]
+
+
+# ----------------------------------------------------------- a path, evaluated from beginning to end
+# ``engine.scorer.Scorer`` gives the same scores faster: it keeps activations that paths share.
+
+BATCH = 64  # examples that go through a model at a time
+
+
+class Task(Protocol):
+    """What evaluation needs of a task, of images or texts."""
+
+    name: str
+    metric: Any  # the metric's name, a str
+
+    def split(self, name: str) -> Any:
+        """A split of the data: its length, and ``labels`` (n,) int64."""
+
+    def batch(self, name: str, rows: np.ndarray | slice) -> Any:
+        """Rows of a split as the models take them."""
+
+    def score(self, found: Tensor, labels: Tensor) -> float:
+        """The task's metric of answers, in [0, 1]; both (n,)."""
+
+
+@torch.inference_mode()
+def predict(
+    architecture: Any,
+    stem: Any,
+    layers: Sequence[Any],
+    head: Any,
+    task: Task,
+    split: str,
+    rows: np.ndarray | None = None,
+    device: str = "cpu",
+) -> Tensor:
+    """A model's answers to a task, (n,): numbers of classes or choices.
+
+    The model comes in pieces: modules ``stem`` and ``layers``, tensors ``head``, and the ``architecture``
+    that runs them. rows: (n,) examples of the split; None: all. device: where it runs, on copies.
+    """
+    if device != "cpu":
+        stem, *layers = (copy.deepcopy(module).to(device) for module in (stem, *layers))
+        head = {name: tensor.to(device) for name, tensor in head.items()}
+    rows = np.arange(len(task.split(split))) if rows is None else rows
+    found = []
+    for start in range(0, len(rows), BATCH):
+        batch = task.batch(split, rows[start : start + BATCH])
+        state = architecture.embed(stem, architecture.place(batch, device, torch.float32))
+        for layer in layers:
+            state = architecture.apply(layer, state)
+        logits = architecture.logits(stem, state, head)  # (n, answers)
+        found.append(logits.argmax(-1).cpu())  # (n, answers) -> (n,)
+    return torch.cat(found)
+
+
+def predict_all(
+    pool: Any, tasks: Sequence[Task], path: Path, split: str, device: str = "cpu"
+) -> list[Tensor]:
+    """Each task's answers (n,) by a path through a ``LayerPool``, with the task's own head.
+
+    The stem is the path's first step if that is at layer -1, else the base's.
+    """
+    first, steps = (
+        (path[0], path[1:]) if path[:1] and path[0].layer < 0 else (Step("base", -1), path)
+    )
+    stem, layers = pool.stem(first.source, first.scales), [pool.layer(*step) for step in steps]
+    return [
+        predict(pool.architecture, stem, layers, pool.heads[name], task, split, device=device)
+        for name, task in zip(pool.names, tasks, strict=True)
+    ]
+
+
+def evaluate(
+    pool: Any, tasks: Sequence[Task], path: Path, split: str, device: str = "cpu"
+) -> np.ndarray:
+    """Each task's metric of a path on a whole split, (N,) in [0, 1]; ``reward`` of it is Eq. 7."""
+    answers = predict_all(pool, tasks, path, split, device)
+    return np.array(
+        [t.score(a, t.split(split).labels) for t, a in zip(tasks, answers, strict=True)]
+    )

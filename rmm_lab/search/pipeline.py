@@ -366,7 +366,8 @@ def train(config: Config, problem: Problem | None = None, *, table: bool = True)
             finalists = choose(search)
         say(report.cost(scorer))
         best = finalists[0]
-        path = LayerPath.of(problem.pool, best["path"], problem.stem)
+        stem = "base" if problem.stem == "agent" else problem.stem
+        path = LayerPath.of(problem.pool, best["path"], stem)
         result = Result(
             path=path,
             reward=best["reward"],
@@ -378,7 +379,7 @@ def train(config: Config, problem: Problem | None = None, *, table: bool = True)
             folder=folder.path,
             finalists=[row | {"path": path_text(row["path"])} for row in finalists],
         )
-        say(f"path: {path_text(path.steps) or '(no layer)'}   stem: {path.stem}")
+        say(f"path: {path_text(path.path)}")
         say(
             f"reward: {100 * result.reward:.2f} % on the whole reward split, best of {len(finalists)}"
         )

@@ -48,7 +48,7 @@ def cost(scorer: Any) -> str:
 def evaluate_on_test(path: LayerPath, problem: Problem, episodes: int) -> list[Row]:
     """The rows of the result table: all that a search is compared with, and its path, on the test split."""
     rows = list(uniform.rows(problem))
-    rows.append(uniform.path_row(problem, "RMM", f"{episodes} episodes", path.steps, path.stem))
+    rows.append(uniform.path_row(problem, "RMM", f"{episodes} episodes", path.path))
     return rows
 
 
@@ -105,7 +105,7 @@ def write_results(result: Result, rows: Sequence[Row], problem: Problem, folder:
         ]
         folder.write("table.json", json.dumps(data, indent=2) + "\n")
     folder.write("rewards.png", figures.png(figures.reward_curve(result.episodes)))
-    picture = figures.path_picture(path.steps, pool.sources, pool.n_layers, path.stem, pool.stacks)
+    picture = figures.path_picture(path.path, pool.sources, pool.n_layers, stacks=pool.stacks)
     folder.write("path.png", figures.png(picture))
     merged = folder.path / "merged"
     if not (merged / "config.json").is_file():  # the file that is written last

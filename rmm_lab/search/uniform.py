@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from torch import Tensor
 
-from rmm_lab.engine.scorer import answers, answers_of_path, evaluate
+from rmm_lab.reward import Path, Step, evaluate, predict, predict_all
 from rmm_lab.search.problem import Problem
 
 SCALES = (0.2, 0.3, 0.4, 0.5, 0.6, 0.8, 1.0)
@@ -59,22 +59,21 @@ def row(problem: Problem, name: str, setting: str, found: Sequence[Tensor]) -> R
     return Row(name, setting, tuple(scores), plain)
 
 
-def path_row(
-    problem: Problem, name: str, setting: str, steps: Sequence[tuple[str, int]], stem: str
-) -> Row:
-    """A line of the table for a path of (source, layer)."""
-    found = answers_of_path(problem.pool, problem.tasks, steps, stem, "test", problem.device)
+def path_row(problem: Problem, name: str, setting: str, path: Path) -> Row:
+    """A line of the table for a path, its stem as the first step."""
+    found = predict_all(problem.pool, problem.tasks, path, "test", problem.device)
     return row(problem, name, setting, found)
 
 
-def uniform(problem: Problem, source: str, split_name: str) -> np.ndarray:
-    """One source for the stem and every layer, a whole-model merge: each task's metric (N,)."""
-    steps = _all(problem, source)
-    return evaluate(problem.pool, problem.tasks, steps, source, split_name, problem.device)
+def uniform_path(problem: Problem, source: str) -> Path:
+    """One source for the stem and every layer: a merge of whole models."""
+    return tuple(Step(source, k) for k in range(-1, problem.pool.n_layers))
 
 
-def _all(problem: Problem, source: str) -> list[tuple[str, int]]:
-    return [(source, k) for k in range(problem.pool.n_layers)]
+def uniform(problem: Problem, source: str, split: str) -> np.ndarray:
+    """Each task's metric (N,) of a uniform path on a whole split."""
+    path = uniform_path(problem, source)
+    return evaluate(problem.pool, problem.tasks, path, split, problem.device)
 
 
 def tune(problem: Problem, settings: Sequence[str]) -> str:
@@ -94,10 +93,10 @@ def rows(problem: Problem) -> Iterator[Row]:
         accuracies = zip(tasks, trivial.accuracies, strict=True)
         plain = {task.name: a for task, a in accuracies if task.metric != "accuracy"}
         yield Row(trivial.name, trivial.setting, trivial.scores, plain)
-    yield path_row(problem, "base", family.BASE_SETTING, _all(problem, "base"), "base")
+    yield path_row(problem, "base", family.BASE_SETTING, uniform_path(problem, "base"))
     own: list[Tensor] = []
     for i, name in enumerate(pool.names):
-        found = answers_of_path(pool, tasks, _all(problem, name), name, "test", problem.device)
+        found = predict_all(pool, tasks, uniform_path(problem, name), "test", problem.device)
         own.append(found[i])
         yield row(problem, f"expert {name}", "on every task", found)
     yield row(problem, "fine-tuned", "each expert on its task: the upper bound", own)
@@ -110,7 +109,7 @@ def uniform_rows(problem: Problem, names: Collection[str]) -> Iterator[Row]:
     """The uniform merges of these names, such as ``DARE``: as published, then tuned on the reward split."""
 
     def merge(name: str, setting: str, source: str) -> Row:
-        return path_row(problem, name, setting, _all(problem, source), source)
+        return path_row(problem, name, setting, uniform_path(problem, source))
 
     for name, setting in AS_GIVEN.items():
         if name in names:
@@ -137,5 +136,6 @@ def _joint(problem: Problem) -> list[Tensor]:
     found = []
     for task in problem.tasks:
         head = joint.family.task_head(joint, task)
-        found.append(answers(architecture, stem, layers, head, task, "test", problem.device))
+        device = problem.device
+        found.append(predict(architecture, stem, layers, head, task, "test", device=device))
     return found
