@@ -100,9 +100,10 @@ def test_offline_and_without_what_hides_errors(solved):
     assert not re.search(r"^\s*[!%]", text, re.M), "no shell commands, no magics"
 
 
-def test_links_lead_to_notebooks_that_exist(solved):
-    for target in re.findall(r"\]\(([^)]+)\)", prose(solved)):
-        assert (FOLDER / "solved" / target).is_file(), target
+def test_links_lead_to_files_that_exist(solved):
+    for folder, notebook in (("solved", solved), (".", course.student(solved))):
+        for target in re.findall(r"\]\(([^)]+)\)", prose(notebook)):
+            assert (FOLDER / folder / target).is_file(), target
 
 
 def test_figures_go_through_show(solved):
