@@ -90,6 +90,25 @@ def problem(tiny):
     return load_problem(**tiny, operators=("task_arithmetic:scale=0.5", "ties"), stem="base")
 
 
+@pytest.fixture(scope="session")
+def t5s(tmp_path_factory) -> dict:
+    """For some variants the models and their folders: a base and two experts; two tasks."""
+    from t5_models import hf_model, tuned, write_t5, write_texts
+
+    root = tmp_path_factory.mktemp("t5s")
+    out = {"texts": [write_texts(root / "own", 1, fixed=False)]}
+    out["texts"].append(write_texts(root / "noyes", 2, fixed=True))
+    for variant in ("t5", "v1.1", "unequal"):
+        base = hf_model(variant, 1)
+        models = [base, tuned(base, 2), tuned(base, 3)]
+        folders = [
+            write_t5(root / variant / name, model, tokenizer=name != "two")
+            for name, model in zip(("base", "one", "two"), models, strict=True)
+        ]
+        out[variant] = (models, folders)
+    return out
+
+
 class TensorTask(Task):
     """A task given as tensors: what ``Task`` is, without files."""
 
@@ -131,7 +150,7 @@ def stripes(labels, g):
 def trained():
     """A small but real merging problem, N = 2, M = 2, L = 3: experts trained here in a few seconds."""
     from rmm_lab.layers import LayerPool
-    from rmm_lab.search.problem import Problem
+    from rmm_lab.search.problem import Problem, ProblemSpec
     from rmm_lab.zoo.training import fine_tune
 
     tasks = [TensorTask("quadrant", 1, 4, quadrant), TensorTask("stripes", 2, 3, stripes)]
@@ -145,5 +164,6 @@ def trained():
             base, [task], steps=150, learning_rate=5e-3, seed=0, batch_size=64, augment=False
         )
         experts.append(models.Checkpoint(task.name, Path("."), config, weights, task.name))
-    pool = LayerPool(base, experts, [t.name for t in tasks], ("task_arithmetic:scale=0.5", "ties"))
-    return Problem(pool, tasks, "task_arithmetic:scale=0.5")
+    names, operators = tuple(t.name for t in tasks), ("task_arithmetic:scale=0.5", "ties")
+    spec = ProblemSpec(experts=names, operators=operators, stem=operators[0])
+    return Problem(LayerPool(base, experts, names, operators), tasks, spec)
