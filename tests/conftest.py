@@ -90,6 +90,25 @@ def problem(tiny):
     return load_problem(**tiny, operators=("task_arithmetic:scale=0.5", "ties"), stem="base")
 
 
+@pytest.fixture(scope="session")
+def t5s(tmp_path_factory) -> dict:
+    """For some variants the models and their folders: a base and two experts; two tasks."""
+    from t5_models import hf_model, tuned, write_t5, write_texts
+
+    root = tmp_path_factory.mktemp("t5s")
+    out = {"texts": [write_texts(root / "own", 1, fixed=False)]}
+    out["texts"].append(write_texts(root / "noyes", 2, fixed=True))
+    for variant in ("t5", "v1.1", "unequal"):
+        base = hf_model(variant, 1)
+        models = [base, tuned(base, 2), tuned(base, 3)]
+        folders = [
+            write_t5(root / variant / name, model, tokenizer=name != "two")
+            for name, model in zip(("base", "one", "two"), models, strict=True)
+        ]
+        out[variant] = (models, folders)
+    return out
+
+
 class TensorTask(Task):
     """A task given as tensors: what ``Task`` is, without files."""
 

@@ -21,9 +21,10 @@ from timm.models.vision_transformer import VisionTransformer
 
 from rmm_lab.errors import InputError
 from rmm_lab.families import checkpoint as models
-from rmm_lab.families import vit
+from rmm_lab.families import class_token, vit
 from rmm_lab.families.checkpoint import read_checkpoint, resolve, write_checkpoint
-from rmm_lab.families.vit import ViT, join, split
+from rmm_lab.families.vit import ViT, split
+from rmm_lab.families.vit_run import join
 
 VARIANTS = {
     "class token": {},
@@ -99,14 +100,6 @@ def test_every_parameter_has_exactly_one_owner(variant):
     assert dict(found) == expected
 
 
-def test_pooling_and_norms_stand_in_the_stem():
-    stem = set(split(dict(timm_model("average pool").named_parameters())).stem)
-    assert {"fc_norm.weight", "fc_norm.bias", "pos_embed", "patch_embed.proj.weight"} <= stem
-    stem = set(split(dict(timm_model("attention pool").named_parameters())).stem)
-    assert {"attn_pool.latent", "attn_pool.q.weight", "norm.weight", "cls_token"} <= stem
-    assert "reg_token" in split(dict(timm_model("registers").named_parameters())).stem
-
-
 def test_join_undoes_split(variant):
     weights = timm_model(variant).state_dict()
     parts = split(weights)
@@ -138,20 +131,6 @@ def test_a_gap_between_layers_is_refused():
 
 
 # --------------------------------------------------------------------- running against timm
-
-
-def test_pieces_run_as_timm_does(variant):
-    model, x = timm_model(variant), images()
-    vit, parts = ViT(config_of(variant)), split(model.state_dict())
-    assert vit.n_layers == 3
-    stem = vit.stem(parts.stem)
-    tokens = vit.embed(stem, x)
-    for k, layer in enumerate(parts.layers):
-        tokens = vit.apply(vit.layer(k, layer), tokens)
-    with torch.no_grad():
-        expected = model(x)
-    assert expected.std() > 1e-3  # the input matters
-    torch.testing.assert_close(vit.logits(stem, tokens, parts.head), expected)
 
 
 # Architectures whose class token alone is pooled, and is computed alone in the last layer.
@@ -232,7 +211,6 @@ def test_the_class_token_alone_in_the_last_layer_is_timms(args, path):
 def test_the_last_layer_is_whole_where_more_than_the_class_token_counts(architecture, args):
     model, config = shaken(architecture, args)
     family, x = ViT(config), images()
-    assert not family._pools_token
     with torch.no_grad():
         tokens, logits = run_short(family, model, x, (0, 2, 1, 1))
         parts = split(model.state_dict())
@@ -264,32 +242,24 @@ def test_a_block_that_the_shortcut_does_not_know_is_run_whole(monkeypatch):
         args = TINY["model_args"] | {"num_classes": 0} | args
         return timm.create_model("vit_tiny_patch16_224", **args).eval()
 
-    assert vit._pools_token(model())
-    assert not vit._pools_token(model(mlp_layer=_Mixing))  # found by the numbers
-    assert not vit._pools_token(model(block_fn=_Own))
-    assert not vit._pools_token(model(depth=0))
+    assert class_token.pools_token(model())
+    assert not class_token.pools_token(model(mlp_layer=_Mixing))  # found by the numbers
+    assert not class_token.pools_token(model(block_fn=_Own))
+    assert not class_token.pools_token(model(depth=0))
     other = model()
     other.blocks[0].attn.gate = torch.nn.Linear(16, 16)  # as some releases have
-    assert not vit._pools_token(other)
+    assert not class_token.pools_token(other)
     other = model()
     other.blocks[2] = _Own(16, 2)  # not the first one only
-    assert not vit._pools_token(other)
+    assert not class_token.pools_token(other)
     other = model()
     other.blocks[0].attn.scale *= 50  # the same name for another thing
     other.blocks[0].attn.fused_attn = True  # which takes its own scale
     other.blocks[0].attn.qkv.weight.data.mul_(20)
-    assert not vit._pools_token(other)
-    original = vit._class_token
-    monkeypatch.setattr(vit, "_class_token", lambda *args: 1.001 * original(*args))
-    assert not vit._pools_token(model())
-
-
-def test_an_architecture_holds_no_numbers():
-    """Only shapes: else a pool would hold one model more than its own."""
-    family = ViT(TINY)
-    held = [*family._trunk.parameters(), *(p for b in family._blocks for p in b.parameters())]
-    assert len(held) > 30
-    assert all(p.is_meta for p in held)
+    assert not class_token.pools_token(other)
+    original = class_token.class_token
+    monkeypatch.setattr(class_token, "class_token", lambda *args: 1.001 * original(*args))
+    assert not class_token.pools_token(model())
 
 
 @pytest.mark.parametrize("path", PATHS)
@@ -309,23 +279,6 @@ def test_skipped_and_repeated_layers_equal_a_timm_model_of_that_depth(variant, p
     assert not whole.training
     with torch.no_grad():
         torch.testing.assert_close(whole(x), expected)
-
-
-def test_a_layer_that_knows_its_depth_runs_alike_in_search_and_export():
-    args = TINY["model_args"] | {"attn_layer": "diff", "embed_dim": 32}
-    config = TINY | {"model_args": args}
-    try:
-        vit = ViT(config)
-    except InputError:
-        return  # to refuse such a model is as good
-    model = timm.create_model("vit_tiny_patch16_224", num_classes=5, **args).eval()
-    parts, x, path = split(model.state_dict()), images(), (2, 2, 0)
-    stem = vit.stem(parts.stem)
-    tokens = vit.embed(stem, x)
-    for k in path:
-        tokens = vit.apply(vit.layer(k, parts.layers[k]), tokens)
-    whole = vit.assemble(parts.stem, [(k, parts.layers[k]) for k in path], {"task": parts.head})
-    torch.testing.assert_close(whole(x), vit.logits(stem, tokens, parts.head))
 
 
 def test_the_assembled_logits_hold_each_tasks_slice(variant):
@@ -366,16 +319,6 @@ def test_no_gradient_is_ever_enabled(variant):
         assert not any(p.requires_grad for p in module.parameters())
 
 
-def test_no_gradient_is_enabled_by_scoring(problem):
-    with torch.enable_grad():
-        problem.scorer(fraction=0.25).score(((0, 0), (2, 1), (3, 2)), 0)
-        pool = problem.pool
-        modules = [pool.stem("base"), pool.layer(pool.sources[2], 1), pool.layer("e1", 0)]
-        for module in modules:
-            assert list(module.parameters())
-            assert not any(p.requires_grad for p in module.parameters())
-
-
 def test_a_layer_holds_its_weights_without_a_copy_and_leaves_them_as_they_are():
     weights = random_weights(0)
     before = {k: v.clone() for k, v in weights.items()}
@@ -403,6 +346,12 @@ def test_other_families_are_refused(name):
         ViT({"architecture": name})
 
 
+def test_layers_that_depend_on_their_number_are_refused():
+    args = TINY["model_args"] | {"attn_layer": "diff", "embed_dim": 32}
+    with pytest.raises(InputError, match="differential attention"):
+        ViT(TINY | {"model_args": args})
+
+
 # ---------------------------------------------------------------------------- reading and writing
 
 
@@ -417,9 +366,6 @@ def test_resolve_takes_a_folder_and_a_local_dir(folder, prefix, monkeypatch):
     monkeypatch.setenv("HOME", str(folder.parent))
     assert resolve(f"{prefix}~/model") == folder
     assert read_checkpoint(f"{prefix}{folder}").source == f"{prefix}{folder}"
-
-
-def test_resolve_takes_a_path_object(folder):
     assert resolve(folder) == folder
 
 

@@ -21,7 +21,7 @@ from rmm_lab.tasks.text_task import TextBatch
 
 BIAS = "layer.0.SelfAttention.relative_attention_bias.weight"
 STACKS = ("encoder", "decoder")
-_LOGITS = 2**18  # logits that are held at once: 1 MiB, what fits a core's cache
+LOGITS = 2**18  # logits that are held at once: 1 MiB, what fits a core's cache
 
 
 @dataclass(frozen=True)
@@ -199,12 +199,12 @@ class T5:
             if hasattr(sublayer, "SelfAttention"):
                 tokens = tokens.reshape(-1, shape[-2], width)  # (n C, T, width) in the decoder
                 normed = sublayer.layer_norm(tokens)
-                tokens = tokens + _attend(sublayer.SelfAttention, normed, normed, state.bias)
+                tokens = tokens + attend(sublayer.SelfAttention, normed, normed, state.bias)
                 continue
             tokens = tokens.reshape(shape[0], -1, width)  # (n, C T, width) in the decoder
             if hasattr(sublayer, "EncDecAttention"):
                 normed = sublayer.layer_norm(tokens)
-                mixed = _attend(sublayer.EncDecAttention, normed, state.encoded, state.hidden)
+                mixed = attend(sublayer.EncDecAttention, normed, state.encoded, state.hidden)
                 tokens = tokens + mixed
             else:
                 tokens = sublayer(tokens)
@@ -221,7 +221,7 @@ class T5:
         table = stem.shared.weight if stem.lm_head is None else stem.lm_head.weight
         tokens = stem.decoder_norm(state.decoded) * self.scale  # (n, C, T, width)
         _, c, t, _ = tokens.shape
-        rows = max(1, _LOGITS // (c * t * len(table)))
+        rows = max(1, LOGITS // (c * t * len(table)))
         parts = []
         for x, target in zip(tokens.split(rows), state.batch.choices.split(rows), strict=True):
             # In float32: a sum of small differences between large numbers.
@@ -302,7 +302,7 @@ def join(stem: Weights, encoder: Sequence[Weights], decoder: Sequence[Weights]) 
     return weights
 
 
-def _attend(attention: Any, tokens: Tensor, memory: Tensor, bias: Tensor) -> Tensor:
+def attend(attention: Any, tokens: Tensor, memory: Tensor, bias: Tensor) -> Tensor:
     """T5's attention with the weights of a transformers' module: softmax(q k' + bias) v, unscaled.
 
     tokens (n, Q, width) attend to memory (n, K, width); bias broadcasts to (n, heads, Q, K).

@@ -21,6 +21,7 @@ from rmm_lab.errors import InputError
 from rmm_lab.families.parts import Parts, Weights, outside_head
 from rmm_lab.families.protocol import Config, Model, Trainable, TrivialRow
 from rmm_lab.families.vit_run import SUBLAYERS, ViT, create, model_config
+from rmm_lab.families.vit_run import head_slices as head_slices  # for those who look for it here
 from rmm_lab.tasks.image_folder import InputFormat
 from rmm_lab.tasks.image_task import Task
 from rmm_lab.tasks.small_images import distort

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from rmm_lab.errors import InputError
+from rmm_lab.errors import InputError, Range, check_values
 from rmm_lab.families.checkpoint import Checkpoint, read_checkpoint, write_checkpoint
 from rmm_lab.families.shipped import locate
 from rmm_lab.reward import predict
@@ -21,9 +21,9 @@ from rmm_lab.zoo.training import fine_tune
 class Finetune:
     """Fine-tune a base on image folders or texts: one makes an expert, several a multi-task model."""
 
-    base: str
+    base: str = ""
     """Base model: a timm or T5 folder, hf-hub:OWNER/NAME, or base or text-base for those that ship."""
-    out: Path
+    out: Path | None = None
     """New or empty folder to write the fine-tuned model to."""
     images: tuple[str, ...] = ()
     """For a ViT: image folders (SPLIT/CLASS/image or CLASS/image), FORMAT:FOLDER or FORMAT:hf-hub (cifar10,
@@ -46,6 +46,7 @@ class Finetune:
         """Fine-tune, write the model, and report each task's metric on its test split."""
         data, sources = ("texts", self.texts) if self.texts else ("images", self.images)
         self._check(sources)
+        assert self.out is not None
         if self.threads:
             torch.set_num_threads(self.threads)
         base = read_checkpoint(locate(self.base))
@@ -88,13 +89,14 @@ class Finetune:
         print(f"written: {self.out}")
 
     def _check(self, sources: tuple[str, ...]) -> None:
-        for name in ("steps", "learning_rate", "batch_size"):
-            if not 0 < getattr(self, name) < float("inf"):
-                raise InputError(
-                    f"--{name.replace('_', '-')}: expected more than 0, found {getattr(self, name)}"
-                )
-        if self.threads < 0:
-            raise InputError(f"--threads: expected 0 or more, found {self.threads}")
+        """Raise InputError for options out of range, before anything is read."""
+        positive: Range = ("more than 0", lambda value: value > 0)
+        threads: Range = ("0 or more", lambda value: value >= 0)
+        check_values(self, {"steps learning_rate batch_size": positive, "threads": threads})
+        if not self.base:
+            raise InputError(
+                "--base: expected the model to fine-tune, found none; name its folder or hub name"
+            )
         if not sources or (self.images and self.texts):
             raise InputError(
                 f"--images: expected at least one folder, or --texts for a T5, found "
@@ -105,6 +107,9 @@ class Finetune:
                 f"--batch-size: expected at least {len(sources)}, an example of each task, found "
                 f"{self.batch_size}"
             )
-        if self.out.is_file() or (self.out.exists() and any(self.out.iterdir())):
-            kind = "a file:" if self.out.is_file() else "files in"
-            raise InputError(f"--out: expected an empty or new folder, found {kind} {self.out}")
+        out = self.out
+        if out is None or out.is_file() or (out.exists() and any(out.iterdir())):
+            kind = (
+                "none" if out is None else f"a file: {out}" if out.is_file() else f"files in {out}"
+            )
+            raise InputError(f"--out: expected an empty or new folder, found {kind}; name one")

@@ -409,16 +409,6 @@ def test_a_right_answer_written_otherwise_passes(name, text):
     assert verdict.status == "correct", verdict.message
 
 
-@pytest.mark.parametrize(
-    "name", [n for n, e in EXERCISES.items() if isinstance(e, checks.Exercise)]
-)
-def test_each_mistake_on_the_list_gets_its_own_hint(name):
-    exercise = EXERCISES[name]
-    hints = [checks.check(name, m.wrong).message for m in exercise.mistakes]
-    assert hints == [m.hint for m in exercise.mistakes]
-    assert len(set(hints)) == len(hints)
-
-
 def test_the_quiz_explains_every_option():
     found = {o: checks.check("05.clip_corner", lambda o=o: o) for o in "abc"}
     assert {o for o, v in found.items() if v.status == "correct"} == {"c"}

@@ -9,7 +9,8 @@ from answers import function_of
 from rmm_lab.course import checks
 from rmm_lab.course.exercises import nb08
 from rmm_lab.evidence import tables
-from rmm_lab.figures import facade as pictures
+from rmm_lab.figures import results as pictures
+from rmm_lab.reward import Step, parse_path
 
 UNIFORM = ("weight average", "task arithmetic, tuned", "TIES, tuned", "DARE, tuned")
 
@@ -166,7 +167,7 @@ def f(rmm, chosen_by, reported):
     totals = list(chosen_by.sum(axis=0))
     return rmm - reported[:, totals.index(max(totals))]
 """,
-        "One merge is chosen for all seeds",
+        "one merge for all seeds",
     ),
     (
         "08.gain",
@@ -249,8 +250,8 @@ def test_claims_against_the_recorded_table():
 
 
 def test_amounts_by_hand():
-    steps = [("b", 0), ("weighted_average:expert=1,share=0.75", 1), ("ties", 3)]
-    found = pictures.path_amounts(steps, "task_arithmetic:scale=0.3/-0.1", ["a", "b"], 4)
+    text = "task_arithmetic:scale=0.3/-0.1@-1 b@0 weighted_average:expert=1,share=0.75@1 ties@3"
+    found = pictures.path_amounts(parse_path(text), ["a", "b"], 4)
     nan = np.nan  # layer 2 is skipped, TIES is no sum
     expected = [[0.3, 0.0, 0.75, nan, nan], [-0.1, 1.0, 0.25, nan, nan]]
     np.testing.assert_allclose(found, expected, atol=1e-7)
@@ -260,7 +261,7 @@ def test_amounts_by_hand():
         "task_arithmetic:scale=0.75": [0.75] * 3,
         "weighted_average:expert=2,share=0.5": [0.25, 0.5, 0.25],
     }.items():
-        np.testing.assert_allclose(pictures.amounts(source, "abc"), amount, atol=1e-7)
+        np.testing.assert_allclose(pictures.amounts(Step(source, 0), "abc"), amount, atol=1e-7)
 
 
 def test_pictures_show_what_they_are_given():
