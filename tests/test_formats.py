@@ -21,7 +21,8 @@ from hypothesis import strategies as st
 
 from rmm_lab.errors import InputError
 from rmm_lab.tasks import text_formats as formats
-from rmm_lab.tasks.text_formats import FORMATS, PROMPTS, SPLITS, chance, check, load, majority
+from rmm_lab.tasks.files import SPLITS
+from rmm_lab.tasks.text_formats import FORMATS, PROMPTS, chance, check, load, majority
 
 REAL = Path(__file__).parents[2] / "shared" / "data"
 KNOWN = "qasc, wikiqa, quartz, paws, storycloze, winogrande, wsc"
