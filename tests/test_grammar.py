@@ -12,7 +12,7 @@ import pytest
 from rmm_lab.tasks import small_texts as grammar
 from rmm_lab.tasks import text_task as texts
 from rmm_lab.tasks.small_texts import TASKS
-from rmm_lab.tasks.text_formats import check
+from rmm_lab.tasks.text_rows import check
 from rmm_lab.zoo import pretraining
 
 N = 400
