@@ -761,9 +761,9 @@ def test_a_bad_row_of_the_hub_is_named(fake_hub):
     refused("winogrande:hf-hub", "allenai/winogrande, train: expected at least one row")
 
 
-ASK = "import sys; from rmm_lab.tasks import text_formats as formats\n"
+ASK = "from rmm_lab.errors import InputError; from rmm_lab.tasks import text_formats as formats\n"
 ASK += "try: formats.load('winogrande:hf-hub')\n"
-ASK += "except formats.InputError as error: print(error)"
+ASK += "except InputError as error: print(error)"
 
 
 def ask_hub(tmp_path: Path, library: str, **env: str) -> str:
