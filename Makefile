@@ -27,7 +27,7 @@ help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  %-7s %s\n", $$1, $$2}' Makefile
 
 demo: .venv/.stamp-run ## train the agent on the pair that ships, into a fresh folder under runs/
-	$(BIN)/python -m rmm_lab.ppo --run-dir "runs/demo-$$(date +%Y%m%d-%H%M%S)"
+	$(BIN)/python -m rmm_lab merge --run-dir "runs/demo-$$(date +%Y%m%d-%H%M%S)"
 
 lab: .venv/.stamp-lab ## open the notebooks in JupyterLab
 	$(BIN)/jupyter lab notebooks

@@ -319,7 +319,7 @@ def dar(reward: float, previous: float | None, t: int, t_max: int, dar_lambda: f
     """
     if previous is None:
         return reward
-    weight = dar_lambda * min(t / t_max, 1)
+    weight = dar_lambda * min(t, t_max) / t_max
     return weight * previous + (1 - weight) * reward
 
 

@@ -150,7 +150,7 @@ def stripes(labels, g):
 def trained():
     """A small but real merging problem, N = 2, M = 2, L = 3: experts trained here in a few seconds."""
     from rmm_lab.layers import LayerPool
-    from rmm_lab.search.problem import Problem
+    from rmm_lab.search.problem import Problem, ProblemSpec
     from rmm_lab.zoo.training import fine_tune
 
     tasks = [TensorTask("quadrant", 1, 4, quadrant), TensorTask("stripes", 2, 3, stripes)]
@@ -164,5 +164,6 @@ def trained():
             base, [task], steps=150, learning_rate=5e-3, seed=0, batch_size=64, augment=False
         )
         experts.append(models.Checkpoint(task.name, Path("."), config, weights, task.name))
-    pool = LayerPool(base, experts, [t.name for t in tasks], ("task_arithmetic:scale=0.5", "ties"))
-    return Problem(pool, tasks, "task_arithmetic:scale=0.5")
+    names, operators = tuple(t.name for t in tasks), ("task_arithmetic:scale=0.5", "ties")
+    spec = ProblemSpec(experts=names, operators=operators, stem=operators[0])
+    return Problem(LayerPool(base, experts, names, operators), tasks, spec)

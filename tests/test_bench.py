@@ -1,146 +1,105 @@
-"""The benchmark: its plain way is an oracle of its own for the scorer, and its tables are true."""
+"""The benchmark: its plain way is an independent oracle for the scorer, and its page holds its tables."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
-import torch
 
 from benchmarks import bench
-from rmm_lab import ppo
-from rmm_lab.search import run_folder as runs
-from rmm_lab.search.problem import load_problem
+from rmm_lab.errors import InputError
+from rmm_lab.reward import Step
+from rmm_lab.search.config import configure
+from rmm_lab.search.pipeline import make_scorer
 
 ROOT = Path(bench.__file__).parent.parent
 
 
-def some_args(experts: str, **options) -> ppo.Args:
-    return ppo.Args(preset="agent", experts=(experts,), episodes=2, quiet=True, **options)
-
-
 @pytest.mark.parametrize("experts", ["demo", "mixed"])
-def test_the_plain_way_finds_the_scores_of_the_scorer(experts):
-    """Whole timm and transformers models against layers run piece by piece, prefixes kept."""
-    args = some_args(experts, data_fraction=0.02)
-    problem = load_problem((experts,), seed=args.seed)
-    scorer = ppo.make_scorer(problem, args)
+def test_whole_models_have_the_scores_of_the_scorer(experts):
+    """timm's and transformers' own forward pass against layers run one by one, with prefixes kept."""
+    config = configure("agent", experts=(experts,), data_fraction=0.02)
+    problem = bench.load(config)
+    scorer = make_scorer(problem, config)
     rng = np.random.default_rng(0)
-    for stack in (0, 1):
+    asked = []
+    for stacked in (0, 1):
         layers = [*range(problem.pool.n_layers)]
-        layers.insert(stack, layers[stack])  # one layer stacked
-        path = tuple((int(rng.integers(len(scorer.sources))), k) for k in (-1, *layers))
+        layers.insert(stacked, stacked)
+        path = tuple(Step(str(rng.choice(scorer.sources)), k) for k in (-1, *layers))
         subset = int(rng.integers(scorer.n_subsets))
-        steps = [(scorer.sources[a], k) for a, k in path[1:]]
-        model = problem.pool.assemble(steps, scorer.sources[path[0][0]])
-        found = [
-            bench.plain_score(problem, model, i, scorer.rows(i, subset), "cpu")
-            for i in range(scorer.n_models)
-        ]
-        assert scorer.score(path, subset).tolist() == pytest.approx(found, abs=1e-9)
+        asked.append((path, subset, float(scorer.score(path, subset).mean())))
+    assert bench.plain_way(problem, scorer, asked, sample=2)["difference"] < 1e-9
+    wrong = [(path, subset, value + 0.5) for path, subset, value in asked]
+    assert bench.plain_way(problem, scorer, wrong, sample=2)["difference"] > 0.4
 
 
 def test_the_plain_way_counts_whole_split_scores_by_their_examples(monkeypatch):
-    """By hand: time stands still but for 2 s to assemble and 0.01 s an example."""
-    args = some_args("demo", data_fraction=0.1)  # 60 + 120 examples a subset, 600 + 1200 in all
-    problem = load_problem(("demo",), seed=args.seed)
+    """By hand, on a clock that moves 2 s for an assembly and 0.01 s for an example."""
+    config = configure("agent", data_fraction=0.1)  # 60 + 120 examples a subset, 600 + 1200 in all
+    problem = bench.load(config)
+    scorer = make_scorer(problem, config)
     now = [0.0]
     monkeypatch.setattr(bench.time, "perf_counter", lambda: now[0])
     assemble = problem.pool.assemble
 
-    def slowly(*a):
+    def slowly(*args):
         now[0] += 2
-        return assemble(*a)
+        return assemble(*args)
 
-    def score(problem, model, i, rows, device):
+    def score(problem, model, i, rows):
         now[0] += 0.01 * len(rows)
         return 0.25
 
     monkeypatch.setattr(problem.pool, "assemble", slowly)
     monkeypatch.setattr(bench, "plain_score", score)
-    path = ((0, -1), *((0, k) for k in range(6)))
-    stream = [(path, 0, 0.25), (path, 1, 0.75), (path, 2, 0.25), (path, None, 0.25)]
-    found = bench.plain_way(problem, args, stream, sample=2)
-    # 4 x 2 s to assemble; (3 x 180 + 1800) x 0.01 s = 23.4 s in the models.
-    assert found["seconds"] == pytest.approx(8 + 23.4)
-    assert found["assembly"] == pytest.approx(8)
-    assert found["per_path"] == pytest.approx(2 + 1.8)
-    assert found["forward"] == pytest.approx(1.8)
-    assert found["examples"] == 180
-    assert found["difference"] == 0  # the sample is the first and the third
-    stream[2] = (path, 2, 0.75)  # the plain way finds 0.25
-    assert bench.plain_way(problem, args, stream, sample=2)["difference"] == 0.5
-
-
-def test_a_stopwatch_sees_the_models_and_changes_nothing():
-    class Family:
-        n_layers = 3
-
-        def embed(self, x):
-            return x + 1
-
-        apply = apply_last = logits = embed
-
-    watch = bench.Stopwatch(Family())
-    assert (watch.n_layers, watch.embed(1), watch.apply_last(2), watch.logits(3)) == (3, 2, 3, 4)
-    assert 0 < watch.seconds < 1
+    path = tuple(Step("digits", k) for k in range(-1, 6))
+    asked = [(path, 0, 0.25), (path, 1, 0.75), (path, 2, 0.25), (path, None, 0.25)]
+    found = bench.plain_way(problem, scorer, asked, sample=2)  # the first and the third
+    # 4 x 2 s of assembly and (3 x 180 + 1800) x 0.01 s in the models.
+    assert found == {"seconds": pytest.approx(8 + 23.4), "difference": 0}
 
 
 def test_a_stand_in_has_something_to_find():
-    """Its labels are its own expert's answers, and of several classes; the other expert knows less."""
-    problem = bench.stand_in("vit_tiny_patch16_224", 12, classes=4)
+    """Each expert is perfect on its own task, the other is not, and there are several classes."""
+    problem = bench.stand_in("vit_tiny_patch16_224", 12, configure("agent"), classes=4)
     scorer = problem.scorer(fraction=1.0)
-    own = [scorer.score(((a, -1), *((a, k) for k in range(12)))) for a in (0, 1)]
-    assert own[0][0] == own[1][1] == 1
-    assert own[0][1] < 1 or own[1][0] < 1
+    scores = [
+        scorer.score(tuple(Step(name, k) for k in range(-1, 12)))
+        for name in ("expert-1", "expert-2")
+    ]
+    assert scores[0][0] == scores[1][1] == 1
+    assert min(scores[0][1], scores[1][0]) < 1
     assert all(len(set(task.labels.tolist())) > 1 for task in problem.tasks)
 
 
 @pytest.mark.slow
-def test_the_command_measures_stores_and_measures_again_in_place(tmp_path, capsys):
-    options = ["--episodes", "3", "--sample", "2", "--out", str(tmp_path)]
-    assert bench.main(["--only", "demo@0.01", *options]) == 0
-    rows = runs.from_csv((tmp_path / "performance.csv").read_text())
-    assert [row["variant"] for row in rows] == list(bench.VARIANTS)
-    for row in rows:
-        assert row["episodes"] == 3
-        assert row["seconds"] > 0
-        assert row["plain_seconds"] > 0
-        assert row["times_plain"] == pytest.approx(row["plain_seconds"] / row["seconds"], rel=0.05)
-        assert row["layers_asked_per_run"] >= 1
-        if "bfloat16" not in row["variant"]:
-            assert row["same_rewards"] == "True"  # workers and memory change no reward
-            assert row["largest_difference"] == 0  # and the plain way finds the same
-    assert 0.2 < rows[0]["forward_share"] <= 1
-    out = capsys.readouterr().out
-    assert bench.markdown(rows) in out
-    assert bench.main(["--only", "demo@0.01", *options]) == 0
-    assert len(runs.from_csv((tmp_path / "performance.csv").read_text())) == len(rows)
+def test_a_search_is_measured_and_its_rows_are_replaced(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(bench, "VARIANTS", dict([*bench.VARIANTS.items()][1:3]))
+    (tmp_path / "performance.csv").write_text("case,variant\nqa@0.1,old\ndemo@0.1,old\n")
+    bench.Bench(only=("demo@0.1",), episodes=3, sample=2, out=tmp_path).run()
+    rows = pd.read_csv(tmp_path / "performance.csv")
+    assert list(rows["case"]) == ["qa@0.1", "demo@0.1", "demo@0.1"]
+    assert list(rows["variant"]) == ["old", "freed memory kept", "2 workers"]
+    rows = rows[1:]
+    assert (rows["largest_difference"] == 0).all()  # the plain way finds the same scores
+    assert rows["reward_split"].nunique() == 1  # workers change no result
+    assert (rows["seconds"] > 0).all()
+    assert (rows["layers_asked_per_run"] >= 1).all()
+    assert "| demo@0.1 | 2 workers" in " ".join(capsys.readouterr().out.split())
 
 
-def test_an_unknown_case_is_refused(capsys):
-    assert bench.main(["--only", "cats"]) == 2
-    assert "--only: expected some of demo@0.01" in capsys.readouterr().err
+def test_an_unknown_case_is_refused(tmp_path):
+    with pytest.raises(InputError, match=r"--only: .*demo@0\.1.*'cats'"):
+        bench.Bench(only=("cats",), out=tmp_path).run()
 
 
-def test_a_case_that_fails_stores_nothing(tmp_path, monkeypatch, capsys):
-    monkeypatch.setenv("RMM_LAB_DATA", str(tmp_path / "nowhere"))
-    assert bench.main(["--only", "demo@0.01", "--out", str(tmp_path / "out")]) == 2
-    assert "expected it to end well, found the exit code" in capsys.readouterr().err
-    assert not (tmp_path / "out").exists()
-
-
-@pytest.mark.parametrize("name", list(bench.SHOW))
-def test_the_page_on_performance_holds_the_last_tables(name):
-    rows = runs.from_csv((ROOT / "results" / f"{name}.csv").read_text("utf-8"))
+@pytest.mark.parametrize("table", bench.COLUMNS)
+def test_the_page_on_performance_holds_the_tables(table):
+    rows = pd.read_csv(ROOT / "results" / f"{table}.csv")
     page = (ROOT / "docs" / "performance.md").read_text("utf-8")
-    assert bench.SHOW[name](rows) in page
-    for row in rows:
-        assert row["machine"] in page
-        assert not str(row["commit"]).endswith("+")
-
-
-def test_the_machine_is_named():
-    assert f"torch {torch.__version__}" in bench.machine()
-    assert " cores" in bench.machine()
+    assert bench.markdown(table, rows) in page
+    assert all(machine in page for machine in rows["machine"])
+    assert all(commit in page for commit in rows["commit"])

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from rmm_lab.env import DynamicAverageReward, MergingEnv, dar
 from rmm_lab.errors import InputError
+from rmm_lab.reward import parse_path
 
 
 class Scores:
@@ -67,13 +68,14 @@ def test_a_walk_by_hand():
     assert layers == [1, 0, 1, 2, 3]
     assert rewards == [0, 0, 0, 0, 0.5]  # (0.2 + 0.8) / 2, Eq. 7, at the end only
     assert terminated
-    assert info["path"] == ((1, 0), (2, 0), (0, 2))
+    path = parse_path("m1@0 op0@0 m0@2")
+    assert info["path"] == path
     expected = np.zeros((4, 3))
     expected[1, 0] = expected[2, 0] = expected[0, 2] = 1  # Eq. 5
     assert np.array_equal(obs, expected)
     assert info["scores"] == {"t0": 0.2, "t1": 0.8}
     assert info["raw_reward"] == pytest.approx(0.5)
-    assert scorer.calls == [(((1, 0), (2, 0), (0, 2)), 0)]
+    assert scorer.calls == [(path, 0)]
 
 
 def test_the_map_counts_repeats():
@@ -188,7 +190,7 @@ def test_who_obeys_the_mask_always_reaches_the_end(data, layers, slack, max_dept
     assert not info["penalised"]
     assert steps <= layers + slack
     assert len(info["path"]) <= max_depth
-    stack_of = [next(i for i, s in enumerate(stacks) if k in s) for _, k in info["path"]]
+    stack_of = [next(i for i, s in enumerate(stacks) if step.layer in s) for step in info["path"]]
     assert stack_of == sorted(stack_of)  # once in the second stack, never back in the first
 
 
@@ -249,15 +251,30 @@ def test_a_chosen_subset_leaves_the_turn_as_it_was():
         env.reset(options={"subset": 3})
 
 
+@pytest.mark.parametrize("chooses_stem", [False, True])
 @pytest.mark.parametrize("observation", ["map", "map+cursor"])
-def test_gymnasium_finds_nothing_to_warn_of(observation):
+def test_gymnasium_finds_nothing_to_warn_of(observation, chooses_stem):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         for mode in ("ansi", "rgb_array"):
-            made = gym.make(
-                "rmm_lab/Merging-v0", scorer=Scores(), observation=observation, render_mode=mode
+            env = gym.make(
+                "rmm_lab/Merging-v0",
+                scorer=Scores(chooses_stem=chooses_stem),
+                observation=observation,
+                render_mode=mode,
             )
-            check_env(made.unwrapped)
+            check_env(env.unwrapped)
+
+
+def test_gymnasium_accepts_the_environment_of_real_models(problem):
+    """With its ``spec``, from which the check makes the environment again, scorer and all."""
+    scorer = problem.scorer(fraction=0.5)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        env = gym.make("rmm_lab/Merging-v0", scorer=scorer, render_mode="ansi")
+        check_env(env.unwrapped)
+    assert env.spec is not None
+    assert env.spec.id == "rmm_lab/Merging-v0"
 
 
 def test_the_registered_environment_is_the_demos_pair():
@@ -278,7 +295,7 @@ def test_render_shows_map_cursor_and_path():
     text = env.render()
     assert text.splitlines()[2].split() == ["m1", "2", ".", "."]
     assert text.splitlines()[-2].index("^") == text.splitlines()[0].index("2")
-    assert text.splitlines()[-1] == "path: m1[0] m1[0]"
+    assert text.splitlines()[-1] == "path: m1@0 m1@0"
     picture = MergingEnv(Scores(), render_mode="rgb_array")
     walk(picture, [1])
     pixels = picture.render()
@@ -298,18 +315,29 @@ def test_dar_by_hand():
     assert dar(0.6, 0.2, 10, 10, 1.0) == 0.2  # lambda t/T = 1: the previous one alone
 
 
-def episode(env, actions):
-    env.reset()
-    for action in actions:
-        _, reward, *_, info = env.step(action)
+@given(st.floats(0, 1), st.floats(0, 1), st.integers(0, 10**6), st.floats(0, 1))
+def test_dar_stays_between_the_two_rewards_even_after_t_max(reward, previous, t, dar_lambda):
+    blended = dar(reward, previous, t, 10, dar_lambda)
+    assert min(reward, previous) - 1e-12 <= blended <= max(reward, previous) + 1e-12
+    if t >= 10:
+        assert blended == dar(reward, previous, 10, 10, dar_lambda)
+
+
+def paid(rewards, n_subsets=10, **options):
+    """The environment under DAR, paying these rewards in turn."""
+    rewards = iter(rewards)
+    scorer = Scores(n_subsets=n_subsets, score=lambda path, subset: np.full(2, next(rewards)))
+    return DynamicAverageReward(MergingEnv(scorer), **options)
+
+
+def episode(env, actions=(0, 0, 0), **options):
+    _, reward, *_, info = walk(env, actions, **options)
     return reward, info
 
 
-def test_dar_runs_on_within_a_window_and_starts_anew_with_the_next():
-    rewards = iter([0.5, 0.7, 0.1, 0.9, 0.3])
-    scorer = Scores(n_subsets=3, score=lambda p, s: np.full(2, next(rewards)))
-    env = DynamicAverageReward(MergingEnv(scorer), scale=0.8, max_episodes=8)
-    seen = [episode(env, [0, 0, 0]) for _ in range(5)]
+def test_dar_runs_on_within_a_window_and_starts_over_with_the_next():
+    env = paid([0.5, 0.7, 0.1, 0.9, 0.3], n_subsets=3, dar_lambda=0.8, max_episodes=8)
+    seen = [episode(env) for _ in range(5)]
     # t = 1: weight 0.1; t = 2: weight 0.2 on the blended one before; t = 3: a new window, weight 0;
     # t = 4: weight 0.4
     first = 0.1 * 0.5 + 0.9 * 0.7
@@ -320,17 +348,46 @@ def test_dar_runs_on_within_a_window_and_starts_anew_with_the_next():
 
 
 def test_a_penalty_is_not_blended_and_never_a_previous_reward():
-    rewards = iter([0.8, 0.4])
-    scorer = Scores(n_subsets=10, score=lambda p, s: np.full(2, next(rewards)))
-    env = DynamicAverageReward(MergingEnv(scorer), scale=0.8, max_episodes=4)
-    assert episode(env, [0, 0, 0])[0] == pytest.approx(0.8)
+    env = paid([0.8, 0.4], dar_lambda=0.8, max_episodes=4)
+    assert episode(env)[0] == pytest.approx(0.8)
     assert episode(env, [BACK])[0] == -0.1
-    assert episode(env, [0, 0, 0])[0] == pytest.approx(0.4 * 0.8 + 0.6 * 0.4)  # t = 2 of 4
+    assert episode(env)[0] == pytest.approx(0.4 * 0.8 + 0.6 * 0.4)  # t = 2 of 4
+
+
+@pytest.mark.parametrize("subset", [3, None])
+def test_an_episode_out_of_turn_is_neither_blended_nor_counted(subset):
+    env = paid([0.8, 0.2, 0.4], dar_lambda=0.8, max_episodes=4)
+    assert episode(env)[0] == pytest.approx(0.8)
+    assert episode(env, options={"subset": subset})[0] == pytest.approx(0.2)
+    assert episode(env)[0] == pytest.approx(0.2 * 0.8 + 0.8 * 0.4)  # t = 1 of 4
+
+
+def test_a_seed_forgets_the_previous_reward_and_t():
+    env = paid([0.8, 0.3, 0.6, 0.4], dar_lambda=0.8, max_episodes=4)
+    for _ in range(2):
+        episode(env)
+    assert episode(env, seed=0)[0] == pytest.approx(0.6)
+    assert episode(env)[0] == pytest.approx(0.2 * 0.6 + 0.8 * 0.4)  # t = 1 of 4
+
+
+def test_an_episode_number_sets_t():
+    env = paid([0.8, 0.4], dar_lambda=0.8, max_episodes=4)
+    episode(env)
+    assert episode(env, options={"episode": 3})[0] == pytest.approx(0.6 * 0.8 + 0.4 * 0.4)
+
+
+@pytest.mark.parametrize(
+    ("options", "found"),
+    [({"dar_lambda": 1.2}, r"1\.2"), ({"max_episodes": 0}, "at least 1, .* 0")],
+)
+def test_dar_refuses_arguments_out_of_range(options, found):
+    with pytest.raises(InputError, match=f"{next(iter(options))}: .*{found}"):
+        DynamicAverageReward(MergingEnv(Scores()), **{"dar_lambda": 1, "max_episodes": 3} | options)
 
 
 @pytest.mark.parametrize("fraction", [0.3, 0.15, 0.1, 0.01, 1.0])
 def test_the_window_is_a_whole_number_of_subsets(fraction, problem):
-    """A float modulo resets once in 700 episodes for fractions such as 0.3 (trap of an earlier code)."""
+    """A float modulo resets once in 700 episodes for fractions such as 0.3 ."""
     scorer = problem.scorer(fraction=fraction)
     env = MergingEnv(scorer)
     new = [env.reset()[1]["new_window"] for _ in range(300)]
@@ -341,9 +398,9 @@ def test_the_window_is_a_whole_number_of_subsets(fraction, problem):
 
 def test_dar_refuses_a_lambda_out_of_range():
     with pytest.raises(InputError, match=r"found 1\.2"):
-        DynamicAverageReward(MergingEnv(Scores()), scale=1.2, max_episodes=3)
+        DynamicAverageReward(MergingEnv(Scores()), dar_lambda=1.2, max_episodes=3)
     with pytest.raises(InputError, match="at least 1, found 0"):
-        DynamicAverageReward(MergingEnv(Scores()), scale=0.5, max_episodes=0)
+        DynamicAverageReward(MergingEnv(Scores()), dar_lambda=0.5, max_episodes=0)
 
 
 # --------------------------------------------------------------------- the agent chooses the stem
@@ -357,11 +414,11 @@ def test_the_stem_is_chosen_first_by_a_source_or_left_the_bases_by_skip():
     assert info["layer"] == -1
     assert info["action_mask"].tolist() == [1, 1, 1, 1, 1, 0]  # no way back from here
     obs, *_, info = walk(env, [2, 0, SKIP, 1])
-    assert info["path"] == ((2, -1), (0, 0), (1, 2))
+    assert info["path"] == parse_path("op0@-1 m0@0 m1@2")
     assert obs[2, 0] == obs[0, 1] == obs[1, 3] == 1
     assert obs.sum() == 3
     *_, info = walk(env, [SKIP, 0, 0, 0])
-    assert info["path"] == ((0, 0), (0, 1), (0, 2))
+    assert info["path"] == parse_path("m0@0 m0@1 m0@2")
 
 
 def test_there_is_no_way_back_to_the_stem_and_it_is_no_layer():
@@ -373,10 +430,3 @@ def test_there_is_no_way_back_to_the_stem_and_it_is_no_layer():
     _, reward, terminated, truncated, info = walk(env, [2, 0, 1, 0])
     assert (reward, terminated, truncated) == (0.5, True, False)  # three layers, as allowed
     assert len(info["path"]) == 4
-
-
-def test_gymnasium_accepts_the_walk_that_starts_at_the_stem():
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        scorer = Scores(chooses_stem=True)
-        check_env(gym.make("rmm_lab/Merging-v0", scorer=scorer, render_mode="ansi").unwrapped)

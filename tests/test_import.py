@@ -1,4 +1,4 @@
-"""Importing has no effect, and is fast."""
+"""Importing has no effect, and loads no library that only some runs need."""
 
 from __future__ import annotations
 
@@ -6,29 +6,34 @@ import subprocess
 import sys
 
 CODE = """
-import os, random, sys, time
-import gymnasium, numpy, torch  # gymnasium sets a variable for pygame
-before = (torch.get_num_threads(), torch.initial_seed(), torch.get_default_dtype(),
-          torch.is_grad_enabled(), random.getstate(), dict(os.environ), sorted(os.listdir()))
-start = time.perf_counter()
+import os, pkgutil, random, sys
 import rmm_lab
-print(time.perf_counter() - start)
-import rmm_lab.search.uniform, rmm_lab.engine.ray_workers, rmm_lab.env, rmm_lab.path
-import rmm_lab.ppo, rmm_lab.zoo.build
-import rmm_lab.search.rivals
-after = (torch.get_num_threads(), torch.initial_seed(), torch.get_default_dtype(),
-         torch.is_grad_enabled(), random.getstate(), dict(os.environ), sorted(os.listdir()))
-assert before == after
+assert "torch" not in sys.modules and "numpy" not in sys.modules
+import gymnasium, numpy, torch  # gymnasium sets a variable for pygame
+def state():
+    return (torch.get_num_threads(), torch.initial_seed(), torch.get_default_dtype(),
+            torch.is_grad_enabled(), random.getstate(), numpy.random.get_state()[1].tobytes(),
+            dict(os.environ), sorted(os.listdir()))
+before, seen = state(), set()
+for module in pkgutil.walk_packages(rmm_lab.__path__, "rmm_lab."):
+    if module.name.split(".")[1] not in ("course", "evidence", "figures", "__main__"):
+        __import__(module.name)
+        seen.add(module.name)
+assert state() == before
+assert {"rmm_lab.env", "rmm_lab.ppo", "rmm_lab.engine.scorer", "rmm_lab.zoo.build"} <= seen
 for heavy in ("timm", "transformers", "tokenizers", "datasets", "torchvision", "matplotlib",
               "huggingface_hub", "ray", "optuna", "cmaes"):
     assert heavy not in sys.modules, heavy
 """
 
 
-def test_import_is_quiet_fast_and_changes_nothing(tmp_path):
+def test_imports_are_quiet_light_and_change_nothing(tmp_path):
     done = subprocess.run(
-        [sys.executable, "-c", CODE], capture_output=True, text=True, cwd=tmp_path, check=False
+        [sys.executable, "-c", CODE],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        timeout=120,
+        check=False,
     )
-    assert done.returncode == 0, done.stderr
-    assert done.stderr == ""
-    assert float(done.stdout) < 0.3  # seconds over a bare import of torch; nothing else is printed
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", ""), done.stderr

@@ -11,7 +11,8 @@ import torch
 from rmm_lab.course import tiny
 from rmm_lab.env import MergingEnv
 from rmm_lab.errors import InputError
-from rmm_lab.figures import facade as pictures
+from rmm_lab.figures import searches as figures
+from rmm_lab.reward import Step, parse_path, path_text
 
 
 @pytest.fixture(scope="module")
@@ -22,27 +23,31 @@ def problem():
 # -------------------------------------------------------------------------------------- paths
 
 
+def texts(paths) -> list[str]:
+    return [path_text(path) for path in paths]
+
+
 def test_paths_without_skip_and_back_are_one_source_for_each_layer():
-    expected = [((a, 0), (b, 1)) for a in range(3) for b in range(3)]
-    assert tiny.all_paths(3, 2) == expected
+    expected = [f"{a}@0 {b}@1" for a in "zab" for b in "zab"]  # in the order of the sources
+    assert texts(tiny.all_paths(("z", "a", "b"), 2)) == expected
 
 
 def test_paths_with_skips_are_counted_by_hand():
-    paths = tiny.all_paths(2, 2, skips=True)
+    paths = tiny.all_paths(("a", "b"), 2, skips=True)
     assert len(paths) == len(set(paths)) == 9  # (2 + 1) ** 2
     assert () in paths
-    assert ((1, 1),) in paths
-    assert len(tiny.all_paths(4, 3, skips=True)) == 125
+    assert (Step("b", 1),) in paths
+    assert len(tiny.all_paths("abcd", 3, skips=True)) == 125
 
 
 def test_one_back_of_one_source_by_hand():
     """L = 2, one source: forward, or after layer 0 back to it once; the last layer ends the episode."""
-    assert tiny.all_paths(1, 2, backs=1) == [((0, 0), (0, 0), (0, 1)), ((0, 0), (0, 1))]
+    assert texts(tiny.all_paths(("a",), 2, backs=1)) == ["a@0 a@0 a@1", "a@0 a@1"]
 
 
 def test_backs_without_end_match_a_count_by_formula():
-    """A last layer can only stand at the end: sum of 8^j over j <= 3, and 4 * 8^j over j <= 2."""
-    paths = tiny.all_paths(4, 3, skips=True, backs=None, max_depth=3)
+    """A last layer can only come at the end: sum of 8^j over j <= 3, and 4 * 8^j over j <= 2."""
+    paths = tiny.all_paths("abcd", 3, skips=True, backs=None, max_depth=3)
     assert len(paths) == sum(8**j for j in range(4)) + sum(4 * 8**j for j in range(3)) == 877
 
 
@@ -69,12 +74,12 @@ def test_paths_are_those_of_walks_through_the_environment(problem, backs):
             _, _, done, _, info = env.step(action)
         if done and not info["penalised"]:
             found.add(info["path"])
-    assert sorted(found) == tiny.all_paths(2, 2, skips=True, backs=backs)
+    assert sorted(found) == tiny.all_paths(("a", "b"), 2, skips=True, backs=backs)
 
 
 @pytest.mark.parametrize(
     ("args", "options"),
-    [((0, 2), {}), ((2, 0), {}), ((2, 2), {"backs": -1}), ((2, 2), {"backs": None})],
+    [(("", 2), {}), (("ab", 0), {}), (("ab", 2), {"backs": -1}), (("ab", 2), {"backs": None})],
 )
 def test_numbers_out_of_range_are_refused(args, options):
     with pytest.raises(InputError, match="all_paths: expected"):
@@ -84,6 +89,7 @@ def test_numbers_out_of_range_are_refused(args, options):
 # ------------------------------------------------------------------------------------ the problem
 
 
+@pytest.mark.slow
 def test_a_problem_is_the_same_for_the_same_seed_and_leaves_the_global_generator(problem):
     torch.manual_seed(7)
     expected = torch.rand(1)
@@ -104,7 +110,7 @@ def test_the_problem_is_as_the_notebooks_say(problem):
     assert [len(t.split("reward")) for t in problem.tasks] == [240, 180]
     for task in problem.tasks:
         images = [task.split(s).images.flatten(1) for s in ("train", "reward", "test")]
-        for a, b in itertools.combinations(images, 2):  # no image stands in two splits
+        for a, b in itertools.combinations(images, 2):  # no image is in two splits
             assert not (a[:, None] == b[None]).all(-1).any()
     with pytest.raises(InputError, match="split 'val'"):
         problem.tasks[0].split("val")
@@ -112,10 +118,10 @@ def test_the_problem_is_as_the_notebooks_say(problem):
 
 def test_experts_know_their_task_and_the_best_path_is_no_uniform_merge(problem):
     scorer = problem.scorer(fraction=1.0)
-    paths = tiny.all_paths(4, 3)
+    paths = tiny.all_paths(problem.pool.sources, 3)
     scores = tiny.score_all(scorer, paths)
     assert scores.shape == (64, 2)
-    uniform = [paths.index(tuple((a, k) for k in range(3))) for a in range(4)]
+    uniform = [paths.index(tuple(Step(a, k) for k in range(3))) for a in problem.pool.sources]
     for i in range(2):
         assert scores[uniform[i], i] > 0.85
         assert scores[uniform[i], 1 - i] < 0.65
@@ -139,14 +145,14 @@ def test_pictures_show_what_their_formulas_say():
 
 
 def test_neighbours_change_one_place_and_keep_its_layer():
-    found = pictures.neighbours(((2, 0), (0, 1)), 3)
-    assert found == [
-        [((0, 0), (0, 1)), ((1, 0), (0, 1)), ((2, 0), (0, 1))],
-        [((2, 0), (0, 1)), ((2, 0), (1, 1)), ((2, 0), (2, 1))],
+    found = figures.neighbours(parse_path("c@0 t:scale=0.5/0.25@1"), ("a", "b", "c"))
+    assert [texts(paths) for paths in found] == [
+        [f"{source}@0 t:scale=0.5/0.25@1" for source in "abc"],
+        [f"c@0 {source}@1" for source in "abc"],
     ]
 
 
 def test_the_legend_of_sorted_rewards_tells_ranks():
-    figure = pictures.sorted_rewards(np.array([0.2, 0.9, 0.5]), {"a": 2, "b": 0}, top=2)
+    figure = figures.sorted_rewards(np.array([0.2, 0.9, 0.5]), {"a": 2, "b": 0}, top=2)
     texts = [t.get_text() for t in figure.axes[0].get_legend().get_texts()]
     assert texts == ["the 2 best of 3 paths", "a: rank 2, 50.0 %", "b: rank 3, 20.0 %"]

@@ -1,11 +1,10 @@
-"""Widgets pressed and slid as a user does: what the text, the controls and the pictures' data then say."""
+"""Widgets used as a user does: what the text, the controls and the pictures' data then say."""
 
 from __future__ import annotations
 
 import base64
 import html
 import re
-import time
 import types
 
 import ipywidgets
@@ -15,8 +14,9 @@ import torch
 from test_env import Scores
 from test_walk import agent_for
 
-from rmm_lab.course import widgets
-from rmm_lab.course.episode_walk import Run, Walk
+from rmm_lab.course import views, widgets
+from rmm_lab.course.episode_walk import Walk
+from rmm_lab.course.run_record import Run
 from rmm_lab.course.views import View
 from rmm_lab.course.widgets import (
     ButtonTest,
@@ -28,9 +28,22 @@ from rmm_lab.course.widgets import (
 from rmm_lab.env import MergingEnv
 from rmm_lab.errors import InputError
 from rmm_lab.figures import paths as plots
+from rmm_lab.reward import Step, path_text
 
 SOURCES = ("m0", "m1", "op0", "op1")
 NAN = float("nan")
+
+
+@pytest.fixture(autouse=True)
+def _fast(request, monkeypatch):
+    """Skip the PNG, which takes most of a view's time, but where a test asks for it."""
+    if "real_png" not in request.fixturenames:
+        monkeypatch.setattr(views, "png", lambda figure: b"")
+
+
+@pytest.fixture
+def real_png():
+    """Asks for real pictures."""
 
 
 def words(place: ipywidgets.HTML) -> str:
@@ -50,15 +63,33 @@ def controls(view: ipywidgets.Widget) -> list[ipywidgets.Widget]:
     return out
 
 
-def row(number, update, reward, path, penalised=0):
+def row(number, update, reward, path, phase="agent", penalised=0):
     return {
         "episode": number,
+        "phase": phase,
         "update": update,
         "raw_reward": reward,
         "penalised": penalised,
-        "actions": "1 2 3",
         "path": path,
     }
+
+
+def a_problem(n_layers=3, stacks=(range(3),), blocks=(), unit="block") -> types.SimpleNamespace:
+    """What a run needs of a problem; a path's scores: a quarter per step, and per step of m1."""
+
+    def score(path, subset):
+        assert subset is None
+        return [len(path) / 4, sum(step.source == "m1" for step in path) / 4]
+
+    scorer = Scores(score=score, chooses_stem=True)
+    return types.SimpleNamespace(
+        pool=types.SimpleNamespace(
+            sources=SOURCES, n_layers=n_layers, stacks=stacks, blocks=blocks
+        ),
+        spec=types.SimpleNamespace(stem="agent", unit=unit),
+        tasks=[types.SimpleNamespace(name=name) for name in scorer.task_names],
+        scorer=lambda: scorer,
+    )
 
 
 def a_run() -> Run:
@@ -66,7 +97,7 @@ def a_run() -> Run:
     policies = torch.full((2, 4, 6), 0.1)
     policies[0, :, 2] = 0.5  # op0 everywhere
     policies[1, :, 1] = 0.5  # m1 everywhere
-    policies[0, 3] = NAN  # nobody came to layer 2
+    policies[0, 3] = NAN  # no step at layer 2
     episodes = [
         row(0, 0, 0.25, "m0@-1 m0@0 m0@1 m0@2"),
         row(1, 0, -0.1, "op0@-1", penalised=1),
@@ -80,19 +111,8 @@ def a_run() -> Run:
         {"path": "m1@0 op0@1 m1@2", "found": "greedy", "reward": 0.625},
         {"path": "op1@0 op1@0 op1@2", "found": "best", "reward": 0.5},
     ]
-
-    def score(path, subset):
-        assert subset is None
-        return [len(path) / 4, sum(a == 1 for a, _ in path) / 4]  # length, steps of m1
-
-    scorer = Scores(score=score, chooses_stem=True)
-    problem = types.SimpleNamespace(
-        pool=types.SimpleNamespace(sources=SOURCES, n_layers=3), scorer=lambda: scorer
-    )
-    return Run(
-        SOURCES, 3, -1, (range(3),), "base", ["t0", "t1"], episodes,
-        [{"update": 0, "episodes": 3}, {"update": 1, "episodes": 6}], finalists, policies, problem=problem,
-    )  # fmt: skip
+    updates = [{"update": 0, "episodes": 3}, {"update": 1, "episodes": 6}]
+    return Run(a_problem(), episodes, updates, finalists, policies)
 
 
 ROWS = [
@@ -102,7 +122,6 @@ ROWS = [
         "setting": "9 episodes",
         "scores": {"a": 0.875, "b": 0.625},
         "path": "op0@-1 m0@0 m1@2",
-        "stem": "base",
     },
 ]
 
@@ -123,8 +142,9 @@ VIEWS = {
 }
 
 
+@pytest.mark.usefixtures("real_png")
 @pytest.mark.parametrize("name", VIEWS)
-def test_every_view_stands_without_a_kernel_and_names_its_controls(name):
+def test_every_view_has_a_picture_without_a_kernel_and_names_its_controls(name):
     view = VIEWS[name]()
     assert isinstance(view, View)
     bundle = view._repr_mimebundle_()
@@ -147,10 +167,8 @@ def test_all_text_of_every_picture_can_be_read(name):
     assert min(t.get_fontsize() for t in texts) >= 8
 
 
-def test_everything_a_notebook_needs_is_in_one_place():
-    for name in ("TiesExplorer", "ClipExplorer", "DarExplorer", "DistanceMap"):
-        assert issubclass(getattr(widgets, name), View)
-    assert set(widgets.__all__) >= {type(make()).__name__ for make in VIEWS.values()}
+def test_all_widgets_are_in_one_place():
+    assert all(issubclass(getattr(widgets, name), View) for name in widgets.__all__)
 
 
 def test_the_button_counts():
@@ -174,28 +192,21 @@ def test_a_walk_by_buttons():
     assert view.undo_button.disabled
     assert view.buttons["m1"].tooltip == "append layer 0 of m1; go to layer 1"
     seen = {alt(view.place)}
-    for name, said in (
-        ("m1", "layer 0: took m1; next: layer 1"),
-        ("back", "layer 1: went back; next: layer 0, where the next choice stacks on top"),
-        ("op0", "layer 0: took op0; next: layer 1"),
-        ("skip", "layer 1: skipped; next: layer 2"),
-    ):
+    for name in ("m1", "back", "op0", "skip"):
         view.buttons[name].click()
-        assert words(view.status) == said
+        assert words(view.status) == view.walk.sentence()
         seen.add(alt(view.place))
     assert len(seen) == 5
     assert not view.buttons["back"].disabled
     assert "m1@0 op0@0" in alt(view.place)
     view.press("m0")
-    assert words(view.status) == (
-        "layer 2: took m0; the end: the reward is 0.500 (t0 20.0 %, t1 80.0 %, mean 50.0 %)"
-    )
+    assert words(view.status).endswith("0.500 (t0 20.0 %, t1 80.0 %, mean 50.0 %)")
     assert all(b.disabled for b in [*view.buttons.values(), view.agent_button])
     view.undo_button.click()
-    assert words(view.status) == "layer 1: skipped; next: layer 2"
+    assert words(view.status).startswith("layer 1: skipped")
     assert not view.buttons["m0"].disabled
     view.reset_button.click()
-    assert words(view.status) == "nothing chosen yet; next: layer 0"
+    assert words(view.status).startswith("nothing chosen yet")
     assert view.undo_button.disabled
 
 
@@ -205,7 +216,7 @@ def test_the_agents_button_does_its_most_probable_action():
     assert "value is +0.50" in alt(view.place)
     for _ in range(3):
         view.agent_button.click()
-    assert view.walk.text() == "op0@0 op0@1 op0@2"
+    assert path_text(view.walk.path) == "op0@0 op0@1 op0@2"
     assert "most probable" not in alt(view.place)
 
 
@@ -221,9 +232,7 @@ def test_an_unmasked_walk_may_be_penalised():
     view = MapStepper(Walk(Scores(), masked=False))
     assert not view.buttons["back"].disabled
     view.buttons["back"].click()
-    assert words(view.status).endswith(
-        "illegal, the episode ends with a penalty of -0.1 (rewards are 0 to 1)"
-    )
+    assert "a penalty of -0.1" in words(view.status)
     view.undo_button.click()
     assert not view.buttons["m0"].disabled
 
@@ -243,7 +252,7 @@ def test_an_error_is_told_and_raised():
     view.buttons["m1"].click()  # ipywidgets logs what a button's callback raises
     assert words(view.status) == "error: no examples"
     view.undo_button.click()
-    assert words(view.status) == "nothing chosen yet; next: layer 0"
+    assert words(view.status).startswith("nothing chosen yet")
 
 
 def test_the_picture_of_a_walk_holds_its_map_and_probabilities():
@@ -349,7 +358,7 @@ def test_a_failing_score_is_told_and_raised():
     def fail(path, subset):
         raise RuntimeError("out of memory")
 
-    run._scorer.score = fail
+    run.problem.scorer().score = fail
     with pytest.raises(RuntimeError):
         view.second.value = "greedy"
     assert words(view.words) == "error: out of memory"
@@ -362,19 +371,15 @@ def test_sliding_through_a_search():
     view = TrainingReplay(a_run())
     assert (view.slider.min, view.slider.max, view.play.max) == (0, 5, 5)
     assert view.play.step == 3  # episodes per update
-    assert words(view.status) == (
-        "episode 0, policy after 0 updates: a reward of 0.250; mean of the last 1 episodes 0.250; "
-        "path: m0@-1 m0@0 m0@1 m0@2"
-    )
+    for part in ("episode 0, policy after 0 updates", "0.250", "path: m0@-1 m0@0 m0@1 m0@2"):
+        assert part in words(view.status)
     assert "stem op0, layer 0 op0, layer 1 op0, layer 2 never visited" in alt(view.place)
     view.slider.value = 1
     assert "the penalty; mean of the last 2 episodes 0.075" in words(view.status)
     view.slider.value = 3
     # (0.25 - 0.1 + 0.5 + 0.75) / 4
-    assert words(view.status) == (
-        "episode 3, policy after 1 updates: a reward of 0.750; mean of the last 4 episodes 0.350; "
-        "path: m1@0 m1@1 m1@2"
-    )
+    for part in ("episode 3, policy after 1 updates", "reward of 0.750", "last 4 episodes 0.350"):
+        assert part in words(view.status)
     assert "layer 2 m1." in alt(view.place)
     view.go(5)
     assert words(view.status).endswith("path: no layer")
@@ -399,72 +404,53 @@ def test_a_frame_shows_the_episode_its_policy_and_its_map():
     assert counts == [((1, 3), "2"), ((3, 3), "1")]
 
 
-def test_frames_have_one_layout_and_are_drawn_quickly():
+def test_frames_have_one_layout():
     view = TrainingReplay(a_run())
     first, _ = view.still()
-    seconds = []
-    for n in range(1, 6):
-        start = time.process_time()  # of this process: others may be busy
-        view.slider.value = n
-        seconds.append(time.process_time() - start)
-    assert min(seconds) < 0.7  # twice what is aimed at: slower and busier machines run this too
+    view.slider.value = 5
     last, _ = view.still()
-    assert not last.get_constrained_layout()  # not laid out again
+    assert not last.get_constrained_layout()  # the layout is the first frame's
     for a, b in zip(first.axes, last.axes, strict=True):
         assert a.get_position().bounds == b.get_position().bounds
     assert first.axes[1].get_position().x1 < first.axes[2].get_position().x0
 
 
-def a_default_run() -> Run:
-    """A search over three blocks of two parts: the four uniform paths, one policy, a local search."""
-    run = a_run()
+def a_default_run(stacks=(range(6),)) -> Run:
+    """A search over three blocks of two parts: the four uniform paths, one of a policy, two of scales."""
     policies = torch.full((1, 4, 6), 0.1)
     policies[0, :, 3] = 0.5  # op1 everywhere
-
-    def all_of(s):
-        return " ".join(f"{s}@{k}" for k in range(-1, 6))
-
-    rows = [
-        row(i, 0, 0.25, all_of(s)) | {"actions": f"{i} {i} {i} {i}"} for i, s in enumerate(SOURCES)
-    ]
-    rows += [row(4, 0, 0.5, "op1@-1 op1@0 op1@1 m1@2 m1@3 op1@4 op1@5") | {"actions": "3 3 1 3"}]
-    rows += [row(5, 1, 0.75, "m0@-1 m0@0 m1@1 m0@2 m0@3 m0@4 op0@5") | {"actions": ""}]
-    finalists = [{"path": rows[5]["path"], "found": "best", "reward": 0.75}]
+    uniform = [path_text(tuple(Step(s, k) for k in range(-1, 6))) for s in SOURCES]
+    rows = [row(i, 0, 0.25, path, "uniform") for i, path in enumerate(uniform)]
+    rows += [row(4, 0, 0.5, "op1@-1 op1@0 op1@1 m1@2 m1@3 op1@4 op1@5")]
     scaled = [f"task_arithmetic:scale={0.3 + k / 10:g}/-0.05@{k}" for k in range(-1, 5)]
-    rows += [row(6, 1, 0.5, " ".join([*scaled, "op0@5"])) | {"actions": ""}]
-    blocks = (range(2), range(2, 4), range(4, 6))
-    run.problem.pool.n_layers = 6
-    return Run(
-        SOURCES, 6, -1, (range(6),), "base", ["t0", "t1"], rows, [{"update": 0, "episodes": 5}],
-        finalists, policies, problem=run.problem, blocks=blocks,
-    )  # fmt: skip
+    rows += [row(5, 1, 0.75, " ".join([*scaled, "op0@5"]), "scales")]
+    finalists = [{"path": rows[4]["path"], "found": "best", "reward": 0.75}]
+    problem = a_problem(6, stacks, (range(2), range(2, 4), range(4, 6)), "both")
+    return Run(problem, rows, [{"update": 0, "episodes": 5}], finalists, policies)
 
 
 def test_a_replay_says_what_proposed_each_episode():
     view = TrainingReplay(a_default_run())
     assert view.play.step == 1  # one episode an update, after the four that were given
-    assert words(view.status).startswith("episode 0, uniform path: a reward of 0.250; ")
+    assert words(view.status).startswith("episode 0, uniform phase: a reward of 0.250; ")
     assert alt(view.place).endswith("No policy acted.")
     _, left, right = view.still()[0].axes
-    assert left.get_title() == "no policy: uniform path"
+    assert left.get_title() == "uniform phase: no policy"
     assert len(left.patches) == 4  # each place hatched
     view.go(4)
     assert words(view.status).startswith("episode 4, policy after 0 updates: a reward of 0.500; ")
     assert "stem op1, block 0 op1, block 1 op1, block 2 op1" in alt(view.place)
-    assert "mean probability" in view.still()[0].axes[1].get_title()
-    view.go(5)
-    assert words(view.status).startswith("episode 5, local search: a reward of 0.750; ")
     _, left, right = view.still()[0].axes
-    assert left.get_title() == "local search; the agent's last policy"
-    assert [t.get_text() for t in left.texts].count("0.5") == 4
+    assert left.get_title() == "the policy that acted: mean probability"
     assert (left.get_xlabel(), right.get_xlabel()) == ("block", "sublayer")
     assert [t.get_text() for t in right.get_xticklabels()] == ["stem", *"012345"]
     counts = [t.get_position() for t in right.texts if t.get_text() == "1"]
-    assert sorted(counts) == [(0, 0), (1, 0), (2, 1), (3, 0), (4, 0), (5, 0), (6, 2)]
-    view.go(6)
-    assert words(view.status).startswith("episode 6, scales: a reward of 0.500; ")
+    assert sorted(counts) == [(0, 3), (1, 3), (2, 3), (3, 1), (4, 1), (5, 3), (6, 3)]
+    view.go(5)
+    assert words(view.status).startswith("episode 5, scales phase: a reward of 0.750; ")
     _, left, right = view.still()[0].axes
-    assert left.get_title() == "scales; the agent's last policy"
+    assert left.get_title() == "scales phase: the agent's last policy"
+    assert [t.get_text() for t in left.texts].count("0.5") == 4
     shown = {t.get_position(): t.get_text() for t in right.texts}
     assert {at: text for at, text in shown.items() if at[1] < 2} == {
         **{(x, 0): f".{2 + x}0" for x in range(6)},  # 0.2, 0.3, ... of the first expert
@@ -474,8 +460,7 @@ def test_a_replay_says_what_proposed_each_episode():
 
 
 def test_a_replay_of_two_stacks_names_blocks_and_their_parts():
-    run = a_default_run()
-    run.stacks = (range(2), range(2, 6))
+    run = a_default_run(stacks=(range(2), range(2, 6)))
     figure, _ = TrainingReplay(run).still()
     _, left, right = figure.axes
     assert [t.get_text() for t in left.get_xticklabels()] == ["stem", "enc 0", "dec 0", "dec 1"]
@@ -491,36 +476,29 @@ def test_a_replay_without_an_agent():
     run.episodes = [*run.episodes[:4], run.episodes[5] | {"episode": 4}]
     view = TrainingReplay(run)
     view.go(4)
-    assert words(view.status).startswith("episode 4, local search: ")
+    assert words(view.status).startswith("episode 4, scales phase: ")
     assert alt(view.place).endswith("No policy acted.")
-    assert view.still()[0].axes[1].get_title() == "no policy: local search"
+    assert view.still()[0].axes[1].get_title() == "scales phase: no policy"
 
 
 def test_the_inspector_says_what_layers_are_and_what_proposed_a_path():
     view = PathInspector(a_default_run())
-    view.select("best", 0)
+    view.select("best", 3)
     assert [label for label, _ in view.chosen()] == [
         "first: best",
-        "second: episode 0, uniform path",
+        "second: episode 3, uniform phase",
     ]
     lines = view.sentences()
-    assert lines[2:5] == [
-        "layer 1: m1 in the first, m0 in the second",
-        "layer 5: op0 in the first, m0 in the second",
+    assert lines[2:] == [
+        "layer 2: m1 in the first, op1 in the second",
+        "layer 3: m1 in the first, op1 in the second",
         widgets.PARTS,
     ]
-    view.select(5)
-    assert view.chosen()[0][0] == "first: episode 5, local search"
-    view.select(4)
-    assert view.chosen()[0][0] == "first: episode 4"
+    view.select(5, 4)
+    first, second = (label for label, _ in view.chosen())
+    assert (first, second) == ("first: episode 5, scales phase", "second: episode 4")
+    assert view.sentences()[2].startswith("stem: task_arithmetic:scale=0.2/-0.05 in the first")
     assert widgets.PARTS not in PathInspector(a_run()).sentences()
-
-
-def test_a_run_without_policies_is_refused():
-    run = a_run()
-    run.policies = None
-    with pytest.raises(InputError, match=r"lacks policies\.safetensors"):
-        TrainingReplay(run)
 
 
 # ----------------------------------------------------------------------------------- ResultsTable
@@ -544,6 +522,15 @@ def test_the_table_names_its_parts_and_marks_the_selected_row_in_words():
     assert view.still()[1] == "base (as it is): a 25.0 %, b 50.0 %, mean 37.5 %."
     with pytest.raises(InputError, match="one of base, R<M>M"):
         view.choose("RMM")
+
+
+def test_the_table_takes_a_data_frame():
+    pandas = pytest.importorskip("pandas")
+    view = ResultsTable(pandas.DataFrame(ROWS))  # NaN where a row has no path
+    assert (view.table.value, view.sources) == (ResultsTable(ROWS).table.value, ["op0", "m0", "m1"])
+    assert view.place.value == ""
+    view.choose("R<M>M")
+    assert "stem of op0" in alt(view.place)
 
 
 def test_sources_and_layers_of_the_problem_can_be_given():
@@ -573,8 +560,8 @@ def test_place_names():
 
 
 def test_a_long_path_goes_on_in_a_second_row():
-    steps = [("m0", k) for k in range(14)]
-    figure = plots.path_picture(steps, SOURCES, 14, "base")
+    path = tuple(Step("m0", k) for k in range(14))
+    figure = plots.path_picture(path, SOURCES, 14)
     bottom = figure.axes[1]
     heights = [t.get_position()[1] for t in bottom.texts]
     assert heights == [1.5] * 10 + [0.5] * 5

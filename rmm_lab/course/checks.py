@@ -1,10 +1,10 @@
-"""The exercises' checks: a verdict that names the likely mistake, and a function that works in any case.
+"""The exercises' checks: a verdict that names the likely mistake, and always a working function.
 
 ``f = checks.use("02.ties", f)`` in a notebook tries a student's function. It displays whether the exercise
 was not attempted, is wrong (with the hint for that mistake) or correct, and returns a working function:
-the student's own where it is correct, else the kit's. So no later cell depends on a student's answer.
+the student's if it is correct, else the kit's. So no later cell depends on a student's answer.
 
-The exercises of notebook NN stand in ``rmm_lab/course/exercises/nbNN.py``, as ``EXERCISES: dict[str, ...]``.
+``rmm_lab/course/exercises/nbNN.py`` holds the exercises of notebook NN, as ``EXERCISES: dict[str, ...]``.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import copy
 import importlib
 import inspect
 import math
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
@@ -30,7 +31,7 @@ LONGEST = 90  # characters of a value in a message
 
 @dataclass(frozen=True)
 class Mistake:
-    """A wrong way to solve an exercise, as code, and the hint for whoever took it."""
+    """A wrong solution of an exercise, as code, and the hint for it."""
 
     hint: str
     wrong: Function
@@ -38,13 +39,12 @@ class Mistake:
 
 @dataclass(frozen=True)
 class Exercise:
-    """A function to be written.
+    """A function to write.
 
-    ``reference``: a right one. ``cases``: gives argument tuples, fresh at each call; the first one is
-    shown where nothing better can be said. ``mistakes``: in the order in which they are tried.
-    ``tolerance``: relative and absolute, for floats. ``right``: what a right answer earns. ``also``: a last
-    look at a function whose answers are right, for what they do not show (such as a gradient): it gives a
-    hint, or None if nothing is amiss.
+    ``reference``: a correct one. ``cases`` returns argument tuples, new ones at each call. ``mistakes``:
+    in the order in which they are tried. ``right``: the message for a correct answer. ``tolerance``:
+    relative and absolute, for floats. ``also``: a check of a function whose answers are all correct, for
+    what they do not show (such as a gradient): it returns a hint, or None.
     """
 
     reference: Function
@@ -57,7 +57,7 @@ class Exercise:
 
 @dataclass(frozen=True)
 class Quiz:
-    """A question with options; ``explained`` says for each why it is right or wrong."""
+    """A question with options; ``explained`` says why each is right or wrong."""
 
     right: str
     explained: Mapping[str, str]
@@ -65,7 +65,7 @@ class Quiz:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What a check found: ``message`` is one or a few sentences for the student."""
+    """The result of a check: ``message`` is one or a few sentences for the student."""
 
     status: Literal["not attempted", "wrong", "correct"]
     message: str
@@ -80,8 +80,8 @@ def exercise(name: str) -> Exercise | Quiz:
         known = {}
     if name not in known:
         raise InputError(
-            f"exercise {name!r}: expected one of {', '.join(known) or 'notebooks 00 to 09'}; write its "
-            "name as in the notebook"
+            f"exercise {name!r}: expected one of {', '.join(known) or 'notebooks 00 to 09'}; copy its "
+            "name from the notebook"
         )
     return known[name]
 
@@ -90,21 +90,20 @@ def check(name: str, function: Function) -> Verdict:
     """Try a student's function on an exercise's cases.
 
     For a quiz, the function takes nothing and returns an option's letter. Whatever the function does,
-    this returns a verdict; only an unknown name raises (InputError).
+    the result is a verdict; only an unknown name raises (InputError).
     """
     task = exercise(name)
     if not callable(function):
-        return Verdict(
-            "wrong",
-            f"Expected a function, found {_short(function)}. Give its name without parentheses.",
-        )
-    if isinstance(task, Quiz):
-        return _check_quiz(task, function)
-    return _check_exercise(task, function)
+        how = "Pass a function" if isinstance(task, Quiz) else "Pass its name without parentheses"
+        example = " that returns the letter" if isinstance(task, Quiz) else ""
+        return Verdict("wrong", f"Expected a function, found {_short(function)}. {how}{example}.")
+    return (
+        _check_quiz(task, function) if isinstance(task, Quiz) else _check_exercise(task, function)
+    )
 
 
 def use(name: str, function: Function) -> Function:
-    """Display the verdict on a student's function; return it if it is correct, else the kit's own."""
+    """Display the verdict on a student's function; return it if it is correct, else the kit's."""
     from IPython import display
 
     verdict = check(name, function)
@@ -118,16 +117,14 @@ def use(name: str, function: Function) -> Function:
 
 
 def box(name: str, verdict: Verdict) -> str:
-    """A verdict as HTML; its status is a word and a mark, not only a colour."""
+    """A verdict as HTML; a word and a mark show its status, not only a colour."""
     mark, colour = {
         "not attempted": ("○", "#56B4E9"),
         "wrong": ("✗", "#D55E00"),
         "correct": ("✓", "#009E73"),
     }[verdict.status]
     note = (
-        ""
-        if verdict.status == "correct"
-        else "<br><em>The cells below use the kit's own answer.</em>"
+        "" if verdict.status == "correct" else "<br><em>The cells below use the kit's answer.</em>"
     )
     message = escape(verdict.message).replace("\n", "<br>")
     return (
@@ -136,7 +133,7 @@ def box(name: str, verdict: Verdict) -> str:
     )
 
 
-# ------------------------------------------------------------------------------------ how it is checked
+# ------------------------------------------------------------------------------------ the checks
 
 
 def _check_quiz(quiz: Quiz, function: Function) -> Verdict:
@@ -145,7 +142,7 @@ def _check_quiz(quiz: Quiz, function: Function) -> Verdict:
     except NotImplementedError:
         letters = ", ".join(repr(option) for option in quiz.explained)
         return Verdict("not attempted", f"Return one of {letters}.")
-    except Exception as error:  # a student's code may raise anything: it is told, not hidden
+    except Exception as error:  # a student's code may raise anything; the verdict says so
         return Verdict("wrong", f"Your function raised {_raised(error)}.")
     letter = answer.strip().lower() if isinstance(answer, str) else ""
     if letter not in quiz.explained:
@@ -160,16 +157,17 @@ def _check_quiz(quiz: Quiz, function: Function) -> Verdict:
 
 def _check_exercise(task: Exercise, function: Function) -> Verdict:
     expected = [task.reference(*case) for case in task.cases()]
-    found = []
+    answers = []
     for case, wanted in zip(task.cases(), expected, strict=True):
         before = copy.deepcopy(case)
         try:
             answer = function(*case)
         except NotImplementedError:
             return Verdict("not attempted", "Replace the line that raises NotImplementedError.")
-        except Exception as error:  # a student's code may raise anything: it is told, not hidden
+        except Exception as error:  # a student's code may raise anything; the verdict says so
             return Verdict(
-                "wrong", f"Your function raised {_raised(error)}, for {_call(function, case)}."
+                "wrong",
+                f"Your function raised {_raised(error)}, for {_call(function, case)}{_line(error)}.",
             )
         if answer is None and wanted is not None:
             return Verdict("wrong", "Your function returns None. Is its return missing?")
@@ -179,14 +177,14 @@ def _check_exercise(task: Exercise, function: Function) -> Verdict:
                 "Your function changes its arguments in place. Work on a copy: new = x.copy() (NumPy) or "
                 "x.clone() (torch), list(x); or make a new one: x = x + y, not x += y.",
             )
-        found.append(copy.deepcopy(answer))
-    if all(_equal(f, e, task.tolerance) for f, e in zip(found, expected, strict=True)):
+        answers.append(copy.deepcopy(answer))
+    if all(_equal(f, e, task.tolerance) for f, e in zip(answers, expected, strict=True)):
         hint = _last_look(task, function)
         return Verdict("wrong", hint) if hint else Verdict("correct", task.right)
     for mistake in task.mistakes:
-        if _makes(mistake, found, task):
+        if _makes(mistake, answers, task):
             return Verdict("wrong", mistake.hint)
-    for case, f, e in zip(task.cases(), found, expected, strict=True):
+    for case, f, e in zip(task.cases(), answers, expected, strict=True):
         if not _equal(f, e, task.tolerance):
             return Verdict("wrong", _compare(function, case, f, e, task.tolerance))
     raise AssertionError("a wrong answer differs from the right one in some case")
@@ -195,22 +193,22 @@ def _check_exercise(task: Exercise, function: Function) -> Verdict:
 def _last_look(task: Exercise, function: Function) -> str | None:
     try:
         return task.also(function) if task.also else None
-    except Exception as error:  # a student's code may raise anything: it is told, not hidden
+    except Exception as error:  # a student's code may raise anything; the verdict says so
         return f"Your function raised {_raised(error)}."
 
 
-def _makes(mistake: Mistake, found: Sequence[Any], task: Exercise) -> bool:
-    """Whether the answers are those of this mistake, in every case."""
+def _makes(mistake: Mistake, answers: Sequence[Any], task: Exercise) -> bool:
+    """Whether the answers match this mistake in every case."""
     return all(
         _equal(answer, mistake.wrong(*case), task.tolerance)
-        for answer, case in zip(found, task.cases(), strict=True)
+        for answer, case in zip(answers, task.cases(), strict=True)
     )
 
 
 def _compare(
     function: Function, case: tuple[Any, ...], found: Any, expected: Any, tolerance: float
 ) -> str:
-    """What a student is told of a mistake that is on no list: type, shape, or numbers."""
+    """The message for a mistake that is on no list: type, shape, or numbers."""
     call = _call(function, case)
     where, found, expected = _part(found, expected, tolerance)
     if where:
@@ -222,18 +220,18 @@ def _compare(
     if _is_array(expected) and _is_array(found) and _array(found).shape != _array(expected).shape:
         return (
             f"For {call} expected shape {_array(expected).shape}, found {_array(found).shape}. "
-            "Which axis is summed or kept?"
+            "Which axis do you sum over or keep?"
         )
     if _is_array(found) and not bool(np.all(np.isfinite(_array(found)))):
-        return f"For {call} your answer holds NaN or infinity. Is something divided by 0?"
+        return f"For {call} your answer contains NaN or infinity. Do you divide by 0?"
     return f"For {call} expected {_short(expected)}, found {_short(found)}."
 
 
 def _part(found: Any, expected: Any, tolerance: float) -> tuple[str, Any, Any]:
-    """Where the two differ, in words, and what each holds there; the whole where it can be shown.
+    """Where the two differ, in words, and both values there; the whole values where they are short.
 
-    Of a tuple, list or dict the first part that differs, of an array with one wrong entry, or too large to
-    be shown, its first wrong entry. What differs in type, length or shape is left whole.
+    Of a tuple, list or dict: the first part that differs. Of an array that has one wrong entry or is too
+    large to show: its first wrong entry. Values of different type, length or shape stay whole.
     """
     keys: list[Any] = []
     if isinstance(found, Mapping) and isinstance(expected, Mapping):
@@ -260,7 +258,7 @@ def _part(found: Any, expected: Any, tolerance: float) -> tuple[str, Any, Any]:
 
 
 def _entry(found: Any, expected: Any, tolerance: float) -> tuple[str, Any, Any]:
-    """The first wrong entry of an array, where it is the only one or the array is too large to be shown."""
+    """The first wrong entry of an array, if it is the only one or the array is too large to show."""
     x, y = _array(found), _array(expected)
     if (
         x.shape != y.shape
@@ -294,7 +292,7 @@ def _equal(a: Any, b: Any, tolerance: float) -> bool:
         return len(a) == len(b) and all(_equal(x, y, tolerance) for x, y in zip(a, b, strict=True))
     if type(a) is not type(b):
         return False
-    if type(a).__eq__ is object.__eq__:  # such as a task: the same where it holds the same
+    if type(a).__eq__ is object.__eq__:  # such as a task: equal if their attributes are
         return a is b or _equal(getattr(a, "__dict__", {}), getattr(b, "__dict__", {}), tolerance)
     return bool(a == b)
 
@@ -324,6 +322,13 @@ def _call(function: Function, case: tuple[Any, ...]) -> str:
 def _raised(error: Exception) -> str:
     text = " ".join(str(error).split())
     return f"{type(error).__name__}: {text[:200]}" if text else type(error).__name__
+
+
+def _line(error: Exception) -> str:
+    """The line of the student's code that raised; nothing if the call itself failed."""
+    frames = traceback.extract_tb(error.__traceback__)[1:]  # the first is this module's call
+    lines = [frame for frame in frames if frame.filename == frames[0].filename]
+    return f", in line {lines[-1].lineno}: {lines[-1].line}" if lines else ""
 
 
 def _short(value: Any) -> str:

@@ -1,8 +1,7 @@
-"""Widgets that explain a formula, each a thin view over the function that stands before it."""
+"""Widgets that explain a formula, each a thin view over the function above it."""
 
 from __future__ import annotations
 
-from html import escape
 from itertools import combinations
 from typing import Any, NamedTuple
 
@@ -13,9 +12,9 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from rmm_lab import operators
-from rmm_lab.course.views import View, img
+from rmm_lab.course.views import View, status
 from rmm_lab.errors import InputError
-from rmm_lab.figures.paths import COLOURS, HATCHES
+from rmm_lab.figures.paths import COLOURS, COUNTS, DIFFERENCES, HATCHES, on_cell
 from rmm_lab.ppo import clipped_objective
 from rmm_lab.search.problem import Problem
 
@@ -26,13 +25,13 @@ def _look(description: str) -> dict[str, Any]:
 
 
 def _slider(description: str, value: float, low: float, high: float, step: float) -> FloatSlider:
-    # A picture can take longer than 0.15 s: it is drawn once, when the slider is let go.
+    # A picture can take longer than 0.15 s, so it is drawn once, when the slider is released.
     options = {"value": value, "min": low, "max": high, "step": step, "readout_format": ".2f"}
     return FloatSlider(continuous_update=False, **options, **_look(description))
 
 
 class _Explorer(View):
-    """Controls, and below them the picture and its sentence, drawn anew when a control changes."""
+    """Controls, and below them the picture and its sentence, redrawn when a control changes."""
 
     def __init__(self, *controls: Any) -> None:
         self.place, self.status = self.picture(), HTML()
@@ -42,14 +41,12 @@ class _Explorer(View):
         self.refresh()
 
     def refresh(self, change: Any = None) -> None:
-        """Draw the present state; ``change`` is what ipywidgets passes to an observer."""
-        figure, sentence = self.still()
-        self.place.value = img(figure, sentence)
-        self.status.value = f'<p role="status">{escape(sentence)}</p>'
+        """Draw the current state; ``change`` is what ipywidgets passes to an observer."""
+        self.status.value = status(self.draw(self.place))
 
 
-# Two experts, the third on demand. Places 1 and 3: agreement. 2: a conflict. 4: a tie of signs, which
-# the third expert breaks. 6: the smaller value wins, as its expert is small elsewhere too.
+# Two experts, and a third if asked for. Places 1 and 3: agreement. 2: a conflict. 4: a tie of signs,
+# which the third expert breaks. 6: the smaller value wins, because its expert is small elsewhere too.
 DELTAS = (
     (0.9, 0.7, -0.6, 0.8, -0.1, 0.45, 0.1, -0.3, 0.05, 0.6, -0.2, -0.2),
     (1.0, -0.6, -0.8, -0.8, 0.2, -0.49, -0.9, 0.1, 0.1, -0.4, 1.1, -0.3),
@@ -58,7 +55,7 @@ DELTAS = (
 
 
 class TiesStages(NamedTuple):
-    """What TIES computes on its way, for N experts' task vectors of n entries."""
+    """The intermediate results of TIES, for N experts' task vectors of n entries."""
 
     trimmed: Tensor  # (N, n), 0 where an entry was removed
     sign: Tensor  # (n,) in {-1, 0, 1}
@@ -68,9 +65,9 @@ class TiesStages(NamedTuple):
 
 
 def ties_stages(deltas: Tensor, density: float, scale: float) -> TiesStages:
-    """The stages of TIES one by one (Yadav et al. 2023, Alg. 1), by the operators' own steps.
+    """The stages of TIES one by one (Yadav et al. 2023, Alg. 1), with the functions of ``operators``.
 
-    deltas: (N, n) task vectors; density: kept fraction in (0, 1]; scale: lambda, finite. With these
+    deltas: (N, n) task vectors; density: kept fraction in (0, 1]; scale: lambda, finite. For these
     deltas ``operators.ties`` returns ``base + stages.scaled``. Raises InputError as the operators do.
     """
     trimmed = operators.trim(deltas, density)  # (N, n)
@@ -106,7 +103,7 @@ class TiesExplorer(_Explorer):
         tied = int((conflict & (s.sign == 0)).sum())
         ties = f", and at {tied} of them neither sign wins" if tied else ""
         cancelled = float((size - mean.abs()).sum() / size.sum().clamp(min=1e-30))
-        # The example: of the places that TIES fills, where the mean loses the largest share
+        # The example: the place, among those that TIES fills, where the mean loses the largest share
         worst = int(((1 - (mean.abs() / size).nan_to_num(1.0)) * (s.sign != 0)).argmax())
         return self._figure(deltas, s, mean), (
             f"Density {density:.2f} keeps {int((s.trimmed != 0).sum())} of {deltas.numel()} entries. "
@@ -121,8 +118,8 @@ class TiesExplorer(_Explorer):
         count, n = deltas.shape
         entries, trimmed, agreeing = deltas.numpy(), s.trimmed.numpy(), s.agreeing.numpy()
         x, line = np.arange(1, n + 1), {"edgecolor": "black", "lw": 0.7}
-        figure = Figure(figsize=(max(7.8, 0.5 * n + 2), 7.8), layout="constrained")
-        rows = figure.subplots(5, 1, sharex=True, height_ratios=[1, 1, 0.28, 0.85, 1])
+        figure = Figure(figsize=(max(7.8, 0.5 * n + 2), 4.7), layout="constrained")
+        rows = figure.subplots(5, 1, sharex=True, height_ratios=[1, 1, 0.3, 0.85, 1])
         raw, kept, sign, merged, scaled = rows
         for i in range(count):
             at, width = x + (2 * i - count + 1) * 0.42 / count, 0.84 / count
@@ -134,24 +131,25 @@ class TiesExplorer(_Explorer):
             (cross,) = kept.plot(at[out], trimmed[i][out] / 2, "kX", mec="white", ms=8)
         for place, value in zip(x.tolist(), s.sign.tolist(), strict=True):
             text = "+" if value > 0 else "−" if value < 0 else "0"
-            sign.text(place, 0, text, ha="center", va="center", fontsize=13, weight="bold")
+            sign.text(place, 0, text, ha="center", va="center", fontsize=11, weight="bold")
         merged.bar(x, s.merged.numpy(), 0.6, color="0.75", **line)
         label = f"TIES, λ = {self.scale.value:.2f}"
         scaled.bar(x, s.scaled.numpy(), 0.6, color=COLOURS[3], hatch="...", label=label, **line)
         scaled.plot(x, mean.numpy(), "D", color=COLOURS[6], mec="black", label="plain average")
-        beside = {"fontsize": 9, "loc": "upper left", "bbox_to_anchor": (1, 1)}
-        raw.legend(**beside)
-        kept.legend([dotted, cross], ["removed", "kept, not merged"], **beside)
-        scaled.legend(**beside)
+        right_of = {"fontsize": 8, "loc": "upper left", "bbox_to_anchor": (1, 1)}
+        raw.legend(**right_of)
+        kept.legend([dotted, cross], ["removed", "kept, not merged"], **right_of)
+        scaled.legend(**right_of)
         high = 1.1 * float(deltas.abs().max()) or 1.0
         for axes, reach, title in (
             (raw, high, "1  task vectors"),
             (kept, high, f"2  trimmed: each expert's largest, density {self.density.value:.2f}"),
             (sign, 1, "3  elected sign: of the sum of what is left"),
             (merged, high, "4  disjoint mean: of the entries that have this sign"),
-            (scaled, 2 * high, "5  scaled, to be added to the base; plain averaging beside it"),
+            (scaled, 2 * high, "5  scaled, to be added to the base; next to the plain average"),
         ):
-            axes.set_title(title, fontsize=11, loc="left")
+            axes.set_title(title, fontsize=9, loc="left", pad=3)
+            axes.tick_params(labelsize=8)
             axes.set_ylim(-reach, reach)
             axes.axhline(0, color="black", lw=0.0 if axes is sign else 0.7)
         sign.set_yticks([])
@@ -160,11 +158,11 @@ class TiesExplorer(_Explorer):
 
 
 def clip_curve(ratio: Tensor, advantage: float, epsilon: float) -> tuple[Tensor, Tensor]:
-    """The clipped objective of Eq. 8 for single actions, and its gradient, by the agent's own code.
+    """The clipped objective of Eq. 8 for single actions, and its gradient, computed by ``ppo``.
 
     ratio: (n,) new over old probability, at least 0; advantage: finite; epsilon: above 0, finite.
-    Returns the objective (n,), to be maximised, and its derivative by the ratio (n,); at 1 ± epsilon
-    itself autograd takes a value between those of both sides. Raises InputError.
+    Returns the objective (n,), to be maximised, and its derivative by the ratio (n,); exactly at
+    1 ± epsilon autograd returns a value between those of both sides. Raises InputError.
     """
     fits = ratio.dim() == 1 and ratio.is_floating_point() and bool((ratio >= 0).all())
     if not (fits and np.isfinite(advantage) and 0 < epsilon < np.inf):
@@ -190,9 +188,9 @@ class ClipExplorer(_Explorer):
         super().__init__(self.ratio, self.advantage, self.epsilon)
 
     def still(self) -> tuple[Figure, str]:
-        """Both terms, their minimum and the gradient over the ratio; what the present point means."""
+        """Both terms, their minimum and the gradient over the ratio; what the current point means."""
         r, a, eps = self.ratio.value, self.advantage.value, self.epsilon.value
-        near = r + 1e-6 * (1 - r)  # a border, a kink of the curve, counts as what is within it
+        near = r + 1e-6 * (1 - r)  # a border is a kink of the curve: count it as inside
         value, gradient = (float(v) for v in clip_curve(torch.tensor([near]).double(), a, eps))
         where = f"between 1 - ε = {1 - eps:.2f} and 1 + ε = {1 + eps:.2f}"
         if outside := abs(near - 1) > eps:
@@ -201,16 +199,18 @@ class ClipExplorer(_Explorer):
         sentence = f"The ratio {r:.2f} is {where} and the advantage is {kind} ({a:.2f}): "
         if a == 0:
             sentence += (
-                "the gradient is 0, as the action was neither better nor worse than expected."
+                "the gradient is 0, because the action was neither better nor worse than expected."
             )
         elif gradient == 0:
-            sentence += "the gradient is 0, this step no longer moves the policy."
+            sentence += "the gradient is 0, so this step no longer moves the policy."
         else:
             way = "more" if a > 0 else "less"
             sentence += (
-                f"the gradient is {gradient:.2f}, this step makes the action {way} probable."
+                f"the gradient is {gradient:.2f}, so this step makes the action {way} probable."
             )
-            sentence += " The clip does not stop it, as it leads back to the old policy." * outside
+            sentence += (
+                " The clip does not stop it, because it leads back to the old policy." * outside
+            )
             if abs(near - 1) > eps - 1e-5 and not outside and a * (r - 1) > 0:
                 sentence += " Beyond this border the gradient is 0."
         return self._figure(r, a, eps, value, gradient), sentence
@@ -238,58 +238,60 @@ class ClipExplorer(_Explorer):
         return figure
 
 
-def dar_weights(t: int, t_max: int, scale: float, n_back: int) -> np.ndarray:
-    """How much each episode's own reward counts in the DAR reward of episode t: Eq. 10 unrolled.
+def dar_weights(t: int, t_max: int, dar_lambda: float, n_back: int) -> np.ndarray:
+    """How much each episode's reward counts in the DAR reward of episode t: Eq. 10 unrolled.
 
-    The average runs on within a window, each episode with its own t, and the window's first episode
-    stands unblended (``rmm_lab.env.dar``): with ``a_s = scale * s / t_max`` the weights are
-    ``1 - a_t``, ``a_t (1 - a_{t-1})``, ..., and at last the product of all ``a``.
-    t: episode, from 0 to t_max; scale: lambda in [0, 1]; n_back: episodes since the window began.
+    Within a window each episode is blended with the one before, the first one is not (``env.dar``): with
+    ``a_s = dar_lambda * s / t_max`` the weights are ``1 - a_t``, ``a_t (1 - a_{t-1})``, ..., and at the end
+    the product of all ``a``.
+    t: episode, from 0 to t_max; dar_lambda: in [0, 1]; n_back: episodes since the window began.
     Returns (n_back + 1,), of episodes t, t-1, ..., t-n_back; they sum to 1. Raises InputError.
     """
-    if not (0 <= n_back <= t <= t_max and t_max >= 1 and 0 <= scale <= 1):
+    if not (0 <= n_back <= t <= t_max and t_max >= 1 and 0 <= dar_lambda <= 1):
         raise InputError(
-            "dar_weights: expected 0 <= n_back <= t <= t_max, t_max >= 1 and scale in [0, 1], found "
-            f"n_back {n_back}, t {t}, t_max {t_max}, scale {scale}; correct them"
+            "dar_weights: expected 0 <= n_back <= t <= t_max, t_max >= 1 and dar_lambda in [0, 1], "
+            f"found n_back {n_back}, t {t}, t_max {t_max}, dar_lambda {dar_lambda}; correct them"
         )
-    a = scale * np.arange(t, t - n_back, -1) / t_max  # (n_back,) of episodes t, ..., t-n_back+1
+    a = (
+        dar_lambda * np.arange(t, t - n_back, -1) / t_max
+    )  # (n_back,) of episodes t, ..., t-n_back+1
     reaches = np.concatenate([[1.0], np.cumprod(a)])  # (n_back + 1,) share passed on to each
     return reaches * np.append(1 - a, 1.0)
 
 
 class DarExplorer(_Explorer):
-    """Which episodes' rewards the DAR reward averages, and how many that makes (Eq. 10).
+    """Which episodes' rewards the DAR reward averages, and how many in effect (Eq. 10).
 
-    t_max: episodes of the whole search. The episode shown is the last of its window.
+    t_max: all episodes of the agent. The episode shown is the last of its window.
     """
 
     def __init__(self, t_max: int = 700) -> None:
         self.t_max = t_max
-        self.scale = _slider("scale λ", 0.8, 0, 1, 0.05)
+        self.dar_lambda = _slider("λ", 0.8, 0, 1, 0.05)
         self.time = _slider("time t / T_max", 0.5, 0, 1, 0.05)
         shares = {"100 % (window of 1 episode)": 1, "10 % (of 10)": 10, "1 % (of 100)": 100}
         self.window = Dropdown(options=shares.items(), value=10, **_look("data per episode"))
-        super().__init__(self.scale, self.time, self.window)
+        super().__init__(self.dar_lambda, self.time, self.window)
 
     def still(self) -> tuple[Figure, str]:
         """The weights as bars, the plain mean as a line; how many episodes are averaged in effect."""
         now = min(round(self.time.value * self.t_max), self.t_max - 1)
         start = now - now % self.window.value
         t = min(start + self.window.value, self.t_max) - 1  # the search may end within a window
-        w = dar_weights(t, self.t_max, self.scale.value, t - start)
+        w = dar_weights(t, self.t_max, self.dar_lambda.value, t - start)
         n = 1 / float((w**2).sum())
         sentence = f"Episode {t + 1} of {self.t_max}, the last of its window of {len(w)}: "
         if w[0] == 1:
-            why = "the window has no other" if len(w) == 1 else "λ is 0"
-            return self._figure(t, w), sentence + f"its reward stands alone, as {why}."
+            why = "the window has no other episode" if len(w) == 1 else "λ is 0"
+            return self._figure(t, w), sentence + f"its reward counts alone, because {why}."
         return self._figure(t, w), (
-            f"{sentence}its own reward weighs {100 * w[0]:.3g} %, those of earlier models in the "
+            f"{sentence}its reward weighs {100 * w[0]:.3g} %, those of earlier models in the "
             f"window {100 - 100 * w[0]:.3g} %. Effective number of episodes averaged: {n:.1f}, so that "
             f"independent noise of equal size falls to {n**-0.5:.0%}."
         )
 
     def _figure(self, t: int, w: np.ndarray) -> Figure:
-        # Weights fall off fast: what holds all but a thousandth of them is drawn, ten bars at least.
+        # Weights fall off fast: draw the bars that hold all but a thousandth of them, ten at least.
         shown = min(len(w), max(10, int(np.searchsorted(np.cumsum(w), 0.999)) + 1))
         figure = Figure(figsize=(7.5, 3.4), layout="constrained")
         axes, back, high = figure.subplots(), range(shown), 1.25 * max(w.max(), 1 / len(w))
@@ -314,9 +316,9 @@ QUANTITIES = {  # key -> name, and what to compare a number with
 
 
 def distances(problem: Problem) -> dict[str, np.ndarray]:
-    """How far experts moved from the base, and how much alike, in the stem and in each layer.
+    """How far experts moved from the base, and how similarly, in the stem and in each layer.
 
-    The first of L + 1 rows is the stem; pairs are in ``itertools.combinations``' order of experts.
+    The first of L + 1 rows is the stem; pairs are in the order of ``itertools.combinations``.
     ``length`` (L + 1, N): ``|delta_i| / |theta_base|``; ``cosine`` (L + 1, N (N-1) / 2) of a pair's
     task vectors; ``signs``, same shape: share of entries with one delta above 0, the other below.
     NaN where a norm to divide by is 0. Task vectors: Ilharco et al. 2022; signs: Yadav et al. 2023.
@@ -325,7 +327,7 @@ def distances(problem: Problem) -> dict[str, np.ndarray]:
     rows: dict[str, list[Tensor]] = {key: [] for key in QUANTITIES}
     i, j = torch.combinations(torch.arange(pool.n_models)).T  # (N (N-1) / 2,) each
     for k in range(-1, pool.n_layers):
-        layers = [pool.layer_weights(source, k) for source in ("base", *pool.names)]
+        layers = [pool.weights(source, k) for source in ("base", *pool.names)]
         # By name, in the base's order and double precision: (N + 1, D)
         flat = torch.stack(
             [torch.cat([w[n].double().flatten() for n in layers[0]]) for w in layers]
@@ -339,7 +341,7 @@ def distances(problem: Problem) -> dict[str, np.ndarray]:
 
 
 class DistanceMap(_Explorer):
-    """A heat map of ``distances``: layers from left to right, experts or their pairs one below another."""
+    """A heat map of ``distances``: a column per layer, a row per expert or pair of experts."""
 
     def __init__(self, problem: Problem, quantity: str = "length") -> None:
         if quantity not in QUANTITIES:
@@ -377,15 +379,14 @@ class DistanceMap(_Explorer):
         size = (max(5.5, 0.58 * n_places + 2.6), 1.4 + 0.36 * n_names)
         figure = Figure(figsize=size, layout="constrained")
         axes = figure.subplots()
+        most = float(np.abs(np.nan_to_num(values)).max()) or 1.0
+        low, colours = (-most, DIFFERENCES) if (values < 0).any() else (0.0, COUNTS)
         # Rows of the picture are experts, as in the merging map: (L + 1, C) -> (C, L + 1)
-        image = axes.imshow(values.T, cmap="cividis", aspect="auto")
-        low, high = np.nan_to_num(image.get_clim())
+        image = axes.imshow(values.T, cmap=colours, vmin=low, vmax=most, aspect="auto")
         for (k, i), v in np.ndenumerate(values):
-            text, colour = (
-                "–" if np.isnan(v) else f"{v:.2f}",
-                "white" if v < 0.55 * low + 0.45 * high else "black",
-            )
-            axes.text(k, i, text, ha="center", va="center", fontsize=9, color=colour)
+            text = "–" if np.isnan(v) else f"{v:.2f}"
+            look: dict[str, Any] = {"ha": "center", "va": "center", "color": on_cell(abs(v) / most)}
+            axes.text(k, i, text, fontsize=9, **look)
         axes.set_xticks(range(n_places), self.places)
         axes.set_yticks(range(n_names), names)
         axes.set(xlabel=self.unit, title=title)

@@ -1,10 +1,10 @@
-"""The course: student notebooks from the solved ones, and what every notebook is held to.
+"""Student notebooks from the solved ones, and the checks that every executed notebook must pass.
 
     python -m rmm_lab.course.notebooks            write notebooks/*.ipynb from notebooks/solved/*.ipynb
-    python -m rmm_lab.course.notebooks --check    write nothing; exit code 1 where a file differs
+    python -m rmm_lab.course.notebooks --check    write nothing; fail if a file differs
 
-A solved notebook is the only source. What stands between ``### BEGIN SOLUTION`` and ``### END SOLUTION``
-(nbgrader's markers) becomes a line to be replaced. Cell ids stay, outputs are never kept.
+The solved notebook is the only source. A line to replace takes the place of what is between
+``### BEGIN SOLUTION`` and ``### END SOLUTION`` (nbgrader's markers). Cell ids stay, outputs go.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rmm_lab.errors import InputError, one_sentence
-from rmm_lab.search import run_folder as runs
+from rmm_lab.errors import InputError, run_command
+from rmm_lab.search.run_folder import write
 
 BEGIN, END = "### BEGIN SOLUTION", "### END SOLUTION"
 STUB = ("# YOUR CODE HERE", "raise NotImplementedError()")  # as nbgrader writes it
@@ -26,22 +26,23 @@ SLACK, LEAST = 1.5, 30.0  # a notebook may take 1.5 times its stated seconds, an
 
 
 def read(file: Path) -> Any:
-    """A notebook; InputError where there is none that can be read."""
+    """A notebook; InputError for a file that cannot be read as one."""
     import nbformat
 
     try:
         return nbformat.read(file, as_version=4)
     except (OSError, ValueError) as error:
         raise InputError(
-            f"notebook {file}: expected a notebook that can be read, found none ({error}); restore it"
+            f"notebook {file}: expected a notebook, found a file that cannot be read as one ({error}); "
+            "restore it"
         ) from error
 
 
 def student(notebook: Any) -> Any:
-    """The student's version of a solved notebook: solutions cut out, no outputs, the same cell ids.
+    """The student's version of a solved notebook: no solutions, no outputs, the same cell ids.
 
-    Raises InputError where a marker has no partner, or stands outside a function, where the line in its
-    place would stop the notebook.
+    Raises InputError for a marker without its partner, and for one outside a function, where the line
+    that replaces it would stop the notebook.
     """
     notebook = copy.deepcopy(notebook)
     notebook.metadata.pop("widgets", None)
@@ -49,6 +50,8 @@ def student(notebook: Any) -> Any:
         if cell.cell_type == "code":
             cell.outputs, cell.execution_count = [], None
             cell.source = _cut(cell.source, cell.id)
+        else:  # one folder higher up
+            cell.source = cell.source.replace("](../../", "](../")
     return notebook
 
 
@@ -76,7 +79,7 @@ def _cut(source: str, cell_id: str) -> str:
 
 
 def text_of(notebook: Any) -> str:
-    """A notebook as the bytes of its file, the same for the same notebook."""
+    """A notebook as the text of its file, the same for the same notebook."""
     import nbformat
 
     return nbformat.writes(notebook).rstrip("\n") + "\n"
@@ -86,22 +89,22 @@ def stated_seconds(notebook: Any) -> float:
     """The measured seconds to run that the header cell states, as in ``12 s to run``."""
     found = re.search(r"(\d+(?:\.\d+)?) s to run", notebook.cells[0].source)
     if not found:
-        raise InputError('header cell: expected "... s to run", found no such words; add them')
+        raise InputError('header cell: expected "... s to run", found none; add it')
     return float(found.group(1))
 
 
 def faults(notebook: Any, seconds: float) -> list[str]:
-    """What nbmake does not see in an executed notebook that took ``seconds`` of wall time.
+    """The faults that nbmake misses in an executed notebook that took ``seconds`` of wall time.
 
-    Errors inside an Output widget leave a notebook green; so does a widget that hangs until a
+    An error inside an Output widget leaves a notebook green; so does a widget that hangs until a
     timeout inside it ends.
     """
     out = []
     budget = max(LEAST, SLACK * stated_seconds(notebook))
     if seconds > budget:
         out.append(
-            f"took {seconds:.0f} s of wall time, expected at most {budget:.0f} s; make it faster, or state "
-            "the seconds that it needs in its header"
+            f"took {seconds:.0f} s of wall time, expected at most {budget:.0f} s; make it faster, or "
+            "correct the seconds in its header"
         )
     stored = notebook.metadata.get("widgets", {}).get(
         "application/vnd.jupyter.widget-state+json", {}
@@ -123,10 +126,10 @@ class Course:
     folder: Path = Path("notebooks")
     """The folder of the student notebooks; the solved ones are in solved/ below it."""
     check: bool = False
-    """Write nothing; fail where a student notebook is not what its solved one gives."""
+    """Write nothing; fail if a student notebook differs from what its solved one gives."""
 
-    def run(self) -> int:
-        """Returns the exit code."""
+    def run(self) -> None:
+        """Write or check all notebooks; InputError names the files that fail the check."""
         solved = sorted((self.folder / "solved").glob("*.ipynb"))
         if not solved:
             raise InputError(f"folder {self.folder}/solved: expected solved notebooks, found none")
@@ -135,29 +138,20 @@ class Course:
         stale = [
             f for f, text in wanted.items() if f not in present or f.read_text("utf-8") != text
         ]
-        extra = sorted(present - set(wanted))
-        if self.check:
+        if not self.check:
             for file in stale:
-                print(f"{file}: differs from what solved/{file.name} gives; run make student")
-            for file in extra:
-                print(f"{file}: has no solved version; write one, or delete it")
-            return 1 if stale or extra else 0
-        for file in stale:
-            runs.write(file, wanted[file])
-            print(f"written: {file}")
-        return 0
+                write(file, wanted[file])
+                print(f"written: {file}")
+            return
+        notes = [f"{file} differs from what solved/{file.name} gives" for file in stale]
+        notes += [f"{file} has no solved version" for file in sorted(present - set(wanted))]
+        if notes:
+            raise InputError(f"student notebooks: {'; '.join(notes)}; run make student")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Command line; returns the exit code: 0, 1 where a check fails, 2 for bad input."""
-    import tyro
-
-    try:
-        args = None if argv is None else list(argv)
-        return tyro.cli(Course, args=args, prog="python -m rmm_lab.course.notebooks").run()
-    except (InputError, OSError) as error:
-        print(f"error: {one_sentence(error)}", file=sys.stderr)
-        return 2
+    """Command line; returns the exit code: 0, or 2 for bad input and where a check fails."""
+    return run_command(Course, "python -m rmm_lab.course.notebooks", argv)
 
 
 if __name__ == "__main__":

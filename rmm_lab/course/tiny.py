@@ -1,6 +1,6 @@
-"""A merging problem so small that every path can be scored: the ground truth for what a search finds.
+"""A merging problem so small that every path can be scored: ground truth for a search.
 
-Images of 8 x 8 pixels are drawn by formula, and three ViTs of three blocks are trained on them when asked.
+Formulas draw images of 8 x 8 pixels, and ``tiny_problem`` trains three ViTs of three blocks on them.
 """
 
 from __future__ import annotations
@@ -15,17 +15,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rmm_lab.engine.scorer import Path, Scorer
+from rmm_lab.engine.scorer import Scorer
 from rmm_lab.errors import InputError
 from rmm_lab.families import vit
 from rmm_lab.families.checkpoint import Checkpoint
 from rmm_lab.layers import LayerPool
-from rmm_lab.search.problem import Problem
+from rmm_lab.reward import Path, Step
+from rmm_lab.search.problem import Problem, ProblemSpec
 from rmm_lab.tasks.image_task import SPLITS, InputFormat, Split, Task
 from rmm_lab.zoo.training import fine_tune
 
 SIZE = 8  # pixels
-NOISE = 0.2  # deviation of what is added to each pixel; brightness is 0 to 1
+NOISE = 0.2  # standard deviation of the noise on each pixel; brightness is 0 to 1
 # A ViT of 3 layers, width 16 and 4 patches of 4 x 4 pixels.
 TINY_VIT: dict[str, Any] = {
     "architecture": "vit_tiny_patch16_224",
@@ -44,7 +45,7 @@ Draw = Callable[[Tensor, torch.Generator], Tensor]
 
 
 def ramps(labels: Tensor, generator: torch.Generator) -> Tensor:
-    """In each half, brightness grows to the right, down, left or up. labels (n,) 0 to 3 -> (n, 8, 8)."""
+    """Brightness grows to the right, down, left or up, twice. labels (n,) 0 to 3 -> (n, 8, 8)."""
     saw = torch.linspace(0.25, 0.75, SIZE // 2).repeat(2).expand(SIZE, SIZE)  # to the right, twice
     return torch.stack([torch.rot90(saw, -k) for k in range(4)])[labels]
 
@@ -60,7 +61,7 @@ def stripes(labels: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def quarters(labels: Tensor, generator: torch.Generator) -> Tensor:
-    """One to four of the four quarters are bright, which ones is drawn. labels (n,) 0 to 3 -> (n, 8, 8)."""
+    """One to four random quarters are bright. labels (n,) 0 to 3 -> (n, 8, 8)."""
     order = torch.rand(len(labels), 4, generator=generator).argsort(1).argsort(1)  # (n, 4) ranks
     bright = (order <= labels[:, None]).float().view(-1, 2, 2)
     half = SIZE // 2
@@ -68,7 +69,7 @@ def quarters(labels: Tensor, generator: torch.Generator) -> Tensor:
 
 
 class DrawnTask(Task):
-    """A task whose images are drawn by a formula, with noise, when it is made.
+    """A task whose images a formula draws, with noise.
 
     Args:
         name: of the task. classes: their names. draw: (labels (n,), generator) -> images (n, 8, 8) in
@@ -103,11 +104,11 @@ class DrawnTask(Task):
 
 
 def tiny_problem(seed: int = 0) -> Problem:
-    """N = 2 experts (ramps, stripes), M = 2 operators, L = 3 layers, made in a few seconds.
+    """N = 2 experts (ramps, stripes), M = 2 operators, L = 3 layers, trained in a few seconds.
 
-    A ViT of random weights learns to count bright quarters; that is the base. Two copies of it learn a task
-    each. The stem is always the weight average, so that a path is nothing but layers. The splits are those
-    of every task: ``train`` made the experts, ``reward`` is for searching, ``test`` for reporting.
+    A ViT of random weights learns to count bright quarters: the base. Two copies of it learn a task each.
+    The stem is always the weight average, so that a path has layers only. As in every task, ``train`` made
+    the experts, ``reward`` is for searching, ``test`` for reporting.
     The same seed gives the same weights on one machine; elsewhere rounding may change them.
     """
     before = DrawnTask("quarters", ["one", "two", "three", "four"], quarters, seed=3 * seed)
@@ -116,21 +117,21 @@ def tiny_problem(seed: int = 0) -> Problem:
         DrawnTask("stripes", ["upright", "level", "checks"], stripes, seed=3 * seed + 2),
     ]
     config = vit.model_config(TINY_VIT, depth=None, num_classes=len(before.classes))
-    with (
-        torch.random.fork_rng()
-    ):  # timm draws weights from the global generator: leave it as it was
+    with torch.random.fork_rng():  # timm draws weights from the global generator
         torch.manual_seed(seed)
         weights = vit.create(TINY_VIT, depth=None, num_classes=len(before.classes)).state_dict()
         start = Checkpoint("tiny-start", Folder("."), config, dict(weights), "tiny-start")
         base = _fit(start, before, "tiny-base", steps=100, seed=seed)
         experts = [_fit(base, task, task.name, steps=200, seed=seed) for task in tasks]
-    pool = LayerPool(base, experts, [task.name for task in tasks], OPERATORS, seed=seed)
-    return Problem(pool, list(tasks), "weight_average")
+    names = tuple(task.name for task in tasks)
+    pool = LayerPool(base, experts, names, OPERATORS, seed=seed)
+    spec = ProblemSpec(experts=names, operators=OPERATORS, stem="weight_average", seed=seed)
+    return Problem(pool, list(tasks), spec)
 
 
 def _fit(start: Checkpoint, task: Task, name: str, *, steps: int, seed: int) -> Checkpoint:
-    """A copy of a checkpoint fine-tuned on a task, without the progress line and its seconds."""
-    with contextlib.redirect_stdout(io.StringIO()):
+    """A copy of a checkpoint fine-tuned on a task, without the progress bar."""
+    with contextlib.redirect_stderr(io.StringIO()):
         config, weights = fine_tune(
             start, [task], steps=steps, learning_rate=5e-3, seed=seed, batch_size=64, augment=False
         )
@@ -138,29 +139,29 @@ def _fit(start: Checkpoint, task: Task, name: str, *, steps: int, seed: int) -> 
 
 
 def all_paths(
-    n_sources: int,
+    sources: Sequence[str],
     n_layers: int,
     *,
     skips: bool = False,
     backs: int | None = 0,
     max_depth: int | None = None,
 ) -> list[Path]:
-    """Every path that an agent can compose in one stack, each once, sorted.
+    """Every path that an agent can compose in one stack, each once, in a fixed order.
 
-    skips: whether a layer may be left out. backs: how often at most the agent goes back a layer; None: as
-    often as it likes, which needs a ``max_depth``, the most layers of a path. Paths are tuples of (source,
-    layer); with skips there is the empty one, stem and head alone. Without skips and backs there are
-    ``n_sources ** n_layers``: only small problems can be listed. Raises InputError.
+    sources: models and operators. skips: whether a layer may be left out. backs: how often at most the
+    agent goes back a layer; None: any number, which needs a ``max_depth``, the most layers of a path. With
+    skips there is the empty path, stem and head alone. Without skips and backs there are
+    ``len(sources) ** n_layers``: only small problems can be listed. Raises InputError.
     """
     if (
-        n_sources < 1
+        not sources
         or n_layers < 1
         or (max_depth is None if backs is None else backs < 0)
         or (max_depth is not None and max_depth < 0)
     ):
         raise InputError(
             "all_paths: expected at least 1 source and 1 layer, backs of 0 or more (None: any number, with "
-            f"a max_depth), found n_sources {n_sources}, n_layers {n_layers}, backs {backs}, max_depth "
+            f"a max_depth), found {len(sources)} sources, n_layers {n_layers}, backs {backs}, max_depth "
             f"{max_depth}; correct them"
         )
     found: set[Path] = set()
@@ -176,17 +177,18 @@ def all_paths(
             found.add(path)
             continue
         if max_depth is None or len(path) < max_depth:
-            walks += [(k + 1, left, (*path, (a, k))) for a in range(n_sources)]
+            walks += [(k + 1, left, (*path, Step(source, k))) for source in sources]
         if skips:
             walks.append((k + 1, left, path))
         if left != 0 and k > 0:
             walks.append((k - 1, None if left is None else left - 1, path))
-    return sorted(found)
+    number = {source: a for a, source in enumerate(sources)}
+    return sorted(found, key=lambda path: [(number[step.source], step.layer) for step in path])
 
 
 def score_all(scorer: Scorer, paths: Sequence[Path]) -> np.ndarray:
     """Each task's metric of each path on all examples of the scorer's split: (P, N) in [0, 1].
 
-    Sorted paths are fastest: those that begin alike follow each other, and share what was computed.
+    The order of ``all_paths`` is fastest: paths that begin alike follow each other and share activations.
     """
     return np.stack([scorer.score(path, None) for path in paths])

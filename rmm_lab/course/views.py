@@ -27,6 +27,11 @@ def img(figure: Figure, alt: str) -> str:
     )
 
 
+def status(sentence: str) -> str:
+    """A line that screen readers speak when it changes."""
+    return f'<div role="status" aria-live="polite">{escape(sentence)}</div>'
+
+
 def show(figure: Figure, alt: str) -> None:
     """Display a figure under a notebook's cell, with its alt sentence."""
     from IPython import display
@@ -37,24 +42,26 @@ def show(figure: Figure, alt: str) -> None:
 class View(VBox):
     """Base of the widgets: a column of controls and pictures over an object that does the work.
 
-    A subclass builds ``children``, and says in ``still`` what there is to see now: a figure and a
-    sentence. They stand in for the widget wherever no kernel runs, and are its picture's alt text.
+    A subclass builds ``children``, and ``still`` returns what there is to see now: a figure and a
+    sentence. They replace the widget where no kernel runs; the sentence is also the picture's alt text.
     """
 
     def still(self) -> tuple[Figure, str]:
-        """The view as it is now: a figure, and a sentence that says what it shows."""
+        """The view's current figure, and a sentence that says what it shows."""
         raise NotImplementedError
 
     def picture(self) -> HTML:
         """An empty place for a picture; ``draw`` fills it."""
         return HTML()
 
-    def draw(self, place: HTML) -> None:
-        """Put the present ``still`` into a place."""
-        place.value = img(*self.still())
+    def draw(self, place: HTML) -> str:
+        """Put the current ``still`` into a place; returns its sentence."""
+        figure, sentence = self.still()
+        place.value = img(figure, sentence)
+        return sentence
 
     def _repr_mimebundle_(self, **kwargs: Any) -> dict[str, Any]:
-        """The live widget, and beside it a PNG and a sentence for where no kernel runs."""
+        """The live widget, with a PNG and a sentence for where no kernel runs."""
         bundle = dict(super()._repr_mimebundle_(**kwargs))
         figure, sentence = self.still()
         bundle["image/png"] = base64.b64encode(png(figure)).decode()

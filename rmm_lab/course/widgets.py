@@ -1,7 +1,7 @@
-"""The notebooks' widgets: thin views over ``rmm_lab.course.episode_walk`` and ``rmm_lab.figures.paths``.
+"""The notebooks' widgets: thin views over ``episode_walk``, ``run_record`` and ``rmm_lab.figures.paths``.
 
 Every control is a plain ipywidgets one and works by keyboard. Each view's picture has an alt sentence,
-and stands as a PNG where no kernel runs.
+and a PNG replaces the view where no kernel runs.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ from ipywidgets import (
 )
 from matplotlib.figure import Figure
 
-from rmm_lab.course.episode_walk import Run, Walk
+from rmm_lab.course.episode_walk import Walk
 from rmm_lab.course.explorers import ClipExplorer, DarExplorer, DistanceMap, TiesExplorer
-from rmm_lab.course.views import View
-from rmm_lab.engine.scorer import name_of
+from rmm_lab.course.run_record import Run, difference, source_text
+from rmm_lab.course.views import View, status
 from rmm_lab.errors import InputError, one_sentence
 from rmm_lab.figures import paths as plots
-from rmm_lab.search.report import steps_of
+from rmm_lab.reward import Path, parse_path, path_text
 
 __all__ = [
     "ButtonTest",
@@ -45,12 +45,7 @@ __all__ = [
 ]
 
 WIDE = {"description_width": "initial"}  # else long descriptions are cut
-PARTS = "layers are parts of blocks here, in running order: of each, attention first and MLP last"
-
-
-def status(sentence: str) -> str:
-    """A line that screen readers speak when it changes."""
-    return f'<div role="status" aria-live="polite">{escape(sentence)}</div>'
+PARTS = "here a layer is a part of a block: attention comes first, the MLP last"
 
 
 def percent(scores: Mapping[str, float]) -> str:
@@ -59,13 +54,14 @@ def percent(scores: Mapping[str, float]) -> str:
     return ", ".join([*parts, f"mean {100 * np.mean(list(scores.values())):.1f} %"])
 
 
-def path_words(steps: Sequence[tuple[str, int]], stem: str, stacks: Sequence[range]) -> str:
+def path_words(path: Path, stacks: Sequence[range]) -> str:
     """A path in running order: ``stem of digits, layer 0 of ties``."""
-    return ", ".join(f"{plots.place_name(k, stacks)} of {s}" for s, k in [(stem, -1), *steps])
+    names = [f"{plots.place_name(step.layer, stacks)} of {source_text(step)}" for step in path]
+    return ", ".join(names)
 
 
 class ButtonTest(View):
-    """One button and a count: whether widgets work here at all."""
+    """One button and a count: do widgets work here at all?"""
 
     def __init__(self) -> None:
         self.count = 0
@@ -75,7 +71,7 @@ class ButtonTest(View):
         super().__init__([self.button, self.status])
 
     def sentence(self) -> str:
-        """How often the button was pressed."""
+        """How often it was pressed."""
         times = f"{self.count} time{'' if self.count == 1 else 's'}"
         return f"widgets work: pressed {times}" if self.count else "not pressed yet"
 
@@ -172,9 +168,9 @@ class MapStepper(View):
             legal=walk.legal,
             scores=walk.scores,
             value=value,
-            path=[f"{name_of(a, env.scorer.sources)} ({walk.place(k)})" for a, k in walk.path],
+            path=[f"{step.source} ({walk.place(step.layer)})" for step in walk.path],
         )
-        alt = f"Merging map; {self.sentence()}. Path: {walk.text() or 'no layer yet'}."
+        alt = f"Merging map; {self.sentence()}. Path: {path_text(walk.path) or 'no layer yet'}."
         if pi is not None:
             best = int(pi.argmax())
             alt += (
@@ -203,23 +199,23 @@ class PathInspector(View):
             BoundedIntText(0, min=0, max=last, description=f"episode of the {which}", style=WIDE)
             for which in ("first", "second")
         )
-        self.words, self.place, self._ready = HTML(), self.picture(), True
-        controls = (self.first, self.first_episode, self.second, self.second_episode)
-        for control in controls:
-            control.observe(lambda _: self._show(), "value")
-        super().__init__(
-            [HBox(controls[:2]), HBox(controls[2:]), self.words, self.place],
+        self._pickers = (
+            ("first", self.first, self.first_episode),
+            ("second", self.second, self.second_episode),
         )
+        self.words, self.place, self._ready = HTML(), self.picture(), True
+        for _, control, number in self._pickers:
+            control.observe(lambda _: self._show(), "value")
+            number.observe(lambda _: self._show(), "value")
+        rows = [HBox(picker[1:]) for picker in self._pickers]
+        super().__init__([*rows, self.words, self.place])
         self._show()
 
     def select(self, first: str | int, second: str | int | None = None) -> None:
         """Show one or two paths, each by its name or by an episode's number."""
         self._ready = False  # draw once, not after each control
         try:
-            for name, control, number in (
-                (first, self.first, self.first_episode),
-                (second, self.second, self.second_episode),
-            ):
+            for name, (_, control, number) in zip((first, second), self._pickers, strict=True):
                 if name is not None:
                     self.run.path(name)  # refuses an unknown one
                 if isinstance(name, int):
@@ -232,26 +228,20 @@ class PathInspector(View):
     def chosen(self) -> list[tuple[str, str | int]]:
         """What is shown: (label, name or episode's number), one or two."""
         out: list[tuple[str, str | int]] = []
-        for which, control, number in (
-            ("first", self.first, self.first_episode),
-            ("second", self.second, self.second_episode),
-        ):
-            name = number.value if control.value == "episode" else control.value
-            if name != "none":  # None as a value would leave the list without a selection
-                text = self.episode_words(name) if isinstance(name, int) else name
-                out.append((f"{which}: {text}", name))
+        for which, control, number in self._pickers:
+            if control.value == "episode":
+                phase = self.run.episode(number.value)["phase"]
+                note = "" if phase == "agent" else f", {phase} phase"
+                out.append((f"{which}: episode {number.value}{note}", number.value))
+            elif control.value != "none":
+                out.append((f"{which}: {control.value}", control.value))
         return out
-
-    def episode_words(self, episode: int) -> str:
-        """``episode 3``, and what proposed it where that was not the agent."""
-        phase = self.run.phase(episode)
-        return f"episode {episode}" + ("" if phase == "agent" else f", {phase}")
 
     def _show(self) -> None:
         if not self._ready:
             return
-        self.first_episode.disabled = self.first.value != "episode"
-        self.second_episode.disabled = self.second.value != "episode"
+        for _, control, number in self._pickers:
+            number.disabled = control.value != "episode"
         try:
             sentences = self.sentences()
             self.draw(self.place)
@@ -272,28 +262,25 @@ class PathInspector(View):
         chosen, out = self.chosen(), []
         for label, name in chosen:
             scores = self.scores(name)
-            out.append(
-                f"{label}: "
-                + (percent(scores) if scores else "ended with the penalty, so there is no model")
-            )
+            words = percent(scores) if scores else "ended with the penalty, so there is no model"
+            out.append(f"{label}: {words}")
         if len(chosen) == 2:
             (_, a), (_, b) = chosen
-            differences = self.run.difference(self.run.path(a), self.run.path(b))
+            differences = difference(self.run.path(a), self.run.path(b), self.run.stacks)
             out += differences or ["both are the same path"]
-        if self.run.blocks:
+        if self.run.problem.pool.blocks:
             out.append(PARTS)
         return out
 
     def still(self) -> tuple[Figure, str]:
         """The paths, one below the other, and bars of their scores."""
         run, chosen = self.run, self.chosen()
-        paths = [(label, *run.steps(run.path(name))) for label, name in chosen]
-        found = {label: self.scores(name) for label, name in chosen}
-        scores = {label: s for label, s in found.items() if s}
+        paths = [(label, run.with_stem(run.path(name))) for label, name in chosen]
+        scores = {label: s for label, name in chosen if (s := self.scores(name))}
         figure = plots.paths_picture(
             paths, scores, run.sources, run.n_layers, run.stacks, "score on the whole reward split"
         )
-        words = [f"{label}: {path_words(s, stem, run.stacks)}" for label, s, stem in paths]
+        words = [f"{label}: {path_words(path, run.stacks)}" for label, path in paths]
         return figure, ". ".join(["Layer paths", *words, *self.sentences()]) + "."
 
 
@@ -301,15 +288,12 @@ class TrainingReplay(View):
     """A search played back: slider over episodes; rewards, the policy that acted, the episode's map."""
 
     def __init__(self, run: Run) -> None:
-        if run.policies is None:
-            raise InputError(
-                "replay: expected the policies of each update, found none; the run folder lacks "
-                "policies.safetensors, so search again"
-            )
         self.run, last = run, len(run.episodes) - 1
         self._boxes: list[Any] = []  # of the axes
         self.rewards = np.array([e["raw_reward"] for e in run.episodes])
-        step = run.updates[0]["episodes"] - run.n_start if run.updates else 1  # a frame an update
+        # One frame per update of the agent.
+        first = [e["phase"] for e in run.episodes].count("uniform")
+        step = run.updates[0]["episodes"] - first if run.updates else 1
         self.slider = IntSlider(
             0, 0, last, description="episode", continuous_update=False, layout=Layout(width="60%")
         )
@@ -330,11 +314,13 @@ class TrainingReplay(View):
         self.draw(self.place)
 
     def sentence(self) -> str:
-        """What this episode was and found."""
-        row, phase = self.run.episode(self.slider.value), self.run.phase(self.slider.value)
+        """Who played this episode, and what it was paid."""
+        row = self.run.episode(self.slider.value)
         what = "the penalty" if row["penalised"] else f"a reward of {row['raw_reward']:.3f}"
         recent = self.rewards[max(0, self.slider.value - 49) : self.slider.value + 1]
-        who = f"policy after {row['update']} updates" if phase == "agent" else phase
+        who = f"{row['phase']} phase"
+        if row["phase"] == "agent":
+            who = f"policy after {row['update']} updates"
         return (
             f"episode {row['episode']}, {who}: {what}; "
             f"mean of the last {len(recent)} episodes {recent.mean():.3f}; path: "
@@ -344,78 +330,71 @@ class TrainingReplay(View):
     def still(self) -> tuple[Figure, str]:
         """The reward curve with a marker, the policy's heat map, the merging map of the episode."""
         run, number = self.run, self.slider.value
-        steps = [(name_of(a, run.sources), k) for a, k in run.path(number)]
-        counts = plots.merging_map(steps, run.sources, run.first, run.n_layers - run.first)
-        found, names, stacks = run.policy(number), run.action_names, run.agent_stacks
-        places = range(run.first, stacks[-1].stop)
-        policy = np.full((len(places), len(names)), np.nan) if found is None else found.numpy()
-        figure = plots.replay_picture(
-            self.rewards, number, policy, counts, names, run.first, stacks
-        )
-        _, left, right = figure.axes
-        if run.phase(number) != "agent":
-            none = f"no policy: {run.phase(number)}"
-            left.set_title(
-                none if found is None else f"{run.phase(number)}; the agent's last policy",
-                fontsize=10,
+        places = run.n_layers - run.first
+        counts = plots.merging_map(run.path(number), run.sources, run.first, places)
+        mean, names, stacks = run.policy(number), run.action_names, run.agent_stacks
+        n_places = stacks[-1].stop - run.first
+        policy = np.full((n_places, len(names)), np.nan) if mean is None else mean.numpy()
+        title = "the policy that acted: mean probability"
+        if (phase := run.episode(number)["phase"]) != "agent":
+            title = f"{phase} phase: " + (
+                "no policy" if mean is None else "the agent's last policy"
             )
-        if stacks != run.stacks:  # the policy is one over blocks, the path one of their parts
-            left.set_xlabel("block", fontsize=9)
-            right.clear()
-            plots.draw_map(right, counts, names, run.first, run.stacks)
-            right.set_yticks(range(len(names)), [""] * len(names))
-            right.set_title(f"merging map of episode {number}", fontsize=10)
-            right.set_xlabel("sublayer", fontsize=9)
-            right.tick_params("x", rotation=90, labelsize=8)  # twice as many, in the same width
+        figure = plots.replay_picture(
+            self.rewards, number, policy, counts, names, run.first, run.stacks, stacks, title
+        )
         if not self._boxes:
             figure.draw_without_rendering()
             self._boxes = [axes.get_position() for axes in figure.axes]
-        figure.set_layout_engine("none")  # each frame has the first one's: a third of the time less
+        figure.set_layout_engine("none")  # reuse the first frame's layout: a third of the time less
         for axes, box in zip(figure.axes, self._boxes, strict=True):
             axes.set_position(box)
-        words = "No policy acted." if found is None else self.likeliest(policy)
+        words = "No policy acted." if mean is None else self.likeliest(policy)
         return figure, f"Search at {self.sentence()}. {words}"
 
     def likeliest(self, policy: np.ndarray) -> str:
         """The most probable action at each place, in words. policy: (P, A)."""
         out, stacks = [], self.run.agent_stacks
+        kind = "layer" if stacks == self.run.stacks else "block"
         for k, row in enumerate(policy, self.run.first):
             best = "never visited" if np.isnan(row).any() else self.run.action_names[row.argmax()]
-            place = plots.place_name(k, stacks)
-            out.append(
-                f"{place if stacks == self.run.stacks else place.replace('layer', 'block')} {best}"
-            )
+            out.append(f"{plots.place_name(k, stacks).replace('layer', kind)} {best}")
         return f"Most probable actions: {', '.join(out)}."
 
 
 class ResultsTable(View):
-    """Methods with their scores; the chosen one is marked, and its path drawn if it has one.
+    """Methods with their scores; the selected one is marked, and its path drawn if it has one.
 
-    rows: each a dict with ``method``, ``setting``, ``scores`` (task -> metric in [0, 1]), and where there
-    is a path ``path`` (text as in a run folder) and ``stem``. ``sources``, ``n_layers``, ``stacks``: of
-    the problem; by default what the paths name. ``caption``: what the scores are.
+    rows: a list of dicts or a DataFrame with ``method``, ``setting``, ``scores`` (task -> metric in [0, 1]),
+    and for a layer path ``path`` (text as in a run folder) and ``stem``. ``sources``, ``n_layers``,
+    ``stacks``: of the problem; by default what the paths name. ``caption``: what the scores are.
     """
 
     def __init__(
         self,
-        rows: Sequence[Mapping[str, Any]],
+        rows: Any,
         *,
         caption: str = "Score on the test split, %",
         sources: Sequence[str] = (),
         n_layers: int | None = None,
         stacks: Sequence[range] = (),
     ) -> None:
-        if not rows:
+        records = rows.to_dict("records") if hasattr(rows, "to_dict") else list(rows)
+        if not records:
             raise InputError("rows: expected at least one method, found none; give some")
-        self.rows, self.caption, self.stacks = list(rows), caption, tuple(stacks)
-        words = [s.rpartition("@") for row in rows for s in row.get("path", "").split()]
-        named = [source for source, _, _ in words] + [
-            row["stem"] for row in rows if row.get("stem")
-        ]
-        self.sources = list(sources) or [s for s in dict.fromkeys(named) if s != "base"]
-        self.n_layers = n_layers or 1 + max((int(k) for _, _, k in words), default=0)
-        methods = [(row["method"], i) for i, row in enumerate(rows)]
-        self.select = Dropdown(options=methods, description="method", style=WIDE)
+        self.rows, self.caption, self.stacks = records, caption, tuple(stacks)
+        self.paths: list[Path | None] = [None] * len(records)  # with the stem as the first step
+        for i, row in enumerate(records):
+            if isinstance(row.get("path"), str):  # a DataFrame has NaN where there is none
+                stem = row.get("stem")
+                stem = stem if isinstance(stem, str) else "base"
+                self.paths[i] = plots.with_stem(parse_path(row["path"]), stem)
+        steps = [step for path in self.paths for step in path or ()]
+        named = dict.fromkeys(step.source for step in steps if step.source != "base")
+        self.sources = list(sources or named)
+        self.n_layers = n_layers or 1 + max((step.layer for step in steps), default=0)
+        names = [(row["method"], i) for i, row in enumerate(records)]
+        self.select = Dropdown(options=names, description="method", style=WIDE)
         self.table, self.place = HTML(), self.picture()
         self.select.observe(lambda _: self._show(), "value")
         super().__init__([self.select, self.table, self.place])
@@ -431,11 +410,11 @@ class ResultsTable(View):
     def _show(self) -> None:
         self.table.value = self.html()
         self.place.value = ""
-        if "path" in self.rows[self.select.value]:
+        if self.paths[self.select.value] is not None:
             self.draw(self.place)
 
     def html(self) -> str:
-        """The table, with a caption, scopes, and a word beside the selected method."""
+        """The table, with a caption, scopes, and a word after the selected method."""
         tasks = list(self.rows[0]["scores"])
         cell = 'style="padding: 2px 8px; text-align: right"'
         left = 'style="padding: 2px 8px; text-align: left"'
@@ -445,9 +424,8 @@ class ResultsTable(View):
             values = [row["scores"][t] for t in tasks]
             chosen = i == self.select.value
             name = escape(row["method"]) + (" (selected)" if chosen else "")
-            numbers = "".join(
-                f"<td {cell}>{100 * v:.1f}</td>" for v in [*values, float(np.mean(values))]
-            )
+            values.append(float(np.mean(values)))
+            numbers = "".join(f"<td {cell}>{100 * v:.1f}</td>" for v in values)
             bold = ' style="font-weight: bold; outline: 2px solid"' if chosen else ""
             body += (
                 f'<tr{bold}><th scope="row" {left}>{name}</th>{numbers}'
@@ -461,18 +439,11 @@ class ResultsTable(View):
 
     def still(self) -> tuple[Figure, str]:
         """The selected method's path, or bars of its scores where it has none."""
-        row = self.rows[self.select.value]
+        row, path = self.rows[self.select.value], self.paths[self.select.value]
         label = f"{row['method']} ({row['setting']})"
-        scores = {label: row["scores"]}
-        if "path" not in row:
-            figure = plots.paths_picture([], scores, (), 0, caption=self.caption)
-            return figure, f"{label}: {percent(row['scores'])}."
-        steps = [(name_of(a, self.sources), k) for a, k in steps_of(row["path"], self.sources)]
-        stem = row.get("stem", "base")
-        if steps and steps[0][1] < 0:
-            stem = steps.pop(0)[0]
         figure = plots.paths_picture(
-            [(label, steps, stem)], scores, self.sources, self.n_layers, self.stacks, self.caption
-        )
-        words = path_words(steps, stem, self.stacks)
-        return figure, f"{label}: {percent(row['scores'])}. Its path: {words}."
+            [] if path is None else [(label, path)], {label: row["scores"]}, self.sources,
+            self.n_layers, self.stacks, self.caption,
+        )  # fmt: skip
+        words = "" if path is None else f" Its path: {path_words(path, self.stacks)}."
+        return figure, f"{label}: {percent(row['scores'])}.{words}"

@@ -1,16 +1,14 @@
-"""Scoring on a Ray cluster: worker processes on this or many machines, one per core or GPU.
+"""Scoring on a Ray cluster: worker processes on one or many machines, one per core or GPU.
 
 The scorer hands out jobs, and the workers run the same ``Scorer.work`` as a thread would, on the same parts
-of the data: on machines of one kind, rewards are the same to the bit. Every machine needs rmm_lab in the
-same version. Ray itself (``pip install 'rmm_lab[cluster]'``) is imported only here, and only when asked for.
+of the data: on machines of one kind, rewards are the same to the bit. Every machine needs the same version
+of rmm_lab. Ray itself (``pip install 'rmm_lab[cluster]'``) is imported only when asked for.
 """
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import io
-import logging
 import os
 import pickle
 import time
@@ -26,21 +24,18 @@ import torch
 from torch import Tensor
 
 from rmm_lab.engine.cache import free_bytes, keep_freed_memory
-from rmm_lab.engine.scorer import MOST, Job, Scorer, Task
+from rmm_lab.engine.ray_connection import connect, import_ray, leave, reason
+from rmm_lab.engine.scorer import MOST, Job, Scorer
 from rmm_lab.errors import InputError
 from rmm_lab.layers import LayerPool
+from rmm_lab.reward import Task
 
 TRIES = 5  # of a job whose worker died
-CONNECT_S = 5.0  # until a server must have answered
 START_S = 120.0  # until one worker must be there: it imports torch, and the cluster may be full
-_AT_ONCE = 2  # jobs that a worker has: it finds the next one when it ends one
-_SMALLEST_STORE = 80 * 2**20  # bytes; Ray takes no less than 75 MiB
+_AT_ONCE = 2  # jobs that a worker has, so that it need not wait for the next one
 
 Packed = tuple[bytes, list[np.ndarray]]
-
-# Engines that use the connection to Ray that one of them made; the last one ends it.
-_users: set[object] = set()
-
+Result = tuple[list[Tensor], int]  # what ``Scorer.work`` returns
 
 # ------------------------------------------------------------------- what is sent to the workers
 
@@ -48,8 +43,7 @@ _users: set[object] = set()
 def pack(pool: LayerPool, tasks: Sequence[Task], split: str) -> Packed:
     """A pool and one split of its tasks, as (pickle, memory of the tensors, each block once).
 
-    Blocks are uint8 arrays: Ray keeps those in memory that all workers of a machine read in place. What
-    can be made again from the experts (modules, merged layers) is left out, and so are other splits.
+    Blocks are uint8 arrays: Ray keeps those in memory that all workers of a machine read in place.
     """
     from ray.cloudpickle import CloudPickler
 
@@ -69,11 +63,8 @@ def pack(pool: LayerPool, tasks: Sequence[Task], split: str) -> Packed:
             number, size = known[storage.data_ptr()], tuple(found.shape)
             return number, found.dtype, found.storage_offset(), size, found.stride()
 
-    bare = copy.copy(pool)
-    bare._architecture, bare._weights, bare._modules = None, {}, {}
-    bare._stems, bare._global, bare._spare = {}, {}, {}
     file = io.BytesIO()
-    Packer(file).dump((bare, [_only(task, split) for task in tasks]))
+    Packer(file).dump((pool, [only_split(task, split) for task in tasks]))
     return file.getvalue(), arrays
 
 
@@ -92,8 +83,8 @@ def unpack(packed: Packed) -> tuple[LayerPool, list[Task]]:
     return Unpacker(io.BytesIO(text)).load()
 
 
-def _only(task: Task, split: str) -> Task:
-    """A copy of a task that has one split read, and none to read: workers may not have the files."""
+def only_split(task: Task, split: str) -> Task:
+    """A copy of a task with one split read, and none to read: workers may not have the files."""
     if len(task.split(split)):
         task.batch(split, slice(0, 1))  # texts are padded at the first batch
     kept = copy.copy(task)
@@ -106,14 +97,14 @@ def _only(task: Task, split: str) -> Task:
 
 
 class Worker:
-    """What runs in a worker process: a scorer with a cache of its own.
+    """What runs in a worker process: a scorer with its own cache.
 
     Args:
         options: of ``Scorer``.
         share: number of workers on each machine, by Ray's name of it; "" for any other machine.
 
-    Each call brings ``stored``, a list with Ray's reference to what ``pack`` returned: a process that
-    was started again needs it, and Ray warns of such references among the arguments above.
+    Each call brings ``stored``, a list with Ray's reference to what ``pack`` returned, which a restarted
+    process needs; Ray warns of such references among the arguments above.
     """
 
     def __init__(self, options: Mapping[str, Any], share: Mapping[str, int]) -> None:
@@ -121,8 +112,8 @@ class Worker:
         self._options, self._share = dict(options), share
         self._scorer: Scorer | None = None
 
-    def ready(self, stored: list[Any]) -> int:
-        """Make the scorer; returns the number of the process."""
+    def scorer(self, stored: list[Any]) -> Scorer:
+        """This process's scorer."""
         if self._scorer is None:
             import ray
 
@@ -133,14 +124,18 @@ class Worker:
                 self._options["cache_mb"] = free_bytes() / 4 / here / 2**20
             pool, tasks = unpack(ray.get(stored[0]))
             self._scorer = Scorer(pool, tasks, **self._options)
+        return self._scorer
+
+    def ready(self, stored: list[Any]) -> int:
+        """Make the scorer; returns the number of the process."""
+        self.scorer(stored)
         return os.getpid()
 
-    def work(self, stored: list[Any], job: Job) -> tuple[list[Tensor], int]:
+    def work(self, stored: list[Any], job: Job) -> Result:
         """``Scorer.work``: each path's answers (n,) on the job's part, and the layers computed."""
-        self.ready(stored)  # a process that was started again has no scorer yet
-        assert self._scorer is not None
-        done = self._scorer.work(job)
-        self._scorer.forget(job.paths)
+        scorer = self.scorer(stored)
+        done = scorer.work(job)
+        scorer.forget(job.paths)
         return done
 
 
@@ -157,21 +152,22 @@ class RayEngine:
     """Runs a scorer's jobs on a Ray cluster: ``engine(jobs)`` yields their results in their order.
 
     A job goes to its ``home`` first; a worker without jobs takes those of others. Where a worker dies,
-    its jobs are done by others, and Ray starts it again; an error in the work itself is raised as it is.
-    A context manager: ``close`` ends the workers, and Ray if it was started or joined here. What is not
-    closed ends with the process at the latest.
+    others do its jobs while Ray restarts it; an error in the work itself is raised as it is.
+    A context manager: ``close`` ends the workers, and Ray if it was started or joined here. Whatever is
+    not closed ends with the process at the latest.
 
     Args:
         pool, tasks: as for ``Scorer``. The split is read here, and sent.
         address: ``ray``: the cluster that RAY_ADDRESS names, else a new one on this machine; or
-            ``ray://HOST:PORT``: a cluster's Ray client server. A connection that the process has
-            already is used, whatever the address.
+            ``ray://HOST:PORT``: a cluster's Ray client server. A connection that the process already has
+            is used, whatever the address.
         options: of ``Scorer``. ``device`` cpu: a worker per core; cuda: one per GPU. ``cache_mb`` is for
             all workers together; by default each machine's take a quarter of its free memory, and on a
             GPU of that GPU's.
         limit: most workers; by default as many as the cluster has cores or GPUs.
 
-    ``options``: those for the scorer that hands out the jobs; it computes nothing and needs no GPU.
+    ``options``: those of the scorer that hands out the jobs; it computes nothing and needs no GPU.
+    ``pids``: the process of each worker that is ready, by its number.
 
     Raises InputError where Ray is not installed, nobody answers at the address, the cluster has no core or
     GPU for a worker within ``START_S`` seconds, or a job's workers died ``TRIES`` times.
@@ -186,14 +182,7 @@ class RayEngine:
         *,
         limit: int | None = None,
     ) -> None:
-        try:
-            import ray
-        except ImportError as error:
-            raise InputError(
-                f"--workers {address}: expected Ray, found none ({error}); "
-                "pip install 'rmm_lab[cluster]'"
-            ) from error
-        self._ray = ray
+        self._ray, user = import_ray(address), object()
         options = {"device": "cpu"} | dict(options or {})
         kind = torch.device(options["device"]).type
         if kind not in ("cpu", "cuda") or (limit is not None and limit < 1):
@@ -205,10 +194,10 @@ class RayEngine:
         if kind == "cuda":  # as the workers find it, wherever the jobs are cut
             options["batch_size"] = options.get("batch_size") or MOST
         packed = pack(pool, tasks, options.get("split", "reward"))
-        user = object()
-        _connect(ray, address, user, packed, limit if kind == "cpu" else None)
+        n_bytes = len(packed[0]) + sum(array.nbytes for array in packed[1])
+        connect(self._ray, address, user, n_bytes, limit if kind == "cpu" else None)
         self._actors: list[Any] = []
-        self._finalizer = weakref.finalize(self, _leave, ray, user, self._actors)
+        self._finalizer = weakref.finalize(self, leave, self._ray, user, self._actors)
         try:
             self._start(address, packed, options, limit)
         except BaseException:
@@ -238,18 +227,18 @@ class RayEngine:
         share = {node: max(1, min(k, n)) for node, k in on_node.items()} | {"": n}
         needs = {"num_gpus": 1} if device == "cuda" else {"num_cpus": 1}
         remote = ray.remote(max_restarts=-1, **needs)(Worker)
-        # Once, however many workers there are; held for those that are started again.
+        # Stored once, however many workers there are, and kept for those that are restarted.
         self._stored = [ray.put(packed)]
         self._actors += [remote.remote(options, share) for _ in range(n)]
-        # Workers that are not there (yet), by number, with the call that ends when they are.
+        # Workers that are not ready (yet), by number, with the call that ends when they are.
         self._away = {w: actor.ready.remote(self._stored) for w, actor in enumerate(self._actors)}
         self._lost: dict[int, str] = {}  # workers that never come back, and why
-        self.pids: dict[int, int] = {}  # number of a worker -> its process, on its machine
+        self.pids: dict[int, int] = {}
         self._await_one()
 
     # ------------------------------------------------------------------------------ the work
 
-    def __call__(self, jobs: Sequence[Job]) -> Iterator[tuple[list[Tensor], int]]:
+    def __call__(self, jobs: Sequence[Job]) -> Iterator[Result]:
         """What ``Scorer.work`` returns for each job, in the order of the jobs."""
         if self._finalizer.alive is False and jobs:
             raise InputError("scorer: expected its cluster, found it closed; make a new scorer")
@@ -259,7 +248,7 @@ class RayEngine:
             queues[home(job, n)].append(number)
         running: dict[Any, tuple[int, int]] = {}  # call -> numbers of worker and job
         tries = [0] * len(jobs)
-        done: dict[int, tuple[list[Tensor], int]] = {}
+        done: dict[int, Result] = {}
         told = 0  # jobs whose results were given
         while told < len(jobs):
             self._await_one()
@@ -269,8 +258,7 @@ class RayEngine:
                     running[self._actors[w].work.remote(self._stored, jobs[taken])] = w, taken
                     tries[taken] += 1
                     busy += 1
-            calls = [*running, *self._away.values()]
-            for call in self._ray.wait(calls, num_returns=1)[0]:
+            for call in self._ray.wait([*running, *self._away.values()], num_returns=1)[0]:
                 if call not in running:
                     self._greet(call)
                     continue
@@ -281,7 +269,7 @@ class RayEngine:
                     if tries[number] >= TRIES:
                         raise InputError(
                             "--workers: expected a worker that lives through a job, found that "
-                            f"{tries[number]} died of it ({_reason(error)}); look at the cluster's "
+                            f"{tries[number]} died of it ({reason(error)}); look at the cluster's "
                             "memory, or use a number of threads"
                         ) from error
                     queues[w].appendleft(number)
@@ -301,19 +289,19 @@ class RayEngine:
             raise
 
     def _greet(self, call: Any) -> None:
-        """End of a call to ``ready``: the worker is there, or away again, or lost."""
+        """End of a call to ``ready``: the worker is ready, or away again, or lost."""
         (w,) = (w for w, waited in self._away.items() if waited == call)
         del self._away[w]
         try:
             self.pids[w] = self._get(call)
         except self._ray.exceptions.ActorDiedError as error:
-            self._lost[w] = _reason(error)
+            self._lost[w] = reason(error)
         except self._ray.exceptions.RayError:
-            time.sleep(0.2)  # Ray is starting it again
+            time.sleep(0.2)  # Ray is restarting it
             self._away[w] = self._actors[w].ready.remote(self._stored)
 
     def _await_one(self) -> None:
-        """Return once any worker is there."""
+        """Return once any worker is ready."""
         end = time.monotonic() + START_S
         while len(self._away) + len(self._lost) == len(self._actors):
             left = end - time.monotonic()
@@ -345,80 +333,3 @@ def _take(queues: Sequence[deque[int]], w: int, busy: int) -> int | None:
         return queues[w].popleft()
     longest = max(queues, key=len)
     return longest.pop() if longest and not busy else None
-
-
-def _reason(error: Exception) -> str:
-    """Ray's own explanation, without its trace."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return " ... ".join(dict.fromkeys([lines[0][:160], lines[-1][:160]])) if lines else repr(error)
-
-
-# ---------------------------------------------------------------------------- the connection to Ray
-
-
-def _connect(ray: Any, address: str, user: object, packed: Packed, limit: int | None) -> None:
-    """Join the cluster at an address, or start one on this machine, unless there is a connection."""
-    place = os.environ.get("RAY_ADDRESS", "") if address == "ray" else address
-    if address != "ray" and not address.startswith("ray://"):
-        raise InputError(f"--workers: expected ray or ray://HOST:PORT, found {address!r}")
-    if not ray.is_initialized():
-        _users.clear()  # whoever had one has ended it
-        quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
-        if place in ("", "local"):
-            size = len(packed[0]) + sum(array.nbytes for array in packed[1])
-            quiet |= {
-                "address": "local",
-                "include_dashboard": False,
-                "num_cpus": limit,
-                # By default Ray sets a third of the memory aside; answers are small.
-                "object_store_memory": max(_SMALLEST_STORE, size + 2**26),
-            }
-        else:
-            if place != "auto":
-                _check_answers(address, place)
-            quiet |= {"address": place}
-        try:
-            with warnings.catch_warnings():  # the error below says the same
-                warnings.filterwarnings("ignore", "Ray Client connection timed out")
-                ray.init(**quiet)
-        except (OSError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
-            raise InputError(
-                f"--workers {address}: expected {f'a Ray cluster at {place}' if place else 'to start Ray'}"
-                f", found that it fails ({_reason(error)}); versions of Ray and Python must be those of "
-                "the cluster, and one that asks for a token needs RAY_AUTH_MODE=token"
-            ) from error
-        _users.add(user)
-    elif _users:
-        _users.add(user)
-
-
-def _check_answers(address: str, place: str) -> None:
-    """InputError unless a gRPC server answers: Ray itself would wait for minutes, and end the process."""
-    import grpc
-
-    where = place.removeprefix("ray://")
-    host, _, port = where.rpartition(":")
-    try:
-        if not host or not port.isdigit():
-            raise ValueError("no HOST:PORT")
-        if os.environ.get("RAY_USE_TLS", "0").lower() in ("1", "true"):
-            return  # only Ray knows the certificates
-        with grpc.insecure_channel(where) as channel:
-            grpc.channel_ready_future(channel).result(timeout=CONNECT_S)
-    except (ValueError, grpc.FutureTimeoutError) as error:
-        raise InputError(
-            f"--workers {address}: expected a Ray cluster at {place!r}, found none that answers "
-            f"({str(error) or f'within {CONNECT_S:.0f} s'}); see ray status there, and use its client "
-            "server, ray://HOST:10001, or RAY_ADDRESS=HOST:6379"
-        ) from error
-
-
-def _leave(ray: Any, user: object, actors: list[Any]) -> None:
-    """End an engine's workers; the last engine ends the connection, and the cluster that it started."""
-    if ray.is_initialized():
-        for actor in actors:
-            with contextlib.suppress(ray.exceptions.RayError, OSError):  # gone already
-                ray.kill(actor)
-        if _users == {user}:
-            ray.shutdown()
-    _users.discard(user)

@@ -1,9 +1,8 @@
-"""The cells of result tables: what is measured in one go, in which process, and into which file.
+"""What result tables measure: jobs, the processes that run them, and the CSV files that hold their rows.
 
-A table is a CSV file whose lines have a key, the columns that say what was measured. A job measures some
-lines of one table or two; jobs depend on nothing but their arguments, so several processes can work. Only
-the process that hands them out writes, so a stopped command leaves whole cells, and goes on after them.
-Scores are in % of the test split, ``reward_split`` in % of the split that chose the path.
+A row has a key, the columns that say what was measured. A job measures some rows of one table or two and
+depends on nothing but its fields, so several processes can work. Only the process that hands out the jobs
+writes, so a command that is stopped leaves whole rows, and the next one goes on after them.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ import multiprocessing
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing, suppress
@@ -22,20 +21,28 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import psutil
 import torch
 
 from rmm_lab.engine.cache import free_bytes
 from rmm_lab.errors import InputError
-from rmm_lab.evidence.pages import draws
-from rmm_lab.ppo import Args, Result, make_scorer, problem_of, train
-from rmm_lab.search import rivals as searches
-from rmm_lab.search import run_folder as runs
-from rmm_lab.search import uniform as baselines
-from rmm_lab.search.problem import Problem
+from rmm_lab.evidence.rows import (
+    BEST_EXPERT,
+    METHODS,
+    STOCHASTIC,
+    kind_of,
+    read_csv,
+    write_csv,
+)
+from rmm_lab.reward import parse_path, path_text
+from rmm_lab.search import rivals, uniform
+from rmm_lab.search.config import Config, configure, describe
+from rmm_lab.search.pipeline import Result, make_scorer, train
+from rmm_lab.search.problem import Problem, problem_of
 
-Cell = dict[str, Any]  # one line of a CSV file
-Found = dict[str, list[Cell]]  # what a job measured: table -> lines
+Rows = list[dict[str, Any]]
+Measured = dict[str, Rows]  # table -> rows; the last table is the job's own
 
 # The columns that say what was measured.
 METHOD_KEY = ("group", "size", "seed", "method")
@@ -51,12 +58,7 @@ KEYS: dict[str, tuple[str, ...]] = {
 }
 # Values of these columns come in this order in a file, others in their natural one.
 ORDER: dict[str, Sequence[Any]] = {
-    "method": (
-        *("chance", "most frequent answer", "base", "expert", "fine-tuned", "multi-task"),
-        *baselines.AS_GIVEN,
-        *(name if len(grid) == 1 else f"{name}, tuned" for name, grid in baselines.GRIDS.items()),
-        *("RMM", "RMM, paper's preset"),
-    ),
+    "method": tuple(METHODS.index),
     "preset": ("paper", "default"),
     "reward": ("metric", "likelihood"),
     "data_fraction": (1.0, 0.1, 0.01),
@@ -66,98 +68,85 @@ ORDER: dict[str, Sequence[Any]] = {
 
 @dataclass(frozen=True)
 class Job:
-    """Lines to measure together: ``kind`` is one of KINDS, ``key`` the columns that name the lines.
-
-    ``args`` say what is loaded and how it is searched.
-    """
+    """Rows to measure together. ``key``: their columns; ``config``: what is loaded and how it is searched."""
 
     table: str
-    kind: str
-    key: Cell
-    args: Args
+    measure: Callable[[Job], Measured]
+    key: dict[str, Any]
+    config: Config
 
 
 # ------------------------------------------------------------------------------------- the files
 
 
 @dataclass
-class Tables:
-    """The tables of a folder. ``order``: column -> the order of its values in a file."""
+class Store:
+    """The tables of a folder. ``order``: column -> the order of its values in a file, beside ORDER."""
 
     folder: Path
     order: Mapping[str, Sequence[Any]]
 
-    def read(self, name: str) -> list[Cell]:
-        """The lines so far."""
-        file = self.folder / f"{name}.csv"
-        return runs.from_csv(file.read_text("utf-8")) if file.is_file() else []
+    def file(self, name: str) -> Path:
+        """A table's file."""
+        return self.folder / f"{name}.csv"
 
-    def has(self, name: str, key: Mapping[str, Any], args: Args | None = None) -> bool:
-        """Whether a line with these values is there.
+    def has(self, name: str, key: Mapping[str, Any], config: Config | None = None) -> bool:
+        """Whether a row with these values is there.
 
-        With ``args`` it must be of a search as long and as precise as theirs: one mean over different
-        searches would say nothing. Raises InputError otherwise.
+        With ``config`` it must be of a search as long and as precise: one mean over different searches would
+        say nothing. Raises InputError otherwise.
         """
-        for cell in self.read(name):
-            if all(cell.get(k) == v for k, v in key.items()):
-                if args is not None and (odd := _differs(cell, args)):
+        if not self.file(name).is_file():
+            return False
+        rows = read_csv(self.file(name))
+        for column, value in key.items():
+            rows = rows[rows[column] == value]
+        if config is not None and not rows.empty:
+            row = rows.iloc[0]
+            stored = configure(**json.loads(row["config"] or "{}")).run
+            for option, expected in (
+                ("episodes", row["episodes"]),
+                ("precision", stored.precision),
+            ):
+                if expected != (asked := getattr(config.run, option)):
                     raise InputError(
-                        f"{self.folder / name}.csv: expected {odd[1]} as in the line of "
-                        f"{' '.join(str(v) for v in key.values())}, found {odd[0]}; give the same, or "
-                        "another --out"
+                        f"{self.file(name)}: expected --{option} {expected} as in the row of "
+                        f"{' '.join(map(str, key.values()))}, found {asked}; give the same, or another --out"
                     )
-                return True
-        return False
+        return not rows.empty
 
-    def add(self, name: str, cells: Sequence[Cell]) -> None:
-        """Put lines into their places, over those with the same key, and replace the file as a whole.
+    def add(self, name: str, rows: pd.DataFrame) -> None:
+        """Put rows into their places, over those with the same key, and replace the file as a whole.
 
-        Methods without randomness are measured once and stand under every seed.
+        Methods without randomness are measured once and have the same row under every seed.
         """
-        key, old = KEYS[name], self.read(name)
-        if old and cells and set(old[0]) != set(cells[0]):
-            odd = sorted(set(old[0]) ^ set(cells[0]))
-            raise InputError(
-                f"{self.folder / name}.csv: expected the columns of this version, found others (they "
-                f"differ in {', '.join(odd)}); move the file away to measure it anew"
-            )
-        lines = {tuple(cell[k] for k in key): cell for cell in [*old, *cells]}
-        if key == METHOD_KEY:
-            lines = _under_every_seed(lines)
-        order = ORDER | dict(self.order)
-
-        def rank(at: tuple[Any, ...]) -> list[Any]:
-            out = []
-            for k, v in zip(key, at, strict=True):
-                known = list(order.get(k, ()))
-                v = "expert" if str(v).startswith("expert ") else v  # as they were measured
-                out.append((known.index(v), 0) if v in known else (len(known), v))
-            return out
-
+        key, file = list(KEYS[name]), self.file(name)
+        if file.is_file():
+            old = read_csv(file)
+            if odd := sorted(set(old) ^ set(rows)):
+                raise InputError(
+                    f"{file}: expected the columns of this version, found others (they differ in "
+                    f"{', '.join(odd)}); move the file away to measure it again"
+                )
+            rows = pd.concat([old, rows]).drop_duplicates(key, keep="last")
+        if key == list(METHOD_KEY):
+            rows = _under_every_seed(rows)
         self.folder.mkdir(parents=True, exist_ok=True)
-        text = runs.to_csv([lines[at] for at in sorted(lines, key=rank)])
-        runs.write(self.folder / f"{name}.csv", text)
+        write_csv(file, rows.sort_values(key, key=self._rank, kind="stable"))
+
+    def _rank(self, column: pd.Series) -> pd.Series:
+        if column.name == "method":  # experts stay in the order in which they were measured
+            column = column.mask(kind_of(column) == "expert", BEST_EXPERT)
+        known = [*self.order.get(str(column.name), ORDER.get(str(column.name), ()))]
+        values = [*known, *sorted(set(column) - set(known))]
+        return column.map({value: i for i, value in enumerate(values)})
 
 
-def _differs(cell: Cell, args: Args) -> tuple[str, str] | None:
-    """What a search was asked for and what a line holds, where its episodes or precision differ."""
-    of_line = {"precision": "float32"} | json.loads(str(cell.get("config") or "{}"))
-    of_line |= {"episodes": cell.get("episodes", args.episodes)}
-    for name in ("episodes", "precision"):
-        if of_line[name] != (asked := getattr(args, name)):
-            return f"{asked}", f"--{name} {of_line[name]}"
-    return None
-
-
-def _under_every_seed(lines: dict[tuple[Any, ...], Cell]) -> dict[tuple[Any, ...], Cell]:
-    seeds: dict[tuple[Any, ...], set[int]] = {}
-    for group, size, seed, _ in lines:
-        seeds.setdefault((group, size), set()).add(seed)
-    out: dict[tuple[Any, ...], Cell] = {}
-    for (group, size, _, method), cell in lines.items():
-        for seed in [cell["seed"]] if draws(method) else sorted(seeds[group, size]):
-            out.setdefault((group, size, seed, method), cell | {"seed": seed})
-    return out
+def _under_every_seed(rows: pd.DataFrame) -> pd.DataFrame:
+    drawn = rows["method"].isin(STOCHASTIC)
+    once = rows[~drawn].drop_duplicates(["group", "size", "method"]).drop(columns="seed")
+    seeds = rows[["group", "size", "seed"]].drop_duplicates()
+    return pd.concat([once.merge(seeds, on=["group", "size"])[list(rows)], rows[drawn]])
 
 
 @functools.cache
@@ -173,228 +162,147 @@ def commit() -> str:
 # ---------------------------------------------------------------------------------- what is measured
 
 
-def config_of(args: Args) -> str:
-    """What determines the result, as JSON, but for what the preset gives: enough to run it again."""
-    full, usual = args.config(), Args(preset=args.preset).config()
-    own = {k: v for k, v in full.items() if v != usual[k] or k in ("preset", "seed")}
-    return json.dumps(own)
-
-
-def args_of(text: str) -> Args:
-    """The inverse of ``config_of``."""
-    values: dict[str, Any] = json.loads(text)
-    values = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
-    return Args(**values)
-
-
-def load(args: Args) -> Problem:
-    """What the arguments name, as ``train`` loads it, to be scored on their device."""
-    problem = problem_of(args)
-    problem.device = args.device
+def load(config: Config) -> Problem:
+    """What the config names, as ``train`` loads it, to be scored on its device."""
+    problem = problem_of(config.problem)
+    problem.device = config.run.device
     return problem
 
 
-def timed(args: Args, problem: Problem) -> tuple[Result, float]:
-    """A search without its table, and its seconds, from loaded models to the chosen path."""
+def cells(problem: Problem, row: uniform.Row) -> dict[str, Any]:
+    """A row of a result table, in %."""
+    names = [task.name for task in problem.tasks]
+    by_task = " ".join(f"{n}={100 * s:.2f}" for n, s in zip(names, row.scores, strict=True))
+    out = {"method": row.name, "setting": row.setting, "mean": round(100 * row.mean, 2)}
+    return out | {
+        "by_task": by_task,
+        "reward_split": float("nan"),
+        "path": "",
+        "seconds": float("nan"),
+    }
+
+
+def chosen(problem: Problem, name: str, setting: str, path: str, reward: float) -> dict[str, Any]:
+    """The row of a search's path: its score on the test split; ``reward`` in [0, 1] on the reward split."""
+    row = uniform.path_row(problem, name, setting, parse_path(path))
+    return cells(problem, row) | {"reward_split": round(100 * reward, 2), "path": path}
+
+
+def uniform_merges(job: Job) -> Measured:
+    """All methods but RMM."""
+    problem = load(job.config)
+    return {job.table: [cells(problem, row) for row in uniform.rows(problem)]}
+
+
+def dare(job: Job) -> Measured:
+    """DARE at another seed, the only uniform merge that draws: as published, and tuned."""
+    problem = load(job.config)
+    return {job.table: [cells(problem, row) for row in uniform.uniform_rows(problem, ["DARE"])]}
+
+
+def _rmm(job: Job, problem: Problem) -> tuple[dict[str, Any], Result]:
+    """RMM's row, with its seconds from loaded models to the chosen path, and all of its result."""
     for task in problem.tasks:
         task.split("reward")
     start = time.perf_counter()
-    result = train(args, problem=problem, table=False)
-    return result, time.perf_counter() - start
+    result = train(job.config, problem, table=False)
+    seconds = round(time.perf_counter() - start, 1)
+    name, setting = job.key.get("method", "RMM"), f"{job.config.run.episodes} episodes"
+    row = chosen(problem, name, setting, path_text(result.path.path), result.reward)
+    return row | {"seconds": seconds}, result
 
 
-def split_stem(text: str, problem: Problem) -> tuple[list[tuple[str, int]], str]:
-    """A path as text -> its (source, layer) and its stem."""
-    steps = [(s, int(k)) for s, _, k in (step.rpartition("@") for step in text.split())]
-    if steps and steps[0][1] < 0:
-        return steps[1:], steps[0][0]
-    return steps, "base" if problem.stem == "agent" else problem.stem
+def rmm(job: Job) -> Measured:
+    """A search by RMM."""
+    return {job.table: [_rmm(job, load(job.config))[0]]}
 
 
-def line(problem: Problem, row: baselines.Row) -> Cell:
-    """A row of a result table as a line of CSV, in %."""
-    names = [task.name for task in problem.tasks]
-    by_task = " ".join(f"{n}={100 * s:.2f}" for n, s in zip(names, row.scores, strict=True))
-    mean = round(100 * row.mean, 2)
-    empty = {"reward_split": "", "path": "", "seconds": ""}
-    return {"method": row.name, "setting": row.setting, "mean": mean, "by_task": by_task} | empty
-
-
-def chosen(problem: Problem, name: str, setting: str, text: str, value: float) -> Cell:
-    """The line of a search's path: its score on the test split; ``value`` in [0, 1] on the reward split."""
-    steps, stem = split_stem(text, problem)
-    cell = line(problem, baselines.path_row(problem, name, setting, steps, stem))
-    return cell | {"reward_split": round(100 * value, 2), "path": text}
-
-
-def found(problem: Problem, job: Job, result: Result, seconds: float) -> Cell:
-    """RMM's line."""
-    path = " ".join(f"{s}@{k}" for s, k in [(result.path.stem, -1), *result.path.steps])
-    name = str(job.key.get("method", "RMM"))
-    cell = chosen(problem, name, f"{job.args.episodes} episodes", path, result.reward)
-    return cell | {"seconds": round(seconds, 1)}
-
-
-def methods(job: Job) -> Found:
-    """All methods but RMM, at the job's seed."""
-    problem = load(job.args)
-    return {job.table: [line(problem, row) for row in baselines.rows(problem)]}
-
-
-def dare(job: Job) -> Found:
-    """DARE at the job's seed, the only uniform merge that draws: as published, and tuned."""
-    problem = load(job.args)
-    return {job.table: [line(problem, row) for row in baselines.uniform_rows(problem, ["DARE"])]}
-
-
-def rmm(job: Job) -> Found:
-    """A search by the agent."""
-    problem = load(job.args)
-    result, seconds = timed(job.args, problem)
-    return {job.table: [found(problem, job, result, seconds)]}
-
-
-def rmm_curve(job: Job) -> Found:
+def rmm_curve(job: Job) -> Measured:
     """The same, and every episode's reward (Fig. 3)."""
-    problem = load(job.args)
-    result, seconds = timed(job.args, problem)
+    row, result = _rmm(job, load(job.config))
     curve = [
-        {"dar": job.args.dar, "seed": job.args.seed, "episode": e["episode"]}
-        | {k: round(100 * e[k], 2) for k in ("raw_reward", "dar_reward")}
+        {"episode": e["episode"]} | {k: round(100 * e[k], 2) for k in ("raw_reward", "dar_reward")}
         for e in result.episodes
     ]
-    return {job.table: [found(problem, job, result, seconds)], f"{job.table}-curve": curve}
+    return {f"{job.table}-curve": curve, job.table: [row]}
 
 
-def search(job: Job) -> Found:
-    """A search by the key's method; its curve is ``searches.curve_of``, and at the end its final choice."""
-    problem = load(job.args)
-    scorer, method = make_scorer(problem, job.args), job.key["method"]
+def search(job: Job) -> Measured:
+    """A search by the key's method; its curve is ``rivals.curve_of``, and at the end its final choice."""
+    problem, run, method = load(job.config), job.config.run, job.key["method"]
+    scorer = make_scorer(problem, job.config)
     if method == "RMM":
-        result, seconds = timed(job.args, problem)
-        cell = found(problem, job, result, seconds)
+        row, result = _rmm(job, problem)
         scored = [(e["path"], e["raw_reward"]) for e in result.episodes if not e["penalised"]]
     else:
         start = time.perf_counter()
-        scored = searches.SEARCHES[method](scorer, job.args.episodes, job.args.seed)
-        best = searches.finalists(scored, job.args.finalists)
-        value, text = max((searches.whole(scorer, text), text) for text in best)
+        scored = rivals.SEARCHES[method](scorer, run.episodes, run.seed)
+        best = rivals.finalists(scored, run.finalists)
+        reward, path = max((rivals.whole(scorer, path), path) for path in best)
         seconds = round(time.perf_counter() - start, 1)
-        setting = f"{job.args.episodes} evaluations"
-        cell = chosen(problem, method, setting, text, value) | {"seconds": seconds}
-    curve = list(searches.curve_of(scorer, scored))
-    curve[-1]["reward_split"] = cell["reward_split"]  # what is chosen in the end
+        row = chosen(problem, method, f"{run.episodes} evaluations", path, reward)
+        row["seconds"] = seconds
+    curve = list(rivals.curve_of(scorer, scored))
+    curve[-1]["reward_split"] = row["reward_split"]  # what is chosen in the end
     scorer.close()
-    return {job.table: [cell], f"{job.table}-curve": curve}
+    return {f"{job.table}-curve": curve, job.table: [row]}
 
 
-KINDS: dict[str, Callable[[Job], Found]] = {
-    "methods": methods,
-    "dare": dare,
-    "rmm": rmm,
-    "rmm_curve": rmm_curve,
-    "search": search,
-}
-
-
-def measure(job: Job) -> Found:
-    """What a job finds, each line with its key."""
-    out = KINDS[job.kind](job)
-    for name, cells in out.items():
-        for i, cell in enumerate(cells):
-            own = {k: job.key.get(k, cell.get(k)) for k in KEYS[name]}
-            last: Cell = {"episodes": job.args.episodes}
-            if not name.endswith("-curve"):
-                last["config"] = config_of(job.args)
-            kept = {k: v for k, v in cell.items() if k not in own}
-            cells[i] = own | kept | last
+def measure(job: Job) -> dict[str, pd.DataFrame]:
+    """The rows of a job, each with its key and its config."""
+    out = {}
+    for name, rows in job.measure(job).items():
+        last = {"episodes": job.config.run.episodes, "config": json.dumps(describe(job.config))}
+        if name != job.table:
+            del last["config"]  # that of the row in the job's own table
+        key = {k: v for k, v in job.key.items() if k in KEYS[name]}
+        table = pd.DataFrame(rows).assign(**key, **last)
+        out[name] = table[[*KEYS[name], *table.columns.drop(list(KEYS[name]))]]
     return out
 
 
 # ----------------------------------------------------------------------------------- all of them
 
 
-@dataclass(frozen=True)
-class Group:
-    """Experts to merge: ``name`` and ``size`` are columns, ``options`` those of ``Args`` that name them."""
-
-    name: str
-    size: str
-    options: dict[str, Any]
-
-    @property
-    def key(self) -> Cell:
-        """Its columns in a table of methods."""
-        return {"group": self.name, "size": self.size}
-
-
-LABELS = {"default": "RMM", "paper": "RMM, paper's preset"}
-
-
-def method_jobs(
-    tables: Tables,
-    name: str,
-    groups: Sequence[Group],
-    seeds: Sequence[int],
-    search: Mapping[str, Any],
-    presets: Sequence[str] = ("default",),
-) -> Iterator[Job]:
-    """What is not in a table of methods yet: all uniform merges once, DARE and RMM for each seed.
-
-    ``search``: further options of ``Args``.
-    """
-    for group in groups:
-        known = tables.has(name, group.key | {"method": "fine-tuned"})
-        for seed in seeds:
-            key = group.key | {"seed": seed}
-            # Uniform merges are merged block by block, as published, whatever the agent decides on.
-            args = Args(**(group.options | dict(search)), seed=seed, unit="block")
-            if not known:
-                yield Job(name, "methods", key, args)
-            elif not tables.has(name, key | {"method": "DARE, tuned"}):
-                yield Job(name, "dare", key, args)
-            known = True
-            for preset in presets:
-                own = key | {"method": LABELS[preset]}
-                args = Args(**(group.options | dict(search)), seed=seed, preset=preset)  # type: ignore[arg-type]
-                if not tables.has(name, own, args):
-                    yield Job(name, "rmm", own, args)
-
-
-def measure_all(jobs: Sequence[Job], tables: Tables, processes: int, threads: int = 1) -> None:
-    """Measure in several processes at once; each job's lines are stored as soon as they are found."""
+def measure_all(jobs: Sequence[Job], store: Store, processes: int, threads: int = 1) -> None:
+    """Measure in several processes at once; the rows of each job are stored as soon as it ends."""
     start = time.perf_counter()
     commit()  # that of the code which runs, whatever is committed meanwhile
-    jobs = [replace(job, args=replace(job.args, threads=threads, quiet=True)) for job in jobs]
+    jobs = [_at(job, threads=threads, quiet=True) for job in jobs]
     with closing(_measured(jobs, processes, threads)) as results:
-        for n, (job, out) in enumerate(results, 1):
-            for name in reversed(out):  # the curve first: the table's line says that all is there
-                tables.add(name, [cell | {"commit": commit()} for cell in out[name]])
+        for n, (job, tables) in enumerate(results, 1):
+            for (
+                name,
+                rows,
+            ) in tables.items():  # the curve first: the table's row says that all is there
+                store.add(name, rows.assign(commit=commit()))
             left = (time.perf_counter() - start) / n * (len(jobs) - n)
             key = " ".join(f"{k}={v}" for k, v in job.key.items())
-            cell = out[job.table][-1]
-            told = f"{cell.get('method', 'RMM')} {cell['mean']:.2f} % of the test split"
+            row = tables[job.table].iloc[-1]
             print(
-                f"{time.strftime('%H:%M:%S')} {job.table} {key}: {told}; cell {n} of {len(jobs)}"
-                + (f", about {_minutes(left)} left" if n < len(jobs) else ""),
+                f"{time.strftime('%H:%M:%S')} {job.table} {key}: {row['method']} {row['mean']:.2f} % of the "
+                f"test split; {n} of {len(jobs)} jobs"
+                + (f", about {left / 60:.1f} min left" if n < len(jobs) else ""),
                 flush=True,
             )
 
 
-def _minutes(seconds: float) -> str:
-    return f"{seconds / 60:.0f} min" if seconds > 90 else f"{seconds:.0f} s"
+def _at(job: Job, **options: Any) -> Job:
+    return replace(job, config=configure(job.config, **options))
 
 
-def _measured(jobs: Sequence[Job], processes: int, threads: int) -> Generator[tuple[Job, Found]]:
-    """Each job with what it found, in the order in which they end."""
+def _measured(
+    jobs: Sequence[Job], processes: int, threads: int
+) -> Generator[tuple[Job, dict[str, pd.DataFrame]]]:
+    """Each job with its rows, in the order in which they end."""
     if processes == 1 or len(jobs) < 2:
         torch.set_num_threads(threads)
         for job in jobs:
             yield job, measure(job)
         return
     # Or each would take a quarter of the memory, and twice where a search and its curve are scored.
-    share = free_bytes(jobs[0].args.device) / 2**20 / 4 / processes
-    jobs = [replace(job, args=replace(job.args, cache_mb=share)) for job in jobs]
+    share = free_bytes(jobs[0].config.run.device) / 2**20 / 4 / processes
+    jobs = [_at(job, cache_mb=share) for job in jobs]
     spawn = multiprocessing.get_context("spawn")
     before = set(psutil.Process().children())
     with ProcessPoolExecutor(

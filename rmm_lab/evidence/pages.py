@@ -1,485 +1,448 @@
-"""Result tables as pages in Markdown, written from their CSV files alone.
+"""Result tables in Markdown: the pages of results/, and the excerpts in README.md and docs/.
 
-``SHOW[name](rows, paper)`` gives a sheet's text: ``rows`` are those of the files that ``FILES`` names,
-``paper`` those of ``paper.csv``. Its figure, if it has one, is ``sheet_figures.DRAW[name](rows)``. Means are
-over seeds, ± is the sample standard deviation, and differences are paired by seed with a 95 % interval.
+Both are written from the CSV files alone. ``PAGES[name].text(*tables, paper=...)`` is a page. An excerpt has
+a place in a text, between ``<!-- results: NAME -->`` and ``<!-- end -->``; ``fill`` brings it up to date.
+Means are over seeds, ± is the sample standard deviation, differences are paired by seed with a 95 % interval.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
 
-import numpy as np
+import pandas as pd
+from pandas import DataFrame
 
 from rmm_lab.errors import InputError
-
-Rows = Sequence[Mapping[str, Any]]
-NAN = float("nan")
-
-# ------------------------------------------------------------------------------------ statistics
-
-# 97.5 % quantiles of Student's t for 1 to 29 degrees of freedom (NIST/SEMATECH e-Handbook of Statistical
-# Methods, Sec. 1.3.6.7.2).
-T_975 = (
-    *(12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228),
-    *(2.201, 2.179, 2.160, 2.145, 2.131, 2.120, 2.110, 2.101, 2.093, 2.086),
-    *(2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045),
+from rmm_lab.evidence.rows import (
+    BEST_EXPERT,
+    KINDS,
+    METHODS,
+    STOCHASTIC,
+    interval,
+    kind_of,
+    spread,
+    task_scores,
 )
-MOST_SEEDS = len(T_975) + 1
+from rmm_lab.search import uniform
+from rmm_lab.search.config import configure
+
+Read = Callable[[str], DataFrame]  # a table by its file's name
+PAIRS = ("digits+textures", "CUB+Dogs")  # Table II's, at the kit's scale and at the paper's
+BEST, GAIN = "best uniform merge", "{} − best uniform merge"
 
 
-def t_interval(values: Sequence[float] | np.ndarray) -> tuple[float, float]:
-    """Mean and half width of its 95 % confidence interval, for 2 to 30 independent values.
-
-    ``mean ± t sd / sqrt(n)`` with the sample deviation; Student's t since n is small.
-    """
-    v = np.asarray(values, float)
-    if not 2 <= len(v) <= MOST_SEEDS:
-        raise InputError(
-            f"t_interval: expected 2 to {MOST_SEEDS} values, found {len(v)}; give some of them"
-        )
-    return float(v.mean()), float(T_975[len(v) - 2] * v.std(ddof=1) / len(v) ** 0.5)
+def markdown(table: DataFrame, left: Sequence[str] = ()) -> str:
+    """A table in Markdown: the index and the columns ``left`` aligned left, the others right."""
+    n = table.index.nlevels
+    align = ["left"] * n + ["left" if c in left else "right" for c in table.columns]
+    body = table.fillna("").astype(str).reset_index()
+    return body.to_markdown(index=False, disable_numparse=True, colalign=align) + "\n"
 
 
-def mean_and_sd(
-    rows: Rows, value: str, *keys: str
-) -> dict[tuple[Any, ...], tuple[int, float, float]]:
-    """Rows in groups of equal ``keys``: key values -> (number, mean, sample standard deviation).
-
-    The deviation of a single row is NaN. Groups come in the order of their first row.
-    """
-    groups: dict[tuple[Any, ...], list[float]] = {}
-    for row in rows:
-        groups.setdefault(tuple(row[k] for k in keys), []).append(float(row[value]))
-    return {
-        k: (len(v), float(np.mean(v)), float(np.std(v, ddof=1)) if len(v) > 1 else NAN)
-        for k, v in groups.items()
-    }
-
-
-def span(counts: Iterable[int]) -> str:
-    """Numbers of seeds in words: ``5``, or ``3 to 5`` where they differ."""
-    own = list(counts)
-    return " to ".join(dict.fromkeys([str(min(own)), str(max(own))]))
-
-
-def difference(a: Mapping[int, float], b: Mapping[int, float]) -> str:
-    """a - b, paired by seed: ``+1.2 ± 0.3``, the mean and its 95 % interval; one seed gives no interval."""
-    both = [a[seed] - b[seed] for seed in sorted(a.keys() & b.keys())]
-    if len(both) < 2:
-        return _signed(both[0]) if both else ""
-    mean, half = t_interval(both)
-    return f"{_signed(mean)} ± {half:.1f}"
-
-
-def _signed(x: float) -> str:
-    return f"{x:+.1f}".replace("-", "−")
+def _seeds(rows: DataFrame, *key: str) -> str:
+    """The number of seeds of the rows with equal ``key``: ``5``, or ``3 to 5`` where it differs."""
+    counts = rows.groupby(list(key))["seed"].nunique()
+    return " to ".join(dict.fromkeys([str(counts.min()), str(counts.max())]))
 
 
 # ----------------------------------------------------------------------------- tables of methods
-
-BY_SEED = dict[int, float]
-Block = dict[str, dict[str, BY_SEED]]  # method -> column -> seed -> score in %
+# Scores of methods are a frame with the index (method, seed) and a column for each group, or each task.
 
 
-def draws(method: str) -> bool:
-    """Whether a method's result depends on the seed."""
-    return method.startswith(("DARE", "RMM"))
-
-
-def by_task(row: Mapping[str, Any]) -> dict[str, float]:
-    """Each task's score of a line, in %."""
-    parts = (part.rpartition("=") for part in str(row["by_task"]).split())
-    return {name: float(value) for name, _, value in parts}
-
-
-def block(rows: Rows, columns: Callable[[Mapping[str, Any]], Mapping[str, float]]) -> Block:
-    """Lines as method -> column -> seed -> score; ``columns`` gives a line's own. Experts become the best.
+def _scores(rows: DataFrame, values: DataFrame) -> DataFrame:
+    """``values``, which has the index of ``rows``, by (method, seed), in the order of METHODS.
 
     Of the experts, each used for all tasks, the one with the best mean on the test split counts: a bound,
     no fair opponent.
     """
-    out: Block = {}
-    best: dict[tuple[Any, ...], Mapping[str, Any]] = {}
-    for row in rows:
-        if row["method"].startswith("expert "):
-            key = (row["group"], row.get("size"), row["seed"])
-            best[key] = max(best.get(key, row), row, key=lambda r: r["mean"])
-    alone = [dict(row) | {"method": "best expert, for all tasks"} for row in best.values()]
-    for row in [*rows, *alone]:
-        if not row["method"].startswith("expert "):
-            for column, value in columns(row).items():
-                own = out.setdefault(row["method"], {})
-                own.setdefault(column, {})[row["seed"]] = value
+    alone = rows[kind_of(rows["method"]) == "expert"]
+    best = alone.loc[alone.groupby(["group", "seed"])["mean"].idxmax()].assign(method=BEST_EXPERT)
+    rows = pd.concat([rows.drop(alone.index), best])[["method", "seed"]]
+    scores = rows.join(values).groupby(["method", "seed"]).first()
+    return scores.reindex(METHODS.index.intersection(rows["method"]), level="method")
+
+
+def by_size(rows: DataFrame) -> dict[str, DataFrame]:
+    """Size of the models -> scores of each group."""
+    out = {}
+    for size, own in rows.groupby("size", sort=False):
+        groups = {g: own["mean"].where(own["group"] == g) for g in own["group"].unique()}
+        out[str(size)] = _scores(own, DataFrame(groups))
     return out
 
 
-def add_average(found: Block, columns: Sequence[str]) -> list[str]:
-    """Add the mean over columns where a method has them all; all columns."""
-    for own in found.values():
-        seeds = [set(own.get(c, {})) for c in columns]
-        own["Average"] = {
-            s: float(np.mean([own[c][s] for c in columns]))
-            for s in sorted(set.intersection(*seeds))
-        }
-    return [*columns, "Average"]
+def by_half(rows: DataFrame) -> dict[str, DataFrame]:
+    """Table I: size -> scores of each set's halves, and the average where a method has them all."""
+    of = by_size(rows)
+    return {s: scores.assign(Average=scores.mean(axis=1, skipna=False)) for s, scores in of.items()}
 
 
-METHODS = (
-    *("chance", "most frequent answer", "base", "fine-tuned", "multi-task"),
-    "best expert, for all tasks",
-    *("weight average", "task arithmetic", "TIES", "DARE"),
-    *("task arithmetic, tuned", "TIES, tuned", "DARE, tuned"),
-    *("RMM", "RMM, paper's preset"),
-)
-UNIFORM = METHODS[6:13]
+def pair_of(rows: DataFrame) -> DataFrame:
+    """Table II's rows: those of one of ``PAIRS``, or of the only group."""
+    return rows[rows["group"].isin(PAIRS)] if rows["group"].nunique() > 1 else rows
 
 
-def text(values: BY_SEED, method: str) -> str:
-    """Mean ± deviation over seeds; without ± where nothing is drawn, or there is one seed."""
-    v = list(values.values())
-    if not v:
+def by_task(rows: DataFrame) -> dict[str, DataFrame]:
+    """The only group -> scores of its tasks, and their mean."""
+    values = task_scores(rows).assign(Average=rows["mean"]) if len(rows) else rows
+    return {str(group): _scores(own, values) for group, own in rows.groupby("group")}
+
+
+def methods_table(scores: DataFrame, compared: Sequence[str]) -> DataFrame:
+    """A row for each method, then the best uniform merge of each seed, and what each search gains over it.
+
+    The best merge is that on the test split, the hardest to beat. ``compared``: the columns with a gain.
+    Where they are tasks of one merged model, only the average has one: a merge may be good at one task
+    because it lost the other.
+    """
+    lines = {
+        method: own.agg(spread, plus_minus=method in STOCHASTIC)
+        for method, own in scores.groupby("method", sort=False)
+    }
+    best = scores[scores.index.isin(KINDS["uniform"], level="method")].groupby("seed").max()
+    lines[BEST] = best.agg(spread)
+    for method in [name for name in KINDS["search"] if name in lines]:
+        gain = (scores.loc[method] - best).agg(interval)
+        lines[GAIN.format(method)] = gain.where(gain.index.isin(compared), "")
+    return DataFrame(lines).T.rename_axis("method")
+
+
+def show_methods(
+    rows: DataFrame,
+    sections: Callable[[DataFrame], dict[str, DataFrame]],
+    compared: Sequence[str] = (),
+) -> str:
+    """Tables I to III and other groups; empty where there are no such rows.
+
+    ``compared``: see ``methods_table``; by default all columns.
+    """
+    of = sections(rows)
+    searches = rows[kind_of(rows["method"]) == "search"]
+    if not of or searches.empty:
         return ""
-    spread = f" ± {np.std(v, ddof=1):.1f}" if draws(method) and len(v) > 1 else ""
-    return f"{np.mean(v):.1f}{spread}"
+    grids = {name: len(grid) for name, grid in uniform.GRIDS.items() if len(grid) > 1}
+    run = configure(**json.loads(searches["config"].iloc[0])).run
+    text = (
+        f"Test split, %: mean over seeds ({_seeds(searches, 'group', 'size', 'method')}), ± sample standard "
+        "deviation where a method draws. Last: the gain over the best of the seven uniform merges *on the "
+        "test split*, paired by seed, ± its 95 % interval. Tuned: the best on the reward split of "
+        f"{', '.join(f'{n} settings of {name}' for name, n in grids.items())}; with the weight average "
+        f"{1 + sum(grids.values())} evaluations of that whole split. RMM: {searches['episodes'].iloc[0]} "
+        f"episodes, each on {100 * run.data_fraction:g} % of the reward split; at most {run.finalists + 1} "
+        "paths are scored on all of it to choose one.\n"
+    )
+    for heading, scores in of.items():
+        text += f"\n## {heading}\n\n{markdown(methods_table(scores, compared or list(scores)))}"
+    return text
 
 
-def markdown(head: Sequence[str], lines: Sequence[Sequence[str]], words: int = 1) -> str:
-    """A Markdown table: the first columns, of words, left, the others right."""
-    out = ["| " + " | ".join(head) + " |", "|" + "---|" * words + "---:|" * (len(head) - words)]
-    return "\n".join([*out, *("| " + " | ".join(cells) + " |" for cells in lines)]) + "\n"
+def show_pair(rows: DataFrame) -> str:
+    """Table II."""
+    return show_methods(pair_of(rows), by_task, ["Average"])
 
 
-def methods_table(found: Block, columns: Sequence[str], compared: Sequence[str]) -> str:
-    """Rows methods; at the end what RMM gains over the best uniform merge of each seed.
+# -------------------------------------------------------------- Table IV, searches, the ablation
 
-    Where columns are the tasks of one merged model, the gain is that of their average alone: a merge may be
-    good at one task because it lost the other.
-    """
-    lines = []
-    for method in METHODS:
-        if method in found:
-            cells = [text(found[method].get(c, {}), method) for c in columns]
-            cells = [f"**{c}**" if c and method == "RMM" else c for c in cells]
-            lines.append([f"**{method}**" if method == "RMM" else method, *cells])
-    for method in METHODS[13:]:
-        if method in found:
-            gains = [
-                difference(found[method].get(c, {}), best_uniform(found, c))
-                if c in compared
-                else ""
-                for c in columns
-            ]
-            lines.append([f"{method} − best uniform merge", *gains])
-    return markdown(["method", *columns], lines)
-
-
-def best_uniform(found: Block, column: str) -> BY_SEED:
-    """The best uniform merge of each seed in a column, on the test split: the hardest to beat."""
-    own = [found[m].get(column, {}) for m in UNIFORM if m in found]
-    return {s: max(v[s] for v in own if s in v) for s in sorted({s for v in own for s in v})}
-
-
-def tuning(rows: Rows) -> str:
-    """How many evaluations each method had, in a sentence or two."""
-    tried = {}
-    for row in rows:
-        if match := re.search(r"best of (\d+)", str(row["setting"])):
-            tried[row["method"].removesuffix(", tuned")] = int(match[1])
-    parts = ", ".join(f"{n} settings of {method}" for method, n in tried.items())
-    searches = [r for r in rows if r["method"].startswith("RMM")]
-    out = ""
-    if tried:
-        out = (
-            f"Tuned: the best on the reward split of {parts}; with the weight average "
-            f"{1 + sum(tried.values())} evaluations of the whole reward split. "
-        )
-    if searches:
-        episodes = searches[0]["episodes"]
-        share = json.loads(searches[0].get("config") or "{}").get("data_fraction", 0.1)
-        out += (
-            f"RMM: {episodes} episodes, each on {100 * share:g} % of the reward split; at most 11 paths "
-            "are scored on all of it to choose one."
-        )
-    return out
-
-
-READING = (
-    "Score on the test split, %. Mean over {n}; ± is the sample standard deviation, for methods that draw "
-    "(the others are measured once). The last line{s}: paired by seed, ± the 95 % interval, over the best of "
-    "the seven uniform merges *on the test split*."
+# Preset, reward, with DAR or not -> what the tables call it.
+SETTINGS = {
+    ("paper", "metric", True): "paper's preset, with DAR",
+    ("paper", "metric", False): "paper's preset, without DAR",
+    ("default", "metric", False): "default preset",
+    ("default", "likelihood", False): "default preset, by likelihood",
+}
+WITH_DAR, WITHOUT_DAR, DEFAULT, LIKELIHOOD = SETTINGS.values()
+FULL = "100 %"
+# Differences of averages: name, setting, and the setting it is compared with, at its own share or at 100 %.
+DAR_GAINS = (
+    ("with − without DAR", WITH_DAR, WITHOUT_DAR, False),
+    ("paper's preset − itself at 100 %", WITH_DAR, WITH_DAR, True),
+    ("default preset − itself at 100 %", DEFAULT, DEFAULT, True),
+    ("by likelihood − default preset at 100 %", LIKELIHOOD, DEFAULT, True),
 )
 
 
-def _page(title: str, rows: Rows, tables: Sequence[str], paper: Rows, number: str) -> str:
-    counts = Counter((row["group"], row["size"]) for row in rows if row["method"] == "RMM")
-    seeds = span(counts.values() or [1])
-    several = len({r["method"] for r in rows if r["method"].startswith("RMM")}) > 1
-    n = "one seed" if seeds == "1" else f"{seeds} seeds"
-    reading = READING.format(n=n, s="s" * several)
-    own = [row for row in paper if row["table"] == number]
-    parts = [f"# {title}\n", f"{reading} {tuning(rows)}\n", *tables]
-    return "\n".join([*parts, *papers_tables(own)])
+def _percent(share: float) -> str:
+    return f"{100 * share:g} %"
 
 
-def papers_tables(rows: Rows) -> list[str]:
-    """The paper's own figures, a table for each of its models."""
-    out = ["## Paper (Han et al. 2025), other models and data\n"] if rows else []
-    models = dict.fromkeys(row["model"] for row in rows)
-    for model in models:
-        own = [row for row in rows if row["model"] == model]
-        columns = list(dict.fromkeys(row["column"] for row in own))
-        values = {(row["method"], row["column"]): f"{row['value']:.2f}" for row in own}
-        lines = [
-            [method, *(values.get((method, c), "") for c in columns)]
-            for method in dict.fromkeys(row["method"] for row in own)
-        ]
-        out.append(f"{model}:\n\n{markdown(['method', *columns], lines)}")
-    return out
+def dar_scores(rows: DataFrame) -> DataFrame:
+    """Table IV: index (metric, setting, seed), a column for each share of the data, the largest first.
 
-
-def halves_blocks(rows: Rows) -> dict[str, tuple[Block, list[str]]]:
-    """Table I: size -> scores, columns: each set's mean over its halves, and the average."""
-    out = {}
-    for size in dict.fromkeys(row["size"] for row in rows):
-        own = [row for row in rows if row["size"] == size]
-        found = block(own, lambda row: {row["group"]: row["mean"]})
-        out[size] = (found, add_average(found, list(dict.fromkeys(r["group"] for r in own))))
-    return out
-
-
-PAIRS = ("digits+textures", "CUB+Dogs")  # Table II's, at the kit's scale and at the paper's
-
-
-def pair_blocks(rows: Rows) -> dict[str, tuple[Block, list[str]]]:
-    """Table II: the tasks of the pair, one of ``PAIRS`` or the only group, and their mean; {} without one."""
-    groups = list(dict.fromkeys(row["group"] for row in rows))
-    pairs = [group for group in groups if group in PAIRS] or (groups if len(groups) == 1 else [])
-    if not pairs:
-        return {}
-    group = pairs[0]
-    own = [row for row in rows if row["group"] == group]
-    found = block(own, lambda row: by_task(row) | {"Average": row["mean"]})
-    return {group: (found, [*by_task(own[0]), "Average"])}
-
-
-def group_blocks(rows: Rows) -> dict[str, tuple[Block, list[str]]]:
-    """Table III and other groups: size -> the mean of each group."""
-    out = {}
-    for size in dict.fromkeys(row.get("size", "") for row in rows):
-        own = [row for row in rows if row.get("size", "") == size]
-        found = block(own, lambda row: {row["group"]: row["mean"]})
-        out[size] = (found, list(dict.fromkeys(r["group"] for r in own)))
-    return out
-
-
-Blocks = Callable[[Rows], dict[str, tuple[Block, list[str]]]]
-
-
-def _methods_sheet(title: str, blocks: Blocks, number: str) -> Callable[..., str]:
-    def show(rows: Rows, paper: Rows = ()) -> str:
-        of = blocks(rows)
-        if not of:
-            return ""
-        tables = [
-            (f"## {heading}\n\n" if heading else "")
-            + methods_table(found, columns, columns[-1:] if blocks is pair_blocks else columns)
-            for heading, (found, columns) in of.items()
-        ]
-        if blocks is pair_blocks:
-            rows = [row for row in rows if row["group"] in of]
-        return _page(title, rows, tables, paper, number)
-
-    return show
-
-
-# ---------------------------------------------------------------------------- Table IV and Fig. 3
-
-
-# Settings of Table IV beside the paper's own.
-OURS = tuple(
-    f"RMM, default preset{by}{dar}" for dar in ("", ", DAR") for by in ("", ", by likelihood")
-)
-
-
-def _setting(row: Mapping[str, Any]) -> str:
-    if row["preset"] == "default":
-        by = ", by likelihood" if row["reward"] == "likelihood" else ""
-        return "RMM, default preset" + by + (", DAR" if row["dar"] else "")
-    return "RMM" if row["dar"] else "RMM w/o DAR"
-
-
-def _share(row: Mapping[str, Any]) -> str:
-    return f"{100 * row['data_fraction']:g} %"
-
-
-def dar_blocks(rows: Rows) -> tuple[dict[str, Block], list[str]]:
-    """Table IV: metric (a task, or Average) -> setting -> share of the data -> seed -> score.
-
-    At 100 % DAR changes nothing, so the search with it stands for both.
+    A metric is a task, or Average. With all data DAR changes nothing: its search stands for both.
     """
-    out: dict[str, Block] = {}
-    for row in rows:
-        both = row["data_fraction"] == 1 and row["preset"] == "paper"
-        settings = ["RMM", "RMM w/o DAR"] if both else [_setting(row)]
-        for metric, value in (by_task(row) | {"Average": row["mean"]}).items():
-            for setting in settings:
-                own = out.setdefault(metric, {}).setdefault(setting, {})
-                own.setdefault(_share(row), {})[row["seed"]] = value
-    shares = sorted({row["data_fraction"] for row in rows}, reverse=True)
-    return out, [f"{100 * share:g} %" for share in shares]
+    alike = rows[(rows["preset"] == "paper") & (rows["data_fraction"] == 1)]
+    rows = pd.concat([rows, alike.assign(dar=0.0)], ignore_index=True)
+    keys = zip(rows["preset"], rows["reward"], rows["dar"] > 0, strict=True)
+    rows = rows.assign(setting=[SETTINGS[key] for key in keys])
+    metrics = task_scores(rows).assign(Average=rows["mean"])
+    key = ["setting", "seed", "data_fraction"]
+    long = rows[key].join(metrics).melt(key, var_name="metric")
+    out = long.pivot(index=["metric", "setting", "seed"], columns="data_fraction", values="value")
+    out = out.sort_index(axis=1, ascending=False).rename(columns=_percent)
+    settings = [s for s in SETTINGS.values() if s in set(rows["setting"])]
+    return out.reindex(list(metrics), level="metric").reindex(settings, level="setting")
 
 
-def show_dar(rows: Rows, paper: Rows = ()) -> str:
-    """Table IV in Markdown."""
-    found, shares = dar_blocks(rows)
-    settings = [s for s in (*("RMM", "RMM w/o DAR"), *OURS) if s in found["Average"]]
-    lines = [
-        [metric, setting, *(text(own[setting].get(share, {}), "RMM") for share in shares)]
-        for metric, own in found.items()
-        for setting in settings
-    ]
-    average = found["Average"]
-    partial = [share for share in shares if share != "100 %"]
-    gains = [
-        difference(average.get("RMM", {}).get(s, {}), average.get("RMM w/o DAR", {}).get(s, {}))
-        for s in partial
-    ]
-    lines.append(["Average", "with − without DAR", *[""] * (len(shares) - len(partial)), *gains])
-    seconds = mean_and_sd([r for r in rows if r["preset"] == "paper"], "seconds", "data_fraction")
-    times = {f"{100 * f:g} %": mean for (f,), (_, mean, _) in seconds.items()}
-    lines.append(["seconds", "RMM", *(f"{times[s]:.0f}" if s in times else "" for s in shares)])
-    if "100 %" in times:
-        faster = [f"{times['100 %'] / times[s]:.1f}" if s in times else "" for s in shares]
-        lines.append(["times faster", "RMM", *faster])
-    searches = ("preset", "reward", "data_fraction", "dar")
-    seeds = span(Counter(tuple(row[k] for k in searches) for row in rows).values())
-    head = (
-        "# Table IV: share of the data, with DAR and without\n\nScore on the test split, %: mean ± sample "
-        f"standard deviation over {seeds} seeds, {rows[0]['episodes']} episodes. *RMM* and *RMM w/o DAR* are "
-        "the paper's preset (at 100 % DAR has no effect, and one search stands for both); the default preset "
-        "has choices of its own; *by likelihood*: its episodes are paid by how likely the right answers are, "
-        "and the final choice is by the metric as always. The line with − without: paired by seed, ± the "
-        "95 % interval. Seconds are of whole searches of the paper's preset, taken beside other work.\n\n"
+def dar_table(rows: DataFrame) -> DataFrame:
+    """Means of each metric and setting, then the averages' differences at the shares below 100 %, as text."""
+    scores = dar_scores(rows)
+    table = scores.groupby(["metric", "setting"], sort=False).agg(spread)
+    for name, *settings, at_full in DAR_GAINS:
+        average = scores.loc["Average"]
+        one, other = (average.query("setting == @s").droplevel("setting") for s in settings)
+        if at_full:
+            gain = one.sub(other.reindex(columns=[FULL])[FULL], axis=0)
+        else:
+            gain = one - other
+        gain = gain.agg(interval).where(gain.columns != FULL, "")
+        if gain.any():
+            table.loc[("Average", name), :] = gain
+    return table
+
+
+def show_dar(rows: DataFrame) -> str:
+    """Table IV."""
+    table = dar_table(rows)
+    seconds = rows[rows["preset"] == "paper"].groupby("data_fraction")["seconds"].mean()
+    seconds = seconds.rename(_percent)
+    table.loc[("seconds", "paper's preset"), :] = seconds.map("{:.0f}".format)
+    if FULL in seconds:
+        faster = (seconds[FULL] / seconds).map("{:.1f}".format)
+        table.loc[("times faster", "paper's preset"), :] = faster
+    seeds = _seeds(rows, "preset", "reward", "data_fraction", "dar")
+    return (
+        f"Test split, %: mean ± sample standard deviation over seeds ({seeds}), {rows['episodes'].iloc[0]} "
+        f"episodes. At {FULL} DAR has no effect, and one search stands for both rows of the paper's preset. "
+        "*By likelihood*: an episode is paid by how likely the right answers are; the final choice is by the "
+        "metric as always. Differences are paired by seed, ± the 95 % interval. Seconds are of searches "
+        f"that ran beside other work.\n\n{markdown(table)}"
     )
-    own = [row for row in paper if row["table"] == "IV"]
-    return head + "\n".join([markdown(["metric", "method", *shares], lines, 2), *_papers_dar(own)])
 
 
-def _papers_dar(rows: Rows) -> list[str]:
-    """The paper's Table IV in the layout of ours."""
-    if not rows:
-        return []
+def less(rows: DataFrame, column: str, reference: str) -> DataFrame:
+    """Both splits' scores less those at the same group and seed where ``column`` is ``reference``."""
+    splits, key = ["reward_split", "mean"], ["group", "seed"]
+    base = rows[rows[column] == reference].set_index(key)[splits]
+    return (rows[splits] - rows[key].join(base, on=key)[splits]).mask(rows[column] == reference)
 
-    def digits(metric: str) -> str:
-        return ".1f" if metric == "times faster" else ".2f"
 
-    shares = list(dict.fromkeys(row["column"].rpartition(" at ")[2] for row in rows))
-    values = {(*row["column"].split(" at "), row["method"]): row["value"] for row in rows}
-    lines = [
-        [metric, method, *(f"{values[metric, s, method]:{digits(metric)}}" for s in shares)]
-        for metric, method in dict.fromkeys((metric, method) for metric, _, method in values)
+def searches_table(rows: DataFrame) -> DataFrame:
+    """By problem and search: the final choice on both splits, and what RMM has over it, as text."""
+    rows = rows.join(-less(rows, "method", "RMM").rename(columns="less {}".format))
+    groups = rows.groupby(["group", "method"], sort=False)
+    table = DataFrame(
+        {
+            "seeds": groups["seed"].nunique(),
+            "reward split, %": groups["reward_split"].agg(spread),
+            "test split, %": groups["mean"].agg(spread),
+            "RMM − it, reward": groups["less reward_split"].agg(interval),
+            "RMM − it, test": groups["less mean"].agg(interval),
+            "seconds": groups["seconds"].mean().map("{:.0f}".format),
+        }
+    )
+    return table.rename_axis(["problem", "search"])
+
+
+def show_searches(rows: DataFrame, curve: DataFrame) -> str:
+    """All searches of each problem, the best on the reward split first."""
+    best = rows.groupby(["group", "method"])["reward_split"].mean()
+    names = list(rows["group"].unique())
+    order = sorted(best.index, key=lambda at: (names.index(at[0]), -best[at]))
+    return (
+        f"All had {rows['episodes'].iloc[0]} evaluations on the same subsets of the reward split. Each chose "
+        "in the end among ten paths on all of it: those with the best scores, and where scales evolved, "
+        "mostly the means that CMA-ES arrived at; RMM had its agent's greedy path besides. Mean ± sample "
+        "standard deviation over seeds, best first on the reward split. *RMM − it* is paired by seed, ± its "
+        "95 % interval. Seconds are of searches that ran beside other work.\n\n"
+        + markdown(searches_table(rows).loc[order])
+    )
+
+
+UNCHANGED = "default preset"  # what the ablation's differences are to
+
+
+def agent_table(rows: DataFrame) -> DataFrame:
+    """By problem and setting: scores on both splits and the difference to the default preset, as text."""
+    rows = rows.join(less(rows, "setting", UNCHANGED).rename(columns="over {}".format))
+    groups = rows.groupby(["group", "setting"], sort=False)
+    table = DataFrame(
+        {
+            "reward split, %": groups["reward_split"].agg(spread),
+            "difference": groups["over reward_split"].agg(interval),
+            "test split, %": groups["mean"].agg(spread),
+            "seeds": groups["seed"].nunique(),
+        }
+    )
+    return table.rename_axis(["problem", "setting"])
+
+
+def show_agent(rows: DataFrame) -> str:
+    """The default preset and one choice changed."""
+    return (
+        f"Mean ± sample standard deviation over seeds, {rows['episodes'].iloc[0]} episodes. The difference "
+        "is on the reward split, which also chose; it is paired by seed, ± its 95 % interval.\n\n"
+        + markdown(agent_table(rows))
+    )
+
+
+# ----------------------------------------------------------------------------------------- pages
+
+
+@dataclass(frozen=True)
+class Page:
+    """A page of results/. ``files``: the tables it is written from; ``number``: of the paper's table."""
+
+    files: tuple[str, ...]
+    title: str
+    show: Callable[..., str]
+    number: str = ""
+
+    def text(self, *tables: DataFrame, paper: DataFrame) -> str:
+        """The page; empty where the rows are not this table's."""
+        papers = papers_tables(paper[paper["table"] == self.number])
+        return f"# {self.title}\n\n{body}{papers}" if (body := self.show(*tables)) else ""
+
+
+def papers_tables(rows: DataFrame) -> str:
+    """The paper's own figures, a table for each of its models. Table IV's columns are "METRIC at SHARE"."""
+    text = "\n## Paper (Han et al. 2025), other models and data\n" if len(rows) else ""
+    for model, own in rows.groupby("model", sort=False):
+        parts = own["column"].str.rpartition(" at ")
+        digits = [1 if metric == "times faster" else 2 for metric in parts[0]]
+        own = own.assign(
+            metric=parts[0],
+            column=parts[2],
+            value=[f"{v:.{n}f}" for v, n in zip(own["value"], digits, strict=True)],
+        )
+        index = ["metric", "method"] if own["metric"].any() else ["method"]
+        table = own.pivot(index=index, columns="column", values="value")[own["column"].unique()]
+        for name in index:
+            table = table.reindex(own[name].unique(), level=name if len(index) > 1 else None)
+        text += f"\n{model}:\n\n{markdown(table)}"
+    return text
+
+
+_HALVES = partial(show_methods, sections=by_half)
+_GROUPS = partial(show_methods, sections=by_size)
+_SEARCHES = ("searches", "searches-curve")
+PAGES = {
+    "table-I": Page(("halves",), "Table I: halves of each set, merged in pairs", _HALVES, "I"),
+    "table-II": Page(("vision",), "Table II: two sets that differ more", show_pair, "II"),
+    "groups": Page(("vision",), "Groups of sets: Table II's methods", _GROUPS),
+    "table-III": Page(("language",), "Table III: language tasks", _GROUPS, "III"),
+    "table-IV": Page(("dar",), "Table IV: share of the data, DAR or not", show_dar, "IV"),
+    "searches": Page(_SEARCHES, "RMM beside other searches", show_searches),
+    "agent": Page(("agent",), "The default preset, one choice changed", show_agent),
+}
+
+
+# -------------------------------------------------------------------------------------- excerpts
+
+
+SHORT = ["fine-tuned", "multi-task", BEST, "RMM", GAIN.format("RMM")]
+
+
+def groups(read: Read) -> str:
+    """What merging loses in each group of experts, and what RMM wins back."""
+    tables = [
+        methods_table(scores, list(scores)).loc[SHORT].T.assign(seeds=scores.loc["RMM"].count())
+        for name in ("vision", "language")
+        for scores in by_size(read(name)).values()
     ]
-    title = f"## Paper (Han et al. 2025), other models and data\n\n{rows[0]['model']}:\n\n"
-    return [title + markdown(["metric", "method", *shares], lines, 2)]
+    table = pd.concat(tables).rename_axis("experts").replace({"multi-task": {"": "none ships"}})
+    return markdown(table.rename(columns={SHORT[-1]: "gain"}))
 
 
-# ------------------------------------------------------------------------ searches and ablation
+def halves(read: Read) -> str:
+    """Table I in short."""
+    of = by_half(read("halves")).items()
+    tables = {size: methods_table(scores, list(scores)).loc[SHORT] for size, scores in of}
+    return markdown(pd.concat(tables, names=["models", "method"]))
 
 
-def by_seed(rows: Rows, value: str) -> BY_SEED:
-    """Seed -> a column's number, of rows that differ in nothing else."""
-    return {row["seed"]: float(row[value]) for row in rows}
+def searches(read: Read) -> str:
+    """The searches of each problem on the test split."""
+    rows = read("searches")
+    table = searches_table(rows)["test split, %"].unstack(0, sort=False)
+    table.loc["seeds"] = [_seeds(own, "method") for _, own in rows.groupby("group", sort=False)]
+    return markdown(table.rename_axis("test split, %"))
 
 
-def show_searches(rows: Rows, curve: Rows = (), paper: Rows = ()) -> str:
-    """Each search's final choice on both splits, and what RMM has over each other one."""
-    lines = []
-    for group in dict.fromkeys(row["group"] for row in rows):
-        own: dict[str, list[Mapping[str, Any]]] = {}
-        for row in rows:
-            if row["group"] == group:
-                own.setdefault(row["method"], []).append(row)
-        order = sorted(own, key=lambda m: -np.mean([r["reward_split"] for r in own[m]]))
-        for method in order:
-            splits = ("reward_split", "mean")
-            found = [text(by_seed(own[method], k), "RMM") for k in splits]
-            gains = ["", ""]
-            if method != "RMM" and "RMM" in own:
-                gains = [
-                    difference(by_seed(own["RMM"], k), by_seed(own[method], k)) for k in splits
-                ]
-            seconds = np.mean([r["seconds"] for r in own[method]])
-            name = f"**{method}**" if method == "RMM" else method
-            seeds = str(len({r["seed"] for r in own[method]}))
-            lines.append([group, name, seeds, *found, *gains, f"{seconds:.0f}"])
-    head = (
-        f"# RMM beside other searches\n\nAll had {rows[0]['episodes']} evaluations on the same subsets of "
-        "the reward split. Each chose in the end among ten paths on all of it: those with the best scores, "
-        "and where scales evolved, most are the means that these arrived at; RMM had its agent's greedy path "
-        "besides. Mean ± sample standard deviation over "
-        "seeds, best first on the reward split. *RMM − it*: on the reward and on the test split, paired by "
-        "seed, ± the 95 % interval. Seconds are of searches that ran beside other work.\n\n"
-    )
-    columns = ["problem", "search", "seeds", "reward split, %", "test split, %"]
-    columns += ["RMM − it, reward", "RMM − it, test", "seconds"]
-    return head + markdown(columns, lines, 2)
+def agent(read: Read) -> str:
+    """The ablation's differences on the reward split; its first row is the default preset's score there."""
+    table = agent_table(read("agent"))
+    first = table.index.get_level_values("setting") == UNCHANGED
+    own = table["difference"].mask(first, table["reward split, %"])
+    return markdown(own.unstack(0, sort=False))
 
 
-DEFAULT = "default preset"  # what the ablation's differences are to
+def preset(read: Read) -> str:
+    """The preset ``agent`` with one choice put back to the paper's."""
+    groups = read("preset").groupby("setting", sort=False)[["reward_split", "test"]]
+    return markdown(groups.agg(spread).set_axis(["reward split, %", "test split, %"], axis=1))
 
 
-def show_agent(rows: Rows, paper: Rows = ()) -> str:
-    """The default preset and one choice changed, with the paired difference on the reward split."""
-    lines = []
-    for group in dict.fromkeys(row["group"] for row in rows):
-        own: dict[str, list[Mapping[str, Any]]] = {}
-        for row in rows:
-            if row["group"] == group:
-                own.setdefault(row["setting"], []).append(row)
-        first = DEFAULT if DEFAULT in own else next(iter(own))
-        for setting, its in own.items():
-            split = [text(by_seed(its, k), "RMM") for k in ("reward_split", "mean")]
-            gain = ""
-            if setting != first:
-                gain = difference(by_seed(its, "reward_split"), by_seed(own[first], "reward_split"))
-            seeds = str(len({row["seed"] for row in its}))
-            lines.append([group, setting, split[0], gain, split[1], seeds])
-    head = (
-        "# The default preset, one choice changed\n\nMean ± sample standard deviation over "
-        f"seeds, {rows[0]['episodes']} episodes. The difference is paired by seed, ± its 95 % "
-        "interval. Choices were made on the reward split; the test split is shown beside.\n\n"
-    )
-    columns = ["problem", "setting", "reward split, %", "difference", "test split, %", "seeds"]
-    return head + markdown(columns, lines, 2)
+def dar(read: Read) -> str:
+    """Table IV's averages, and what a smaller share of the data costs."""
+    rows = read("dar")
+    table = dar_table(rows).loc["Average"]
+    by_share = rows.groupby(rows["data_fraction"].map(_percent))
+    table.loc["seeds"] = {s: _seeds(own, "preset", "reward", "dar") for s, own in by_share}
+    return markdown(table.rename_axis("test split, %"))
 
 
-# ------------------------------------------------------------------------------------- all sheets
+def fresh(read: Read) -> str:
+    """The demo's pair on seeds that chose nothing."""
+    rows = read("fresh/vision").query("method == 'RMM'").set_index("seed")
+    scores = rows[["reward_split", "mean"]].set_axis(["reward split, %", "test split, %"], axis=1)
+    table = scores.map("{:.1f}".format)
+    table.loc["mean"] = scores.agg(spread)
+    return markdown(table)
 
-# Sheet -> the tables that it is written from.
-FILES: dict[str, tuple[str, ...]] = {
-    "table-I": ("halves",),
-    "table-II": ("vision",),
-    "groups": ("vision",),
-    "table-III": ("language",),
-    "table-IV": ("dar",),
-    "fig-3": ("dar-curve",),
-    "searches": ("searches", "searches-curve"),
-    "agent": ("agent",),
+
+def _one_seed(rows: DataFrame) -> str:
+    """Every method of one search, as its own table shows it: tasks, mean, setting."""
+    table = task_scores(rows).assign(mean=rows["mean"]).map("{:.1f}".format)
+    table = table.assign(setting=rows["setting"]).set_axis(rows["method"].rename("method"))
+    return markdown(table, left=["setting"])
+
+
+def demo(read: Read) -> str:
+    """All methods on the demo's pair, seed 1."""
+    return _one_seed(read("vision").query("group == 'digits+textures' and seed == 1"))
+
+
+def language(read: Read) -> str:
+    """All methods on the T5s, seed 1."""
+    groups = read("language").query("seed == 1").groupby("group", sort=False)
+    return "\n".join(f"`--experts {name}`:\n\n{_one_seed(own)}" for name, own in groups)
+
+
+EXCERPTS: dict[str, Callable[[Read], str]] = {
+    f.__name__: f for f in (demo, language, groups, halves, searches, agent, preset, dar, fresh)
 }
-TITLES: dict[str, tuple[str, Blocks, str]] = {
-    "table-I": ("Table I: halves of each set, merged in pairs", halves_blocks, "I"),
-    "table-II": ("Table II: two sets that differ more", pair_blocks, "II"),
-    "groups": ("Groups of sets: Table II's methods", group_blocks, ""),
-    "table-III": ("Table III: language tasks", group_blocks, "III"),
-}
-SHOW: dict[str, Callable[..., str]] = {
-    **{name: _methods_sheet(*of) for name, of in TITLES.items()},
-    "table-IV": show_dar,
-    "searches": show_searches,
-    "agent": show_agent,
-}
+_START = "<!-- results:"
+_BLOCK = re.compile(rf"({_START} ([^ ]+) -->\n)(?:(?!{_START}).)*?(<!-- end -->)", re.DOTALL)
+
+
+def fill(text: str, read: Read) -> str:
+    """A text with its excerpts brought up to date."""
+
+    def write(match: re.Match[str]) -> str:
+        if match[2] not in EXCERPTS:
+            raise InputError(
+                f"excerpt {match[2]!r}: expected one of {', '.join(EXCERPTS)}; correct the comment"
+            )
+        return f"{match[1]}\n{EXCERPTS[match[2]](read)}\n{match[3]}"
+
+    new, n = _BLOCK.subn(write, text)
+    if n != text.count(_START):
+        raise InputError(
+            f"excerpts: expected {_START} NAME --> and <!-- end --> around each, found "
+            f"{text.count(_START)} beginnings and {n} whole ones; correct the comments"
+        )
+    return new

@@ -1,14 +1,14 @@
 """The paper's own models and sets: Tables I to IV and Fig. 3 of Han et al. 2025 at their scale.
 
-    python -m rmm_lab.evidence.tables all --scale paper --sets-folder sets --device cuda
+    python -m rmm_lab tables all --scale paper --sets-folder sets --device cuda
 
 Four image sets (CIFAR-10, CIFAR-100, CUB-200, Stanford Dogs) on ViT-S/32 and ViT-B/16, seven language tasks
-on T5-Small and T5-Base. Experts and multi-task models are fine-tuned here, once, by what
-``rmm_lab finetune`` uses too, and kept in ``--checkpoints``. The paper names no checkpoints and
-no settings of its fine-tuning: the bases and settings below are ours.
+on T5-Small and T5-Base. Experts and multi-task models are fine-tuned once, as by ``rmm_lab finetune``, and
+kept in ``--checkpoints``. The paper names no checkpoints and no settings of its fine-tuning: the bases and
+settings below are ours.
 
-A set is looked for in ``--sets-folder`` under the name of its format (``cifar10``, ``cub200``, ``qasc``, ...;
-see ``image_formats`` and ``formats``), and else on the hub: all of them before anything is trained.
+A set is read from ``--sets-folder``, by the name of its format (``cifar10``, ``cub200``, ``qasc``, ...; see
+``image_formats`` and ``text_formats``), or from the hub. All are looked for before anything is trained.
 """
 
 from __future__ import annotations
@@ -23,13 +23,11 @@ from typing import Any, Literal
 import torch
 
 from rmm_lab.engine.scorer import check_device
-from rmm_lab.errors import InputError
-from rmm_lab.evidence.measure import Group
-from rmm_lab.families import checkpoint as models
-from rmm_lab.search import run_folder as runs
-from rmm_lab.tasks import image_formats
-from rmm_lab.tasks import image_task as tasks
-from rmm_lab.tasks import text_formats as formats
+from rmm_lab.errors import InputError, check_values
+from rmm_lab.families.checkpoint import read_checkpoint, write_checkpoint
+from rmm_lab.search.run_folder import write
+from rmm_lab.tasks import image_formats, text_formats
+from rmm_lab.tasks.image_task import HALVES
 from rmm_lab.zoo import training
 
 # Pretrained on ImageNet-21k alone, since Stanford Dogs is a part of ImageNet-1k.
@@ -47,6 +45,20 @@ TEXTS = {
 }
 PAIR = ("cub200", "dogs")  # whole, on ViT-B/16: Tables II and IV
 SHARES = {"images": 0.1, "texts": 0.01}  # of the data, in Tables I to III
+
+
+@dataclass(frozen=True)
+class Group:
+    """Experts to merge: ``name`` and ``size`` are columns, ``options`` those of ``configure``."""
+
+    name: str
+    size: str
+    options: dict[str, Any]
+
+    @property
+    def places(self) -> tuple[str, ...]:
+        """Where its sets are."""
+        return self.options.get("images") or self.options["texts"]
 
 
 @dataclass
@@ -80,7 +92,7 @@ class PaperScale:
         """Each table's experts, as folders that ``prepare`` fills."""
         sources = self._sources()
         halves = [
-            self._group(name, size, sources, [f"{source}:{half}" for half in tasks.HALVES])
+            self._group(name, size, sources, [f"{source}:{half}" for half in HALVES])
             for size in VITS
             for name, source in IMAGES.items()
         ]
@@ -119,12 +131,10 @@ class PaperScale:
     def _place(self, name: str) -> str:
         """Where a set is: ``cub200:first`` -> ``cub200:FOLDER/cub200:first``, or its data set on the hub."""
         name, colon, half = name.partition(":")
-        known = image_formats.FORMATS | formats.FORMATS
-        folder = None if self.sets_folder is None else self.sets_folder / name
-        place = "hf-hub"
-        if folder is not None and (folder.is_dir() or known[name].hub is None):
-            place = str(folder)
-        return f"{name}:{place}{colon}{half}"
+        known = image_formats.FORMATS | text_formats.FORMATS
+        folder = self.sets_folder and self.sets_folder / name
+        local = folder and (folder.is_dir() or known[name].hub is None)
+        return f"{name}:{folder if local else 'hf-hub'}{colon}{half}"
 
     # ----------------------------------------------------------------------------- what is trained
 
@@ -133,58 +143,43 @@ class PaperScale:
 
         Raises InputError for the first that is missing, with what to fetch and where to put it.
         """
-        self._check()
-        check_device(device)
-        torch.set_num_threads(threads)
-        places = {p for g in groups for p in self._of(g)}
-        for place in sorted({_whole(place) for place in places}):
-            self._look_for(place)
-        bases = {g.size: g.options["base"] for g in groups}
-        for size, source in bases.items():
-            try:
-                models.read_checkpoint(source)  # not kept: some are large
-            except InputError as error:
-                raise InputError(f"{error} (--bases {size}=FOLDER takes it from there)") from error
-        for group in groups:
-            folders, sets = group.options["experts"], self._of(group)
-            for folder, place in zip(folders, sets, strict=True):
-                self._make(group, Path(folder), [place], device)
-            self._make(group, Path(group.options["multi_task"]), sets, device)
-
-    def _check(self) -> None:
-        for name in ("steps", "batch_size", "text_steps", "text_batch_size"):
-            if getattr(self, name) < 1:
-                raise InputError(
-                    f"--{name.replace('_', '-')}: expected at least 1, found {getattr(self, name)}; "
-                    "correct it"
-                )
-        for name in ("learning_rate", "text_learning_rate"):
-            if not 0 < getattr(self, name) < float("inf"):
-                raise InputError(
-                    f"--{name.replace('_', '-')}: expected more than 0, found {getattr(self, name)}; "
-                    "correct it"
-                )
+        numbers = "steps text_steps batch_size text_batch_size"
+        rates = "learning_rate text_learning_rate"
+        ranges = {
+            numbers: ("at least 1", lambda v: v >= 1),
+            rates: ("more than 0", lambda v: v > 0),
+        }
+        check_values(self, ranges)
         if self.sets_folder is not None and not self.sets_folder.is_dir():
             raise InputError(
                 f"--sets-folder: expected a folder, found none at {self.sets_folder}; name the one that "
                 "holds the sets"
             )
-
-    @staticmethod
-    def _of(group: Group) -> tuple[str, ...]:
-        return group.options.get("images") or group.options["texts"]
+        check_device(device)
+        torch.set_num_threads(threads)
+        for place in sorted({_whole(place) for group in groups for place in group.places}):
+            self._look_for(place)
+        for size, source in {g.size: g.options["base"] for g in groups}.items():
+            try:
+                read_checkpoint(source)  # not kept: some are large
+            except InputError as error:
+                raise InputError(f"{error} (--bases {size}=FOLDER takes it from there)") from error
+        for group in groups:
+            for folder, place in zip(group.options["experts"], group.places, strict=True):
+                self._make(group, Path(folder), [place], device)
+            self._make(group, Path(group.options["multi_task"]), group.places, device)
 
     def _look_for(self, place: str) -> None:
         name, _, rest = place.partition(":")
-        if name in formats.FORMATS and rest != "hf-hub" and not Path(rest).is_dir():
-            form = formats.FORMATS[name]
+        if name in text_formats.FORMATS and rest != "hf-hub" and not Path(rest).is_dir():
+            form = text_formats.FORMATS[name]
             files = " and ".join(names[0] for names in form.files.values())
             raise InputError(
                 f"language task {name}: expected a folder {rest} with {files}, found none; get them "
                 f"from {form.source}"
             )
         try:
-            (image_formats.load if name in image_formats.FORMATS else formats.load)(place)
+            (image_formats if name in image_formats.FORMATS else text_formats).load(place)
         except InputError as error:
             folder = self.sets_folder or Path("DIR")
             raise InputError(
@@ -193,7 +188,7 @@ class PaperScale:
 
     def _make(self, group: Group, folder: Path, places: Sequence[str], device: str) -> None:
         """An expert, or the multi-task model of several sets, unless it is there."""
-        base = models.read_checkpoint(group.options["base"])
+        base = read_checkpoint(group.options["base"])
         prefix = "text_" if base.family.DATA == "texts" else ""
         settings = {
             "steps": getattr(self, f"{prefix}steps") * len(places),
@@ -211,22 +206,22 @@ class PaperScale:
                 )
             return
         print(f"{time.strftime('%H:%M:%S')} fine-tuning {folder}", flush=True)
-        on = base.family.make_tasks(base, places)
-        label = f"{group.size} {'+'.join(task.name for task in on)}"
+        tasks = base.family.make_tasks(base, places)
+        label = f"{group.size} {'+'.join(task.name for task in tasks)}"
         config, weights = training.fine_tune(
-            base, on, seed=0, label=label, device=device, **settings
+            base, tasks, seed=0, label=label, device=device, **settings
         )
-        models.write_checkpoint(folder, config, weights, beside=base.folder)
-        runs.write(record, json.dumps(made, indent=2) + "\n")
+        write_checkpoint(folder, config, weights, beside=base.folder)
+        write(record, json.dumps(made, indent=2) + "\n")
 
 
 def _whole(place: str) -> str:
     """A place without the half of its classes."""
     head, _, half = place.rpartition(":")
-    return head if half in tasks.HALVES else place
+    return head if half in HALVES else place
 
 
 def _named(place: str) -> str:
     """A place without its folder: ``cub200:first``."""
     half = place.rpartition(":")[2]
-    return place.partition(":")[0] + (f":{half}" if half in tasks.HALVES else "")
+    return place.partition(":")[0] + (f":{half}" if half in HALVES else "")

@@ -13,35 +13,34 @@ from matplotlib.ticker import MaxNLocator, MultipleLocator
 from torch import Tensor
 
 from rmm_lab.errors import InputError
-from rmm_lab.figures.paths import COLOURS, HATCHES, draw_map
+from rmm_lab.figures.paths import COLOURS, DIFFERENCES, HATCHES, draw_map, on_cell, panels
+from rmm_lab.reward import Path
 
 # ------------------------------------------------------------------------------------ notebooks 00 and 01
 
 
-def walk_order(steps: Sequence[tuple[str, int]], sources: Sequence[str]) -> list[tuple[int, int]]:
-    """Where a path's steps stand in the drawing: (column of the source, row of the layer), in order.
+def walk_order(path: Path, sources: Sequence[str]) -> list[tuple[int, int]]:
+    """Where each step of a path is drawn: (column of the source, row of the layer), in order.
 
     Raises InputError for a source that has no column.
     """
-    places = []
-    for source, k in steps:
-        if source not in sources:
+    for step in path:
+        if step.source not in sources:
             raise InputError(
-                f"step {source!r}: expected one of {', '.join(sources)}; draw its source too"
+                f"step {step}: expected one of {', '.join(sources)}; draw its source too"
             )
-        places.append((list(sources).index(source), k))
-    return places
+    return [(list(sources).index(step.source), step.layer) for step in path]
 
 
 def rmm_picture(
-    steps: Sequence[tuple[str, int]], models: Sequence[str], operators: Sequence[str], n_layers: int
+    path: Path, models: Sequence[str], operators: Sequence[str], n_layers: int
 ) -> Figure:
     """RMM in one picture: sources as columns of layers, the walk through them, the merged stack.
 
-    ``steps``: (source, layer) of an example path without skip and back. The paper's Fig. 2, drawn anew.
+    ``path``: an example without skip and back. After the paper's Fig. 2.
     """
     sources = [*models, *operators]
-    places = walk_order(steps, sources)
+    places = walk_order(path, sources)
     figure = Figure(figsize=(9.5, 4.6), layout="constrained")
     axes: Any = figure.subplots()
     for a, source in enumerate(sources):
@@ -128,10 +127,10 @@ def plane_picture(base: Tensor, experts: Tensor, names: Sequence[str]) -> Figure
             "", point, (0, 0), arrowprops={"arrowstyle": "-|>", "lw": 2.5, "color": COLOURS[i]}
         )
         below: dict[str, Any] = {"xytext": (0, -8), "ha": "center", "va": "top"}
-        beside: dict[str, Any] = {"xytext": (-8, 0), "ha": "right", "va": "center"}
+        left: dict[str, Any] = {"xytext": (-8, 0), "ha": "right", "va": "center"}
         axes.annotate(
             f"task vector\nof {name}", point / 2, textcoords="offset points", fontsize=9,
-            **(below if i == 1 else beside),
+            **(below if i == 1 else left),
         )  # fmt: skip
         axes.plot(*point, marker="os"[i - 1], ms=11, color=COLOURS[i], mec="black")
         axes.text(*point, f"   {name}", fontsize=10, va="bottom")
@@ -162,10 +161,10 @@ def sign_picture(
     shaded quadrants, entries that one expert lost lie on an axis.
     """
     figure = Figure(figsize=(9, 5), layout="constrained")
-    panels: Any = figure.subplots(1, 2, sharex=True, sharey=True)
+    both: Any = figure.subplots(1, 2, sharex=True, sharey=True)
     step = max(1, before.shape[1] // points)
     high = 1.05 * float(before[:, ::step].abs().max())
-    for axes, deltas, title in zip(panels, (before, after), titles, strict=True):
+    for axes, deltas, title in zip(both, (before, after), titles, strict=True):
         x, y = deltas[:, ::step].numpy()
         axes.fill([-high, 0, 0, -high], [0, 0, high, high], color="0.9", lw=0)
         axes.fill([0, high, high, 0], [-high, -high, 0, 0], color="0.9", lw=0)
@@ -184,7 +183,7 @@ def sign_picture(
         axes.set_title(title, fontsize=10)
         below: dict[str, Any] = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.14), "ncols": 2}
         axes.legend(fontsize=8, markerscale=1.5, columnspacing=1, handletextpad=0.2, **below)
-    panels[0].set_ylabel(f"entry of the task vector: {names[1]}")
+    both[0].set_ylabel(f"entry of the task vector: {names[1]}")
     return figure
 
 
@@ -215,9 +214,9 @@ def sweep_picture(
 def dare_picture(delta: Tensor, masked: Mapping[str, Tensor], drop_rate: float) -> Figure:
     """Entries of a task vector (n,) against what DARE makes of them: title -> (n,), one panel each."""
     figure = Figure(figsize=(4.2 * len(masked), 3.8), layout="constrained")
-    panels: Any = figure.subplots(1, len(masked), sharex=True, sharey=True, squeeze=False)
+    grid: Any = figure.subplots(1, len(masked), sharex=True, sharey=True, squeeze=False)
     high = 1.1 * float(delta.abs().max())
-    for i, (axes, (title, values)) in enumerate(zip(panels[0], masked.items(), strict=True)):
+    for i, (axes, (title, values)) in enumerate(zip(grid[0], masked.items(), strict=True)):
         axes.plot([-high, high], [-high, high], color="black", lw=1, label="unchanged")
         steep = np.array([-high, high]) / (1 - drop_rate)
         axes.plot([-high, high], steep, ":", color="0.3", label="kept and rescaled")
@@ -226,9 +225,9 @@ def dare_picture(delta: Tensor, masked: Mapping[str, Tensor], drop_rate: float) 
         axes.locator_params(axis="x", nbins=5)
         axes.set_title(title, fontsize=10)
         axes.grid(alpha=0.3)
-    panels[0][0].set_ylabel("entry after DARE")
-    panels[0][0].set_ylim(-high / (1 - drop_rate), high / (1 - drop_rate))
-    panels[0][0].legend(fontsize=8, loc="upper left")
+    grid[0][0].set_ylabel("entry after DARE")
+    grid[0][0].set_ylim(-high / (1 - drop_rate), high / (1 - drop_rate))
+    grid[0][0].legend(fontsize=8, loc="upper left")
     return figure
 
 
@@ -263,13 +262,12 @@ def gains_picture(
     """
     figure = Figure(figsize=(8.5, 0.6 + len(titles) * (0.75 + 0.34 * len(sources))))
     figure.set_layout_engine("constrained")
-    panels: Any = figure.subplots(len(titles), 1, squeeze=False)[:, 0]
-    low, high = float(gains.min()), float(gains.max())
-    for axes, values, title in zip(panels, gains, titles, strict=True):
-        axes.imshow(values, cmap="cividis", vmin=low, vmax=high, aspect="auto")
+    grid: Any = figure.subplots(len(titles), 1, squeeze=False)[:, 0]
+    most = float(np.abs(gains).max()) or 1.0
+    for axes, values, title in zip(grid, gains, titles, strict=True):
+        axes.imshow(values, cmap=DIFFERENCES, vmin=-most, vmax=most, aspect="auto")
         for (a, p), v in np.ndenumerate(values):
-            dark = v < (low + high) / 2
-            text = {"color": "white" if dark else "black", "ha": "center", "va": "center"}
+            text = {"color": on_cell(abs(v) / most), "ha": "center", "va": "center"}
             axes.text(p, a, f"{v:+.1f}", fontsize=9, **text)
         for p, a in enumerate(values.argmax(0)):
             if values[a, p] > 0:
@@ -288,16 +286,9 @@ def maps_picture(
     states: Sequence[tuple[str, np.ndarray, int]], names: Sequence[str], columns: int = 4
 ) -> Figure:
     """Merging maps side by side: (title, map (N+M, L), the agent's layer) for each."""
-    rows = -(-len(states) // columns)
-    n_layers = states[0][1].shape[1]
-    size = (1 + columns * (0.4 * n_layers + 0.4), rows * (1.1 + 0.3 * len(names)))
-    figure = Figure(figsize=size, layout="constrained")
-    grid: Any = figure.subplots(rows, columns, squeeze=False)
-    for i, axes in enumerate(grid.flat):
-        if i >= len(states):
-            axes.set_axis_off()
-            continue
-        title, counts, layer = states[i]
+    width = 1 / columns + 0.4 * states[0][1].shape[1] + 0.4
+    figure, grid = panels(len(states), columns, width, 1.1 + 0.3 * len(names))
+    for i, (axes, (title, counts, layer)) in enumerate(zip(grid, states, strict=True)):
         draw_map(axes, counts, names, 0, cursor=layer)
         axes.set_title(title, fontsize=10)
         axes.xaxis.labelpad = 7  # below the box around the present layer

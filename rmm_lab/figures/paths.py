@@ -1,4 +1,8 @@
-"""Figures: rewards (Fig. 3), layer paths, merging maps, policies. Colours are okabe_ito and cividis."""
+"""Figures of paths: rewards (Fig. 3), layer paths, merging maps, policies.
+
+Colours are okabe_ito; counts and probabilities go from white to dark blue, so that zero looks empty, and
+differences from orange to purple with white at zero.
+"""
 
 from __future__ import annotations
 
@@ -10,11 +14,22 @@ from typing import Any
 import numpy as np
 from matplotlib import color_sequences
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import LinearSegmentedColormap, to_rgb
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyBboxPatch, Rectangle
 
+from rmm_lab.reward import Path, Step
+
 COLOURS = color_sequences["okabe_ito"]
 HATCHES = ("", "///", "...", "xxx", "\\\\\\", "ooo", "+++", "---")
+COUNTS = LinearSegmentedColormap.from_list("counts", ["white", "#004c7d"])
+DIFFERENCES = "PuOr"
+BOXES = 10  # of a path in one row
+
+
+def on_cell(share: float) -> str:
+    """The colour of a number on a heat map's cell, whose value is ``share`` of the largest."""
+    return "white" if share > 0.7 else "black"
 
 
 def png(figure: Figure) -> bytes:
@@ -26,6 +41,33 @@ def png(figure: Figure) -> bytes:
     finally:
         figure.dpi = dpi
     return data.getvalue()
+
+
+def panels(
+    n: int, n_columns: int, width: float, height: float, more: float = 0.0, **options: Any
+) -> tuple[Figure, list[Any]]:
+    """A figure of n axes in rows of ``n_columns``, each ``width`` by ``height`` inches.
+
+    ``more``: inches of height for the whole figure, such as for a legend; ``options``: of ``subplots``.
+    """
+    rows = -(-n // n_columns)
+    size = (width * n_columns, more + height * rows)
+    figure = Figure(figsize=size, layout="constrained")
+    axes = figure.subplots(rows, n_columns, squeeze=False, **options).flatten()
+    for unused in axes[n:]:
+        unused.set_axis_off()
+    return figure, list(axes[:n])
+
+
+def tidy(
+    axes: Any, title: str = "", xlabel: str = "", ylabel: str = "", grid: Any = "both"
+) -> None:
+    """Titles, labels and ticks in the sizes of the course, and a pale grid."""
+    axes.set_title(title, fontsize=10)
+    axes.set_xlabel(xlabel, fontsize=9)
+    axes.set_ylabel(ylabel, fontsize=9)
+    axes.tick_params(labelsize=8)
+    axes.grid(axis=grid, alpha=0.3)
 
 
 def moving_average(values: Sequence[float] | np.ndarray, width: int) -> np.ndarray:
@@ -72,110 +114,83 @@ def place_name(k: int, stacks: Sequence[range] = ()) -> str:
     return f"layer {k}"
 
 
+def with_stem(path: Path, stem: str = "base") -> Path:
+    """The path with its stem as the first step: from ``stem``, unless the path chooses one."""
+    return path if path and path[0].layer < 0 else (Step(stem, -1), *path)
+
+
 def path_picture(
-    steps: Sequence[tuple[str, int]],
+    path: Path,
     sources: Sequence[str],
     n_layers: int,
-    stem: str,
+    stem: str = "base",
     stacks: Sequence[range] = (),
 ) -> Figure:
-    """A path as rows of boxes in running order: one colour and hatch per source, its layer's number.
+    """A path as rows of boxes in running order, under its merging map (Eq. 5, sources by layers).
 
-    With two ``stacks`` (a T5's) layers are called enc 0, enc 1, ..., dec 0, ..., and a line in the map
-    shows the border that no layer crosses.
-
-    The first box is the stem; an arrow says to which expert a weighted average leans. Above the boxes:
-    the merging map at the end (Eq. 5), sources by layers.
+    One colour and hatch per source; the first box is the stem, from ``stem`` unless the path chooses one.
+    An arrow shows which expert a weighted average leans to. With two ``stacks`` (a T5's) layers are
+    called enc 0, ..., dec 0, ..., and a line in the map separates encoder and decoder.
     """
-    figure = Figure(figsize=_path_size([steps], sources, n_layers), layout="constrained")
-    _draw_path(figure, steps, sources, n_layers, stem, stacks)
+    path = with_stem(path, stem)
+    figure = Figure(figsize=_path_size([path], sources, n_layers), layout="constrained")
+    _draw_path(figure, path, sources, n_layers, stacks)
     return figure
 
 
-BOXES = 10  # of a path in one row
-
-
-def _path_size(
-    paths: Sequence[Sequence[Any]], sources: Sequence[str], n_layers: int
-) -> tuple[float, float]:
+def _path_size(paths: Sequence[Path], sources: Sequence[str], n_layers: int) -> tuple[float, float]:
     """Width and height in inches of the pictures of some paths, one below the other."""
-    longest = max(len(steps) for steps in paths) + 1
+    longest = max(len(path) for path in paths)
     width = max(6.0, 0.8 * max(min(longest, BOXES), min(n_layers, BOXES)) + 3, 0.45 * n_layers + 3)
-    rows = sum(-(-(len(steps) + 1) // BOXES) for steps in paths)
-    return width, len(paths) * (1.2 + 0.32 * len(sources)) + 0.7 * rows
+    rows = sum(-(-len(path) // BOXES) for path in paths)
+    return width, len(paths) * (1.0 + 0.25 * len(sources)) + 0.7 * rows
 
 
 def _draw_path(
-    figure: Any,
-    steps: Sequence[tuple[str, int]],
-    sources: Sequence[str],
-    n_layers: int,
-    stem: str,
-    stacks: Sequence[range],
+    figure: Any, path: Path, sources: Sequence[str], n_layers: int, stacks: Sequence[range]
 ) -> None:
-    """Map and boxes of one path into a figure or a part of one."""
-    boxes = [(stem, -1), *steps]
-    rows = -(-len(boxes) // BOXES)
+    """Map and boxes of one path, its stem first, into a figure or a part of one."""
+    rows = -(-len(path) // BOXES)
     top, bottom = figure.subplots(2, 1, height_ratios=[0.45 * len(sources), 0.4 + 0.9 * rows])
-    counts = merging_map(steps, sources, 0, n_layers)
-    draw_map(top, counts, sources, 0, stacks)
+    draw_map(top, merging_map(path[1:], sources, 0, n_layers), sources, 0, stacks)
     title = "merging map: how often each source's layer was taken"
-    if any(scales(source) for source, _ in steps):
-        title += "; of an own scale per expert: how much of it"
+    if any(step.scales for step in path):
+        title += "; for scales, how much of each expert"
     top.set_title(title, fontsize=10)
-    for i, (source, k) in enumerate(boxes):
-        known = source in sources
-        rgb = _rgb(list(sources).index(source)) if known else (0.4, 0.4, 0.4)
+    for i, step in enumerate(path):
+        known = step.source in sources
+        number = list(sources).index(step.source) if known else 0
+        rgb = to_rgb(COLOURS[1 + number % (len(COLOURS) - 1)]) if known else (0.4, 0.4, 0.4)
         x, y = i % BOXES, rows - 1 - i // BOXES
         bottom.add_patch(
             FancyBboxPatch(
-                (x + 0.08, y + 0.1),
-                0.84,
-                0.8,
-                boxstyle="round,pad=0,rounding_size=0.08",
-                facecolor=(*rgb, 0.35),
-                edgecolor=rgb,
-                hatch=HATCHES[list(sources).index(source) % len(HATCHES)] if known else "",
-                lw=1.5,
+                (x + 0.08, y + 0.1), 0.84, 0.8, boxstyle="round,pad=0,rounding_size=0.08",
+                facecolor=(*rgb, 0.35), edgecolor=rgb, lw=1.5,
+                hatch=HATCHES[number % len(HATCHES)] if known else "",
             )
-        )
+        )  # fmt: skip
         bottom.text(
-            x + 0.5,
-            y + 0.5,
-            f"{_label(source)}\n{place_name(k, stacks)}",
-            ha="center",
-            va="center",
-            fontsize=8,
+            x + 0.5, y + 0.5, f"{_label(step)}\n{place_name(step.layer, stacks)}", ha="center",
+            va="center", fontsize=8,
             bbox={"facecolor": "white", "edgecolor": "none", "pad": 1, "alpha": 0.85},
-        )
-    bottom.set_xlim(-0.1, min(len(boxes), BOXES) + 0.1)
+        )  # fmt: skip
+    bottom.set_xlim(-0.1, min(len(path), BOXES) + 0.1)
     bottom.set_ylim(0, rows)
     bottom.set_axis_off()
-    bottom.set_title(
-        "the path: the stem, then the layers in the order in which they run", fontsize=10
-    )
+    bottom.set_title("the path: the stem, then the layers in running order", fontsize=10)
 
 
-def scales(source: str) -> list[float]:
-    """The scale of each expert that task arithmetic with one for each has; else none."""
-    text = source.removeprefix("task_arithmetic:scale=")
-    return [float(s) for s in text.split("/")] if text != source and "/" in text else []
+def merging_map(path: Path, sources: Sequence[str], first: int, n_places: int) -> np.ndarray:
+    """How often a path takes each source's layer: (S, places from layer ``first`` on), Eq. 5.
 
-
-def merging_map(
-    steps: Sequence[tuple[str, int]], sources: Sequence[str], first: int, n_places: int
-) -> np.ndarray:
-    """How often each source's layer is in a path: (S, places from layer ``first`` on), Eq. 5.
-
-    A step that is none of the sources but has a scale for each expert counts as its scales, at the experts.
+    A step with scales counts as its scales, at the experts, which are the first sources.
     """
     counts = np.zeros((len(sources), n_places))
-    for source, k in steps:
-        if source in sources:
-            counts[list(sources).index(source), k - first] += 1
-        else:
-            own = scales(source)
-            counts[: len(own), k - first] += own
+    for step in path:
+        if step.scales:
+            counts[: len(step.scales), step.layer - first] += step.scales
+        elif step.source in sources:
+            counts[list(sources).index(step.source), step.layer - first] += 1
     return counts
 
 
@@ -190,21 +205,22 @@ def draw_map(
     """A merging map (rows sources, columns places from layer ``first`` on) with its counts.
 
     ``names`` may be longer than the map: skip and back have rows without counts. ``cursor``: the layer
-    to decide on, framed and marked.
+    to decide on, which gets a frame.
     """
     counts = np.asarray(counts)
     n_places, most = counts.shape[1], max(1.0, float(counts.max(initial=0)))
-    axes.imshow(counts, cmap="cividis", vmin=0, vmax=most, aspect="auto")
-    # Thin lines between the cells: two counted neighbours are two choices.
-    axes.vlines(np.arange(1, n_places) - 0.5, -0.5, len(counts) - 0.5, color="white", lw=0.5)
-    axes.hlines(np.arange(1, len(counts)) - 0.5, -0.5, n_places - 0.5, color="white", lw=0.5)
+    axes.imshow(counts, cmap=COUNTS, vmin=0, vmax=most, aspect="auto")
+    # Thin lines between the cells, so that two counted neighbours read as two choices.
+    axes.vlines(np.arange(1, n_places) - 0.5, -0.5, len(counts) - 0.5, color="0.75", lw=0.5)
+    below = len(counts) + (len(names) > len(counts))
+    axes.hlines(np.arange(1, below) - 0.5, -0.5, n_places - 0.5, color="0.75", lw=0.5)
     for (a, x), n in np.ndenumerate(counts):
         if n:
-            colour = "black" if n >= most / 2 else "white"
             text, size = (f"{n:.0f}", 9) if n == round(n) else (f"{n:.2f}".replace("0.", "."), 7)
+            colour = on_cell(n / most)
             axes.text(x, a, text, ha="center", va="center", fontsize=size, color=colour)
     _places(axes, first, n_places, stacks)
-    axes.set_yticks(range(len(names)), names, fontsize=9)
+    axes.set_yticks(range(len(names)), list(map(short_name, names)), fontsize=9)
     axes.set_ylim(len(names) - 0.5, -0.5)
     if len(names) > len(counts):
         x, y = (n_places - 1) / 2, (len(counts) + len(names) - 1) / 2
@@ -220,7 +236,7 @@ def draw_map(
 
 
 def _places(axes: Any, first: int, n_places: int, stacks: Sequence[range]) -> None:
-    """Name the columns: places from layer ``first`` on; a line stands between two stacks."""
+    """Name the columns, places from layer ``first`` on; a line separates two stacks."""
     places = [place_name(k, stacks).removeprefix("layer ") for k in range(first, first + n_places)]
     crowded = len(stacks) == 2 and n_places > 8
     axes.set_xticks(range(n_places), places, fontsize=8 if crowded else 9)
@@ -228,7 +244,7 @@ def _places(axes: Any, first: int, n_places: int, stacks: Sequence[range]) -> No
         axes.tick_params("x", rotation=90)
     axes.set_xlabel("layer", fontsize=9)
     if len(stacks) == 2:
-        axes.axvline(stacks[1].start - first - 0.5, color="white", lw=2)
+        axes.axvline(stacks[1].start - first - 0.5, color="0.4", lw=2)
 
 
 def walk_picture(
@@ -244,16 +260,15 @@ def walk_picture(
     scores: Mapping[str, float] | None = None,
     path: Sequence[str] = (),
 ) -> Figure:
-    """A walk as it stands: the merging map (N+M, P) with the cursor, and one panel beside it.
+    """A walk so far: the merging map (N+M, P) with the cursor, and below it the ``path`` in words.
 
-    ``probabilities`` (A,) of the agent's policy and its ``value`` become bars beside the action names;
-    at the end the ``scores`` (task -> metric in [0, 1]) do. Without either the map stands alone. Below:
-    the ``path``, step by step in words.
+    A second panel shows ``probabilities`` (A,) of the agent's policy and its ``value``, or at the end the
+    ``scores`` (task -> metric in [0, 1]), if there are any.
     """
-    n_places, beside = merging_map.shape[1], probabilities is not None or scores is not None
-    width = 3.2 + max(2.4, 0.5 * n_places) + 2.9 * beside
+    n_places, two_panels = merging_map.shape[1], probabilities is not None or scores is not None
+    width = 3.2 + max(2.4, 0.5 * n_places) + 2.9 * two_panels
     figure = Figure(figsize=(width, 1.1 + 0.29 * len(actions)), layout="constrained")
-    ratios = [max(2.4, 0.5 * n_places), 2.4] if beside else [1]
+    ratios = [max(2.4, 0.5 * n_places), 2.4] if two_panels else [1]
     axes = figure.subplots(1, len(ratios), width_ratios=ratios, squeeze=False)[0]
     draw_map(axes[0], merging_map, actions, first, stacks, cursor)
     axes[0].set_title("merging map", fontsize=10)
@@ -304,31 +319,29 @@ def _score_bars(
 
 
 def paths_picture(
-    paths: Sequence[tuple[str, Sequence[tuple[str, int]], str]],
+    paths: Sequence[tuple[str, Path]],
     scores: Mapping[str, Mapping[str, float]],
     sources: Sequence[str],
     n_layers: int,
     stacks: Sequence[range] = (),
     caption: str = "score per task",
 ) -> Figure:
-    """Some paths, given as (label, steps, stem), one below the other, and bars of their scores.
+    """Some paths, as (label, path), one below the other, and bars of their scores.
 
     ``scores``: label -> task -> metric in [0, 1], for at most two; ``caption`` says what they are.
     """
-    width, height = 7.0, 0.0
-    if paths:
-        width, height = _path_size([steps for _, steps, _ in paths], sources, n_layers)
+    paths = [(label, with_stem(path)) for label, path in paths]
+    sizes = [_path_size([path], sources, n_layers) for _, path in paths]  # (width, height) each
     tasks = list(next(iter(scores.values()), {}))
-    below = 0.9 + 0.28 * max(1, len(scores)) * (len(tasks) + 1) if scores else 0.0
-    head = 0.3 * len(paths)
-    figure = Figure(figsize=(width, height + head + below), layout="constrained")
-    sizes = [_path_size([steps], sources, n_layers)[1] + 0.3 for _, steps, _ in paths]
-    parts = figure.subfigures(
-        len(sizes) + bool(scores), 1, height_ratios=[*sizes, *([below] if scores else [])], squeeze=False
-    )[:, 0]  # fmt: skip
-    for part, (label, steps, stem) in zip(parts, paths, strict=False):
+    heights = [height + 0.3 for _, height in sizes]
+    if scores:
+        heights.append(0.8 + 0.24 * len(scores) * (len(tasks) + 1))
+    width = max((w for w, _ in sizes), default=7.0)
+    figure = Figure(figsize=(width, sum(heights)), layout="constrained")
+    parts = figure.subfigures(len(heights), 1, height_ratios=heights, squeeze=False)[:, 0]
+    for part, (label, path) in zip(parts, paths, strict=False):
         part.suptitle(label, fontsize=11, fontweight="bold", x=0.01, ha="left")
-        _draw_path(part, steps, sources, n_layers, stem, stacks)
+        _draw_path(part, path, sources, n_layers, stacks)
     if scores:
         axes = parts[-1].subplots()
         _score_bars(axes, tasks, [list(s.values()) for s in scores.values()], list(scores))
@@ -345,18 +358,21 @@ def replay_picture(
     merging_map: np.ndarray,
     actions: Sequence[str],
     first: int,
-    stacks: Sequence[range] = (),
+    stacks: Sequence[range],
+    agent_stacks: Sequence[range],
+    title: str = "the policy that acted: mean probability",
     width: int = 50,
 ) -> Figure:
-    """A search at one episode: rewards so far and to come, the policy that acted, the episode's map.
+    """A search at one episode: all rewards, the agent's policy under a ``title``, the episode's map.
 
-    rewards: (T,) raw, in [0, 1]; policy: (P, A), NaN where no step stood; merging_map: (N+M, P).
+    rewards: (T,) raw, in [0, 1]; policy: (P, A), NaN at places never visited; merging_map: (N+M, P').
+    The policy's places are those of ``agent_stacks``: blocks, where those of ``stacks`` are sublayers.
     """
     n_places = len(policy)
     figure = Figure(
-        figsize=(3.5 + max(5.0, 0.75 * n_places), 3.6 + 0.27 * len(actions)), layout="constrained"
+        figsize=(3.5 + max(5.0, 0.75 * n_places), 3.1 + 0.25 * len(actions)), layout="constrained"
     )
-    grid = figure.add_gridspec(2, 2, height_ratios=[2.2, 0.8 + 0.27 * len(actions)])
+    grid = figure.add_gridspec(2, 2, height_ratios=[1.8, 0.8 + 0.25 * len(actions)])
     top, left, right = (figure.add_subplot(g) for g in (grid[0, :], grid[1, 0], grid[1, 1]))
     percent = 100 * rewards
     top.plot(percent, ".", ms=3, color="0.45", label="raw reward of an episode (Eq. 7)")
@@ -373,11 +389,10 @@ def replay_picture(
     top.margins(x=0.02)
     top.grid(alpha=0.3)
     top.legend(fontsize=8, loc="lower right", ncols=3, bbox_to_anchor=(1, 1), frameon=False)
-    left.imshow(policy.T, cmap="cividis", vmin=0, vmax=1, aspect="auto")
+    left.imshow(policy.T, cmap=COUNTS, vmin=0, vmax=1, aspect="auto")
     for (a, x), p in np.ndenumerate(policy.T):
         if p >= 0.1:  # False where NaN
-            colour = "black" if p >= 0.5 else "white"
-            left.text(x, a, f"{p:.1f}", ha="center", va="center", fontsize=8, color=colour)
+            left.text(x, a, f"{p:.1f}", ha="center", va="center", fontsize=8, color=on_cell(p))
     for x in np.flatnonzero(np.isnan(policy).all(1)).tolist():
         left.add_patch(
             Rectangle((x - 0.5, -0.5), 1, len(actions), fc="white", ec="0.4", hatch="xx", lw=0)
@@ -385,26 +400,28 @@ def replay_picture(
         y = (len(actions) - 1) / 2
         box = {"fc": "white", "ec": "none", "pad": 1}
         left.text(x, y, "not visited", rotation=90, ha="center", va="center", fontsize=8, bbox=box)
-    _places(left, first, n_places, stacks)
-    left.set_yticks(range(len(actions)), actions, fontsize=9)
-    left.set_title("the policy that acted: mean probability", fontsize=10)
+    _places(left, first, n_places, agent_stacks)
+    left.set_yticks(range(len(actions)), list(map(short_name, actions)), fontsize=9)
+    left.set_title(title, fontsize=10)
     draw_map(right, merging_map, actions, first, stacks)
     right.set_yticks(range(len(actions)), [""] * len(actions))
     right.set_title(f"merging map of episode {episode}", fontsize=10)
+    if tuple(stacks) != tuple(agent_stacks):
+        left.set_xlabel("block", fontsize=9)
+        right.set_xlabel("sublayer", fontsize=9)
+        right.tick_params("x", rotation=90, labelsize=8)  # twice as many, in the same width
     return figure
 
 
-def _label(source: str) -> str:
-    """A source in a few short lines; an operator that leans says to which expert."""
-    if own := scales(source):
-        return "scales\n" + "/".join(f"{s:.2f}".replace("0.", ".") for s in own)
+def short_name(source: str) -> str:
+    """A source without the options of an operator that leans to an expert: ``weighted_average → 1``."""
     name, _, options = source.partition(":")
-    leads = next((o.partition("=")[2] for o in options.split(",") if o.startswith("expert=")), "")
-    return name.replace("_", "\n") + (f" → {leads}" if leads else "")
+    leads = [o.partition("=")[2] for o in options.split(",") if o.startswith("expert=")]
+    return f"{name} → {leads[0]}" if leads else source
 
 
-def _rgb(a: int) -> tuple[float, float, float]:
-    from matplotlib.colors import to_rgb
-
-    # Black, the first, is for lines; seven colours and eight hatches: 56 sources differ.
-    return to_rgb(COLOURS[1 + a % (len(COLOURS) - 1)])
+def _label(step: Step) -> str:
+    """A step's source in a few short lines."""
+    if step.scales:
+        return "scales\n" + "/".join(f"{s:.2f}".replace("0.", ".") for s in step.scales)
+    return short_name(step.source).partition(":")[0].replace("_", "\n")

@@ -12,58 +12,55 @@ from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from rmm_lab.figures.paths import COLOURS
+from rmm_lab.figures.paths import COLOURS, COUNTS, on_cell, panels, tidy, with_stem
 from rmm_lab.operators import parse_operator
+from rmm_lab.reward import Path, Step
 
 # ---- notebook 08
 
 LINEAR = ("task_arithmetic", "weight_average", "weighted_average")  # sums of scaled task vectors
 
 
-def amounts(source: str, names: Sequence[str]) -> np.ndarray:
-    """How much of each expert's task vector a source adds to the base: (N,).
+def amounts(step: Step, names: Sequence[str]) -> np.ndarray:
+    """How much of each expert's task vector a step adds to the base: (N,).
 
-    1 of its own for an expert, its scales for task arithmetic; NaN where a source trims or drops.
+    1 of its own for an expert, its scales for task arithmetic; NaN where the source trims or drops.
     """
-    if source == "base":
+    if step.scales:
+        return np.array(step.scales)
+    if step.source == "base":
         return np.zeros(len(names))
-    if source in names:
-        return np.eye(len(names))[list(names).index(source)]
-    spec = parse_operator(source)
+    if step.source in names:
+        return np.eye(len(names))[list(names).index(step.source)]
+    spec = parse_operator(step.source)
     if spec.function not in LINEAR:
         return np.full(len(names), np.nan)
     return spec(torch.zeros(len(names)), torch.eye(len(names))).double().numpy()
 
 
-def path_amounts(
-    steps: Sequence[tuple[str, int]], stem: str, names: Sequence[str], n_layers: int
-) -> np.ndarray:
+def path_amounts(path: Path, names: Sequence[str], n_layers: int, stem: str = "base") -> np.ndarray:
     """``amounts`` at each place of a path: (N, 1 + L), the stem first; NaN where it takes no layer."""
     out = np.full((len(names), 1 + n_layers), np.nan)
-    for source, k in [(stem, -1), *steps]:
-        out[:, 1 + k] = amounts(source, names)
+    for step in with_stem(path, stem):
+        out[:, 1 + step.layer] = amounts(step, names)
     return out
 
 
-def amounts_picture(found: Mapping[str, Mapping[str, np.ndarray]]) -> Figure:
+def amounts_picture(groups: Mapping[str, Mapping[str, np.ndarray]]) -> Figure:
     """A heat map for each group: group -> expert -> (1 + L,) amounts, in the cells as numbers."""
-    rows = -(-len(found) // 2)
-    figure = Figure(figsize=(9.5, 1.9 * rows), layout="constrained")
-    grid = figure.subplots(rows, 2, squeeze=False)
-    for axes, (group, own) in zip(grid.flat, found.items(), strict=False):
-        values = np.stack(list(own.values()))  # (N, 1 + L)
-        axes.imshow(values, cmap="cividis", vmin=0, vmax=1, aspect="auto")
+    figure, grid = panels(len(groups), 2, 4.75, 1.9)
+    for axes, (group, experts) in zip(grid, groups.items(), strict=True):
+        values = np.stack(list(experts.values()))  # (N, 1 + L)
+        axes.imshow(values, cmap=COUNTS, vmin=0, vmax=1, aspect="auto")
         for (y, x), value in np.ndenumerate(values):
             if not np.isnan(value):
-                colour = "black" if value >= 0.5 else "white"
                 text = f"{value:.1f}".replace("0.", ".")
-                axes.text(x, y, text, ha="center", va="center", fontsize=8, color=colour)
+                look = {"ha": "center", "va": "center", "color": on_cell(value)}
+                axes.text(x, y, text, fontsize=8, **look)
         axes.set_title(group, fontsize=10)
         axes.set_xticks(range(values.shape[1]), ["stem", *range(values.shape[1] - 1)], fontsize=9)
-        axes.set_yticks(range(len(own)), list(own), fontsize=9)
+        axes.set_yticks(range(len(experts)), list(experts), fontsize=9)
         axes.set_xlabel("layer", fontsize=9)
-    for axes in grid.flat[len(found) :]:
-        axes.set_axis_off()
     return figure
 
 
@@ -71,14 +68,12 @@ def seeds_picture(scores: Mapping[str, Mapping[str, np.ndarray]]) -> Figure:
     """Every seed's score as an open mark, one panel per group, one line per method.
 
     ``scores``: group -> method -> (S,) in %. Squares are bounds, circles uniform merges as published,
-    triangles tuned ones, diamonds RMM. A method that a group lacks keeps its line empty.
+    triangles tuned ones, diamonds RMM. The line of a method that a group lacks stays empty.
     """
-    rows = -(-len(scores) // 2)
-    methods = list(dict.fromkeys(m for own in scores.values() for m in own))
-    figure = Figure(figsize=(9.5, 3.3 * rows), layout="constrained")
-    grid = figure.subplots(rows, 2, squeeze=False, sharey=True)
-    for axes, (group, own) in zip(grid.flat, scores.items(), strict=False):
-        for method, values in own.items():
+    methods = list(dict.fromkeys(m for group in scores.values() for m in group))
+    figure, grid = panels(len(scores), 2, 4.75, 3.3, sharey=True)
+    for axes, (group, by_method) in zip(grid, scores.items(), strict=True):
+        for method, values in by_method.items():
             marker, colour = "o", COLOURS[1]
             if method in ("base", "fine-tuned", "multi-task") or "expert" in method:
                 marker, colour = "s", "0.35"
@@ -88,14 +83,9 @@ def seeds_picture(scores: Mapping[str, Mapping[str, np.ndarray]]) -> Figure:
                 marker, colour = "^", COLOURS[5]
             y = np.full(len(values), methods.index(method))
             axes.plot(values, y, marker, ms=7, mfc="none", mec=colour, mew=1.4)
-        axes.set_title(group, fontsize=10)
-        axes.set_yticks(range(len(methods)), methods, fontsize=9)
+        axes.set_yticks(range(len(methods)), methods)
         axes.set_ylim(len(methods) - 0.5, -0.5)
-        axes.set_xlabel("mean over tasks, test split, %", fontsize=9)
-        axes.tick_params("x", labelsize=9)
-        axes.grid(alpha=0.3)
-    for axes in grid.flat[len(scores) :]:
-        axes.set_axis_off()
+        tidy(axes, group, "mean over tasks, test split, %")
     return figure
 
 
@@ -104,18 +94,15 @@ def gain_picture(gains: Mapping[str, np.ndarray], half: Mapping[str, float]) -> 
 
     ``gains``: group -> (S,) in points; ``half``: group -> half the width of the interval.
     """
-    figure = Figure(figsize=(7.5, 1.0 + 0.6 * len(gains)), layout="constrained")
-    axes = figure.subplots()
+    figure, (axes,) = panels(1, 1, 7.5, 0.6 * len(gains), more=1.0)
     for y, (group, values) in enumerate(gains.items()):
         axes.plot(values, np.full(len(values), y + 0.18), "D", ms=6, mfc="none", mec=COLOURS[3])
         mean, bar = values.mean(), half[group]
         axes.errorbar(mean, y - 0.14, xerr=bar, fmt="|", ms=12, color="black", capsize=5, lw=2)
     axes.axvline(0, color="black", lw=1, ls="--")
-    axes.set_yticks(range(len(gains)), list(gains), fontsize=9)
+    axes.set_yticks(range(len(gains)), list(gains))
     axes.set_ylim(len(gains) - 0.5, -0.5)
-    axes.set_xlabel("gain of RMM over the best uniform merge, points", fontsize=9)
-    axes.tick_params("x", labelsize=9)
-    axes.grid(axis="x", alpha=0.3)
+    tidy(axes, "", "gain of RMM over the best uniform merge, points", grid="x")
     return figure
 
 
@@ -169,28 +156,22 @@ def hills_picture(
     that take ``expert``, one of the ``tasks``, at n places. Left: each task's score against the reward;
     right: the mean reward and each task's mean score against n; the reward of each path as a mark.
     """
-    figure = Figure(figsize=(9.5, 3.7), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    rewards = {n: 100 * found.mean(1) for n, found in partial.items()}
-    for n, found in rewards.items():
-        right.plot(np.full(len(found), n), found, "D", color="black", mfc="none", ms=4, alpha=0.6)
-    means = [found.mean() for found in rewards.values()]
+    figure, (left, right) = panels(2, 2, 4.75, 3.7)
+    rewards = {n: 100 * scores.mean(1) for n, scores in partial.items()}
+    for n, scores in rewards.items():
+        right.plot(np.full(len(scores), n), scores, "D", color="black", mfc="none", ms=4, alpha=0.6)
+    means = [scores.mean() for scores in rewards.values()]
     right.plot(list(partial), means, "D-", color="black", lw=2.5, label="reward")
     for i, task in enumerate(tasks):
         style: dict[str, Any] = {"marker": "o^s"[i], "color": COLOURS[(5, 6, 3)[i]], "label": task}
         left.plot(100 * drawn.mean(1), 100 * drawn[:, i], ms=5, ls="none", mfc="none", **style)
-        means = [100 * found[:, i].mean() for found in partial.values()]
+        means = [100 * scores[:, i].mean() for scores in partial.values()]
         right.plot(list(partial), means, ls=("--", "-.", ":")[i], lw=1.8, **style)
-    left.set_xlabel("reward of a random path: mean over tasks, %", fontsize=9)
-    left.set_ylabel("score on each task, %", fontsize=9)
+    tidy(left, "", "reward of a random path: mean over tasks, %", "score on each task, %")
     left.set_ylim(-3, 125)
     left.set_yticks(range(0, 101, 20))
-    right.set_xlabel(f"places that take {expert}; the others are random", fontsize=9)
-    right.set_ylabel("mean over the paths, %", fontsize=9)
+    tidy(right, "", f"places that take {expert}; the others are random", "mean over the paths, %")
     right.set_xticks(list(partial))
-    for axes in (left, right):
-        axes.tick_params(labelsize=9)
-        axes.grid(alpha=0.3)
     left.legend(fontsize=9, ncols=3, loc="upper center")
     title = "open marks: one path's reward"
     right.legend(fontsize=9, title=title, title_fontsize=9, loc="upper left")

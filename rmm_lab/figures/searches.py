@@ -10,9 +10,38 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from rmm_lab.engine.scorer import Path
-from rmm_lab.evidence.pages import mean_and_sd
-from rmm_lab.figures.paths import COLOURS, HATCHES, moving_average
+from rmm_lab.errors import InputError
+from rmm_lab.figures.paths import COLOURS, HATCHES, moving_average, panels, tidy
+from rmm_lab.reward import Path
+
+# ------------------------------------------------------------------------------------ statistics
+
+
+def t_interval(values: Sequence[float] | np.ndarray) -> tuple[float, float]:
+    """Mean and half width of its 95 % confidence interval: ``mean ± t sd / sqrt(n)``, Student's t."""
+    from scipy.special import stdtrit
+
+    v = np.asarray(values, float)
+    if len(v) < 2:
+        raise InputError(f"t_interval: expected at least 2 values, found {len(v)}; give more")
+    return float(v.mean()), float(stdtrit(len(v) - 1, 0.975) * v.std(ddof=1) / len(v) ** 0.5)
+
+
+def mean_and_sd(
+    rows: Sequence[Mapping[str, Any]], value: str, *keys: str
+) -> dict[tuple[Any, ...], tuple[int, float, float]]:
+    """Group rows by ``keys``: key values -> (number, mean, sample standard deviation).
+
+    The deviation of a single row is NaN. Groups come in the order of their first row.
+    """
+    groups: dict[tuple[Any, ...], list[float]] = {}
+    for row in rows:
+        groups.setdefault(tuple(row[k] for k in keys), []).append(float(row[value]))
+    return {
+        k: (len(v), float(np.mean(v)), float(np.std(v, ddof=1)) if len(v) > 1 else np.nan)
+        for k, v in groups.items()
+    }
+
 
 # ------------------------------------------------------------------------------------ notebooks 06 and 07
 
@@ -29,10 +58,8 @@ def diagnostics_picture(
     ``runs``: label -> one row an update. A KL divergence that spans decades is drawn on a log
     scale, floored at 1e-5.
     """
-    n = -(-len(keys) // 2)
-    figure = Figure(figsize=(9, 0.5 + 2.4 * n), layout="constrained")
-    panels = figure.subplots(n, 2, squeeze=False).flatten()
-    for axes, (key, title) in zip(panels, keys.items(), strict=False):
+    figure, grid = panels(len(keys), 2, 4.5, 2.4, more=0.5)
+    for axes, (key, title) in zip(grid, keys.items(), strict=True):
         every = [row[key] for rows in runs.values() for row in rows]
         far = key == "approx_kl" and (max(every) > 1 or min(every) < 1e-3)
         for i, (label, rows) in enumerate(runs.items()):
@@ -45,14 +72,9 @@ def diagnostics_picture(
             axes.set_yscale("log")
         elif min(every) >= 0:
             axes.set_ylim(-0.03 * max(every), 1.1 * max(every))
-        axes.set_title(title, fontsize=10)
-        axes.set_xlabel("update", fontsize=9)
-        axes.tick_params(labelsize=8)
-        axes.grid(alpha=0.3)
-    for axes in panels[len(keys) :]:
-        axes.set_axis_off()
+        tidy(axes, title, "update")
     if len(runs) > 1:
-        lines, labels = panels[0].get_legend_handles_labels()
+        lines, labels = grid[0].get_legend_handles_labels()
         figure.legend(lines, labels, fontsize=10, ncols=len(runs), loc="outside upper center")
     return figure
 
@@ -65,13 +87,9 @@ def spread_picture(
     ``groups``: group -> method -> a score in % for each seed.
     """
     n_columns = min(n_columns, len(groups))
-    n_rows = -(-len(groups) // n_columns)
-    most = max(len(methods) for methods in groups.values())
-    size = (4.7 * n_columns if n_columns > 1 else 7, n_rows * (1.0 + 0.42 * most))
-    figure = Figure(figsize=size, layout="constrained")
-    grid = figure.subplots(n_rows, n_columns, squeeze=False, sharex=n_columns == 1)
-    panels = grid.flatten()
-    for axes, (group, methods) in zip(panels, groups.items(), strict=False):
+    width, most = 4.7 if n_columns > 1 else 7.0, max(map(len, groups.values()))
+    figure, grid = panels(len(groups), n_columns, width, 1.0 + 0.42 * most, sharex=n_columns == 1)
+    for axes, (group, methods) in zip(grid, groups.items(), strict=True):
         for y, values in enumerate(methods.values()):
             v, colour = np.asarray(values, float), COLOURS[TONES[y % 7]]
             at = y + np.linspace(-0.24, 0.04, len(v))  # equal scores stay visible
@@ -82,12 +100,7 @@ def spread_picture(
             )
         axes.set_yticks(range(len(methods)), [f"{m} ({len(v)})" for m, v in methods.items()])
         axes.set_ylim(len(methods) - 0.4, -0.6)
-        axes.set_title(group, fontsize=10)
-        axes.set_xlabel(xlabel, fontsize=9)
-        axes.tick_params(labelsize=9)
-        axes.grid(axis="x", alpha=0.3)
-    for axes in panels[len(groups) :]:
-        axes.set_axis_off()
+        tidy(axes, group, xlabel, grid="x")
     return figure
 
 
@@ -97,15 +110,12 @@ def searches_picture(rows: Sequence[Mapping[str, Any]]) -> Figure:
     ``rows``: those of ``results/searches-curve.csv``; a panel for each group.
     """
     groups = list(dict.fromkeys(row["group"] for row in rows))
-    n_columns = min(2, len(groups))
-    n_rows = -(-len(groups) // n_columns)
-    figure = Figure(figsize=(5 * n_columns, 0.4 + 2.7 * n_rows), layout="constrained")
-    panels = figure.subplots(n_rows, n_columns, squeeze=False).flatten()
-    for axes, group in zip(panels, groups, strict=False):
-        own = [row for row in rows if row["group"] == group]
-        for i, method in enumerate(dict.fromkeys(row["method"] for row in own)):
+    figure, grid = panels(len(groups), min(2, len(groups)), 5, 2.7, more=0.4)
+    for axes, group in zip(grid, groups, strict=True):
+        of_group = [row for row in rows if row["group"] == group]
+        for i, method in enumerate(dict.fromkeys(row["method"] for row in of_group)):
             at: dict[int, list[float]] = {}
-            for row in own:
+            for row in of_group:
                 if row["method"] == method:
                     at.setdefault(row["evaluations"], []).append(row["reward_split"])
             x = sorted(at)
@@ -116,14 +126,8 @@ def searches_picture(rows: Sequence[Mapping[str, Any]]) -> Figure:
             )
             look = {"marker": MARKERS[i % 7], "ms": 5, "markevery": max(1, len(x) // 8)}
             axes.plot(x, mean, ls=LINES[i % 7], color=colour, label=method, **look)
-        axes.set_title(group, fontsize=10)
-        axes.set_xlabel("evaluations", fontsize=9)
-        axes.set_ylabel("reward split, %", fontsize=9)
-        axes.tick_params(labelsize=8)
-        axes.grid(alpha=0.3)
-    for axes in panels[len(groups) :]:
-        axes.set_axis_off()
-    lines, labels = panels[0].get_legend_handles_labels()
+        tidy(axes, group, "evaluations", "reward split, %")
+    lines, labels = grid[0].get_legend_handles_labels()
     figure.legend(lines, labels, fontsize=9, ncols=4, loc="outside upper center")
     return figure
 
@@ -136,15 +140,15 @@ def settled(
     ``rows``: those of ``results/searches-curve.csv``. Returns (group, method) -> (mean over seeds at the
     end, the first number of evaluations from which no mean lies more than ``within`` below it).
     """
-    found = {}
+    ends = {}
     means = mean_and_sd(rows, "reward_split", "group", "method", "evaluations")
     for key in dict.fromkeys(k[:2] for k in means):
         curve = sorted((k[2], mean) for k, (_, mean, _) in means.items() if k[:2] == key)
         first, end = curve[0][0], curve[-1][1]
         for (_, mean), (n, _) in pairwise(curve):
             first = n if mean < end - within else first
-        found[key] = (end, first)
-    return found
+        ends[key] = (end, first)
+    return ends
 
 
 def estimates_picture(
@@ -154,25 +158,17 @@ def estimates_picture(
 
     ``estimates``: share -> (k,) in [0, 1]; ``predicted``: share -> standard deviation, drawn as a span.
     """
-    figure = Figure(figsize=(8, 1.0 + 1.5 * len(estimates)), layout="constrained")
-    panels = figure.subplots(len(estimates), 1, sharex=True, squeeze=False)[:, 0]
+    figure, grid = panels(len(estimates), 1, 8, 1.5, more=1.0, sharex=True)
     low = min(float(v.min()) for v in estimates.values())
     high = max(float(v.max()) for v in estimates.values())
     bins = np.linspace(100 * low - 2, 100 * high + 2, 31)
-    for axes, (share, values) in zip(panels, estimates.items(), strict=True):
+    for axes, (share, values) in zip(grid, estimates.items(), strict=True):
         gap = np.diff(np.unique(np.round(100 * values, 6))).min(initial=np.inf)
-        own = bins
+        edges = bins
         if np.isfinite(gap) and gap > bins[1] - bins[0]:  # few examples: few possible values
             n = round((100 * high - 100 * values.min()) / gap) + 1
-            own = 100 * values.min() + gap * (np.arange(n + 1) - 0.5)
-        axes.hist(
-            100 * values,
-            bins=[float(edge) for edge in own],
-            color=COLOURS[2],
-            ec="black",
-            lw=0.6,
-            hatch="//",
-        )
+            edges = 100 * values.min() + gap * (np.arange(n + 1) - 0.5)
+        axes.hist(100 * values, bins=edges, color=COLOURS[2], ec="black", lw=0.6, hatch="//")
         axes.axvline(100 * whole, color="black", ls="--", lw=1.5, label="all data")
         mean = f"mean of {len(values)}"
         axes.plot([100 * values.mean()], [0.4], "D", color=COLOURS[1], mec="black", label=mean)
@@ -180,11 +176,9 @@ def estimates_picture(
         span = {"color": COLOURS[5], "alpha": 0.2, "zorder": 0}
         axes.axvspan(100 * whole - sd, 100 * whole + sd, label="± predicted sd", **span)
         axes.set_xlim(right=min(100.0, axes.get_xlim()[1]))  # no reward is above 100 %
-        axes.set_title(f"{share} of the data", fontsize=10)
-        axes.set_ylabel("subsets", fontsize=9)
-        axes.tick_params(labelsize=8)
+        tidy(axes, f"{share} of the data", ylabel="subsets", grid="x")
         axes.legend(fontsize=8, loc="upper left")
-    panels[-1].set_xlabel("reward estimate of one path, %", fontsize=9)
+    grid[-1].set_xlabel("reward estimate of one path, %", fontsize=9)
     return figure
 
 
@@ -194,13 +188,12 @@ def dar_curve_picture(rows: Sequence[Mapping[str, Any]], window: int = 100) -> F
     ``rows``: those of ``results/dar-curve.csv``, rewards in %. Dotted lines: a new window begins.
     """
     scales = sorted({row["dar"] for row in rows})
-    figure = Figure(figsize=(8, 0.6 + 2.2 * len(scales)), layout="constrained")
-    panels = figure.subplots(len(scales), 1, sharex=True, sharey=True, squeeze=False)[:, 0]
-    for axes, scale in zip(panels, scales, strict=True):
-        own = [row for row in rows if row["dar"] == scale]
-        x = [row["episode"] for row in own]
-        paid = np.array([row["dar_reward"] for row in own], float)
-        raw = np.array([row["raw_reward"] for row in own], float)
+    figure, grid = panels(len(scales), 1, 8, 2.2, more=0.6, sharex=True, sharey=True)
+    for axes, scale in zip(grid, scales, strict=True):
+        part = [row for row in rows if row["dar"] == scale]
+        x = [row["episode"] for row in part]
+        paid = np.array([row["dar_reward"] for row in part], float)
+        raw = np.array([row["raw_reward"] for row in part], float)
         if scale:
             axes.plot(x, raw, ".", ms=3, color="0.6", label="raw reward (Eq. 7)")
         look = {"lw": 0.8, "color": COLOURS[5], "marker": "+", "ms": 4}
@@ -213,12 +206,11 @@ def dar_curve_picture(rows: Sequence[Mapping[str, Any]], window: int = 100) -> F
         for start in range(0, len(x), window):
             label = "" if scale or start else "a new window begins"
             axes.axvline(start, color="black", ls=":", lw=0.8, label=label)
+        tidy(axes, ylabel="reward, %", grid="y")
         title = f"with DAR, λ = {scale:g}" if scale else "without DAR"
         axes.set_title(title, fontsize=10, loc="left")
-        axes.set_ylabel("reward, %", fontsize=9)
-        axes.tick_params(labelsize=8)
         axes.legend(fontsize=8, loc="lower right", bbox_to_anchor=(1, 1), ncols=3, frameon=False)
-    panels[-1].set_xlabel("episode", fontsize=9)
+    grid[-1].set_xlabel("episode", fontsize=9)
     return figure
 
 
@@ -230,7 +222,7 @@ def examples(
 ) -> Figure:
     """One image of each class: a row for each task, the class's name above. tasks: N ``tasks.Task``.
 
-    ``means``: task -> n adds a row below the task's own: the mean of the first n images of each class.
+    ``means``: task -> n adds a row below that of the task: the mean of the first n images of each class.
     """
     averaged = means or {}
     shown = []  # (task, how many images)
@@ -259,8 +251,7 @@ def sorted_rewards(rewards: np.ndarray, marks: Mapping[str, int], top: int | Non
     order = np.argsort(-rewards, kind="stable")
     shown = order[:top]
     rank = {int(p): i + 1 for i, p in enumerate(order)}
-    figure = Figure(figsize=(7.5, 3.6), layout="constrained")
-    axes = figure.subplots()
+    figure, (axes,) = panels(1, 1, 7.5, 3.6)
     axes.plot(
         range(1, len(shown) + 1), 100 * rewards[shown], ".-", ms=4, lw=0.8, color="0.5",
         label=f"the {len(shown)} best of {len(rewards)} paths" if top else f"all {len(rewards)} paths",
@@ -271,38 +262,36 @@ def sorted_rewards(rewards: np.ndarray, marks: Mapping[str, int], top: int | Non
             color=COLOURS[1 + i % 7],
             label=f"{name}: rank {rank[p]}, {100 * rewards[p]:.1f} %", ls="none",
         )  # fmt: skip
-    axes.set_xlabel("rank (1 is the best)")
-    axes.set_ylabel("reward, %")
-    axes.grid(alpha=0.3)
+    tidy(axes, "", "rank (1 is the best)", "reward, %")
     axes.legend(fontsize=9, loc="center left", bbox_to_anchor=(1, 0.5))
     return figure
 
 
-def neighbours(path: Path, n_sources: int) -> list[list[Path]]:
-    """What a path becomes if one place takes another source: [place][source] -> path."""
+def neighbours(path: Path, sources: Sequence[str]) -> list[list[Path]]:
+    """Every path that differs from this one in one place: [place][source] -> path."""
     return [
-        [(*path[:i], (a, k), *path[i + 1 :]) for a in range(n_sources)]
-        for i, (_, k) in enumerate(path)
+        [(*path[:i], step._replace(source=source, scales=()), *path[i + 1 :]) for source in sources]
+        for i, step in enumerate(path)
     ]
 
 
 def one_place(rewards: np.ndarray, path: Path, sources: Sequence[str]) -> Figure:
-    """Rewards (T, N+M) of a path's ``neighbours`` as a heat map; the path's own places are framed."""
+    """Rewards (T, N+M) of a path's ``neighbours`` as a heat map; the path's sources have a frame."""
     figure = Figure(figsize=(1.6 + 1.3 * len(path), 1.3 + 0.5 * len(sources)), layout="constrained")
     axes = figure.subplots()
     percent = 100 * rewards.T  # (N+M, T)
     image = axes.imshow(percent, cmap="cividis", aspect="auto")
     middle = (percent.min() + percent.max()) / 2
     for (a, i), value in np.ndenumerate(percent):
-        own = path[i][0] == a
-        text = f"{value:.1f}" + (" ◆" if own else "")
+        taken = path[i].source == sources[a]
+        text = f"{value:.1f}" + (" ◆" if taken else "")
         axes.text(
             i, a, text, ha="center", va="center", color="black" if value > middle else "white"
         )
-        if own:
+        if taken:
             frame = Rectangle((i - 0.47, a - 0.47), 0.94, 0.94, fill=False, ec=COLOURS[1], lw=3)
             axes.add_patch(frame)
-    axes.set_xticks(range(len(path)), [str(k) for _, k in path])
+    axes.set_xticks(range(len(path)), [str(step.layer) for step in path])
     axes.set_yticks(range(len(sources)), sources)
     axes.set_xlabel("layer whose source is changed")
     figure.colorbar(image, ax=axes, label="reward, %")
@@ -311,18 +300,16 @@ def one_place(rewards: np.ndarray, path: Path, sources: Sequence[str]) -> Figure
 
 def subset_strip(values: Mapping[str, tuple[np.ndarray, float]]) -> Figure:
     """Rewards on data subsets as points, and on all data as a bar. name -> ((S,) rewards, reward)."""
-    figure = Figure(figsize=(7, 1.1 + 0.5 * len(values)), layout="constrained")
-    axes = figure.subplots()
-    for i, (found, whole) in enumerate(values.values()):
+    figure, (axes,) = panels(1, 1, 7, 0.5 * len(values), more=1.1)
+    for i, (rewards, whole) in enumerate(values.values()):
         label = ("one subset of 10 %", "all examples") if i == 0 else (None, None)
         axes.plot(
-            100 * found, np.full(len(found), i), "o", mfc="none", mec=COLOURS[5], label=label[0]
+            100 * rewards, np.full(len(rewards), i), "o", mfc="none", mec=COLOURS[5], label=label[0]
         )
         axes.plot([100 * whole], [i], "|", ms=26, mew=3, color=COLOURS[6], label=label[1])
     axes.set_yticks(range(len(values)), list(values))
     axes.set_ylim(len(values) - 0.4, -0.6)
-    axes.set_xlabel("reward, %")
-    axes.grid(axis="x", alpha=0.3)
+    tidy(axes, "", "reward, %", grid="x")
     axes.legend(
         fontsize=9, loc="center left", bbox_to_anchor=(1, 0.5), markerscale=0.5, labelspacing=1
     )
@@ -334,8 +321,7 @@ def subset_strip(values: Mapping[str, tuple[np.ndarray, float]]) -> Figure:
 
 def histograms(samples: Mapping[str, np.ndarray], label: str, at: Mapping[str, float]) -> Figure:
     """Histograms of some samples (n,) on the same bins; ``at``: name -> where a line marks a value."""
-    figure = Figure(figsize=(7.5, 3.2), layout="constrained")
-    axes = figure.subplots()
+    figure, (axes,) = panels(1, 1, 7.5, 3.2)
     values = np.concatenate(list(samples.values()))
     bins: list[float] = np.linspace(values.min(), values.max(), 30).tolist()
     for i, (name, sample) in enumerate(samples.items()):
@@ -345,38 +331,31 @@ def histograms(samples: Mapping[str, np.ndarray], label: str, at: Mapping[str, f
         )  # fmt: skip
     for name, x in at.items():
         axes.axvline(x, color="black", ls="--", label=f"{name}: {x:.3f}")
-    axes.set_xlabel(label)
-    axes.set_ylabel("number of estimates")
+    tidy(axes, "", label, "number of estimates", grid="y")
     axes.legend(fontsize=9, loc="center left", bbox_to_anchor=(1, 0.5))
     return figure
 
 
 def curves(lines: Mapping[str, Sequence[float]], x: str, y: str) -> Figure:
-    """Some curves over the updates, each with a marker and a line style of its own."""
-    figure = Figure(figsize=(7.5, 3.4), layout="constrained")
-    axes = figure.subplots()
+    """Some curves over the updates, each with its marker and line style."""
+    figure, (axes,) = panels(1, 1, 7.5, 3.4)
     for i, (name, values) in enumerate(lines.items()):
         axes.plot(
             values, marker="oD^vsP*X"[i % 8], ls=("-", "--", ":", "-.")[i % 4], lw=1.8, ms=5,
             markevery=max(1, len(values) // 12), color=COLOURS[TONES[i % 7]], label=name,
         )  # fmt: skip
-    axes.set_xlabel(x)
-    axes.set_ylabel(y)
-    axes.grid(alpha=0.3)
+    tidy(axes, "", x, y)
     axes.legend(fontsize=9, loc="center left", bbox_to_anchor=(1, 0.5))
     return figure
 
 
 def targets(steps: np.ndarray, values: Mapping[str, np.ndarray]) -> Figure:
-    """What each step of some episodes is told: (B,) targets over (B,) step numbers, a panel for each."""
-    figure = Figure(figsize=(8, 3.1), layout="constrained")
-    panels = figure.subplots(1, len(values), sharey=True, squeeze=False)[0]
-    for i, (axes, (name, target)) in enumerate(zip(panels, values.items(), strict=True)):
+    """The targets (B,) of the steps of some episodes over the step numbers (B,), a panel for each kind."""
+    figure, grid = panels(len(values), len(values), 8 / len(values), 3.1, sharey=True)
+    for i, (axes, (name, target)) in enumerate(zip(grid, values.items(), strict=True)):
         axes.plot(steps, target, "oD^"[i % 3], color=COLOURS[(6, 5, 3)[i % 3]], mec="black", ms=6)
         axes.axhline(0, color="black", lw=0.7)
-        axes.set_title(name, fontsize=11)
-        axes.set_xlabel("step of the episode")
+        tidy(axes, name, "step of the episode")
         axes.set_xticks(range(int(steps.max()) + 1))
-        axes.grid(alpha=0.3)
-    panels[0].set_ylabel("normalised return")
+    grid[0].set_ylabel("normalised return", fontsize=9)
     return figure

@@ -56,7 +56,7 @@ class ProblemSpec:
     """Source of the stem, all weights outside the layers: base, an expert, an operator; agent: it chooses."""
     unit: Literal["block", "sublayer", "both"] = "block"
     """What is chosen at a time: block (the paper), sublayer (attention, MLP), both: blocks, then these."""
-    seed: Annotated[int, tyro.conf.Fixed] = 0
+    seed: Annotated[int, tyro.conf.Suppress] = 0
     """Seed of the random operators' masks."""
 
     def __post_init__(self) -> None:

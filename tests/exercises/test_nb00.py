@@ -15,7 +15,8 @@ from matplotlib.patches import Rectangle
 from rmm_lab.course import checks
 from rmm_lab.course import notebooks as course
 from rmm_lab.errors import InputError
-from rmm_lab.figures import facade as pictures
+from rmm_lab.figures import models as pictures
+from rmm_lab.reward import Step, parse_path
 
 NOTEBOOK = Path(__file__).parents[2] / "notebooks" / "solved" / "00_start_here.ipynb"
 
@@ -82,14 +83,15 @@ def test_the_right_bound_and_what_is_no_option() -> None:
 # --------------------------------------------------------------------------------- the table of symbols
 
 OWNERS = {  # where the classes and functions of the table live
-    "LayerPool": "pool",
+    "LayerPool": "layers",
     "OperatorSpec": "operators",
-    "Task": "tasks",
+    "Task": "tasks.image_task",
     "MergingEnv": "env",
     "LayerPath": "path",
     "Agent": "ppo",
     "Rollout": "ppo",
     "Args": "ppo",
+    "RunArgs": "search.config",
 }
 
 
@@ -128,15 +130,14 @@ def test_the_names_of_the_table_exist() -> None:
 
 
 def test_the_walk_stands_where_its_steps_are() -> None:
-    steps = [("b", 0), ("mean", 1), ("a", 1)]
-    assert pictures.walk_order(steps, ("a", "b", "mean")) == [(1, 0), (2, 1), (0, 1)]
+    path = parse_path("b@0 mean@1 a@1")
+    assert pictures.walk_order(path, ("a", "b", "mean")) == [(1, 0), (2, 1), (0, 1)]
     with pytest.raises(InputError, match="expected one of a, b"):
-        pictures.walk_order(steps, ("a", "b"))
+        pictures.walk_order(path, ("a", "b"))
 
 
 def test_the_picture_has_a_box_for_each_layer_and_each_step() -> None:
-    steps = [("a", 0), ("mean", 1), ("b", 2)]
-    figure = pictures.rmm_picture(steps, ("a", "b"), ("mean",), 3)
+    figure = pictures.rmm_picture(parse_path("a@0 mean@1 b@2"), ("a", "b"), ("mean",), 3)
     (axes,) = figure.axes
     assert len([p for p in axes.patches if isinstance(p, Rectangle)]) == 3 * 3 + 3
     texts = [t.get_text() for t in axes.texts]
@@ -153,11 +154,11 @@ def test_half_of_each_expert_is_worse_than_either_and_the_average_better() -> No
 
     scorer = load_problem(("demo",), operators=("weight_average",)).scorer(fraction=0.1, seed=0)
 
-    def score(sources: list[int]) -> Any:
-        return scorer.score(tuple(zip(sources, range(-1, 6), strict=True)), subset=0)
+    def score(sources: list[str]) -> Any:
+        return scorer.score(tuple(Step(s, k) for k, s in enumerate(sources, start=-1)), subset=0)
 
-    digits, textures, average = (score([a] * 7) for a in range(3))
-    halves = score([0] * 4 + [1] * 3)
+    digits, textures, average = (score([s] * 7) for s in scorer.sources)
+    halves = score(["digits"] * 4 + ["textures"] * 3)
     assert halves.mean() < min(digits.mean(), textures.mean()) < average.mean()
     assert halves[0] < digits[0]
     assert abs(halves[1] - digits[1]) < 0.05

@@ -8,7 +8,7 @@ import torch
 from answers import function_of
 
 from rmm_lab.course import checks
-from rmm_lab.figures import facade as pictures
+from rmm_lab.figures import models as pictures
 
 TASK_VECTOR, AVERAGE, LINE = "01.task_vector", "01.average", "01.interpolate"
 WRONG = [
@@ -36,7 +36,7 @@ WRONG = [
         "def f(base, experts):\n    return torch.mean(experts, dim=0) - base",
         "average over the experts",
     ),
-    (TASK_VECTOR, "def f(base, experts):\n    return experts + 0 * base", "experts as they are"),
+    (TASK_VECTOR, "def f(base, experts):\n    return experts + 0 * base", "experts unchanged"),
     (
         TASK_VECTOR,
         "def f(base, experts):\n    d = experts - base\n"
@@ -192,7 +192,7 @@ def test_the_gallery_shows_a_picture_of_every_class_that_it_names(trained) -> No
 
 def test_the_right_explanation_is_decided_by_the_models() -> None:
     """Half of digits' vector, and half of textures' with or without its signs: on all of the reward split."""
-    from rmm_lab.engine.scorer import answers
+    from rmm_lab.reward import predict
     from rmm_lab.search.problem import load_problem
 
     problem = load_problem(("demo",))
@@ -202,7 +202,7 @@ def test_the_right_explanation_is_decided_by_the_models() -> None:
     def digits_with(other: str) -> float:
         groups = []
         for k in range(-1, pool.n_layers):
-            base, own, second = (pool.layer_weights(s, k) for s in ("base", "digits", "textures"))
+            base, own, second = (pool.weights(s, k) for s in ("base", "digits", "textures"))
             group = {}
             for name, start in base.items():
                 delta = second[name] - start
@@ -214,7 +214,7 @@ def test_the_right_explanation_is_decided_by_the_models() -> None:
             groups.append(group)
         stem = pool.architecture.stem(groups[0])
         layers = [pool.architecture.layer(k, g) for k, g in enumerate(groups[1:])]
-        found = answers(pool.architecture, stem, layers, pool.heads["digits"], task, "reward")
+        found = predict(pool.architecture, stem, layers, pool.heads["digits"], task, "reward")
         return task.score(found, task.split("reward").labels)
 
     assert digits_with("nothing") > 0.95  # so that b is wrong

@@ -6,7 +6,6 @@ import pytest
 from answers import function_of
 
 from rmm_lab.course import checks
-from rmm_lab.course.exercises.nb05 import EXERCISES
 
 WRONG = [
     (
@@ -407,16 +406,6 @@ def test_a_wrong_answer_gets_its_hint(name, text, phrase):
 def test_a_right_answer_written_otherwise_passes(name, text):
     verdict = checks.check(name, function_of(text))
     assert verdict.status == "correct", verdict.message
-
-
-@pytest.mark.parametrize(
-    "name", [n for n, e in EXERCISES.items() if isinstance(e, checks.Exercise)]
-)
-def test_each_mistake_on_the_list_gets_its_own_hint(name):
-    exercise = EXERCISES[name]
-    hints = [checks.check(name, m.wrong).message for m in exercise.mistakes]
-    assert hints == [m.hint for m in exercise.mistakes]
-    assert len(set(hints)) == len(hints)
 
 
 def test_the_quiz_explains_every_option():

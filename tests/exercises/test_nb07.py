@@ -8,7 +8,7 @@ from answers import function_of
 
 from rmm_lab.course import checks
 from rmm_lab.course.exercises import nb07
-from rmm_lab.figures import facade as pictures
+from rmm_lab.figures import searches as pictures
 
 ORDER = "    order = np.random.default_rng(seed).permutation(n)\n"
 WRONG = [
@@ -39,8 +39,8 @@ WRONG = [
     ),
     (
         "07.dar",
-        "def f(reward, previous, t, t_max, scale):\n    if not previous:\n        return reward\n"
-        "    w = scale * t / t_max\n    return w * previous + (1 - w) * reward",
+        "def f(reward, previous, t, t_max, dar_lambda):\n    if not previous:\n        return reward\n"
+        "    w = dar_lambda * t / t_max\n    return w * previous + (1 - w) * reward",
         "previous is None",
     ),
     (
@@ -89,7 +89,7 @@ WRONG = [
     (
         "07.standard_error",
         "def f(p, n):\n    return np.mean(p * (1 - p) / n) ** 0.5",
-        "root of N only",
+        "by the root of N",
     ),
     (
         "07.standard_error",
@@ -114,41 +114,45 @@ WRONG = [
     ),
     (
         "07.dar",
-        "def f(reward, previous, t, t_max, scale):\n    if previous is None:\n        return reward\n"
-        "    own = scale * t / t_max\n    return previous + own * (reward - previous)",
+        "def f(reward, previous, t, t_max, dar_lambda):\n    if previous is None:\n        return reward\n"
+        "    own = dar_lambda * t / t_max\n    return previous + own * (reward - previous)",
         "swapped",
     ),
     (
         "07.dar",
-        "def f(reward, previous, t, t_max, scale):\n    if previous is None:\n        previous = 0\n"
-        "    w = scale * (t / t_max)\n    return reward - w * (reward - previous)",
+        "def f(reward, previous, t, t_max, dar_lambda):\n    if previous is None:\n        previous = 0\n"
+        "    w = dar_lambda * (t / t_max)\n    return reward - w * (reward - previous)",
         "start of a window",
     ),
     (
         "07.dar",
-        "def f(reward, previous, t, t_max, scale):\n    if previous is None:\n        return reward\n"
-        "    return reward + scale * (previous - reward)",
+        "def f(reward, previous, t, t_max, dar_lambda):\n    if previous is None:\n        return reward\n"
+        "    return reward + dar_lambda * (previous - reward)",
         "t / T_max is missing",
     ),
     (
         "07.dar",
-        "def f(reward, previous, t, t_max, scale):\n    if previous is None:\n        return reward\n"
+        "def f(reward, previous, t, t_max, dar_lambda):\n    if previous is None:\n        return reward\n"
         "    return reward + t / t_max * (previous - reward)",
         "λ is missing",
     ),
     (
         "07.dar",
-        "def f(reward, previous, t, t_max, scale):\n    if previous is not None:\n"
-        "        reward = reward + scale * t * previous / t_max\n    return reward",
+        "def f(reward, previous, t, t_max, dar_lambda):\n    if previous is not None:\n"
+        "        reward = reward + dar_lambda * t * previous / t_max\n    return reward",
         "sum to 1",
     ),
     (
         "07.dar",
-        "def f(reward, previous, t, t_max, scale):\n    w = scale * t / t_max\n"
+        "def f(reward, previous, t, t_max, dar_lambda):\n    w = dar_lambda * t / t_max\n"
         "    return w * previous + (1 - w) * reward",
         "raised TypeError",
     ),
-    ("07.dar", "def f(reward, previous, t, t_max, scale):\n    return previous", "returns None"),
+    (
+        "07.dar",
+        "def f(reward, previous, t, t_max, dar_lambda):\n    return previous",
+        "returns None",
+    ),
 ]
 RIGHT = [
     (
@@ -165,8 +169,8 @@ RIGHT = [
     ),
     (
         "07.dar",
-        "def f(reward, previous, t, t_max, scale):\n"
-        "    w = np.float64(0.0) if previous is None else scale * t / t_max\n"
+        "def f(reward, previous, t, t_max, dar_lambda):\n"
+        "    w = np.float64(0.0) if previous is None else dar_lambda * t / t_max\n"
         "    return (1 - w) * reward + w * (previous or 0.0)",
     ),
 ]

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from rmm_lab.course.checks import Exercise, Mistake, Quiz
-from rmm_lab.engine.scorer import reward
+from rmm_lab.reward import reward
 
 
 def _scores() -> list[tuple[Any, ...]]:
@@ -25,7 +25,7 @@ EXERCISES: dict[str, Exercise | Quiz] = {
         mistakes=[
             Mistake(
                 "This is the sum over tasks. It grows with the number of tasks; Eq. 7 has a factor 1/N "
-                "in front, so that a reward stays between 0 and 1.",
+                "in front, which keeps the reward between 0 and 1.",
                 lambda scores: float(np.sum(scores)),
             ),
             Mistake(
@@ -34,8 +34,8 @@ EXERCISES: dict[str, Exercise | Quiz] = {
                 lambda scores: float(np.max(scores)),
             ),
             Mistake(
-                "This is the worst task's score. It is a sensible goal, but not the paper's: Eq. 7 "
-                "counts every task alike.",
+                "This is the worst task's score. A sensible goal, but not the paper's: Eq. 7 counts every "
+                "task alike.",
                 lambda scores: float(np.min(scores)),
             ),
             Mistake(
@@ -43,7 +43,7 @@ EXERCISES: dict[str, Exercise | Quiz] = {
                 lambda scores: float(np.prod(scores)),
             ),
             Mistake(
-                "This is the median. Eq. 7 weighs every task's score, also the extreme ones.",
+                "This is the median. Eq. 7 counts every task's score, the extreme ones too.",
                 lambda scores: float(np.median(scores)),
             ),
             Mistake(
@@ -64,16 +64,15 @@ EXERCISES: dict[str, Exercise | Quiz] = {
     "00.upper_bound": Quiz(
         right="b",
         explained={
-            "a": "The base is where all experts started. Its row is the lower bound: a merge that "
-            "scores less than this was worse than no merge at all.",
+            "a": "All experts started from the base. Its row is the lower bound: a merge that "
+            "scores less is worse than no merge at all.",
             "b": "Each expert on its own task shows what N specialised models reach together, so it is "
-            "taken as the upper bound for one merged model. It is no law: tasks can help each other. In "
+            "the usual upper bound for one merged model. It is no law: tasks can help each other. In "
             "the paper's Table I, one model trained on all tasks beats the experts on average "
             "(ViT-S/32: 85.79 against 84.90).",
-            "c": "The weight average is a merged model itself, the simplest one. It is what a search has "
-            "to beat, not what it cannot pass.",
+            "c": "The weight average is itself a merged model, the simplest one. A search has to beat it.",
             "d": "One expert used on every task is good at its own and poor at the others. A merge should "
-            "pass its mean easily.",
+            "easily beat its mean.",
         },
     ),
 }

@@ -57,8 +57,8 @@ EXERCISES: dict[str, Exercise | Quiz] = {
                 lambda base, experts: base - experts,
             ),
             Mistake(
-                "You take the difference from the experts' mean. A task vector is what fine-tuning "
-                "changed, so it starts at the model that fine-tuning started from.",
+                "You subtract the experts' mean. A task vector is what fine-tuning changed, so it starts at "
+                "the base, where fine-tuning started.",
                 lambda base, experts: experts - experts.mean(0),
             ),
             Mistake(
@@ -66,21 +66,21 @@ EXERCISES: dict[str, Exercise | Quiz] = {
                 lambda base, experts: experts + base,
             ),
             Mistake(
-                "You drop the sign. Where fine-tuning made a weight smaller, its entry is below 0.",
+                "You drop the sign. Where fine-tuning made a weight smaller, the entry is negative.",
                 lambda base, experts: (experts - base).abs(),
             ),
             Mistake(
-                "You sum over the experts. Each of the N experts has a task vector of its own: keep "
+                "You sum over the experts. Each of the N experts has its own task vector: keep "
                 "axis 0.",
                 lambda base, experts: (experts - base).sum(0),
             ),
             Mistake(
-                "You average over the experts. Each of the N experts has a task vector of its own: keep "
+                "You average over the experts. Each of the N experts has its own task vector: keep "
                 "axis 0.",
                 lambda base, experts: (experts - base).mean(0),
             ),
             Mistake(
-                "You return the experts as they are. What did they learn beyond the base?",
+                "You return the experts unchanged. What did they learn beyond the base?",
                 lambda base, experts: experts,
             ),
             Mistake(
@@ -93,7 +93,7 @@ EXERCISES: dict[str, Exercise | Quiz] = {
             Mistake(LENGTH, lambda base, experts: normalize(experts - base, dim=-1, eps=0)),
             Mistake(
                 "You divide by the base. A task vector is a plain difference of weights, not a relative "
-                "one; where a weight of the base is 0 this is not even defined.",
+                "one, which would be undefined where the base has a 0.",
                 lambda base, experts: (experts - base) / base,
             ),
         ],
@@ -157,11 +157,11 @@ EXERCISES: dict[str, Exercise | Quiz] = {
                 lambda a, b, t: a + t * (a - b),
             ),
             Mistake(
-                "You give the way that was gone, t (b - a), without the place where it starts.",
+                "You return the step, t (b - a), without the place where it starts.",
                 lambda a, b, t: t * (b - a),
             ),
             Mistake(
-                "You give the middle whatever t is. At t = 0 the result is a, at t = 1 it is b.",
+                "You return the middle whatever t is. At t = 0 the result is a, at t = 1 it is b.",
                 lambda a, b, t: (a + b) / 2,
             ),
             Mistake(
@@ -176,11 +176,11 @@ EXERCISES: dict[str, Exercise | Quiz] = {
         explained={
             "a": "The task vectors are nearly at right angles: their cosine is about 0.04, far from -1. "
             "Opposite directions would cancel; here almost nothing cancels.",
-            "b": "Half of digits' task vector alone still gives 97.5 %. Its length explains next to nothing "
+            "b": "Half of digits' task vector alone still gives 97.5 %. So its length explains next to nothing "
             "of the loss on digits; on textures, where half a vector gives 81 %, it explains about half.",
-            "c": "A random vector of the same length hardly hurts, nor does that of textures with random "
-            "signs; the vector of textures itself does. It changes what the layers compute for pictures of "
-            "digits, and neither its length nor its angle over all weights shows that.",
+            "c": "A random vector of the same length hardly hurts, nor does the textures vector with random "
+            "signs; the textures vector itself does. It changes what the layers compute for pictures of "
+            "digits, and neither its length nor its angle shows that.",
             "d": "The heads stay with their tasks and are not averaged: each task is scored with the head "
             "of its own expert.",
         },

@@ -34,12 +34,12 @@ ARITHMETIC = Exercise(
             lambda base, experts, scale: scale * _deltas_sum(base, experts),
         ),
         Mistake(
-            "The task vectors are averaged. Task arithmetic adds them up; how far to go is the scale's job.",
+            "You average the task vectors. Task arithmetic adds them; the scale says how far to go.",
             lambda base, experts, scale: base + scale * (experts - base).mean(0),
         ),
         Mistake(
-            "The experts' whole weights are added. What is added is what each one learned: its "
-            "difference from the base.",
+            "You add the experts' whole weights. Add only what each one learned: its difference from the "
+            "base.",
             lambda base, experts, scale: base + scale * experts.sum(0),
         ),
         Mistake(
@@ -55,7 +55,7 @@ ARITHMETIC = Exercise(
             lambda base, experts, scale: base + _deltas_sum(base, experts),
         ),
         Mistake(
-            "The first two experts only. There may be more of them on axis 0.",
+            "You use the first two experts only. There may be more of them on axis 0.",
             lambda base, experts, scale: base + scale * _deltas_sum(base, experts[:2]),
         ),
     ],
@@ -116,7 +116,7 @@ def _last_of_equal(deltas: Tensor, density: float) -> Tensor:
     return _first(deltas.abs().flip(1), deltas.flip(1), _kept(deltas, density)).flip(1)
 
 
-SIGNED = "This keeps the largest values, and drops large negative ones. Large means far from 0."
+SIGNED = "This keeps the largest values and drops large negative ones. Large means far from 0."
 EQUAL = (
     "The number of entries is right. Of equal magnitudes keep those with the lower index (argsort has "
     "stable=True; topk takes any)."
@@ -128,7 +128,7 @@ TRIM = Exercise(
         Mistake(SIGNED, lambda deltas, density: _first(deltas, deltas, _kept(deltas, density))),
         Mistake(SIGNED, _from_signed_threshold),
         Mistake(
-            "This keeps the smallest entries. The large ones are what the expert learned most.",
+            "This keeps the smallest entries. Keep the large ones: what the expert changed most.",
             lambda deltas, density: _first(-deltas.abs(), deltas, _kept(deltas, density)),
         ),
         Mistake(
@@ -136,8 +136,8 @@ TRIM = Exercise(
             lambda deltas, density: _first(deltas.abs(), deltas, _kept(deltas, 1 - density)),
         ),
         Mistake(
-            "All experts compete for the same places here: one with long task vectors keeps all. Each row "
-            "is trimmed on its own.",
+            "Here all experts compete for the same places: one with a long task vector keeps them all. "
+            "Trim each row separately.",
             _across_experts,
         ),
         Mistake(
@@ -145,14 +145,14 @@ TRIM = Exercise(
             _above_threshold,
         ),
         Mistake(
-            "Where several entries have the magnitude at the border, this keeps more than m. Exactly m "
-            "stay; of equal ones those with the lower index.",
+            "Where several entries tie at the threshold, this keeps more than m. Exactly m stay; of "
+            "equal ones those with the lower index.",
             _from_threshold,
         ),
         Mistake(EQUAL, _last_of_equal),
         Mistake(EQUAL, _topk),
         Mistake(
-            "A small density can round m down to 0, and then nothing is left of the expert. At least one "
+            "A small density can round m down to 0, and nothing of the expert is left. At least one "
             "entry stays.",
             lambda deltas, density: _first(deltas.abs(), deltas, _kept(deltas, density, 0)),
         ),
@@ -161,7 +161,7 @@ TRIM = Exercise(
             lambda deltas, density: (operators.trim(deltas, density) != 0).float(),
         ),
         Mistake(
-            "The signs are lost: magnitudes choose, the entries themselves stay.",
+            "The signs are lost. Choose by magnitude, but keep the entries themselves.",
             lambda deltas, density: operators.trim(deltas, density).abs(),
         ),
     ],
@@ -192,17 +192,17 @@ TIES = Exercise(
     cases=_ties_cases,
     mistakes=[
         Mistake(
-            "This averages all experts, also those that pull the other way. Only entries of the elected "
-            "sign are merged.",
+            "This averages all experts, even those that pull the other way. Merge only entries with the "
+            "elected sign.",
             lambda trimmed: trimmed.mean(0),
         ),
         Mistake(
-            "Entries are dropped where they disagree, and then divided by all N experts. The mean is over "
-            "those that agree.",
+            "You drop the entries that disagree, but divide by all N experts. The mean is over those that "
+            "agree.",
             lambda trimmed: _merge(trimmed, trimmed.sum(0).sign(), len(trimmed)),
         ),
         Mistake(
-            "The sum is divided by the number of entries that are not 0, also those of the other sign. "
+            "You divide the sum by the number of nonzero entries, including those of the other sign. "
             "Count those that agree.",
             lambda trimmed: _merge(trimmed, trimmed.sum(0).sign(), (trimmed != 0).sum(0)),
         ),
@@ -228,7 +228,7 @@ TIES = Exercise(
             lambda trimmed: trimmed.gather(0, trimmed.abs().argmax(0)[None])[0],
         ),
         Mistake(
-            "This is the mean of all kept entries, also of those that lost the election.",
+            "This is the mean of all kept entries, including those that lost the election.",
             lambda trimmed: trimmed.sum(0) / (trimmed != 0).sum(0).clamp(min=1),
         ),
         Mistake(
@@ -236,14 +236,14 @@ TIES = Exercise(
             lambda trimmed: _merge(trimmed, -trimmed.sum(0).sign()),
         ),
         Mistake(
-            "Where no expert agrees nothing is to be averaged, and 0 / 0 is NaN. Such a place stays 0.",
+            "Where no expert agrees there is nothing to average, and 0 / 0 is NaN. Such a place stays 0.",
             lambda trimmed: (
                 trimmed.mul(trimmed * trimmed.sum(0) > 0).sum(0)
                 / (trimmed * trimmed.sum(0) > 0).sum(0)
             ),
         ),
     ],
-    right="With two experts the rule is simple: the larger entry wins a conflict, and keeps its full length.",
+    right="With two experts the rule is simple: the larger entry wins a conflict and keeps its full length.",
 )
 
 # ------------------------------------------------------------------------------------------- DARE
@@ -262,8 +262,8 @@ DARE = Exercise(
     cases=_dare_cases,
     mistakes=[
         Mistake(
-            "The entries are dropped, not rescaled: on average the task vector is too short by the share "
-            "that was dropped.",
+            "You drop entries but do not rescale: on average the task vector is too short by the share "
+            "dropped.",
             lambda deltas, keep, drop_rate: deltas * keep,
         ),
         Mistake(
@@ -271,17 +271,17 @@ DARE = Exercise(
             lambda deltas, keep, drop_rate: deltas * ~keep / (1 - drop_rate),
         ),
         Mistake(
-            "The rescaling makes the entries shorter. Those that stay must make up for those that went.",
+            "You make the entries smaller. Those that stay must make up for those that went.",
             lambda deltas, keep, drop_rate: deltas * keep * (1 - drop_rate),
         ),
         Mistake(
-            "Divided by the share that is dropped. With a drop rate near 0 this grows without bound; "
+            "You divide by the share that is dropped. With a drop rate near 0 this grows without bound; "
             "divide by the share that is kept.",
             lambda deltas, keep, drop_rate: deltas * keep / drop_rate if drop_rate else deltas / 0,
         ),
         Mistake(
-            "Divided by the share that this mask happened to keep. DARE divides by the expected share, the "
-            "same for every mask: only so is the mean over masks exact.",
+            "You divide by the share that this mask happened to keep. DARE divides by the expected share, "
+            "the same for every mask: only then is the mean over masks exact.",
             lambda deltas, keep, drop_rate: deltas * keep / keep.float().mean(),
         ),
     ],

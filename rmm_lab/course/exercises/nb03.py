@@ -68,12 +68,12 @@ def _three_sources(merging_map: np.ndarray, layer: int, action: int) -> tuple[np
     return new, layer - 1 if action == 4 else layer + 1
 
 
-Step = Callable[[np.ndarray, int, int], Any]
+ApplyAction = Callable[[np.ndarray, int, int], Any]
 
 
 def _variant(
     source: Callable[[np.ndarray, int, int], None], move: Callable[[int, int], int]
-) -> Step:
+) -> ApplyAction:
     """A wrong ``apply_action``: ``source`` changes the copied map, ``move`` gives the next layer.
 
     ``source`` takes (map, layer, kind), ``move`` (kind, layer); kind is the number of a source, -1 for
@@ -149,8 +149,8 @@ def _replaces(new: np.ndarray, layer: int, kind: int) -> None:
 
 
 BACK_HINT = (
-    "Back removes an entry here. Back undoes nothing: the layer that was appended stays, and the map "
-    "with it. Only the position changes."
+    "Your back removes an entry. Back undoes nothing: the appended layer stays, and so does the map. "
+    "Only the position changes."
 )
 APPLY_ACTION = Exercise(
     reference=_by_env,
@@ -162,28 +162,28 @@ APPLY_ACTION = Exercise(
         Mistake(BACK_HINT, _variant(_back_takes_one_here, _go)),
         Mistake(BACK_HINT, _variant(_back_clears, _go)),
         Mistake(
-            "You count on three sources: len(merging_map) says how many there are.", _three_sources
+            "You assume three sources: len(merging_map) says how many there are.", _three_sources
         ),
         Mistake(
-            "Skip and back change the map here. They append no layer, so nothing is counted.",
+            "Your skip and back change the map. They append no layer, so nothing is counted.",
             _variant(_skip_counts, _go),
         ),
         Mistake(
-            "After a source the agent stays where it is here. Model and merging actions advance to the "
-            "next layer by themselves.",
+            "Your agent stays where it is after taking a source. Model and merging actions also advance to "
+            "the next layer.",
             _variant(_add, lambda kind, layer: layer if kind >= 0 else _go(kind, layer)),
         ),
         Mistake(
-            "The choice is counted in the next layer's column. Count first, then move.",
+            "You count the choice in the next layer's column. Count first, then move.",
             _variant(_column_after, _go),
         ),
         Mistake(
-            "The entry is set to 1. A source that is taken twice at a layer counts 2: Eq. 5 adds.",
+            "You set the entry to 1. A source taken twice at a layer counts 2: Eq. 5 adds.",
             _variant(_sets, _go),
         ),
         Mistake(
-            "The column is cleared before the choice is counted. Layers stack: what was taken there "
-            "before stays.",
+            "You clear the column before you count the choice. Layers stack: what was taken there before "
+            "stays.",
             _variant(_replaces, _go),
         ),
         Mistake(
@@ -191,15 +191,15 @@ APPLY_ACTION = Exercise(
             _variant(_add, lambda kind, layer: layer - 1 if kind == -1 else layer + 1),
         ),
         Mistake(
-            "Skip jumps over two layers. It neglects the present layer: the next one is k + 1.",
+            "Your skip jumps over two layers. It leaves out the current layer: the next one is k + 1.",
             _variant(_add, lambda kind, layer: layer + 2 if kind == -1 else _go(kind, layer)),
         ),
         Mistake(
-            "Skip does not advance here. It leaves out the present layer, and the next one is k + 1.",
+            "Your skip does not advance. It leaves out the current layer, and the next one is k + 1.",
             _variant(_add, lambda kind, layer: layer if kind == -1 else _go(kind, layer)),
         ),
         Mistake(
-            "Back stays at the layer. It returns to the layer before: k - 1.",
+            "Your back does not move. It returns to the layer before: k - 1.",
             _variant(_add, lambda kind, layer: layer if kind == -2 else _go(kind, layer)),
         ),
         Mistake(
@@ -247,37 +247,38 @@ LEGAL = Exercise(
     cases=_legal_cases,
     mistakes=[
         Mistake(
-            "Back is legal everywhere here. At the first layer of a stack there is nothing to go back to.",
+            "Your back is legal everywhere. At the first layer of a stack there is nothing to go back to.",
             lambda n, k, starts, full: _mask(n, not full, True, True),
         ),
         Mistake(
-            "Back is illegal at layer 0 only here. A T5 has two stacks, and from the decoder's first block "
-            "no way leads back into the encoder.",
+            "Your back is illegal at layer 0 only. A T5 has two stacks, and no way leads from the "
+            "decoder's first block back into the encoder.",
             lambda n, k, starts, full: _mask(n, not full, True, k > 0),
         ),
         Mistake(
-            "Back is illegal up to the last stack's start here. It is so only at the first layer of a stack.",
+            "Your back is illegal up to the start of the last stack. It is so only at the first layer of a "
+            "stack.",
             lambda n, k, starts, full: _mask(n, not full, True, k > starts[-1]),
         ),
         Mistake(
-            "You count on stacks that begin at 0 and 4: starts says where they do.",
+            "You assume stacks that begin at 0 and 4: starts says where they do.",
             lambda n, k, starts, full: _mask(n, not full, True, k not in (0, 4)),
         ),
         Mistake(
-            "Sources stay legal in a full model here. Where no layer fits any more, only skip and back are "
+            "Sources stay legal in your full model. When no further layer fits, only skip and back are "
             "left.",
             lambda n, k, starts, full: _mask(n, True, True, k not in starts),
         ),
         Mistake(
-            "The mask is the wrong way round: 1 stands for legal.",
+            "The mask is the wrong way round: 1 means legal.",
             lambda n, k, starts, full: 1 - _legal_by_env(n, k, starts, full),
         ),
         Mistake(
-            "Skip is illegal in a full model here. It appends nothing, and is the only way to the end.",
+            "Skip is illegal in your full model. It appends nothing, and is the only way to the end.",
             lambda n, k, starts, full: _mask(n, not full, not full, k not in starts),
         ),
         Mistake(
-            "Skip is illegal at the first layer of a stack here. Any layer can be left out, also the first.",
+            "Your skip is illegal at the first layer of a stack. Any layer can be left out, even the first.",
             lambda n, k, starts, full: _mask(n, not full, k not in starts, k not in starts),
         ),
         Mistake(
@@ -308,16 +309,16 @@ COUNT_PATHS = Exercise(
     cases=lambda: [(2, 3), (7, 6), (1, 4), (5, 12)],
     mistakes=[
         Mistake(
-            "Skip is forgotten: at each layer the agent takes a source or none.",
+            "Skip is missing: at each layer the agent takes a source or none.",
             lambda n, layers: n**layers,
         ),
         Mistake(
-            "Skip and back are both counted. Without back there is one choice more than there are sources.",
+            "You count both skip and back. Without back there is one choice more than there are sources.",
             lambda n, layers: (n + 2) ** layers,
         ),
         Mistake(
-            "The choices are added up. Each choice at one layer can be followed by every choice at the "
-            "next: multiply.",
+            "You add the choices. Each choice at one layer can be followed by every choice at the next: "
+            "multiply.",
             lambda n, layers: (n + 1) * layers,
         ),
         Mistake(
@@ -325,7 +326,7 @@ COUNT_PATHS = Exercise(
             lambda n, layers: layers ** (n + 1),
         ),
         Mistake(
-            "Base and exponent are swapped, and skip is forgotten: one factor for each layer.",
+            "Base and exponent are swapped, and skip is missing: one factor for each layer.",
             lambda n, layers: layers**n,
         ),
         Mistake(
@@ -333,7 +334,7 @@ COUNT_PATHS = Exercise(
             lambda n, layers: n**layers + layers * n ** (layers - 1),
         ),
         Mistake(
-            "The path that skips every layer is left out. It makes a poor model, and is legal.",
+            "You leave out the path that skips every layer. It makes a poor model, but is legal.",
             lambda n, layers: (n + 1) ** layers - 1,
         ),
     ],
@@ -349,7 +350,7 @@ BACK = Quiz(
         "with that layer.",
         "b": "Only the position moves back. If the count went down, the map would forget a layer that is in "
         "the model.",
-        "c": "Back undoes nothing. The agent stands at layer 2 again, and what it takes there runs after "
+        "c": "Back undoes nothing. The agent is at layer 2 again, and what it takes there runs after "
         "digits' layer 2: the model grows deeper.",
         "d": "Back is legal at every layer but the first one of a stack. It costs one action.",
     },

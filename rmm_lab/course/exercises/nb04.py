@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from rmm_lab import reward as rewards
 from rmm_lab.course.checks import Exercise, Mistake, Quiz
-from rmm_lab.engine import scorer as scoring
 
 Layer = Callable[[Tensor], Tensor]
 Score = Callable[[tuple[int, ...]], float]
@@ -89,7 +89,7 @@ def _accuracies(predictions: Sequence[Tensor], labels: Sequence[Tensor]) -> np.n
 
 def reward(predictions: Sequence[Tensor], labels: Sequence[Tensor]) -> float:
     """Eq. 7 with accuracy as the metric: the mean over N tasks of each task's share of right answers."""
-    return scoring.reward(_accuracies(predictions, labels))
+    return rewards.reward(_accuracies(predictions, labels))
 
 
 def _answers() -> list[tuple[list[Tensor], list[Tensor]]]:
@@ -231,21 +231,21 @@ EXERCISES: dict[str, Exercise | Quiz] = {
                 _reversed,
             ),
             Mistake(
-                "Only the last layer counts: every layer was given the input x. Each takes what the one "
-                "before it returned.",
+                "Only the last layer counts: you pass x to every layer. Each takes what the one before it "
+                "returned.",
                 _last_only,
             ),
             Mistake(
-                "The layers stand side by side and their outputs are added. They follow each other.",
+                "You run the layers side by side and add their outputs. They follow each other.",
                 _sum_of_each,
             ),
             Mistake(
-                "Each layer's input is added to its output. The layers of a ViT do that within themselves: "
-                "here only the output goes on.",
+                "You add each layer's input to its output. A ViT's layers already do that inside: pass on "
+                "the output alone.",
                 _residual,
             ),
-            Mistake("The first layer of the path is left out.", _without_first),
-            Mistake("The last layer of the path is left out.", _without_last),
+            Mistake("You leave out the first layer of the path.", _without_first),
+            Mistake("You leave out the last layer of the path.", _without_last),
         ],
         right="The layers run in the path's order, each on the output of the one before.",
     ),
@@ -254,20 +254,20 @@ EXERCISES: dict[str, Exercise | Quiz] = {
         cases=_answers,
         mistakes=[
             Mistake(
-                "All examples are pooled: a task with more examples weighs more. Eq. 7 takes each task's "
+                "You pool all examples, so a task with more examples weighs more. Eq. 7 takes each task's "
                 "accuracy first, then the mean over tasks.",
                 _pooled,
             ),
             Mistake("This is the sum over tasks. Eq. 7 has a 1/N before it.", _sum),
             Mistake("This is in percent. Rewards are between 0 and 1 in this kit.", _percent),
-            Mistake("This is the share of wrong answers. A reward is to be maximised.", _errors),
+            Mistake("This is the share of wrong answers. A reward is maximised.", _errors),
             Mistake(
-                "The tasks are in another order on one side. Task i's predictions belong to task i's labels.",
+                "The tasks are in different orders. Task i's predictions belong to task i's labels.",
                 _crossed,
             ),
             Mistake("This is the worst task's accuracy. Eq. 7 takes the mean of all.", _worst),
             Mistake(
-                "These are numbers of right answers. Divide by each task's number of examples.",
+                "These are counts of correct answers. Divide by each task's number of examples.",
                 _counts,
             ),
         ],
@@ -277,28 +277,28 @@ EXERCISES: dict[str, Exercise | Quiz] = {
         reference=best_path,
         cases=_tables,
         mistakes=[
-            Mistake("This is the worst choice. A reward is to be maximised.", _min),
+            Mistake("This is the worst choice. A reward is maximised.", _min),
             Mistake(
-                "Of equally good choices this is the last one. Take another only where it is better, not "
-                "where it is as good.",
+                "Of equally good choices this is the last. Replace the best so far only by a better one, not "
+                "by an equal one.",
                 _last_tie,
             ),
             Mistake(
-                "Only uniform choices are compared, the same source at each layer. Sources may be mixed.",
+                "You compare only uniform choices, the same source at each layer. Sources may be mixed.",
                 _uniform_only,
             ),
             Mistake(
-                "No source is taken twice. The same source may stand at several layers: product, not "
+                "No source is taken twice. The same source may serve several layers: product, not "
                 "permutations.",
                 _no_repeats,
             ),
             Mistake(
-                "A choice and its rearrangement are compared only once. Layers differ, so the order of the "
-                "sources matters.",
+                "You try only one rearrangement of each choice. Layers differ, so the order of the sources "
+                "matters.",
                 _sorted_only,
             ),
             Mistake(
-                "The last source is never tried. Sources count from 0 to n_sources - 1.",
+                "The last source is never tried. Sources run from 0 to n_sources - 1.",
                 _last_source_left_out,
             ),
             Mistake(
@@ -312,15 +312,15 @@ EXERCISES: dict[str, Exercise | Quiz] = {
             ),
             Mistake("This is the best score. Return the choice that has it.", _the_score),
         ],
-        right="Every choice was scored, so nothing can be better: this is what a search is measured against.",
+        right="Every choice was scored, so nothing can be better: the yardstick for any search.",
     ),
     "04.subset": Quiz(
         right="b",
         explained={
             "a": "No. Nothing was fitted to these subsets, so none of them flatters the path on purpose. A "
-            "subset is too kind as often as too harsh.",
-            "b": "Yes. The ten subsets share out all examples, the same number of each task to every subset, "
-            "so the mean of ten accuracies is the accuracy on all.",
+            "subset is too easy as often as too hard.",
+            "b": "Yes. The ten subsets divide all examples between them, the same number of each task in "
+            "each, so the mean of ten accuracies is the accuracy on all.",
             "c": "No. One subset may be off by several points, but the ten together hold every example once.",
         },
     ),

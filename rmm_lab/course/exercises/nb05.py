@@ -139,7 +139,7 @@ def _carries_gradient(function: Function) -> str | None:
             )
         gradients.append(torch.autograd.grad(found, ratio, allow_unused=True)[0])
     if gradients[1] is None or not torch.allclose(gradients[0], gradients[1], atol=1e-5):
-        return "The value is right, its gradient is not. Is a part of it detached?"
+        return "The value is right, its gradient is not. Is part of it detached?"
     return None
 
 
@@ -199,22 +199,22 @@ EXERCISES: dict[str, Exercise | Quiz] = {
         cases=_rewards,
         mistakes=[
             Mistake(
-                "Gamma has no effect: each step further into the future counts gamma times as much.",
+                "Gamma has no effect. Each step further into the future counts gamma times as much.",
                 _no_discount,
             ),
             Mistake(
-                "This adds up what came before each step. A return looks ahead: an action cannot change what "
-                "was already paid.",
+                "This adds up what came before each step. A return looks ahead: an action cannot change "
+                "past rewards.",
                 _past,
             ),
             Mistake(
-                "The discount is counted from the start of the episode. It counts from the step itself: its "
-                "own reward is not discounted.",
+                "You discount from the start of the episode. Count from the step itself: its own reward is "
+                "not discounted.",
                 _from_the_start,
             ),
             Mistake("The step's own reward is missing from its return.", _without_own),
             Mistake(
-                "Only the next reward is looked at. What comes after that one counts too, discounted more.",
+                "Only the next reward counts here. What comes after it counts too, discounted more.",
                 _one_ahead,
             ),
             Mistake(
@@ -241,13 +241,13 @@ EXERCISES: dict[str, Exercise | Quiz] = {
                 _not_normalised,
             ),
             Mistake(
-                "The difference is normalised. Normalise the returns first, then take away the values.",
+                "The difference is normalised. Normalise the returns first, then subtract the values.",
                 _normalised_last,
             ),
             Mistake(
                 "The values are normalised too. They are already in the right unit.", _values_too
             ),
-            Mistake("The critic's values are not taken away: there is no baseline.", _no_value),
+            Mistake("You do not subtract the critic's values: there is no baseline.", _no_value),
             Mistake(
                 "The returns are centred, but not divided by their standard deviation.",
                 _only_centred,
@@ -262,7 +262,7 @@ EXERCISES: dict[str, Exercise | Quiz] = {
                 _variance,
             ),
             Mistake(
-                "Only the mean is divided by the deviation. Take the mean away first, in parentheses.",
+                "You divide only the mean by the deviation. Subtract the mean first, in parentheses.",
                 _precedence,
             ),
         ],
@@ -275,8 +275,8 @@ EXERCISES: dict[str, Exercise | Quiz] = {
         cases=_ratios,
         mistakes=[
             Mistake(
-                "The sign is reversed: this is J, to be maximised. The optimiser goes downhill, so the loss "
-                "is -J.",
+                "The sign is reversed: this is J, which is maximised. The optimiser goes downhill, so the "
+                "loss is -J.",
                 _not_negated,
             ),
             Mistake(
@@ -285,7 +285,7 @@ EXERCISES: dict[str, Exercise | Quiz] = {
             ),
             Mistake(
                 "Only the clipped term is used. Without the minimum, a policy that moved the wrong way gets "
-                "no gradient back.",
+                "no gradient to return.",
                 _clip_only,
             ),
             Mistake(
@@ -303,8 +303,8 @@ EXERCISES: dict[str, Exercise | Quiz] = {
             Mistake("This is the sum over the batch. Take the mean.", _summed),
             Mistake("This is one number for each step. Return their mean, a scalar.", _each),
             Mistake(
-                "The smaller ratio is taken before multiplying. With a negative advantage the order turns "
-                "round: multiply both, then compare.",
+                "You take the smaller ratio before multiplying. With a negative advantage the order "
+                "reverses: multiply both, then compare.",
                 _min_of_ratios,
             ),
         ],

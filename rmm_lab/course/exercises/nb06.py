@@ -8,13 +8,13 @@ from typing import Any
 import numpy as np
 
 from rmm_lab.course.checks import Exercise, Mistake, Quiz
-from rmm_lab.engine import scorer as scoring
+from rmm_lab.search.finalists import shortlist
 
 Scored = Sequence[tuple[str, float]]
 
-# Four searches of the quiz: what each changes in the agent's preset.
+# Four searches of the quiz: the options of ppo.Args that each changes.
 SUSPECTS: dict[str, dict[str, float]] = {
-    "A": {"entropy": 2.0, "entropy_end": 2.0},
+    "A": {"ent_coef": 2.0, "ent_coef_end": 2.0},
     "B": {},
     "C": {"learning_rate": 0.3, "target_kl": 0.0},
     "D": {"learning_rate": 3e-5},
@@ -110,13 +110,13 @@ EXERCISES: dict[str, Exercise | Quiz] = {
         cases=_best_cases,
         mistakes=[
             Mistake(
-                "This is the highest single reward. A path that met an easy subset once would lead for "
-                "good: compare paths by the mean of all their rewards.",
+                "This is the highest single reward. A path that once met an easy subset would lead for "
+                "ever: compare paths by the mean of all their rewards.",
                 _so_far(lambda seen: max(max(v) for v in seen.values())),
             ),
             Mistake(
-                "Your curve never falls. A mean may fall: when a lucky path is evaluated again, it loses "
-                "its lead. Take the best of the means as they are now.",
+                "Your curve never falls. A mean may fall: a lucky path that is evaluated again loses its "
+                "lead. Take the best of the current means.",
                 lambda scored: np.maximum.accumulate(best_so_far(scored)).tolist(),
             ),
             Mistake(
@@ -128,16 +128,16 @@ EXERCISES: dict[str, Exercise | Quiz] = {
                 _so_far(lambda seen: float(np.mean([np.mean(v) for v in seen.values()]))),
             ),
             Mistake(
-                "A path's later reward replaces its earlier ones here. Keep them all and take their mean.",
+                "A path's latest reward replaces its earlier ones. Keep them all and take their mean.",
                 _so_far(lambda seen: max(v[-1] for v in seen.values())),
             ),
             Mistake(
-                "Only a path's first reward counts here. Keep them all and take their mean.",
+                "Only a path's first reward counts. Keep them all and take their mean.",
                 _so_far(lambda seen: max(v[0] for v in seen.values())),
             ),
             Mistake(
-                "Rewards of a path are added up here, so that whoever is evaluated most often leads. "
-                "Divide by their number.",
+                "You add up a path's rewards, so the path evaluated most often leads. Divide by their "
+                "number.",
                 _so_far(lambda seen: max(sum(v) for v in seen.values())),
             ),
             Mistake(
@@ -145,14 +145,14 @@ EXERCISES: dict[str, Exercise | Quiz] = {
                 lambda scored: [0.0, *best_so_far(scored)[:-1]],
             ),
         ],
-        right="The curve may fall: that is a lucky path being found out.",
+        right="The curve may fall: a lucky path was tried again.",
     ),
     "06.shortlist": Exercise(
-        reference=scoring.shortlist,
+        reference=shortlist,
         cases=_shortlist_cases,
         mistakes=[
             *_in_both_orders(
-                "The plain mean lets a path win that was lucky once. Draw each mean towards the mean of "
+                "The plain mean lets a path win that was lucky once. Shrink each mean towards the mean of "
                 "all evaluations.",
                 lambda v, scored: float(np.mean(v)),
             ),
@@ -161,8 +161,8 @@ EXERCISES: dict[str, Exercise | Quiz] = {
                 lambda v, scored: max(v),
             ),
             *_in_both_orders(
-                "The denominator has two more evaluations, the numerator has not: means are drawn towards "
-                "0. Add twice the mean of all.",
+                "The denominator has two more evaluations, the numerator has not: means shrink towards 0. "
+                "Add twice the mean of all.",
                 lambda v, scored: sum(v) / (len(v) + 2),
             ),
             *_in_both_orders(
@@ -170,11 +170,11 @@ EXERCISES: dict[str, Exercise | Quiz] = {
                 lambda v, scored: (sum(v) + 2 * _all_mean(scored)) / len(v),
             ),
             *_in_both_orders(
-                "The prior counts as one evaluation here; it must count as two.", _drawn(1)
+                "Your prior counts as one evaluation; it must count as two.", _drawn(1)
             ),
             *_in_both_orders(
-                "The prior is the mean over paths here. It must be the mean over all evaluations, in which "
-                "a path that was seen ten times counts ten times.",
+                "Your prior is the mean over paths. It must be the mean over all evaluations, in which a "
+                "path seen ten times counts ten times.",
                 lambda v, scored: (sum(v) + 2 * _mean_of_means(scored)) / (len(v) + 2),
             ),
             Mistake(
@@ -184,18 +184,18 @@ EXERCISES: dict[str, Exercise | Quiz] = {
             ),
             Mistake(
                 "The order is reversed: the best path comes first.",
-                lambda scored, n: scoring.shortlist(scored, len(scored))[::-1][:n],
+                lambda scored, n: shortlist(scored, len(scored))[::-1][:n],
             ),
             Mistake(
                 "All paths come back. Return the first n only.",
-                lambda scored, n: scoring.shortlist(scored, len(scored)),
+                lambda scored, n: shortlist(scored, len(scored)),
             ),
             Mistake(
                 "All paths come back. Return the first n only.",
                 lambda scored, n: _as_found(_drawn(2))(scored, len(scored)),
             ),
         ],
-        right="One lucky subset is not enough any more.",
+        right="One lucky subset is no longer enough.",
     ),
     "06.faulty_setting": Quiz(
         right="c",
@@ -204,8 +204,8 @@ EXERCISES: dict[str, Exercise | Quiz] = {
             "stays high. Its entropy bonus is 20 times too strong and outweighs the reward.",
             "b": "Run B is the healthy one: the KL stops at its target of 0.05, the entropy falls slowly, "
             "the reward rises.",
-            "c": "Run C moved by a KL of more than 10 in its first update, and its entropy was 0 at once: "
-            "the policy had committed itself before it had seen anything, and never explores again.",
+            "c": "Run C moved by a KL of more than 10 in its first update, and its entropy fell to 0 at "
+            "once: the policy committed itself before it had seen anything, and never explores again.",
             "d": "Run D's clip fraction is 0 and its KL near 0: its policy hardly moves. Its learning rate "
             "is 100 times too low, the opposite fault.",
         },

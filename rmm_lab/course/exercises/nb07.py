@@ -9,12 +9,7 @@ import numpy as np
 
 from rmm_lab import env
 from rmm_lab.course.checks import Exercise, Mistake, Quiz
-from rmm_lab.engine import scorer as scoring
-
-
-def subset(n: int, k: int, seed: int) -> list[np.ndarray]:
-    """Deal the rows 0 to n - 1 into k subsets, ``n >= k``: k sorted arrays, see ``scoring.deal``."""
-    return scoring.deal(n, k, seed)
+from rmm_lab.reward import partition
 
 
 def _order(n: int, seed: int) -> np.ndarray:
@@ -60,30 +55,36 @@ def _pooled(p: np.ndarray, n: np.ndarray) -> float:
 def _dar_by(weight: Callable[[int, int, float], float]) -> Callable[..., float]:
     """Eq. 10 with another weight of the previous reward."""
 
-    def blended(reward: float, previous: float | None, t: int, t_max: int, scale: float) -> float:
+    def blended(
+        reward: float, previous: float | None, t: int, t_max: int, dar_lambda: float
+    ) -> float:
         if previous is None:
             return reward
-        a = weight(t, t_max, scale)
+        a = weight(t, t_max, dar_lambda)
         return a * previous + (1 - a) * reward
 
     return blended
 
 
-def _never_reset(reward: float, previous: float | None, t: int, t_max: int, scale: float) -> float:
-    a = scale * t / t_max
+def _never_reset(
+    reward: float, previous: float | None, t: int, t_max: int, dar_lambda: float
+) -> float:
+    a = dar_lambda * t / t_max
     return a * (previous or 0.0) + (1 - a) * reward
 
 
-def _falsy(reward: float, previous: float | None, t: int, t_max: int, scale: float) -> float:
-    return env.dar(reward, previous or None, t, t_max, scale)
+def _falsy(reward: float, previous: float | None, t: int, t_max: int, dar_lambda: float) -> float:
+    return env.dar(reward, previous or None, t, t_max, dar_lambda)
 
 
-def _added(reward: float, previous: float | None, t: int, t_max: int, scale: float) -> float:
-    return reward + (0.0 if previous is None else scale * t / t_max * previous)
+def _added(reward: float, previous: float | None, t: int, t_max: int, dar_lambda: float) -> float:
+    return reward + (0.0 if previous is None else dar_lambda * t / t_max * previous)
 
 
-def _forgets_own(reward: float, previous: float | None, t: int, t_max: int, scale: float) -> float:
-    a = scale * t / t_max
+def _forgets_own(
+    reward: float, previous: float | None, t: int, t_max: int, dar_lambda: float
+) -> float:
+    a = dar_lambda * t / t_max
     return (1 - a) * reward if previous is None else a * previous + (1 - a) * previous
 
 
@@ -100,11 +101,11 @@ def _dar_cases() -> Sequence[tuple[Any, ...]]:
 
 EXERCISES: dict[str, Exercise | Quiz] = {
     "07.subset": Exercise(
-        reference=subset,
+        reference=partition,
         cases=lambda: [(10, 3, 0), (12, 4, 1), (601, 7, 2), (5, 5, 3)],
         mistakes=[
             Mistake(
-                "Some examples are in no subset: where k does not divide n, your pieces lose the rest. The "
+                "Some examples are in no subset: if k does not divide n, your pieces lose the rest. The "
                 "first n % k subsets take one more each.",
                 lambda n, k, seed: _cut(n, k, seed, rest=False),
             ),
@@ -114,17 +115,17 @@ EXERCISES: dict[str, Exercise | Quiz] = {
                 lambda n, k, seed: _cut(n, k, seed, rest=True),
             ),
             Mistake(
-                "The rows are not shuffled. Splits are stored class by class, so that such a subset would "
-                "hold only a class or two.",
+                "The rows are not shuffled. Splits are stored class by class, so such a subset would hold "
+                "only a class or two.",
                 lambda n, k, seed: np.array_split(np.arange(n), k),
             ),
             Mistake(
                 "seed has no effect: every seed gives the same shuffle. Pass seed on to default_rng.",
-                lambda n, k, seed: scoring.deal(n, k, 0),
+                lambda n, k, seed: partition(n, k, 0),
             ),
             Mistake(
                 "You deal one row to each subset in turn. That is a fair partition too, but not the "
-                "scorer's: here each subset takes a run of neighbours of the shuffled order.",
+                "scorer's: each subset takes a consecutive piece of the shuffled order.",
                 lambda n, k, seed: [np.sort(_order(n, seed)[i::k]) for i in range(k)],
             ),
             Mistake(
@@ -140,7 +141,7 @@ EXERCISES: dict[str, Exercise | Quiz] = {
                 lambda n, k, seed: _drawn(n, k, seed, replace=True),
             ),
             Mistake(
-                "Each subset is drawn anew from all rows, so that subsets overlap. Shuffle once, then cut.",
+                "Each subset is drawn from all rows, so subsets overlap. Shuffle once, then cut.",
                 lambda n, k, seed: _drawn(n, k, seed, replace=False),
             ),
         ],
@@ -164,8 +165,8 @@ EXERCISES: dict[str, Exercise | Quiz] = {
                 lambda p, n: float(np.sqrt(_variances(p, n).sum())),
             ),
             Mistake(
-                "The 1/N stands before the sum in Eq. 7, so it comes out of the root whole: you divided by "
-                "the root of N only.",
+                "The 1/N is outside the sum in Eq. 7, so it comes out of the root whole: you divided only "
+                "by the root of N.",
                 lambda p, n: float(np.sqrt(_variances(p, n).mean())),
             ),
             Mistake(
@@ -190,25 +191,25 @@ EXERCISES: dict[str, Exercise | Quiz] = {
         mistakes=[
             Mistake(
                 "The weights are swapped: λ t / T_max belongs to the previous reward, the rest to this one.",
-                _dar_by(lambda t, t_max, scale: 1 - scale * t / t_max),
+                _dar_by(lambda t, t_max, dar_lambda: 1 - dar_lambda * t / t_max),
             ),
             Mistake(
-                "At the start of a window there is no previous reward, and 0 is a bad stand-in: previous "
-                "None must leave the reward as it is.",
+                "At the start of a window there is no previous reward, and 0 is a bad substitute: None must "
+                "leave the reward as it is.",
                 _never_reset,
             ),
             Mistake(
-                "A previous reward of 0 is a reward, too, and must be blended. Test `previous is None`: "
-                "`not previous` is true for 0 as well.",
+                "A previous reward of 0 is a reward too, and must be blended. Test `previous is None`: "
+                "`not previous` is also true for 0.",
                 _falsy,
             ),
             Mistake(
                 "t / T_max is missing: the weight of the previous reward must grow during the search.",
-                _dar_by(lambda t, t_max, scale: scale),
+                _dar_by(lambda t, t_max, dar_lambda: dar_lambda),
             ),
             Mistake(
                 "λ is missing from the weight.",
-                _dar_by(lambda t, t_max, scale: t / t_max),
+                _dar_by(lambda t, t_max, dar_lambda: t / t_max),
             ),
             Mistake(
                 "You add the previous reward on top. The two weights must sum to 1, or rewards outgrow 1.",
@@ -220,7 +221,7 @@ EXERCISES: dict[str, Exercise | Quiz] = {
                 _forgets_own,
             ),
         ],
-        right="Early the reward is nearly its own, late it is mostly the window's running average.",
+        right="Early, an episode is paid almost its own reward; late, mostly the window's running average.",
     ),
     "07.dar_bias": Quiz(
         right="b",
@@ -229,8 +230,7 @@ EXERCISES: dict[str, Exercise | Quiz] = {
             "the paths of earlier episodes too, so the reward of a path depends on its neighbours.",
             "b": "Right: with weight a = λ t / T_max on the past, a path's reward is drawn towards the "
             "average of what was played before, and the difference between two paths shrinks by 1 - a.",
-            "c": "DAR knows nothing of which paths are good. It draws good ones down as it draws poor ones "
-            "up.",
+            "c": "DAR does not know which paths are good. It draws good ones down as it draws poor ones up.",
             "d": "The spread falls, but the part that tells the paths apart falls as much, and the past "
             "comes on top as noise. The simulation counted it: the better path does not stand out more.",
         },

@@ -107,13 +107,13 @@ EXERCISES: dict[str, Exercise | Quiz] = {
                 lambda rmm, by, out: rmm - out.max(1),
             ),
             Mistake(
-                "RMM's reported score is set against a score of chosen_by. chosen_by only says which merge "
-                "is taken; its score comes from reported.",
+                "You compare RMM's reported score with one of chosen_by. chosen_by only says which merge to "
+                "take; its score comes from reported.",
                 lambda rmm, by, out: rmm - by.max(1),
             ),
             Mistake(
                 "This subtracts the mean over all uniform merges. Nobody would use an average of methods: "
-                "take one, the best by chosen_by.",
+                "take the best one by chosen_by.",
                 lambda rmm, by, out: rmm - out.mean(1),
             ),
             Mistake(
@@ -126,7 +126,7 @@ EXERCISES: dict[str, Exercise | Quiz] = {
                 lambda rmm, by, out: rmm - _rows(out, by.argmax(1)).mean(),
             ),
             Mistake(
-                "One merge is chosen for all seeds together. Whoever merges has one seed: let each row of "
+                "You choose one merge for all seeds together. In practice there is one seed: let each row of "
                 "chosen_by choose for itself.",
                 lambda rmm, by, out: rmm - out[:, by.mean(0).argmax()],
             ),

@@ -43,10 +43,10 @@ def score_choice(log_probs: Tensor, mask: Tensor) -> Tensor:
     return (log_probs * mask).sum(-1)
 
 
-def balanced_accuracy(found: Tensor, labels: Tensor) -> float:
-    """The mean, over the answers that occur in labels, of the share found right; both (n,) -> [0, 1]."""
+def balanced_accuracy(predicted: Tensor, labels: Tensor) -> float:
+    """The mean, over the answers in labels, of the share of correct rows; both (n,) -> [0, 1]."""
     task: Any = SimpleNamespace(metric="balanced")
-    return TextTask.score(task, found, labels)
+    return TextTask.score(task, predicted, labels)
 
 
 def _names(encoder: int, decoder: int) -> list[str]:
@@ -123,7 +123,8 @@ EXERCISES: dict[str, Exercise | Quiz] = {
         mistakes=(
             Mistake(
                 "The relative position bias is stored in block 0 and used by every block of its stack. If "
-                "it went with block 0, a path that skips block 0 would lose it for all: it is the stem's.",
+                "it went with block 0, a path that skips block 0 would lose it for all: it belongs to the "
+                "stem.",
                 _grouped(
                     lambda name, k, e, d: _without_copies(
                         name, (0 if name[0] == "e" else e) if name.endswith(BIAS) else k
@@ -132,12 +133,12 @@ EXERCISES: dict[str, Exercise | Quiz] = {
             ),
             Mistake(
                 "The shared embeddings are counted four times. encoder.embed_tokens, decoder.embed_tokens "
-                "and lm_head are further names of shared.weight; keep that one only.",
+                "and lm_head are other names of shared.weight; keep only that one.",
                 _grouped(lambda name, k, e, d: k),
             ),
             Mistake(
-                "The final norms stand behind the blocks and belong to none: with them in the last block, a "
-                "path that ends with another block would lose the norm. They are the stem's.",
+                "The final norms come after the blocks and belong to none: with them in the last block, a "
+                "path that ends with another block would lose the norm. They belong to the stem.",
                 _grouped(
                     lambda name, k, e, d: _without_copies(
                         name,
@@ -146,8 +147,8 @@ EXERCISES: dict[str, Exercise | Quiz] = {
                 ),
             ),
             Mistake(
-                "The decoder's blocks are counted from 0 again, so that two blocks share a number. In a "
-                "path the decoder goes on where the encoder ends.",
+                "The decoder's blocks are counted from 0 again, so two blocks share a number. In a path the "
+                "decoder continues where the encoder ends.",
                 _grouped(
                     lambda name, k, e, d: _without_copies(
                         name, k - e if name.startswith("decoder.block") and k >= e else k
@@ -175,7 +176,7 @@ EXERCISES: dict[str, Exercise | Quiz] = {
                 ),
             ),
             Mistake(
-                "The stem is missing. What no block owns is decided on as well, at place -1.",
+                "The stem is missing. What belongs to no block is a choice too, at place -1.",
                 _grouped(lambda name, k, e, d: None if k < 0 else k),
             ),
         ),
@@ -191,8 +192,8 @@ EXERCISES: dict[str, Exercise | Quiz] = {
                 lambda log_probs, mask: (log_probs * mask).sum(-1) / mask.sum(-1),
             ),
             Mistake(
-                "Padding is counted too, so that short choices pay for tokens that they do not have. "
-                "Use the mask.",
+                "You count padding too, so short choices pay for tokens that they do not have. Use the "
+                "mask.",
                 lambda log_probs, mask: log_probs.sum(-1),
             ),
             Mistake(
@@ -205,7 +206,8 @@ EXERCISES: dict[str, Exercise | Quiz] = {
                 lambda log_probs, mask: (log_probs * mask).sum(-1).exp(),
             ),
             Mistake(
-                "Probabilities of tokens are added here. That both happen is a product, a sum of logarithms.",
+                "You add probabilities of tokens. The probability of a whole text is their product, a sum of "
+                "logarithms.",
                 lambda log_probs, mask: (log_probs.exp() * mask).sum(-1),
             ),
             Mistake(
@@ -219,8 +221,7 @@ EXERCISES: dict[str, Exercise | Quiz] = {
                 lambda log_probs, mask: (log_probs * mask).sum(-1).argmax(-1),
             ),
             Mistake(
-                "This is the choice with the lowest log-probability, the worst one; and the scores were "
-                "asked for.",
+                "This is the choice with the lowest log-probability, the worst one. Return the scores.",
                 lambda log_probs, mask: (log_probs * mask).sum(-1).argmin(-1),
             ),
         ),
@@ -231,22 +232,22 @@ EXERCISES: dict[str, Exercise | Quiz] = {
         cases=_answer_cases,
         mistakes=(
             Mistake(
-                "This is plain accuracy: the frequent answer weighs most. Take the share found right within "
-                "each answer first.",
+                "This is plain accuracy: the frequent answer weighs most. First take the share of correct "
+                "rows within each answer.",
                 lambda found, labels: float((found == labels).double().mean()),
             ),
             Mistake(
-                "The rows are grouped by what was found, not by what is right. That asks how far an answer "
-                "can be trusted (precision); group by labels.",
+                "You group the rows by prediction, not by label. That asks how far an answer can be trusted "
+                "(precision); group by labels.",
                 _precision,
             ),
             Mistake(
-                "The sum over answers is divided by all answers that there could be. An answer that labels "
-                "lacks has no share: leave it out of the mean.",
+                "You divide by the number of all possible answers. An answer that labels lacks has no share: "
+                "leave it out of the mean.",
                 _absent_too,
             ),
             Mistake(
-                "The shares are added up and not averaged.",
+                "You add the shares, but do not average them.",
                 lambda found, labels: float(_recalls(found, labels).sum()),
             ),
             Mistake(

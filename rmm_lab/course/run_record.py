@@ -1,0 +1,218 @@
+"""The record of a finished search, as the widgets read it: its episodes, policies and named paths."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path as Folder
+
+import numpy as np
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from rmm_lab.engine.scorer import Scorer
+from rmm_lab.errors import InputError
+from rmm_lab.figures.paths import place_name, with_stem
+from rmm_lab.reward import Path, Step, parse_path
+from rmm_lab.search.config import read_config
+from rmm_lab.search.pipeline import Result
+from rmm_lab.search.problem import Problem, problem_of
+from rmm_lab.search.run_folder import Row, RunFolder
+
+
+@dataclass
+class Run:
+    """A finished search.
+
+    ``problem``: what was merged. ``episodes``, ``updates``, ``finalists``: rows as in the run folder.
+    ``policies``: (updates, places, actions), the mean policy of each rollout, NaN at places that no step
+    visited.
+    """
+
+    problem: Problem
+    episodes: list[Row]
+    updates: list[Row]
+    finalists: list[Row]
+    policies: Tensor
+
+    @classmethod
+    def of(cls, result: Result, problem: Problem) -> Run:
+        """The record of ``train``'s result on a problem."""
+        return cls(problem, result.episodes, result.updates, result.finalists, result.policies)
+
+    @classmethod
+    def read(cls, folder: str | Folder, problem: Problem | None = None) -> Run:
+        """Read a run folder. ``problem``: what was merged; None loads it as config.json says.
+
+        Raises InputError if the search has not ended, a file cannot be read, or the problem is another one.
+        """
+        files = RunFolder(Folder(folder))
+        config = read_config(files.read_config(), folder)
+        episodes, updates = files.read_rows("episodes.csv"), files.read_rows("updates.csv")
+        try:
+            finalists = json.loads((Folder(folder) / "finalists.json").read_text("utf-8"))
+            policies = load_file(Folder(folder) / "policies.safetensors")["policies"]
+        except (OSError, LookupError, SafetensorError, ValueError) as error:
+            raise InputError(
+                f"run folder {folder}: expected finalists.json and policies.safetensors of a finished "
+                f"search, found none that can be read ({error!r}); finish it with --resume, or name "
+                "another folder"
+            ) from error
+        if problem is not None and problem.spec != config.problem:
+            raise InputError(
+                f"run folder {folder}: expected the problem of its config.json, {config.problem}, found "
+                f"{problem.spec}; leave the problem out, or load that one"
+            )
+        return cls(problem or problem_of(config.problem), episodes, updates, finalists, policies)
+
+    # ------------------------------------------------------------------------------------ the problem
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """Models, then operators."""
+        return self.problem.pool.sources
+
+    @property
+    def action_names(self) -> tuple[str, ...]:
+        """Models, operators, skip, back."""
+        return (*self.sources, "skip", "back")
+
+    @property
+    def n_layers(self) -> int:
+        """Layers of the models; sublayers where the search took blocks apart."""
+        return self.problem.pool.n_layers
+
+    @property
+    def first(self) -> int:
+        """The agent's first place: -1 where it chooses the stem, else 0."""
+        return -1 if self.problem.spec.stem == "agent" else 0
+
+    @property
+    def stacks(self) -> tuple[range, ...]:
+        """Layers that may follow each other: one stack, or a T5's two."""
+        return self.problem.pool.stacks
+
+    @property
+    def agent_stacks(self) -> tuple[range, ...]:
+        """The stacks that the agent walks through: of whole blocks with ``unit="both"``, else ``stacks``."""
+        blocks = self.problem.pool.blocks
+        if self.problem.spec.unit != "both" or not blocks:
+            return self.stacks
+        starts = [[block.start for block in blocks].index(stack.start) for stack in self.stacks]
+        return tuple(map(range, starts, [*starts[1:], len(blocks)]))
+
+    # ------------------------------------------------------------------------------------ episodes
+
+    def episode(self, number: int) -> Row:
+        """An episode's row; they count from 0."""
+        if not 0 <= number < len(self.episodes):
+            raise InputError(
+                f"episode: expected 0 to {len(self.episodes) - 1}, found {number}; name another one"
+            )
+        return self.episodes[number]
+
+    def policy(self, number: int) -> Tensor | None:
+        """(places, actions): the policy that played an episode; after the agent's part, its last one.
+
+        None before the agent has acted, and where a search had no agent.
+        """
+        row = self.episode(number)
+        if not len(self.policies) or row["phase"] == "uniform":
+            return None
+        return self.policies[row["update"] if row["phase"] == "agent" else -1]
+
+    # ------------------------------------------------------------------------------------ paths
+
+    @property
+    def names(self) -> list[str]:
+        """The paths that have a name: best, greedy (if it was legal), finalist 2, 3, ..."""
+        greedy = ["greedy"] if any(f["found"] == "greedy" for f in self.finalists) else []
+        return ["best", *greedy, *(f"finalist {i}" for i in range(2, len(self.finalists) + 1))]
+
+    def finalist(self, name: str) -> Row:
+        """The row of a path that has a name: its ``path`` (text), ``found``, and ``reward``."""
+        if name not in self.names:
+            raise InputError(
+                f"path: expected an episode's number or one of {', '.join(self.names)}, found {name!r}"
+            )
+        if name == "greedy":
+            return next(f for f in self.finalists if f["found"] == "greedy")
+        return self.finalists[0 if name == "best" else int(name.split()[1]) - 1]
+
+    def path(self, name: str | int) -> Path:
+        """A path by its name, or that of an episode by its number."""
+        row = self.episode(name) if isinstance(name, int) else self.finalist(name)
+        return parse_path(row["path"])
+
+    def with_stem(self, path: Path) -> Path:
+        """The path with its stem as the first step, also where the agent does not choose it."""
+        return with_stem(path, "base" if self.first < 0 else self.problem.spec.stem)
+
+    @cached_property
+    def _scorer(self) -> Scorer:
+        return self.problem.scorer()
+
+    def scores(self, path: Path) -> dict[str, float]:
+        """Each task's metric on the whole reward split, in [0, 1]; the test split is never read."""
+        scores = self._scorer.score(path, None)  # (N,)
+        names = [task.name for task in self.problem.tasks]
+        return dict(zip(names, scores.tolist(), strict=True))
+
+
+def align(a: Path, b: Path) -> list[tuple[int | None, int | None]]:
+    """The cheapest alignment of two paths: pairs of positions, None for a gap.
+
+    Equal steps cost 0, another source for the same layer 1, a step that only one path has 1; steps of
+    different layers are never paired.
+    """
+    cost = np.add.outer(np.arange(len(a) + 1), np.arange(len(b) + 1)).astype(float)  # all gaps
+    for i, j in np.ndindex(len(a), len(b)):
+        pair = np.inf if a[i].layer != b[j].layer else float(a[i] != b[j])
+        cost[i + 1, j + 1] = min(cost[i, j] + pair, cost[i, j + 1] + 1, cost[i + 1, j] + 1)
+    pairs: list[tuple[int | None, int | None]] = []
+    i, j = len(a), len(b)
+    while i or j:  # back along the cheapest way
+        paired = bool(i and j) and a[i - 1].layer == b[j - 1].layer
+        if paired and cost[i, j] == cost[i - 1, j - 1] + (a[i - 1] != b[j - 1]):
+            i, j = i - 1, j - 1
+            pairs.append((i, j))
+        elif i and cost[i, j] == cost[i - 1, j] + 1:
+            i -= 1
+            pairs.append((i, None))
+        else:
+            j -= 1
+            pairs.append((None, j))
+    return pairs[::-1]
+
+
+def difference(a: Path, b: Path, stacks: Sequence[range] = ()) -> list[str]:
+    """Where two paths differ, place by place in running order; empty for equal paths."""
+    out = []
+    for i, j in align(a, b):
+        if i is not None and j is not None:
+            if a[i] != b[j]:
+                place = place_name(a[i].layer, stacks)
+                out.append(
+                    f"{place}: {source_text(a[i])} in the first, {source_text(b[j])} in the second"
+                )
+            continue
+        step, which, rest, other = (
+            (a[i], "first", "second", b) if i is not None else (b[j or 0], "second", "first", a)
+        )
+        text = f"{place_name(step.layer, stacks)}: {source_text(step)} in the {which}"
+        if any(s.layer == step.layer for s in other):
+            out.append(f"{text} only, one more on the stack")
+        else:
+            out.append(f"{text}, {'not chosen' if step.layer < 0 else 'skipped'} in the {rest}")
+    depth = [sum(step.layer >= 0 for step in path) for path in (a, b)]
+    if depth[0] != depth[1]:
+        out.append(f"length: {depth[0]} layers in the first, {depth[1]} in the second")
+    return out
+
+
+def source_text(step: Step) -> str:
+    """A step without its layer: ``ties``, ``task_arithmetic:scale=0.3/0.5``."""
+    return str(step).rpartition("@")[0]

@@ -1,0 +1,86 @@
+"""The rows of the result tables: how a CSV file is read and written, what its methods are, statistics.
+
+A table is a DataFrame with a row for each method and seed. Scores are in %: ``mean`` and ``by_task`` on the
+test split, ``reward_split`` on the split that chose the path.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from scipy.special import stdtrit
+
+from rmm_lab.search.run_folder import write
+
+# The columns that hold numbers. All others are text, even where a name looks like a number: a group called
+# 007, the commit 12e4567.
+NUMBERS: dict[str, type] = {
+    **dict.fromkeys(("seed", "episode", "episodes", "evaluations"), int),
+    **dict.fromkeys(("mean", "reward_split", "test", "seconds", "value"), float),
+    **dict.fromkeys(("dar", "data_fraction", "raw_reward", "dar_reward", "rmm_mean"), float),
+}
+
+BEST_EXPERT = "best expert, for all tasks"
+# Kind -> methods, in the order of the tables. A bound is no opponent: it has one model per task, or was
+# trained. Any other method is an expert on its own.
+KINDS = {
+    "bound": ("chance", "most frequent answer", "base", "fine-tuned", "multi-task", BEST_EXPERT),
+    "uniform": (
+        *("weight average", "task arithmetic", "TIES", "DARE"),
+        *("task arithmetic, tuned", "TIES, tuned", "DARE, tuned"),
+    ),
+    "search": ("RMM", "RMM, paper's preset"),
+    "rival": (
+        *("CMA-ES, order", "CMA-ES, scales", "NSGA-II", "TPE"),
+        *("coordinate ascent", "random search"),
+    ),
+}
+METHODS = pd.Series({method: kind for kind, methods in KINDS.items() for method in methods})
+# What depends on the seed; the others are measured once.
+STOCHASTIC = ("DARE", "DARE, tuned", *KINDS["search"], *KINDS["rival"])
+
+
+def read_csv(file: Path) -> pd.DataFrame:
+    """A table from its file; an empty cell is NaN in a column of numbers, else an empty text."""
+    table = pd.read_csv(file, dtype=str, keep_default_na=False)
+    numbers = {name: kind for name, kind in NUMBERS.items() if name in table}
+    return table.replace({name: {"": "nan"} for name in numbers}).astype(numbers)
+
+
+def write_csv(file: Path, rows: pd.DataFrame) -> None:
+    """Write a table; the file is replaced as a whole."""
+    write(file, rows.to_csv(index=False))
+
+
+def kind_of(methods: pd.Series) -> pd.Series:
+    """Each method's kind: bound, uniform, search, rival, or expert."""
+    return methods.map(METHODS).fillna("expert")
+
+
+def task_scores(rows: pd.DataFrame) -> pd.DataFrame:
+    """Each row's score of each task, from ``by_task``: the same index, a column for each task."""
+    parts = rows["by_task"].str.split().explode().str.rsplit("=", n=1, expand=True)
+    parts = parts.set_index(0, append=True)[1].astype(float)
+    return parts.unstack()[parts.index.unique(1)].rename_axis(columns=None)
+
+
+def spread(values: pd.Series, plus_minus: bool = True) -> str:
+    """``79.2 ± 1.1``: the mean and the sample standard deviation; one value has none."""
+    v = values.dropna()
+    if v.empty:
+        return ""
+    return f"{v.mean():.1f}" + (f" ± {v.std():.1f}" if plus_minus and len(v) > 1 else "")
+
+
+def interval(differences: pd.Series) -> str:
+    """``+1.2 ± 0.3``: the mean of paired differences and its 95 % interval; one difference has none.
+
+    The half width is ``t sd / sqrt(n)`` with the sample deviation and Student's t, since n is small.
+    """
+    v = differences.dropna()
+    if v.empty:
+        return ""
+    half = stdtrit(len(v) - 1, 0.975) * v.std() / np.sqrt(len(v))
+    return f"{v.mean():+.1f}".replace("-", "−") + (f" ± {half:.1f}" if len(v) > 1 else "")
