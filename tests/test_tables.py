@@ -225,7 +225,7 @@ def test_searches_of_other_lengths_do_not_share_a_mean(small, tmp_path, counted)
 
 
 def test_todays_default_preset_is_not_mixed_with_the_first_editions(counted):
-    """The rows that ship had a local search after the agent, in place of 5 % of CMA-ES."""
+    """The rows that ship are of a default preset with a local search, which is gone."""
     with pytest.raises(InputError, match=r"expected --cma-share 0.75 as in .*, found 0.8"):
         Command("II", seeds=(6,), out=RESULTS).run()
     assert not counted
