@@ -40,7 +40,9 @@ class Merge:
 
     def run(self) -> None:
         """Run the search, in a new folder or in the one that is resumed."""
-        config = configure(Config(self.problem, self.agent, self.search))
+        config = Config(self.problem, self.agent, self.search)
+        if config.run.resume is None:  # a problem that is stored keeps its seed
+            config = configure(config, seed=config.run.seed)
         folder = config.run.resume or config.run.run_dir
         if folder is None:
             folder = Path("runs") / time.strftime("merge-%Y%m%d-%H%M%S")

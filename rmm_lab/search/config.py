@@ -151,13 +151,14 @@ PRESETS: dict[str, Config] = {
 def configure(preset: str | Config = "default", **options: Any) -> Config:
     """A preset with some options set by name, as on the command line.
 
-    ``configure("paper", experts=("qa",), episodes=100)``. The operators' masks get the run's seed.
+    ``configure("paper", experts=("qa",), episodes=100)``. With ``seed``, and with a preset's name, the
+    operators' masks get the run's seed.
     Raises InputError for an unknown preset or option, and for a value out of range.
     """
     if isinstance(preset, str) and preset not in PRESETS:
         raise InputError(f"--preset: expected {' or '.join(PRESETS)}, found {preset!r}; correct it")
     config = PRESETS[preset] if isinstance(preset, str) else preset
-    parts = dict(vars(config))
+    parts, shares_seed = dict(vars(config)), isinstance(preset, str) or "seed" in options
     for name, part in parts.items():
         known = {f.name for f in dataclasses.fields(part)} & set(options)
         known -= {"seed"} if name == "problem" else set()
@@ -169,7 +170,8 @@ def configure(preset: str | Config = "default", **options: Any) -> Config:
             f"configure: expected options of a search, found {unknown[0]!r}; see python -m rmm_lab "
             "merge --help"
         )
-    parts["problem"] = dataclasses.replace(parts["problem"], seed=parts["run"].seed)
+    if shares_seed:
+        parts["problem"] = dataclasses.replace(parts["problem"], seed=parts["run"].seed)
     return Config(**parts)
 
 

@@ -56,10 +56,10 @@ def from_csv(text: str, texts: Collection[str] = TEXTS) -> list[Row]:
 
     Raises ValueError for any other column that holds no number, TypeError for a row of another length.
     """
-    return [
-        {k: v if k in texts or v == "" else _number(v) for k, v in row.items()}
-        for row in csv.DictReader(io.StringIO(text))
-    ]
+    rows = list(csv.DictReader(io.StringIO(text)))
+    if any(None in row or None in row.values() for row in rows):
+        raise TypeError("a row has more or fewer columns than the first line")
+    return [{k: v if k in texts or v == "" else _number(v) for k, v in row.items()} for row in rows]
 
 
 def _number(text: str) -> int | float:
