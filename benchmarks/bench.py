@@ -91,7 +91,7 @@ class Bench:
                 jobs = [partial(time_search, name, v, self.episodes, self.sample) for v in VARIANTS]
             rows: list[Row] = []
             for job in jobs:
-                print(f"{time.strftime('%H:%M:%S')} {name} {job.args[1:2] or ''}", flush=True)
+                print(time.strftime("%H:%M:%S"), name, *job.args[1:2], flush=True)
                 rows += in_process(job)
             self._store(name, rows)
         for table in COLUMNS:

@@ -261,6 +261,14 @@ class LayerPool:
 def _check_name(name: str) -> None:
     """InputError for an expert's name that is an action's too, or cannot stand in a path's text."""
     try:
+        taken = name in _TAKEN or bool(parse_operator(name))
+    except InputError:
+        taken = False
+    if taken:
+        raise InputError(
+            f"expert {name!r}: expected a name that no action, stem or operator has; rename its folder"
+        )
+    try:
         fits = "@" not in name and parse_path(f"{name}@0") == (Step(name, 0),)
     except InputError:
         fits = False
@@ -268,14 +276,6 @@ def _check_name(name: str) -> None:
         raise InputError(
             f"expert {name!r}: expected a name that can stand in a path, without white space or '@'; "
             "rename its folder"
-        )
-    try:
-        taken = name in _TAKEN or bool(parse_operator(name))
-    except InputError:
-        taken = False
-    if taken:
-        raise InputError(
-            f"expert {name!r}: expected a name that no action, stem or operator has; rename its folder"
         )
 
 

@@ -13,11 +13,11 @@ from PIL import Image
 from test_images import write_cub, write_dogs
 
 from rmm_lab.errors import InputError
-from rmm_lab.evidence import measure as cells
 from rmm_lab.evidence import paper_scale, tables
 from rmm_lab.evidence.paper_scale import PaperScale
+from rmm_lab.evidence.rows import read_csv
 from rmm_lab.evidence.tables import Command
-from rmm_lab.search import run_folder as runs
+from rmm_lab.search.config import Config, configure
 from rmm_lab.tasks import image_formats
 from rmm_lab.tasks import text_formats as formats
 from rmm_lab.zoo import training
@@ -133,9 +133,14 @@ def measured(stand_ins, tmp_path_factory) -> Path:
 
 
 def rows_of(out: Path, name: str) -> list[dict]:
-    return runs.from_csv((out / f"{name}.csv").read_text())
+    return read_csv(out / f"{name}.csv").to_dict("records")
 
 
+def config_of(row: dict) -> Config:
+    return configure(**json.loads(row["config"]))
+
+
+@pytest.mark.slow
 def test_all_tables_come_out(measured):
     halves = rows_of(measured, "halves")
     assert {(r["group"], r["size"]) for r in halves} == {
@@ -165,36 +170,34 @@ def test_all_tables_come_out(measured):
     assert (measured / "fig-3.png").is_file()
 
 
+@pytest.mark.slow
 def test_the_share_of_the_data_and_the_metric_are_the_papers(measured):
     for name, share in (("halves", 0.1), ("vision", 0.1), ("language", 0.01)):
-        for row in rows_of(measured, name):
-            assert cells.args_of(row["config"]).data_fraction == share
+        assert {config_of(row).run.data_fraction for row in rows_of(measured, name)} == {share}
     for row in rows_of(measured, "language"):
-        assert cells.args_of(row["config"]).metric == "accuracy"
+        assert config_of(row).problem.metric == "accuracy"
         assert row["by_task"].split("=")[0] in ("qasc", "paws")
 
 
+@pytest.mark.slow
 def test_halves_share_no_class_and_pairs_are_whole(measured):
     """What the experts were trained on, from their checkpoints' own files."""
-    rows = {
-        (r["group"], r["size"]): cells.args_of(r["config"]) for r in rows_of(measured, "halves")
-    }
-    args = rows["CUB", "ViT-S/32"]
-    classes = [
-        json.loads((Path(e) / "config.json").read_text())["label_names"] for e in args.experts
-    ]
-    assert list(map(len, classes)) == [2, 2]
-    assert len(set(classes[0] + classes[1])) == 4
-    (pair,) = {tuple(cells.args_of(r["config"]).experts) for r in rows_of(measured, "vision")}
-    assert [json.loads((Path(e) / "config.json").read_text())["num_classes"] for e in pair] == [
-        4,
-        4,
-    ]
-    made = json.loads((Path(args.multi_task) / "training.json").read_text())
+
+    def labels(expert: str) -> list[str]:
+        return json.loads((Path(expert) / "config.json").read_text())["label_names"]
+
+    rows = {(r["group"], r["size"]): r for r in rows_of(measured, "halves")}
+    spec = config_of(rows["CUB", "ViT-S/32"]).problem
+    one, two = map(labels, spec.experts)
+    assert (len(one), len(two), len({*one, *two})) == (2, 2, 4)
+    (pair,) = {config_of(r).problem.experts for r in rows_of(measured, "vision")}
+    assert [len(labels(expert)) for expert in pair] == [4, 4]
+    made = json.loads((Path(spec.multi_task) / "training.json").read_text())
     assert made["sets"] == ["cub200:first", "cub200:second"]
     assert made["steps"] == 2  # as many for each of its tasks
 
 
+@pytest.mark.slow
 def test_a_second_command_trains_and_measures_nothing(measured, stand_ins, monkeypatch, capsys):
     def refuse(*args, **options):
         raise AssertionError("trained again")
@@ -204,7 +207,7 @@ def test_a_second_command_trains_and_measures_nothing(measured, stand_ins, monke
     command = Command("all", scale="paper", seeds=(1,), episodes=6, out=measured)
     command.paper = PaperScale(**stand_ins)
     command.run()
-    assert "0 cells to measure" in capsys.readouterr().out
+    assert "0 jobs to measure" in capsys.readouterr().out
     assert {f.name: f.read_bytes() for f in measured.iterdir()} == before
 
 
@@ -309,8 +312,3 @@ def test_bad_options_are_refused(tmp_path, capsys, words, message):
     assert tables.main(["II", *out, *words]) == 2
     assert message in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
-
-
-def test_the_kits_own_tables_have_no_paper_scale(tmp_path, capsys):
-    assert tables.main(["agent", "--scale", "paper", "--out", str(tmp_path)]) == 2
-    assert "--scale paper: expected one of I, II, III, IV, fig3" in capsys.readouterr().err

@@ -21,18 +21,22 @@ from timm.models.vision_transformer import VisionTransformer
 
 from rmm_lab.errors import InputError
 from rmm_lab.families import checkpoint as models
-from rmm_lab.families import vit as vit_family
+from rmm_lab.families import vit_run as vit_family
 from rmm_lab.families.checkpoint import read_checkpoint
 from rmm_lab.layers import LayerPool
 from rmm_lab.path import SCHEMA, LayerPath, Origin
+from rmm_lab.reward import Step
 
 OPERATORS = ("weight_average", "ties", "dare")
 PATHS = {
-    "plain": (("one", 0), ("two", 1), ("weight_average", 2)),
-    "repeats": (("one", 0), ("one", 0), ("two", 1), ("one", 0)),
-    "skips": (("two", 2),),
-    "back-stack": tuple((s, k) for k, s in [(0, "one"), (1, "weight_average"), (0, "two")] * 2),
-    "empty": (),
+    name: tuple(Step(source, k) for source, k in steps)
+    for name, steps in {
+        "plain": [("one", 0), ("two", 1), ("weight_average", 2)],
+        "repeats": [("one", 0), ("one", 0), ("two", 1), ("one", 0)],
+        "skips": [("two", 2)],
+        "back-stack": [("one", 0), ("weight_average", 1), ("two", 0)] * 2,
+        "empty": [],
+    }.items()
 }
 
 
@@ -59,7 +63,7 @@ def by_hand(tiny, steps) -> VisionTransformer:
     weights = {n: t for n, t in base.items() if not n.startswith(("blocks.", "head."))}
     for name in ("head.weight", "head.bias"):
         weights[name] = torch.cat([one[name], two[name]])
-    for j, (source, k) in enumerate(steps):
+    for j, (source, k, _) in enumerate(steps):
         for name, tensor in sources[source].items():
             if name.startswith(f"blocks.{k}."):
                 weights[name.replace(f"blocks.{k}.", f"blocks.{j}.", 1)] = tensor
@@ -78,15 +82,16 @@ def logits(model) -> torch.Tensor:
 
 TEXT = st.text(max_size=8)
 ORIGIN = st.builds(Origin, name=TEXT, source=TEXT, sha256=TEXT)
+SCALES = st.lists(st.floats(-2, 2), max_size=3).map(tuple)
 LAYER_PATHS = st.builds(
     LayerPath,
-    steps=st.lists(st.tuples(TEXT, st.integers(0, 99)), max_size=12).map(tuple),
+    steps=st.lists(st.builds(Step, TEXT, st.integers(0, 99), SCALES), max_size=12).map(tuple),
     base=ORIGIN,
     experts=st.lists(ORIGIN, max_size=3).map(tuple),
     operators=st.lists(TEXT, max_size=3).map(tuple),
     scope=TEXT,
     seed=st.integers(0, 2**63),
-    stem=TEXT,
+    stem=st.builds(Step, TEXT, st.just(-1), SCALES),
 )
 
 
@@ -98,8 +103,43 @@ def test_json_round_trip(path):
     assert text.endswith("}\n")
     data = json.loads(text)
     assert data["schema"] == SCHEMA == "rmm_lab/layer-path/1"
-    assert data["steps"] == [{"layer": k, "source": source} for source, k in path.steps]
+    plain = [{"layer": s.layer, "source": s.source} for s in path.steps if not s.scales]
+    assert [step for step in data["steps"] if "scales" not in step] == plain
     assert data["seed"] == path.seed
+
+
+@pytest.mark.parametrize("text", ["0.31/0.55", "-0.2/1.5", "1e-05/0"])
+def test_a_path_of_scales_of_an_older_file_is_read(pool, text):
+    """There the scales stand in the source; the stem's as well."""
+    source, scales = f"task_arithmetic:scale={text}", tuple(map(float, text.split("/")))
+    old = altered(
+        pool, steps=[{"layer": 0, "source": source}, {"layer": 1, "source": "one"}], stem=source
+    )
+    path = LayerPath.from_json(old)
+    assert path.steps == (Step("task_arithmetic", 0, scales), Step("one", 1))
+    assert path.stem == Step("task_arithmetic", -1, scales)
+    data = json.loads(path.to_json())
+    assert data["steps"][0] == {"layer": 0, "source": "task_arithmetic", "scales": list(scales)}
+    assert (data["stem"], data["stem_scales"]) == ("task_arithmetic", list(scales))
+    assert LayerPath.from_json(path.to_json()) == path
+    expected = pool.assemble((Step(source, -1), Step(source, 0), Step("one", 1)))
+    for name, tensor in path.build(pool).state_dict().items():
+        assert torch.equal(tensor, expected.state_dict()[name])
+
+
+def test_one_scale_for_all_experts_stays_in_the_source(pool):
+    source = "task_arithmetic:scale=0.5"
+    path = LayerPath.from_json(altered(pool, steps=[{"layer": 0, "source": source}], stem=source))
+    assert (path.steps, path.stem) == ((Step(source, 0),), Step(source, -1))
+
+
+def test_a_paths_stem_is_its_first_step_or_the_one_named(pool):
+    steps = (Step("one", 0), Step("ties", 1))
+    for path, stem in ((steps, "two"), ((Step("two", -1), *steps), "base")):
+        made = LayerPath.of(pool, path, stem)
+        assert (made.stem, made.steps) == (Step("two", -1), steps)
+        assert made.path == (Step("two", -1), *steps)
+    assert LayerPath.of(pool, steps).stem == Step("base", -1)
 
 
 def test_json_names_everything_that_is_needed(pool, tiny):
@@ -180,6 +220,10 @@ def test_another_schema_is_refused(pool, changes):
         {"seed": "4"},
         {"stem": 3},
         {"operators": "ties"},
+        {"steps": [{"layer": 0, "source": "task_arithmetic", "scales": 0.3}]},
+        {"steps": [{"layer": 0, "source": "task_arithmetic", "scales": ["0.3", "0.4"]}]},
+        {"steps": [{"layer": 0, "source": "task_arithmetic:scale=a/b"}]},
+        {"stem_scales": [True, False]},
     ],
     ids=json.dumps,
 )
@@ -192,6 +236,8 @@ def test_unknown_sources_and_scopes_are_refused_when_built(pool):
     for changes in (
         {"steps": [{"layer": 0, "source": "three"}]},
         {"stem": "three"},
+        {"stem_scales": [0.5, 0.5]},  # of the base
+        {"steps": [{"layer": 0, "source": "task_arithmetic", "scales": [0.5]}]},
         {"scope": "model"},
         {"operators": ["tiess"]},
     ):
@@ -199,10 +245,10 @@ def test_unknown_sources_and_scopes_are_refused_when_built(pool):
             LayerPath.from_json(altered(pool, **changes)).build()
 
 
-@pytest.mark.parametrize("k", [3, 99, -1, -5])
+@pytest.mark.parametrize("k", [3, 99, -5])
 def test_a_layer_that_the_model_lacks_is_refused(pool, k):
     with pytest.raises(InputError):
-        LayerPath.of(pool, [("one", k)], "base").build(pool)
+        dataclasses.replace(LayerPath.of(pool, ()), steps=(Step("one", k),)).build(pool)
 
 
 # -------------------------------------------------------------------------------------- the model
@@ -226,12 +272,12 @@ def test_paths_are_different_models(pool):
 
 @pytest.mark.parametrize("stem", ["base", "one", "ties", "dare_ties"])
 def test_built_from_json_alone_it_equals_the_pieces(pool, stem):
-    steps = (("dare", 0), ("ties", 1), ("dare", 0), ("two", 2))
+    steps = tuple(Step(*s) for s in [("dare", 0), ("ties", 1), ("dare", 0), ("two", 2)])
     model = LayerPath.from_json(LayerPath.of(pool, steps, stem).to_json()).build()
     vit, trunk = pool.architecture, pool.stem(stem)
     tokens = vit.embed(trunk, images())
-    for source, k in steps:
-        tokens = vit.apply(pool.layer(source, k), tokens)
+    for step in steps:
+        tokens = vit.apply(pool.layer(*step), tokens)
     pieces = torch.cat([vit.logits(trunk, tokens, pool.heads[n]) for n in ("one", "two")], dim=1)
     torch.testing.assert_close(logits(model), pieces)
 
@@ -241,7 +287,7 @@ def test_a_random_path_is_rebuilt_to_the_bit(pool, scope):
     own = LayerPool(pool.base, pool.experts, pool.names, ("dare",), scope=scope, seed=11)
     for k in (2, 0):  # whatever was asked for before
         own.layer("dare", k)
-    path = LayerPath.of(own, [("dare", 0), ("dare", 2), ("dare", 0)], "dare_ties")
+    path = LayerPath.of(own, [Step("dare", 0), Step("dare", 2), Step("dare", 0)], "dare_ties")
     expected = path.build(own).state_dict()
     found = LayerPath.from_json(path.to_json()).build().state_dict()
     assert found.keys() == expected.keys()
@@ -252,12 +298,12 @@ def test_a_random_path_is_rebuilt_to_the_bit(pool, scope):
 
 
 def test_another_process_draws_the_same_masks(pool):
-    steps = [("dare", 1)]
-    weights = pool.layer_weights("dare", 1)["mlp.fc1.weight"]
+    steps = [Step("dare", 1)]
+    weights = pool.weights("dare", 1)["mlp.fc1.weight"]
     program = (
         "import sys, hashlib; from rmm_lab.path import LayerPath; "
         "pool = LayerPath.from_json(sys.stdin.read()).load_pool(); "
-        "w = pool.layer_weights('dare', 1)['mlp.fc1.weight']; "
+        "w = pool.weights('dare', 1)['mlp.fc1.weight']; "
         "print(hashlib.sha256(w.numpy().tobytes()).hexdigest())"
     )
     found = subprocess.run(
@@ -305,7 +351,7 @@ def test_a_repeated_layer_is_a_copy(pool, tmp_path):
         assert not torch.equal(logits(built), before)
     # and a built model may be trained without changing the pool
     assert torch.equal(
-        pool.layer_weights("one", 0)["mlp.fc1.weight"],
+        pool.weights("one", 0)["mlp.fc1.weight"],
         load_file(pool.experts[0].folder / "model.safetensors")["blocks.0.mlp.fc1.weight"],
     )
 
@@ -340,7 +386,7 @@ def test_heads_of_different_sizes_and_without_label_names(tmp_path):
     models.write_checkpoint(tmp_path / "b", bare, own)
     checkpoints = [read_checkpoint(tmp_path / n) for n in "ab"]
     pool = LayerPool(read_checkpoint(base), checkpoints, ("a", "b"), ())
-    LayerPath.of(pool, [("b", 0)], "b").save_pretrained(tmp_path / "merged", pool)
+    LayerPath.of(pool, [Step("b", 0)], "b").save_pretrained(tmp_path / "merged", pool)
     config = json.loads((tmp_path / "merged" / "config.json").read_text())
     assert config["rmm_lab"]["heads"] == {"a": [0, 2], "b": [2, 6]}
     assert config["label_names"] == ["a/class0", "a/class1", "b/0", "b/1", "b/2", "b/3"]
@@ -354,16 +400,16 @@ def test_heads_of_different_sizes_and_without_label_names(tmp_path):
 
 def test_a_saved_model_can_be_merged_again(pool, tmp_path):
     for name, source in (("a", "one"), ("b", "two")):
-        steps = [(source, 0), (source, 0)]
+        steps = [Step(source, 0), Step(source, 0)]
         LayerPath.of(pool, steps, "base").save_pretrained(tmp_path / name, pool)
     again = [read_checkpoint(tmp_path / name) for name in "ab"]
     assert [c.num_classes for c in again] == [6, 6]
     second = LayerPool(again[0], again, ("a", "b"), ("weight_average",))
-    path = LayerPath.of(second, [("weight_average", 1)], "base")
+    path = LayerPath.of(second, [Step("weight_average", 1)], "base")
     config_folder = path.save_pretrained(tmp_path / "c", second)
     config = json.loads((config_folder / "config.json").read_text())
     assert config["label_names"][6] == "b/one/class0"
-    expected = (pool.layer_weights("one", 0), pool.layer_weights("two", 0))
+    expected = (pool.weights("one", 0), pool.weights("two", 0))
     found = reload(config_folder).blocks[0].mlp.fc2.weight
     torch.testing.assert_close(
         found.detach(), (expected[0]["mlp.fc2.weight"] + expected[1]["mlp.fc2.weight"]) / 2
@@ -394,7 +440,7 @@ def test_changed_weights_are_refused(tiny, tmp_path, which):
     for i, folder in enumerate((tiny["base"], *tiny["experts"])):
         folders.append(shutil.copytree(folder, tmp_path / str(i)))
     base, *experts = map(read_checkpoint, folders)
-    path = LayerPath.of(LayerPool(base, experts, ("one", "two")), [("one", 0)], "base")
+    path = LayerPath.of(LayerPool(base, experts, ("one", "two")), [Step("one", 0)], "base")
     assert len(path.build().blocks) == 1
     weights = dict([base, *experts][which].weights)
     weights["norm.bias"] = weights["norm.bias"] + 1e-3

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import functools
 import gc
+import pickle
 import weakref
 
 import pytest
@@ -15,9 +17,10 @@ from safetensors.torch import load_file
 from rmm_lab import operators
 from rmm_lab.errors import InputError
 from rmm_lab.families import checkpoint as models
-from rmm_lab.families import vit
+from rmm_lab.families import vit_run
 from rmm_lab.families.checkpoint import read_checkpoint
 from rmm_lab.layers import LayerPool
+from rmm_lab.reward import Step, parse_path, path_text
 
 EXPERTS = ("e1", "e2")
 OPERATORS = ("weight_average", "task_arithmetic:scale=0.5", "ties", "dare")
@@ -61,7 +64,7 @@ def test_an_experts_layer_is_its_files_tensors_bit_by_bit(make, tiny, scope):
     pool = make(scope=scope)
     for source, weights in zip(("base", *EXPERTS), files(tiny), strict=True):
         for k in range(-1, 3):
-            expected, found = group(weights, k), pool.layer_weights(source, k)
+            expected, found = group(weights, k), pool.weights(source, k)
             assert found.keys() == expected.keys()
             assert len(found) >= 6
             assert all(torch.equal(found[n], expected[n]) for n in expected)
@@ -74,8 +77,8 @@ def test_average_and_task_arithmetic_by_hand(make, tiny, scope):
         b, x, y = (
             {n: t.double() for n, t in group(weights, k).items()} for weights in (base, one, two)
         )
-        average = pool.layer_weights("weight_average", k)
-        arithmetic = pool.layer_weights("task_arithmetic:scale=0.5", k)
+        average = pool.weights("weight_average", k)
+        arithmetic = pool.weights("task_arithmetic:scale=0.5", k)
         assert average.keys() == arithmetic.keys() == b.keys()
         for n in b:
             expected = (x[n] + y[n]) / 2
@@ -87,7 +90,7 @@ def test_average_and_task_arithmetic_by_hand(make, tiny, scope):
 
 def test_the_stem_is_merged_by_any_operator_named(make, tiny):
     pool, (base, one, two) = make(()), files(tiny)
-    stem = pool.stem_weights("task_arithmetic:scale=2")  # no action of this pool
+    stem = pool.weights("task_arithmetic:scale=2", -1)  # no action of this pool
     assert stem.keys() == {n for n in base if not n.startswith(("blocks.", "head."))}
     for n in stem:
         expected = 2 * (one[n].double() + two[n].double()) - 3 * base[n].double()
@@ -104,9 +107,10 @@ def test_heads_are_never_merged(make, tiny):
         assert torch.equal(pool.heads[name]["bias"], weights["head.bias"])
     for source in pool.sources:
         for k in range(-1, 3):
-            assert not any("head" in n for n in pool.layer_weights(source, k))
-    assert vit.head_slices(pool.heads) == {"e1": (0, 3), "e2": (3, 6)}
-    merged = pool.assemble([("ties", 0), ("dare", 1)], "weight_average")
+            assert not any("head" in n for n in pool.weights(source, k))
+    assert vit_run.head_slices(pool.heads) == {"e1": (0, 3), "e2": (3, 6)}
+    path = (Step("weight_average", -1), Step("ties", 0), Step("dare", 1))
+    merged = pool.assemble(path)
     assert torch.equal(merged.head.weight, torch.cat([w["head.weight"] for w in experts]))
     assert torch.equal(merged.head.bias, torch.cat([w["head.bias"] for w in experts]))
 
@@ -119,7 +123,7 @@ def test_the_head_does_not_enter_a_global_trim(checkpoints):
     quiet = LayerPool(base, experts, EXPERTS, ("ties",), scope="global")
     noisy = LayerPool(base, [louder, experts[1]], EXPERTS, ("ties",), scope="global")
     for k in range(-1, 3):
-        expected, found = quiet.layer_weights("ties", k), noisy.layer_weights("ties", k)
+        expected, found = quiet.weights("ties", k), noisy.weights("ties", k)
         assert all(torch.equal(found[n], expected[n]) for n in expected)
 
 
@@ -138,19 +142,19 @@ def uneven():
         magnitude = STEP[k] * (1 + torch.rand(tensor.shape, generator=g))  # STEP to 2 STEP
         sign = torch.randint(2, tensor.shape, generator=g) * 2 - 1
         expert[name] = tensor + magnitude * sign
-    config = vit.model_config(TINY, depth=3, num_classes=3)
+    config = vit_run.model_config(TINY, depth=3, num_classes=3)
     as_checkpoint = [models.Checkpoint("m", None, config, w, "") for w in (base, expert, base)]
     return as_checkpoint
 
 
 def changed(pool: LayerPool, source: str, k: int) -> dict[str, int]:
     """How many entries of each tensor an operator moved away from the base."""
-    base, merged = pool.layer_weights("base", k), pool.layer_weights(source, k)
+    base, merged = pool.weights("base", k), pool.weights(source, k)
     return {n: int((merged[n] != base[n]).sum()) for n in base}
 
 
 def sizes(pool: LayerPool, k: int) -> dict[str, int]:
-    return {n: t.numel() for n, t in pool.layer_weights("base", k).items()}
+    return {n: t.numel() for n, t in pool.weights("base", k).items()}
 
 
 @pytest.mark.parametrize("density", [0.3, 0.05, 1.0])
@@ -171,7 +175,7 @@ def test_scope_layer_keeps_the_largest_entries_of_the_layer(uneven):
     pool = LayerPool(uneven[0], uneven[1:], EXPERTS, ("ties",), scope="layer")
     base, expert = (group(c.weights, 2) for c in uneven[:2])
     delta = torch.cat([(expert[n] - base[n]).abs().flatten() for n in base])
-    merged = pool.layer_weights("ties", 2)
+    merged = pool.weights("ties", 2)
     kept = torch.cat([(merged[n] != base[n]).flatten() for n in base])
     assert delta[kept].min() >= delta[~kept].max()
     for n in base:  # and a kept entry is the expert's own
@@ -201,7 +205,7 @@ def test_scopes_agree_where_nothing_is_trimmed(uneven):
     pools.append(LayerPool(uneven[0], uneven[1:], EXPERTS, ops, scope="global"))
     for source in pools[0].sources:
         for k in range(-1, 3):
-            first, *others = (pool.layer_weights(source, k) for pool in pools)
+            first, *others = (pool.weights(source, k) for pool in pools)
             for other in others:
                 assert all(torch.equal(other[n], first[n]) for n in first)
 
@@ -213,7 +217,7 @@ def test_the_order_of_an_experts_tensors_does_not_matter(checkpoints, scope):
     pool = LayerPool(base, [one, turned], EXPERTS, ("weight_average",), scope=scope)
     for k in range(-1, 3):
         merged, x, y = (
-            pool.layer_weights("weight_average", k),
+            pool.weights("weight_average", k),
             *(group(c.weights, k) for c in (one, two)),
         )
         for n in merged:
@@ -225,7 +229,7 @@ def test_the_order_of_an_experts_tensors_does_not_matter(checkpoints, scope):
 
 def mask(pool: LayerPool, k: int, source: str = "dare:drop_rate=0.5") -> torch.Tensor:
     """Where DARE kept a delta, entry by entry over a layer of the uneven experts."""
-    base, merged = pool.layer_weights("base", k), pool.layer_weights(source, k)
+    base, merged = pool.weights("base", k), pool.weights(source, k)
     return torch.cat([(merged[n] != base[n]).flatten() for n in base])
 
 
@@ -240,7 +244,7 @@ def dare(uneven):
 def test_masks_do_not_depend_on_the_order_of_asking(dare, scope):
     one, two = dare(scope=scope), dare(scope=scope)
     forwards = {k: mask(one, k) for k in (-1, 0, 1, 2)}
-    two.layer_weights("ties", 0)
+    two.weights("ties", 0)
     backwards = {k: mask(two, k) for k in (2, 0, -1, 1)}
     assert all(torch.equal(forwards[k], backwards[k]) for k in forwards)
 
@@ -261,7 +265,7 @@ def test_masks_differ_between_layers_and_seeds(dare, scope):
 
 def test_tensors_of_one_layer_have_masks_of_their_own_in_scope_tensor(dare):
     pool = dare(scope="tensor")
-    base, merged = pool.layer_weights("base", 0), pool.layer_weights("dare:drop_rate=0.5", 0)
+    base, merged = pool.weights("base", 0), pool.weights("dare:drop_rate=0.5", 0)
     one, two = (
         (merged[n] != base[n]).flatten() for n in ("mlp.fc1.weight", "mlp.fc2.weight")
     )  # both 16 x 64
@@ -271,7 +275,7 @@ def test_tensors_of_one_layer_have_masks_of_their_own_in_scope_tensor(dare):
 def test_what_dare_keeps_is_rescaled(dare, uneven):
     pool = dare()
     base, expert = (group(c.weights, 0) for c in uneven[:2])
-    merged = pool.layer_weights("dare:drop_rate=0.5", 0)
+    merged = pool.weights("dare:drop_rate=0.5", 0)
     for n in base:
         kept = merged[n] != base[n]
         expected = base[n] + 2 * (expert[n] - base[n])
@@ -301,22 +305,22 @@ def test_a_layer_is_computed_once_and_shared(make, calls):
     first = pool.layer("ties", 1)
     assert len(calls) == 1
     assert pool.layer("ties", 1) is first
-    assert pool.layer_weights("ties", 1) is pool.layer_weights("ties", 1)
-    pool.assemble([("ties", 1), ("ties", 1)], "base")
+    assert pool.weights("ties", 1) is pool.weights("ties", 1)
+    pool.assemble((Step("ties", 1), Step("ties", 1)))
     assert len(calls) == 1
-    weights = pool.layer_weights("ties", 1)
+    weights = pool.weights("ties", 1)
     assert first.mlp.fc1.weight.data_ptr() == weights["mlp.fc1.weight"].data_ptr()
     assert pool.layer("ties", 2) is not first
     assert pool.stem("ties") is pool.stem("ties")
     assert len(calls) == 3
-    own = pool.layer_weights("e1", 0)["norm1.bias"]
+    own = pool.weights("e1", 0)["norm1.bias"]
     assert pool.layer("e1", 0).norm1.bias.data_ptr() == own.data_ptr()
 
 
 def test_scope_global_merges_the_model_once(make, calls):
     pool = make(scope="global")
     for k in range(-1, 3):
-        pool.layer_weights("ties", k)
+        pool.weights("ties", k)
     assert len(calls) == 1
 
 
@@ -324,25 +328,78 @@ def test_scope_global_merges_the_model_once(make, calls):
 def test_forget_frees_what_is_no_action(make, calls, scope):
     pool = make(("weight_average",), scope=scope)
     kept = pool.layer("weight_average", 0), pool.layer("e1", 0), pool.stem("weight_average")
-    spare = [pool.layer("ties", k) for k in range(3)]
-    gone = [weakref.ref(t) for k in range(3) for t in pool.layer_weights("ties", k).values()]
-    n = len(gone)
-    gone += [weakref.ref(pool.stem("ties")), weakref.ref(pool.stem_weights("ties")["pos_embed"])]
+    expected = [{n: t.clone() for n, t in pool.weights("ties", k).items()} for k in range(3)]
+    modules = [pool.layer("ties", k) for k in range(3)]
+    stem = weakref.ref(pool.stem("ties"))
+    gone = [weakref.ref(t) for k in range(-1, 3) for t in pool.weights("ties", k).values()]
     before = len(calls)
-    assert before
     pool.forget(["ties", "weight_average", "e1"])
     gc.collect()
-    assert [ref() for ref in gone] == [None] * (n + 2)
-    assert all(t.is_meta for module in spare for t in module.state_dict().values())
+    assert stem() is None
+    assert [ref() for ref in gone] == [None] * len(gone)
+    assert all(t.is_meta for module in modules for t in module.state_dict().values())
     assert pool.layer("weight_average", 0) is kept[0]
     assert pool.layer("e1", 0) is kept[1]
     assert pool.stem("weight_average") is kept[2]
-    for k in range(-1, 3):  # and it can be asked for again
-        weights = pool.layer_weights("ties", k)
-        if k >= 0:
-            assert pool.layer("ties", k) is spare[k]
-            assert all(torch.equal(t, weights[n]) for n, t in spare[k].state_dict().items())
-    assert len(calls) == 2 * before
+    for k in range(3):  # and it can be asked for again
+        found = pool.layer("ties", k).state_dict()
+        assert all(torch.equal(found[n], t) for n, t in expected[k].items())
+    assert before < len(calls) <= 2 * before
+
+
+def test_forget_frees_the_scales_of_a_step_alone(make):
+    pool = make(("task_arithmetic",))
+    kept, other = pool.layer("task_arithmetic", 0), pool.layer("task_arithmetic", 0, (0.1, 0.2))
+    gone = pool.layer("task_arithmetic", 0, (0.3, 0.4))
+    pool.forget([Step("task_arithmetic", 0, (0.3, 0.4))])
+    assert all(t.is_meta for t in gone.state_dict().values())
+    assert pool.layer("task_arithmetic", 0) is kept
+    assert pool.layer("task_arithmetic", 0, (0.1, 0.2)) is other
+
+
+# ------------------------------------------------------------------------------- scales, and copies
+
+
+@pytest.mark.parametrize("scope", ["layer", "tensor", "global"])
+def test_a_steps_scales_by_hand(make, tiny, scope):
+    pool, (base, one, two) = make((), scope=scope), files(tiny)
+    for k in range(-1, 3):
+        b, x, y = (
+            {n: t.double() for n, t in group(weights, k).items()} for weights in (base, one, two)
+        )
+        found = pool.weights("task_arithmetic", k, (0.25, -0.5))
+        text = pool.weights("task_arithmetic:scale=0.25/-0.5", k)  # the same operator by its text
+        for n in b:
+            expected = b[n] + 0.25 * (x[n] - b[n]) - 0.5 * (y[n] - b[n])
+            torch.testing.assert_close(found[n].double(), expected, rtol=1e-5, atol=1e-6)
+            assert torch.equal(found[n], text[n])
+
+
+@pytest.mark.parametrize("source", ["e1", "base", "ties", "task_arithmetic:scale=0.5"])
+def test_scales_of_another_source_are_refused(make, source):
+    with pytest.raises(InputError, match=f"expected with task_arithmetic, found with '{source}'"):
+        make().weights(source, 0, (0.5, 0.5))
+
+
+@pytest.mark.parametrize("scales", [(0.5,), (0.5, 0.5, 0.5)])
+def test_scales_of_another_number_of_experts_are_refused(make, scales):
+    with pytest.raises(InputError, match="one for each of 2 experts"):
+        make().layer("task_arithmetic", 0, scales)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda pool: pickle.loads(pickle.dumps(pool))])
+def test_a_copy_computes_its_layers_again(make, calls, copied):
+    pool = make(scope="global")
+    expected, module = pool.weights("ties", 1), pool.layer("ties", 1)
+    other = copied(pool)
+    assert len(calls) == 1
+    found = other.weights("ties", 1)
+    assert len(calls) == 2
+    assert all(torch.equal(found[n], t) for n, t in expected.items())
+    assert other.layer("ties", 1) is not module
+    assert other.sources == pool.sources
+    for n, t in pool.weights("e2", 0).items():
+        assert torch.equal(other.weights("e2", 0)[n], t)
 
 
 # ------------------------------------------------------------------------------------------ errors
@@ -380,10 +437,29 @@ def test_an_expert_without_a_head_is_refused(checkpoints):
     LayerPool(dataclasses.replace(base, weights=no_head), [one, two], EXPERTS)  # a base needs none
 
 
-@pytest.mark.parametrize("name", ["base", "ties"])
+@pytest.mark.parametrize(
+    "name",
+    ["base", "agent", "skip", "back", "ties", "ties:density=0.3", "task_arithmetic:scale=0.1/0.2"],
+)
 def test_a_name_that_means_something_else_is_refused(checkpoints, name):
-    with pytest.raises(InputError, match=name):
-        LayerPool(*checkpoints, [name, "e2"], ("ties",))
+    with pytest.raises(InputError, match=f"expert '{name}': .* no action, stem or operator has"):
+        LayerPool(*checkpoints, [name, "e2"], ("weight_average",))
+
+
+@pytest.mark.parametrize("name", ["a@b", "a@1", "my model", "a\tb", "a\u00a0b", "", " "])
+def test_a_name_that_breaks_the_text_of_a_path_is_refused(checkpoints, name):
+    with pytest.raises(InputError, match="can stand in a path, without white space or '@'"):
+        LayerPool(*checkpoints, ["e1", name], ("ties",))
+
+
+@pytest.mark.parametrize("name", ["tie", "skipper", "a:b", "ties2", "x=1/2", "é", "a-2"])
+def test_other_names_are_taken_and_come_back_from_a_paths_text(checkpoints, name):
+    pool = LayerPool(*checkpoints, [name, "e2"], ("ties",))
+    path = (Step(name, -1), Step(name, 0), Step("ties", 1))
+    assert parse_path(path_text(path)) == path
+    assert torch.equal(
+        pool.weights(name, 0)["norm1.bias"], checkpoints[1][0].weights["blocks.0.norm1.bias"]
+    )
 
 
 def test_a_config_of_another_depth_than_the_weights_is_refused(checkpoints):

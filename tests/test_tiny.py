@@ -89,6 +89,7 @@ def test_numbers_out_of_range_are_refused(args, options):
 # ------------------------------------------------------------------------------------ the problem
 
 
+@pytest.mark.slow
 def test_a_problem_is_the_same_for_the_same_seed_and_leaves_the_global_generator(problem):
     torch.manual_seed(7)
     expected = torch.rand(1)

@@ -238,21 +238,23 @@ class ClipExplorer(_Explorer):
         return figure
 
 
-def dar_weights(t: int, t_max: int, scale: float, n_back: int) -> np.ndarray:
+def dar_weights(t: int, t_max: int, dar_lambda: float, n_back: int) -> np.ndarray:
     """How much each episode's reward counts in the DAR reward of episode t: Eq. 10 unrolled.
 
     Within a window each episode is blended with the one before, the first one is not (``env.dar``): with
-    ``a_s = scale * s / t_max`` the weights are ``1 - a_t``, ``a_t (1 - a_{t-1})``, ..., and at the end
+    ``a_s = dar_lambda * s / t_max`` the weights are ``1 - a_t``, ``a_t (1 - a_{t-1})``, ..., and at the end
     the product of all ``a``.
-    t: episode, from 0 to t_max; scale: lambda in [0, 1]; n_back: episodes since the window began.
+    t: episode, from 0 to t_max; dar_lambda: in [0, 1]; n_back: episodes since the window began.
     Returns (n_back + 1,), of episodes t, t-1, ..., t-n_back; they sum to 1. Raises InputError.
     """
-    if not (0 <= n_back <= t <= t_max and t_max >= 1 and 0 <= scale <= 1):
+    if not (0 <= n_back <= t <= t_max and t_max >= 1 and 0 <= dar_lambda <= 1):
         raise InputError(
-            "dar_weights: expected 0 <= n_back <= t <= t_max, t_max >= 1 and scale in [0, 1], found "
-            f"n_back {n_back}, t {t}, t_max {t_max}, scale {scale}; correct them"
+            "dar_weights: expected 0 <= n_back <= t <= t_max, t_max >= 1 and dar_lambda in [0, 1], "
+            f"found n_back {n_back}, t {t}, t_max {t_max}, dar_lambda {dar_lambda}; correct them"
         )
-    a = scale * np.arange(t, t - n_back, -1) / t_max  # (n_back,) of episodes t, ..., t-n_back+1
+    a = (
+        dar_lambda * np.arange(t, t - n_back, -1) / t_max
+    )  # (n_back,) of episodes t, ..., t-n_back+1
     reaches = np.concatenate([[1.0], np.cumprod(a)])  # (n_back + 1,) share passed on to each
     return reaches * np.append(1 - a, 1.0)
 
@@ -260,23 +262,23 @@ def dar_weights(t: int, t_max: int, scale: float, n_back: int) -> np.ndarray:
 class DarExplorer(_Explorer):
     """Which episodes' rewards the DAR reward averages, and how many in effect (Eq. 10).
 
-    t_max: episodes of the whole search. The episode shown is the last of its window.
+    t_max: all episodes of the agent. The episode shown is the last of its window.
     """
 
     def __init__(self, t_max: int = 700) -> None:
         self.t_max = t_max
-        self.scale = _slider("scale λ", 0.8, 0, 1, 0.05)
+        self.dar_lambda = _slider("λ", 0.8, 0, 1, 0.05)
         self.time = _slider("time t / T_max", 0.5, 0, 1, 0.05)
         shares = {"100 % (window of 1 episode)": 1, "10 % (of 10)": 10, "1 % (of 100)": 100}
         self.window = Dropdown(options=shares.items(), value=10, **_look("data per episode"))
-        super().__init__(self.scale, self.time, self.window)
+        super().__init__(self.dar_lambda, self.time, self.window)
 
     def still(self) -> tuple[Figure, str]:
         """The weights as bars, the plain mean as a line; how many episodes are averaged in effect."""
         now = min(round(self.time.value * self.t_max), self.t_max - 1)
         start = now - now % self.window.value
         t = min(start + self.window.value, self.t_max) - 1  # the search may end within a window
-        w = dar_weights(t, self.t_max, self.scale.value, t - start)
+        w = dar_weights(t, self.t_max, self.dar_lambda.value, t - start)
         n = 1 / float((w**2).sum())
         sentence = f"Episode {t + 1} of {self.t_max}, the last of its window of {len(w)}: "
         if w[0] == 1:
@@ -383,7 +385,7 @@ class DistanceMap(_Explorer):
         image = axes.imshow(values.T, cmap=colours, vmin=low, vmax=most, aspect="auto")
         for (k, i), v in np.ndenumerate(values):
             text = "–" if np.isnan(v) else f"{v:.2f}"
-            look = {"ha": "center", "va": "center", "color": on_cell(abs(v) / most)}
+            look: dict[str, Any] = {"ha": "center", "va": "center", "color": on_cell(abs(v) / most)}
             axes.text(k, i, text, fontsize=9, **look)
         axes.set_xticks(range(n_places), self.places)
         axes.set_yticks(range(n_names), names)

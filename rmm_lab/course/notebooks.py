@@ -50,6 +50,8 @@ def student(notebook: Any) -> Any:
         if cell.cell_type == "code":
             cell.outputs, cell.execution_count = [], None
             cell.source = _cut(cell.source, cell.id)
+        else:  # one folder higher up
+            cell.source = cell.source.replace("](../../", "](../")
     return notebook
 
 

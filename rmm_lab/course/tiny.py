@@ -131,7 +131,7 @@ def tiny_problem(seed: int = 0) -> Problem:
 
 def _fit(start: Checkpoint, task: Task, name: str, *, steps: int, seed: int) -> Checkpoint:
     """A copy of a checkpoint fine-tuned on a task, without the progress bar."""
-    with contextlib.redirect_stdout(io.StringIO()):
+    with contextlib.redirect_stderr(io.StringIO()):
         config, weights = fine_tune(
             start, [task], steps=steps, learning_rate=5e-3, seed=seed, batch_size=64, augment=False
         )

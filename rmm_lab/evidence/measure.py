@@ -27,7 +27,14 @@ import torch
 
 from rmm_lab.engine.cache import free_bytes
 from rmm_lab.errors import InputError
-from rmm_lab.evidence.rows import BEST_EXPERT, METHODS, kind_of, read_csv, write_csv
+from rmm_lab.evidence.rows import (
+    BEST_EXPERT,
+    METHODS,
+    STOCHASTIC,
+    kind_of,
+    read_csv,
+    write_csv,
+)
 from rmm_lab.reward import parse_path, path_text
 from rmm_lab.search import rivals, uniform
 from rmm_lab.search.config import Config, configure, describe
@@ -136,7 +143,7 @@ class Store:
 
 
 def _under_every_seed(rows: pd.DataFrame) -> pd.DataFrame:
-    drawn = rows["method"].isin(METHODS.index[METHODS["is_stochastic"]])
+    drawn = rows["method"].isin(STOCHASTIC)
     once = rows[~drawn].drop_duplicates(["group", "size", "method"]).drop(columns="seed")
     seeds = rows[["group", "size", "seed"]].drop_duplicates()
     return pd.concat([once.merge(seeds, on=["group", "size"])[list(rows)], rows[drawn]])

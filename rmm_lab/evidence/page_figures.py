@@ -6,23 +6,23 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
-import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from pandas import DataFrame
 
 from rmm_lab.errors import InputError
-from rmm_lab.evidence.pages import Rows, by_half, by_size, by_task, dar_scores
-from rmm_lab.evidence.rows import METHODS, spread
+from rmm_lab.evidence.pages import by_half, by_size, by_task, dar_scores, pair_of
+from rmm_lab.evidence.rows import METHODS, STOCHASTIC, spread
 from rmm_lab.figures.paths import COLOURS, moving_average
 
-LOOKS = {  # of a method's kind
+LOOKS: dict[str, dict[str, Any]] = {  # of a method's kind
     "bound": {"color": "0.35", "fmt": "s"},
     "uniform": {"color": COLOURS[5], "fmt": "o"},
     "search": {"color": COLOURS[6], "fmt": "D"},
 }
 
 
-def methods_picture(sections: Mapping[str, pd.DataFrame]) -> Figure:
+def methods_picture(sections: Mapping[str, DataFrame]) -> Figure:
     """A panel for each column, a line for each method: mean, ± the deviation where seeds differ.
 
     The dotted line is RMM's mean. Squares are bounds, circles merges, the diamond RMM.
@@ -39,8 +39,8 @@ def methods_picture(sections: Mapping[str, pd.DataFrame]) -> Figure:
         means, sds = by_method.mean(), by_method.std()
         for axes, column in zip(panels, scores, strict=False):
             for y, method in enumerate(names[heading]):
-                sd = sds.at[method, column] if METHODS.at[method, "is_stochastic"] else np.nan
-                look: dict[str, Any] = LOOKS[METHODS.at[method, "kind"]]
+                sd = sds.at[method, column] if method in STOCHASTIC else np.nan
+                look = LOOKS[METHODS[method]]
                 axes.errorbar(
                     means.at[method, column],
                     y,
@@ -68,7 +68,7 @@ def _plain(axes: Axes, title: str, ylabel: str = "", axis: Any = "both", loc: An
     axes.grid(axis=axis, alpha=0.3)
 
 
-def draw_dar(rows: Rows) -> Figure:
+def draw_dar(rows: DataFrame) -> Figure:
     """A panel for each metric of Table IV: each seed as a point, the mean as a line over data shares."""
     scores = dar_scores(rows)
     metrics = list(scores.index.unique("metric"))
@@ -91,7 +91,7 @@ def draw_dar(rows: Rows) -> Figure:
     return figure
 
 
-def draw_rewards(rows: Rows) -> Figure:
+def draw_rewards(rows: DataFrame) -> Figure:
     """Fig. 3: reward per episode at 1 % of the data, raw as points, a panel without DAR and one with it.
 
     Each panel also has the running mean of the other search's raw reward, to compare. They have one seed:
@@ -126,7 +126,7 @@ def draw_rewards(rows: Rows) -> Figure:
     return figure
 
 
-def draw_searches(rows: Rows, curve: Rows) -> Figure:
+def draw_searches(rows: DataFrame, curve: DataFrame) -> Figure:
     """The best path so far, on the whole reward split, over evaluations; the last point is the final choice.
 
     A panel for each problem. Mean over seeds; the range as a band for RMM, as a bar at the end for the
@@ -170,7 +170,7 @@ def draw_searches(rows: Rows, curve: Rows) -> Figure:
 
 DRAW: dict[str, Callable[..., Figure]] = {
     "table-I": lambda rows: methods_picture(by_half(rows)),
-    "table-II": lambda rows: methods_picture(by_task(rows)),
+    "table-II": lambda rows: methods_picture(by_task(pair_of(rows))),
     "groups": lambda rows: methods_picture(by_size(rows)),
     "table-III": lambda rows: methods_picture(by_size(rows)),
     "table-IV": draw_dar,

@@ -14,11 +14,14 @@ from dataclasses import dataclass
 from functools import partial
 
 import pandas as pd
+from pandas import DataFrame
 
 from rmm_lab.errors import InputError
 from rmm_lab.evidence.rows import (
     BEST_EXPERT,
+    KINDS,
     METHODS,
+    STOCHASTIC,
     interval,
     kind_of,
     spread,
@@ -27,13 +30,12 @@ from rmm_lab.evidence.rows import (
 from rmm_lab.search import uniform
 from rmm_lab.search.config import configure
 
-Rows = pd.DataFrame
-Read = Callable[[str], Rows]  # a table by its file's name
+Read = Callable[[str], DataFrame]  # a table by its file's name
 PAIRS = ("digits+textures", "CUB+Dogs")  # Table II's, at the kit's scale and at the paper's
 BEST, GAIN = "best uniform merge", "{} − best uniform merge"
 
 
-def markdown(table: pd.DataFrame, left: Sequence[str] = ()) -> str:
+def markdown(table: DataFrame, left: Sequence[str] = ()) -> str:
     """A table in Markdown: the index and the columns ``left`` aligned left, the others right."""
     n = table.index.nlevels
     align = ["left"] * n + ["left" if c in left else "right" for c in table.columns]
@@ -41,7 +43,7 @@ def markdown(table: pd.DataFrame, left: Sequence[str] = ()) -> str:
     return body.to_markdown(index=False, disable_numparse=True, colalign=align) + "\n"
 
 
-def _seeds(rows: Rows, *key: str) -> str:
+def _seeds(rows: DataFrame, *key: str) -> str:
     """The number of seeds of the rows with equal ``key``: ``5``, or ``3 to 5`` where it differs."""
     counts = rows.groupby(list(key))["seed"].nunique()
     return " to ".join(dict.fromkeys([str(counts.min()), str(counts.max())]))
@@ -51,7 +53,7 @@ def _seeds(rows: Rows, *key: str) -> str:
 # Scores of methods are a frame with the index (method, seed) and a column for each group, or each task.
 
 
-def _scores(rows: Rows, values: pd.DataFrame) -> pd.DataFrame:
+def _scores(rows: DataFrame, values: DataFrame) -> DataFrame:
     """``values``, which has the index of ``rows``, by (method, seed), in the order of METHODS.
 
     Of the experts, each used for all tasks, the one with the best mean on the test split counts: a bound,
@@ -64,55 +66,55 @@ def _scores(rows: Rows, values: pd.DataFrame) -> pd.DataFrame:
     return scores.reindex(METHODS.index.intersection(rows["method"]), level="method")
 
 
-def by_size(rows: Rows) -> dict[str, pd.DataFrame]:
+def by_size(rows: DataFrame) -> dict[str, DataFrame]:
     """Size of the models -> scores of each group."""
     out = {}
     for size, own in rows.groupby("size", sort=False):
         groups = {g: own["mean"].where(own["group"] == g) for g in own["group"].unique()}
-        out[str(size)] = _scores(own, pd.DataFrame(groups))
+        out[str(size)] = _scores(own, DataFrame(groups))
     return out
 
 
-def by_half(rows: Rows) -> dict[str, pd.DataFrame]:
+def by_half(rows: DataFrame) -> dict[str, DataFrame]:
     """Table I: size -> scores of each set's halves, and the average where a method has them all."""
     of = by_size(rows)
     return {s: scores.assign(Average=scores.mean(axis=1, skipna=False)) for s, scores in of.items()}
 
 
-def by_task(rows: Rows) -> dict[str, pd.DataFrame]:
-    """Table II: the pair -> scores of its tasks, and their mean."""
-    rows = pair_of(rows)
-    values = task_scores(rows).assign(Average=rows["mean"]) if len(rows) else rows
-    return {str(pair): _scores(own, values) for pair, own in rows.groupby("group")}
-
-
-def pair_of(rows: Rows) -> Rows:
-    """The rows of the pair: of one of ``PAIRS``, or of the only group."""
+def pair_of(rows: DataFrame) -> DataFrame:
+    """Table II's rows: those of one of ``PAIRS``, or of the only group."""
     return rows[rows["group"].isin(PAIRS)] if rows["group"].nunique() > 1 else rows
 
 
-def methods_table(scores: pd.DataFrame, compared: Sequence[str]) -> pd.DataFrame:
+def by_task(rows: DataFrame) -> dict[str, DataFrame]:
+    """The only group -> scores of its tasks, and their mean."""
+    values = task_scores(rows).assign(Average=rows["mean"]) if len(rows) else rows
+    return {str(group): _scores(own, values) for group, own in rows.groupby("group")}
+
+
+def methods_table(scores: DataFrame, compared: Sequence[str]) -> DataFrame:
     """A row for each method, then the best uniform merge of each seed, and what each search gains over it.
 
-    It is the best on the test split, so the hardest to beat.
-    ``compared``: the columns with a gain. Where they are tasks of one merged model, only the average has
-    one: a merge may be good at one task because it lost the other.
+    The best merge is that on the test split, the hardest to beat. ``compared``: the columns with a gain.
+    Where they are tasks of one merged model, only the average has one: a merge may be good at one task
+    because it lost the other.
     """
     lines = {
-        method: own.agg(spread, plus_minus=METHODS.at[method, "is_stochastic"])
+        method: own.agg(spread, plus_minus=method in STOCHASTIC)
         for method, own in scores.groupby("method", sort=False)
     }
-    kinds = METHODS["kind"].reindex(list(lines))
-    best = scores.loc[kinds.index[kinds == "uniform"]].groupby("seed").max()
+    best = scores[scores.index.isin(KINDS["uniform"], level="method")].groupby("seed").max()
     lines[BEST] = best.agg(spread)
-    for method in kinds.index[kinds == "search"]:
+    for method in [name for name in KINDS["search"] if name in lines]:
         gain = (scores.loc[method] - best).agg(interval)
         lines[GAIN.format(method)] = gain.where(gain.index.isin(compared), "")
-    return pd.DataFrame(lines).T.rename_axis("method")
+    return DataFrame(lines).T.rename_axis("method")
 
 
 def show_methods(
-    rows: Rows, sections: Callable[[Rows], dict[str, pd.DataFrame]], compared: Sequence[str] = ()
+    rows: DataFrame,
+    sections: Callable[[DataFrame], dict[str, DataFrame]],
+    compared: Sequence[str] = (),
 ) -> str:
     """Tables I to III and other groups; empty where there are no such rows.
 
@@ -136,6 +138,11 @@ def show_methods(
     for heading, scores in of.items():
         text += f"\n## {heading}\n\n{markdown(methods_table(scores, compared or list(scores)))}"
     return text
+
+
+def show_pair(rows: DataFrame) -> str:
+    """Table II."""
+    return show_methods(pair_of(rows), by_task, ["Average"])
 
 
 # -------------------------------------------------------------- Table IV, searches, the ablation
@@ -162,7 +169,7 @@ def _percent(share: float) -> str:
     return f"{100 * share:g} %"
 
 
-def dar_scores(rows: Rows) -> pd.DataFrame:
+def dar_scores(rows: DataFrame) -> DataFrame:
     """Table IV: index (metric, setting, seed), a column for each share of the data, the largest first.
 
     A metric is a task, or Average. With all data DAR changes nothing: its search stands for both.
@@ -180,7 +187,7 @@ def dar_scores(rows: Rows) -> pd.DataFrame:
     return out.reindex(list(metrics), level="metric").reindex(settings, level="setting")
 
 
-def dar_table(rows: Rows) -> pd.DataFrame:
+def dar_table(rows: DataFrame) -> DataFrame:
     """Means of each metric and setting, then the averages' differences at the shares below 100 %, as text."""
     scores = dar_scores(rows)
     table = scores.groupby(["metric", "setting"], sort=False).agg(spread)
@@ -197,7 +204,7 @@ def dar_table(rows: Rows) -> pd.DataFrame:
     return table
 
 
-def show_dar(rows: Rows) -> str:
+def show_dar(rows: DataFrame) -> str:
     """Table IV."""
     table = dar_table(rows)
     seconds = rows[rows["preset"] == "paper"].groupby("data_fraction")["seconds"].mean()
@@ -216,18 +223,18 @@ def show_dar(rows: Rows) -> str:
     )
 
 
-def less(rows: Rows, column: str, reference: str) -> pd.DataFrame:
+def less(rows: DataFrame, column: str, reference: str) -> DataFrame:
     """Both splits' scores less those at the same group and seed where ``column`` is ``reference``."""
     splits, key = ["reward_split", "mean"], ["group", "seed"]
     base = rows[rows[column] == reference].set_index(key)[splits]
     return (rows[splits] - rows[key].join(base, on=key)[splits]).mask(rows[column] == reference)
 
 
-def searches_table(rows: Rows) -> pd.DataFrame:
+def searches_table(rows: DataFrame) -> DataFrame:
     """By problem and search: the final choice on both splits, and what RMM has over it, as text."""
     rows = rows.join(-less(rows, "method", "RMM").rename(columns="less {}".format))
     groups = rows.groupby(["group", "method"], sort=False)
-    table = pd.DataFrame(
+    table = DataFrame(
         {
             "seeds": groups["seed"].nunique(),
             "reward split, %": groups["reward_split"].agg(spread),
@@ -240,7 +247,7 @@ def searches_table(rows: Rows) -> pd.DataFrame:
     return table.rename_axis(["problem", "search"])
 
 
-def show_searches(rows: Rows, curve: Rows) -> str:
+def show_searches(rows: DataFrame, curve: DataFrame) -> str:
     """All searches of each problem, the best on the reward split first."""
     best = rows.groupby(["group", "method"])["reward_split"].mean()
     names = list(rows["group"].unique())
@@ -248,9 +255,9 @@ def show_searches(rows: Rows, curve: Rows) -> str:
     return (
         f"All had {rows['episodes'].iloc[0]} evaluations on the same subsets of the reward split. Each chose "
         "in the end among ten paths on all of it: those with the best scores, and where scales evolved, "
-        "mostly the means that CMA-ES arrived at; RMM had its agent's greedy path besides. Mean ± sample standard "
-        "deviation over seeds, best first on the reward split. *RMM − it*: paired by seed, ± the 95 % "
-        "interval. Seconds are of searches that ran beside other work.\n\n"
+        "mostly the means that CMA-ES arrived at; RMM had its agent's greedy path besides. Mean ± sample "
+        "standard deviation over seeds, best first on the reward split. *RMM − it* is paired by seed, ± its "
+        "95 % interval. Seconds are of searches that ran beside other work.\n\n"
         + markdown(searches_table(rows).loc[order])
     )
 
@@ -258,11 +265,11 @@ def show_searches(rows: Rows, curve: Rows) -> str:
 UNCHANGED = "default preset"  # what the ablation's differences are to
 
 
-def agent_table(rows: Rows) -> pd.DataFrame:
+def agent_table(rows: DataFrame) -> DataFrame:
     """By problem and setting: scores on both splits and the difference to the default preset, as text."""
     rows = rows.join(less(rows, "setting", UNCHANGED).rename(columns="over {}".format))
     groups = rows.groupby(["group", "setting"], sort=False)
-    table = pd.DataFrame(
+    table = DataFrame(
         {
             "reward split, %": groups["reward_split"].agg(spread),
             "difference": groups["over reward_split"].agg(interval),
@@ -273,7 +280,7 @@ def agent_table(rows: Rows) -> pd.DataFrame:
     return table.rename_axis(["problem", "setting"])
 
 
-def show_agent(rows: Rows) -> str:
+def show_agent(rows: DataFrame) -> str:
     """The default preset and one choice changed."""
     return (
         f"Mean ± sample standard deviation over seeds, {rows['episodes'].iloc[0]} episodes. The difference "
@@ -294,13 +301,13 @@ class Page:
     show: Callable[..., str]
     number: str = ""
 
-    def text(self, *tables: Rows, paper: Rows) -> str:
+    def text(self, *tables: DataFrame, paper: DataFrame) -> str:
         """The page; empty where the rows are not this table's."""
         papers = papers_tables(paper[paper["table"] == self.number])
         return f"# {self.title}\n\n{body}{papers}" if (body := self.show(*tables)) else ""
 
 
-def papers_tables(rows: Rows) -> str:
+def papers_tables(rows: DataFrame) -> str:
     """The paper's own figures, a table for each of its models. Table IV's columns are "METRIC at SHARE"."""
     text = "\n## Paper (Han et al. 2025), other models and data\n" if len(rows) else ""
     for model, own in rows.groupby("model", sort=False):
@@ -320,12 +327,11 @@ def papers_tables(rows: Rows) -> str:
 
 
 _HALVES = partial(show_methods, sections=by_half)
-_PAIR = partial(show_methods, sections=by_task, compared=["Average"])
 _GROUPS = partial(show_methods, sections=by_size)
 _SEARCHES = ("searches", "searches-curve")
 PAGES = {
     "table-I": Page(("halves",), "Table I: halves of each set, merged in pairs", _HALVES, "I"),
-    "table-II": Page(("vision",), "Table II: two sets that differ more", _PAIR, "II"),
+    "table-II": Page(("vision",), "Table II: two sets that differ more", show_pair, "II"),
     "groups": Page(("vision",), "Groups of sets: Table II's methods", _GROUPS),
     "table-III": Page(("language",), "Table III: language tasks", _GROUPS, "III"),
     "table-IV": Page(("dar",), "Table IV: share of the data, DAR or not", show_dar, "IV"),
@@ -368,10 +374,10 @@ def searches(read: Read) -> str:
 
 def agent(read: Read) -> str:
     """The ablation's differences on the reward split; its first row is the default preset's score there."""
-    full = agent_table(read("agent"))
-    table = full["difference"].unstack(0, sort=False)
-    table.loc[UNCHANGED] = full["reward split, %"].xs(UNCHANGED, level="setting")
-    return markdown(table)
+    table = agent_table(read("agent"))
+    first = table.index.get_level_values("setting") == UNCHANGED
+    own = table["difference"].mask(first, table["reward split, %"])
+    return markdown(own.unstack(0, sort=False))
 
 
 def preset(read: Read) -> str:
@@ -398,7 +404,7 @@ def fresh(read: Read) -> str:
     return markdown(table)
 
 
-def _one_seed(rows: Rows) -> str:
+def _one_seed(rows: DataFrame) -> str:
     """Every method of one search, as its own table shows it: tasks, mean, setting."""
     table = task_scores(rows).assign(mean=rows["mean"]).map("{:.1f}".format)
     table = table.assign(setting=rows["setting"]).set_axis(rows["method"].rename("method"))

@@ -6,7 +6,6 @@ test split, ``reward_split`` on the split that chose the path.
 
 from __future__ import annotations
 
-from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
@@ -24,39 +23,30 @@ NUMBERS: dict[str, type] = {
 }
 
 BEST_EXPERT = "best expert, for all tasks"
-# In the order of the tables. A bound is no opponent: it has one model per task, or was trained. A method that
-# is stochastic depends on the seed; the others are measured once. Any other method is an expert on its own.
-METHODS = pd.DataFrame(
-    [
-        ("chance", "bound", False),
-        ("most frequent answer", "bound", False),
-        ("base", "bound", False),
-        ("fine-tuned", "bound", False),
-        ("multi-task", "bound", False),
-        (BEST_EXPERT, "bound", False),
-        ("weight average", "uniform", False),
-        ("task arithmetic", "uniform", False),
-        ("TIES", "uniform", False),
-        ("DARE", "uniform", True),
-        ("task arithmetic, tuned", "uniform", False),
-        ("TIES, tuned", "uniform", False),
-        ("DARE, tuned", "uniform", True),
-        ("RMM", "search", True),
-        ("RMM, paper's preset", "search", True),
-    ],
-    columns=["method", "kind", "is_stochastic"],
-).set_index("method")
+# Kind -> methods, in the order of the tables. A bound is no opponent: it has one model per task, or was
+# trained. Any other method is an expert on its own.
+KINDS = {
+    "bound": ("chance", "most frequent answer", "base", "fine-tuned", "multi-task", BEST_EXPERT),
+    "uniform": (
+        *("weight average", "task arithmetic", "TIES", "DARE"),
+        *("task arithmetic, tuned", "TIES, tuned", "DARE, tuned"),
+    ),
+    "search": ("RMM", "RMM, paper's preset"),
+    "rival": (
+        *("CMA-ES, order", "CMA-ES, scales", "NSGA-II", "TPE"),
+        *("coordinate ascent", "random search"),
+    ),
+}
+METHODS = pd.Series({method: kind for kind, methods in KINDS.items() for method in methods})
+# What depends on the seed; the others are measured once.
+STOCHASTIC = ("DARE", "DARE, tuned", *KINDS["search"], *KINDS["rival"])
 
 
 def read_csv(file: Path) -> pd.DataFrame:
     """A table from its file; an empty cell is NaN in a column of numbers, else an empty text."""
-    return pd.read_csv(
-        file,
-        dtype=defaultdict(lambda: str, NUMBERS),  # type: ignore[call-overload]
-        keep_default_na=False,
-        na_values={name: [""] for name, kind in NUMBERS.items() if kind is float},
-        float_precision="round_trip",
-    )
+    table = pd.read_csv(file, dtype=str, keep_default_na=False)
+    numbers = {name: kind for name, kind in NUMBERS.items() if name in table}
+    return table.replace({name: {"": "nan"} for name in numbers}).astype(numbers)
 
 
 def write_csv(file: Path, rows: pd.DataFrame) -> None:
@@ -65,13 +55,8 @@ def write_csv(file: Path, rows: pd.DataFrame) -> None:
 
 
 def kind_of(methods: pd.Series) -> pd.Series:
-    """Each method's kind: bound, uniform, search, or expert."""
-    return methods.map(METHODS["kind"]).fillna("expert")
-
-
-def is_stochastic(methods: pd.Series) -> pd.Series:
-    """Whether each method's result depends on the seed."""
-    return methods.isin(METHODS.index[METHODS["is_stochastic"]])
+    """Each method's kind: bound, uniform, search, rival, or expert."""
+    return methods.map(METHODS).fillna("expert")
 
 
 def task_scores(rows: pd.DataFrame) -> pd.DataFrame:

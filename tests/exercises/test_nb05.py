@@ -6,7 +6,6 @@ import pytest
 from answers import function_of
 
 from rmm_lab.course import checks
-from rmm_lab.course.exercises.nb05 import EXERCISES
 
 WRONG = [
     (

@@ -10,7 +10,6 @@ from answers import function_of
 
 from rmm_lab.course import checks
 from rmm_lab.course.exercises import nb06
-from rmm_lab.errors import InputError
 from rmm_lab.figures import searches as pictures
 from rmm_lab.ppo import Args
 

@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rmm_lab.course.checks import Exercise, Mistake, Quiz
 from rmm_lab import reward as rewards
+from rmm_lab.course.checks import Exercise, Mistake, Quiz
 
 Layer = Callable[[Tensor], Tensor]
 Score = Callable[[tuple[int, ...]], float]
