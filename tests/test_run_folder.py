@@ -18,10 +18,10 @@ from rmm_lab.search.run_folder import (
     restore_optimiser,
     to_csv,
 )
+from rmm_lab.tasks.files import write_file
 
 numbers = st.one_of(st.integers(-(10**12), 10**12), st.floats(allow_nan=False))
 texts = st.sampled_from(["digits@0 ties:density=0.3,scale=1@2", "007", "1e5", "", 'a "b"', "3 4"])
-from rmm_lab.tasks.files import write_file
 
 
 @given(st.lists(st.fixed_dictionaries({"n": numbers, "path": texts, "actions": texts}), min_size=1))
