@@ -220,6 +220,7 @@ def test_each_t5_expert_is_25_points_above_chance_and_base(name):
     assert scores[name] >= scores[shipped.TEXT_BASE] + 0.25
 
 
+@pytest.mark.slow
 def test_uniform_merges_of_t5s_are_10_points_under_the_experts(language):
     """The gap that leaves room to search, with the settings that tuning finds best."""
     own = [baselines.uniform(language, n, "reward")[i] for i, n in enumerate(language.pool.names)]
@@ -236,6 +237,7 @@ def test_uniform_merges_of_t5s_are_10_points_under_the_experts(language):
     assert max(merges) < np.mean(own) - 0.10
 
 
+@pytest.mark.slow
 def test_the_multi_task_t5s_hold_every_task_of_their_group(language):
     rows = {r.name: r.scores for r in _rows_without_tuning(language)}
     assert min(rows["multi-task"]) >= 0.85
