@@ -18,7 +18,7 @@ from rmm_lab.errors import InputError
 from rmm_lab.tasks import image_folder as images
 from rmm_lab.tasks import image_formats
 from rmm_lab.tasks import small_images as render
-from rmm_lab.tasks.files import SPLITS, data_folder
+from rmm_lab.tasks.files import SPLITS, data_folder, format_of
 from rmm_lab.tasks.image_folder import InputFormat, Listing, Pictures
 from rmm_lab.tasks.metrics import mean_of
 
@@ -78,7 +78,7 @@ class Task:
         self._place, half = _halved(source)
         if self._place in SMALL:
             self.name, classes = self._place, SMALL[self._place][0]
-        elif image_formats.is_format(self._place):
+        elif format_of(self._place, image_formats.FORMATS, f"images {source!r}"):
             self.name, classes, self._files = image_formats.load(self._place)
         else:
             root = Path(self._place).expanduser()

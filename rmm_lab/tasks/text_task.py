@@ -21,6 +21,7 @@ from torch import Tensor
 from rmm_lab.errors import InputError
 from rmm_lab.tasks import small_texts as grammar
 from rmm_lab.tasks import text_formats as formats
+from rmm_lab.tasks import text_rows
 from rmm_lab.tasks.files import SPLITS, data_folder, write_file
 from rmm_lab.tasks.metrics import mean_of
 
@@ -270,7 +271,7 @@ class TextTask:
         """``accuracy`` or ``balanced``."""
         if self._asked_metric == "accuracy":
             return "accuracy"
-        skewed = self.answers is not None and formats.majority(self.rows("reward"))[1] >= SKEWED
+        skewed = self.answers is not None and text_rows.majority(self.rows("reward"))[1] >= SKEWED
         if self._asked_metric == "balanced" and self.answers is None:
             raise InputError(
                 f"texts {self.source!r}: expected the same choices in every row, which the balanced "
@@ -296,14 +297,14 @@ class TextTask:
         """
         rows = self.rows(name)
         if self.answers is None:
-            return (formats.chance(rows),) * 2
-        always, labels = formats.majority(self.rows("reward"))[0], self.split(name).labels
+            return (text_rows.chance(rows),) * 2
+        always, labels = text_rows.majority(self.rows("reward"))[0], self.split(name).labels
         found = torch.full_like(labels, always)
         return self.score(found, labels), float((found == labels).float().mean())
 
     def chance(self, name: str) -> float:
         """Expected accuracy of guessing: the mean of 1 / number of choices."""
-        return formats.chance(self.rows(name))
+        return text_rows.chance(self.rows(name))
 
 
 # ------------------------------------------------------------------------------ the tasks that ship
@@ -337,4 +338,4 @@ def _small(name: str, split: str) -> list[dict[str, Any]]:
             f"expected the set {name!r} in {file}, found no such file; run python -m rmm_lab.zoo.build "
             "--only text-sets"
         )
-    return formats.read(file)
+    return text_rows.read(file)

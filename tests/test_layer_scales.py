@@ -7,14 +7,21 @@ import numpy as np
 import pytest
 import torch
 
-from rmm_lab.engine.scorer import reward, steps_of
 from rmm_lab.families.checkpoint import read_checkpoint
 from rmm_lab.layers import LayerPool
-from rmm_lab.search import layer_scales as scales
-from rmm_lab.search.layer_scales import BOUNDS, Evolution, scales_of, text_of_scales
+from rmm_lab.reward import Step, evaluate, parse_path, path_text, reward
+from rmm_lab.search import layer_scales
+from rmm_lab.search.layer_scales import (
+    BOUNDS,
+    Evolution,
+    evolution_of,
+    path_of_scales,
+    scales_of,
+    start_of,
+)
 from rmm_lab.search.problem import load_problem
 
-OPERATORS = ("task_arithmetic:scale=0.3/0.6", "task_arithmetic:scale=0.4", "weight_average", "ties")
+OPERATORS = ("weighted_average:share=0.75", "task_arithmetic:scale=0.4", "weight_average", "ties")
 
 
 @pytest.fixture
@@ -22,17 +29,34 @@ def problem(tiny):
     return load_problem(**tiny, operators=OPERATORS, stem="agent")
 
 
+# ------------------------------------------------------------------------------- paths and scales
+
+
+def test_scales_as_a_path_by_hand():
+    scales = np.array([1, 0, -0.00004, 0.12345, *[0.5] * 6])
+    path = path_of_scales(scales, range(-1, 4))
+    assert path[:2] == (
+        Step("task_arithmetic", -1, (1.0, 0.0)),
+        Step("task_arithmetic", 0, (0.0, 0.123)),
+    )
+    assert path_of_scales(scales.reshape(5, 2), range(-1, 4)) == path
+    text = path_text(path)
+    assert text.startswith("task_arithmetic:scale=1/0@-1 task_arithmetic:scale=0/0.123@0 ")
+    assert parse_path(text) == path
+
+
 def test_sources_that_lie_between_the_experts_are_found_exactly(problem):
     pool = problem.pool
-    wanted = {0: [1, 0], 1: [0, 1], 2: [0.3, 0.6], 3: [0.4, 0.4], 4: [0.5, 0.5], "base": [0, 0]}
+    wanted = {"e1": [1, 0], "e2": [0, 1], "base": [0, 0]}
+    wanted |= dict(zip(OPERATORS, ([0.75, 0.25], [0.4, 0.4], [0.5, 0.5]), strict=False))
     for k in (-1, 0, 2):
         for source, expected in wanted.items():
-            found = scales_of(pool, ((source, k),))
+            found = scales_of(pool, (Step(source, k),))
             assert found.shape == (1, 2)
             np.testing.assert_allclose(found[0], expected, atol=2e-6)
-    path = tuple((a, k) for a, k in zip((2, 1, 4, 0), (-1, 0, 1, 2), strict=True))
+    path = parse_path("task_arithmetic:scale=0.3/-0.1@-1 e2@0 weight_average@1 e1@2")
     np.testing.assert_allclose(
-        scales_of(pool, path), [[0.3, 0.6], [0, 1], [0.5, 0.5], [1, 0]], atol=2e-6
+        scales_of(pool, path), [[0.3, -0.1], [0, 1], [0.5, 0.5], [1, 0]], atol=2e-6
     )
 
 
@@ -41,17 +65,16 @@ def test_an_operator_that_trims_gets_the_nearest_scales(problem):
     pool = problem.pool
 
     def flat(source):
-        return torch.cat([t.flatten() for t in pool.layer_weights(source, 1).values()]).double()
+        return torch.cat([t.flatten() for t in pool.weights(source, 1).values()]).double()
 
-    base, e1, e2, ties = (flat(s).numpy() for s in ("base", "e1", "e2", pool.sources[5]))
+    base, e1, e2, ties = (flat(s).numpy() for s in ("base", "e1", "e2", "ties"))
     expected = np.linalg.lstsq(np.stack([e1 - base, e2 - base], 1), ties - base, rcond=None)[0]
     assert 0.1 < np.abs(expected).max() < 2
-    np.testing.assert_allclose(scales_of(pool, ((5, 1),))[0], expected, rtol=1e-6)
+    np.testing.assert_allclose(scales_of(pool, (Step("ties", 1),))[0], expected, rtol=1e-6)
 
 
 @pytest.mark.parametrize(
-    ("same", "expected"),
-    [("each other", [0.5, 0.5]), ("the base", [0.0, 0.0])],
+    ("same", "expected"), [("each other", [0.5, 0.5]), ("the base", [0.0, 0.0])]
 )
 def test_experts_that_do_not_differ_in_a_layer_share_it(tiny, same, expected):
     base, e1, e2 = map(read_checkpoint, (tiny["base"], *tiny["experts"]))
@@ -62,70 +85,30 @@ def test_experts_that_do_not_differ_in_a_layer_share_it(tiny, same, expected):
             if same == "the base":
                 e1.weights[name] = base.weights[name]
     pool = LayerPool(base, [e1, e2], ["e1", "e2"], ["weight_average"])
-    np.testing.assert_allclose(scales_of(pool, ((0, 1),))[0], expected, atol=1e-6)
-    np.testing.assert_allclose(scales_of(pool, ((1, 0),))[0], [0, 1], atol=2e-6)
+    np.testing.assert_allclose(scales_of(pool, (Step("e1", 1),))[0], expected, atol=1e-6)
+    np.testing.assert_allclose(scales_of(pool, (Step("e2", 0),))[0], [0, 1], atol=2e-6)
 
 
 def test_a_path_of_an_experts_scales_scores_as_the_expert(problem):
-    scorer = problem.scorer(fraction=1.0, stem="agent")
+    scorer = problem.scorer(fraction=1.0)
     places = range(-1, 3)
-    text = text_of_scales(np.tile([0.0, 1.0], 4), places)
-    assert text == " ".join(f"task_arithmetic:scale=0/1@{k}" for k in places)
-    own = scorer.score(steps_of(text, scorer.sources))
-    assert own.tolist() == scorer.score(tuple((1, k) for k in places)).tolist()
+    path = path_of_scales(np.tile([0.0, 1.0], 4), places)
+    expert = tuple(Step("e2", k) for k in places)
+    assert scorer.score(path).tolist() == scorer.score(expert).tolist()
 
 
-def test_layers_of_own_scales_are_forgotten_and_kept_layers_are_used_before_them(problem):
-    scorer, pool = problem.scorer(fraction=0.5, stem="agent"), problem.pool
-    first = ((0, -1), (1, 0), (0, 1), (1, 2))
-    scorer.score(first, 0)
-    run, kept = scorer.work_run, len(scorer.cache)
-    scorer.score((*first[:2], ("task_arithmetic:scale=0.2/0.7", 1), (1, 2)), 0)
-    examples = sum(len(scorer.rows(i, 0)) for i in range(2))
-    assert scorer.work_run - run == 2 * examples  # the stem and layer 0 were kept
-    assert len(scorer.cache) == kept  # and nothing that no other path begins with
-    known = {source for source, _ in (*pool._weights, *pool._modules)} | set(pool._stems)
-    assert known <= {"base", *pool.sources}
-
-
-def test_a_layer_filled_again_scores_as_one_made_anew(problem):
-    """The modules of forgotten layers are used for the next path's, bit by bit alike."""
+@pytest.mark.parametrize("workers", [1, 2])
+def test_paths_of_scales_score_as_their_models(problem, workers):
+    """Several at once and one after another, with layers that are forgotten in between."""
     rng = np.random.default_rng(1)
-    paths = [steps_of(text_of_scales(x, range(-1, 3)), ()) for x in rng.random((4, 8))]
-    scorer = problem.scorer(fraction=0.5, stem="agent", cache_mb=0)
-    again = [scorer.score(path, 0).tolist() for path in paths]
-    spare = {k: [id(m) for m in modules] for k, modules in problem.pool._spare.items()}
-    assert {k: len(ids) for k, ids in spare.items()} == {0: 1, 1: 1, 2: 1}
-    for path, expected in zip(paths, again, strict=True):
-        problem.pool._spare.clear()
-        anew = problem.scorer(fraction=0.5, stem="agent", cache_mb=0)
-        assert anew.score(path, 0).tolist() == expected
-    first, other = (problem.pool.layer_weights(f"task_arithmetic:scale=0/{i}", 1) for i in (0, 1))
-    module = problem.pool.layer("task_arithmetic:scale=0/0", 1)
-    for name, tensor in module.state_dict().items():
-        assert torch.equal(tensor, first[name])
-    assert any(not torch.equal(first[n], other[n]) for n in first)
-
-
-def test_no_more_own_layers_are_there_at_once_than_threads(problem, monkeypatch):
-    """Paths of one model each must not hold as many models in memory as a generation has."""
-    rng = np.random.default_rng(0)
-    wanted = [(steps_of(text_of_scales(x, range(-1, 3)), ()), 0) for x in rng.random((9, 8))]
-    for workers in (1, 2):
-        scorer, most = problem.scorer(fraction=0.5, stem="agent", workers=workers), []
-        module = scorer._module
-
-        def noted(source, k, module=module, most=most):
-            out = module(source, k)
-            loose = {key[0] for key in problem.pool._weights} - {"base", *problem.pool.sources}
-            most.append(len(loose))
-            return out
-
-        monkeypatch.setattr(scorer, "_module", noted)
-        scorer.prefetch(wanted)
-        assert max(most) <= 4 * workers  # four places
-        assert len({reward(scorer.score(path, 0)) for path, _ in wanted}) > 1
-        scorer.close()
+    paths = [path_of_scales(x, range(-1, 3)) for x in rng.random((5, 8))]
+    scorer = problem.scorer(fraction=1.0, workers=workers)
+    scorer.prefetch([(path, None) for path in paths[:4]])
+    found = [reward(scorer.score(path)) for path in paths]
+    scorer.close()
+    expected = [evaluate(problem.pool, problem.tasks, p, "reward").mean() for p in paths]
+    assert found == pytest.approx(expected, abs=1e-12)
+    assert len(set(found)) > 2
 
 
 # ------------------------------------------------------------------------------------------ CMA-ES
@@ -162,7 +145,7 @@ def test_draws_stay_within_the_bounds_and_follow_the_seed():
     assert not (first == other).any()
     assert first.min() >= BOUNDS[0]
     assert first.max() <= BOUNDS[1]
-    assert 0.1 < np.stack(Evolution(np.zeros(2000), None, 1).ask(99)).std() < 0.3
+    assert 0.1 < np.stack(Evolution(np.zeros(200), None, 1).ask(99)).std() < 0.3
 
 
 def test_an_evolution_is_played_again_from_what_was_told():
@@ -194,7 +177,7 @@ def test_answers_are_the_mean_of_the_last_means_then_these():
     [means] = evolution.runs
     assert len(means) == 15
     first, *rest = evolution.answers(4)
-    np.testing.assert_allclose(first, np.mean(means[-scales.MEANS :], 0))
+    np.testing.assert_allclose(first, np.mean(means[-layer_scales.MEANS :], 0))
     assert len(rest) == 3
     for found, mean in zip(rest, means[:-4:-1], strict=True):
         assert (found == mean).all()
@@ -224,23 +207,38 @@ def test_answers_of_two_runs_by_hand():
     assert evolution.latest.tolist() == [7]
 
 
+def row(path, value, phase="uniform", penalised=0):
+    return {"path": path, "raw_reward": value, "phase": phase, "penalised": penalised}
+
+
+def test_the_start_is_the_best_path_with_one_source_at_each_place(problem):
+    scorer = problem.scorer(fraction=0.5)
+    whole = "e1@-1 e2@0 ties@1 e2@2"
+    rows = [row(whole, 0.5), row("e1@-1 e1@0 e1@1 e1@2", 0.4, "agent")]
+    rows.append(row("e1@-1 e2@0 ties@1 ties@1 e2@2", 0.9))  # a stack
+    rows.append(row("e1@0 e2@1 ties@2", 0.9))  # no stem
+    rows.append(row("e1@-1 e1@0 e1@1 e2@2", 0.9, penalised=1))
+    assert path_text(start_of(scorer, rows)) == whole
+    assert start_of(scorer, rows[2:]) == tuple(Step("e1", k) for k in range(-1, 3))
+
+
 def test_the_evolution_of_a_search_is_separable_and_starts_at_its_best_path(problem):
-    scorer = problem.scorer(fraction=0.5, stem="agent")
+    scorer = problem.scorer(fraction=0.5)
     rows = [
-        {"path": " ".join(f"{s}@{k}" for k in range(-1, 3)), "subset": 0, "penalised": 0}
-        | {"raw_reward": reward}
-        for s, reward in zip(scorer.sources, (0.4, 0.3, 0.9, 0.5, 0.4, 0.2), strict=True)
+        row(" ".join(f"{source}@{k}" for k in range(-1, 3)), value)
+        for source, value in zip(scorer.sources, (0.4, 0.3, 0.9, 0.8, 0.5, 0.4, 0.2), strict=True)
     ]
-    found = scales.evolution_of(scorer, rows, 1)
-    np.testing.assert_allclose(found.mean, [0.3, 0.6] * 4, atol=2e-6)  # of the third source
+    found = evolution_of(scorer, rows, 1)
+    np.testing.assert_allclose(found.mean, [0.75, 0.25] * 4, atol=2e-6)  # of the third source
     expected = Evolution(found.mean, BOUNDS, 1, separable=True)
-    asked = found.ask(99)
-    for _ in range(3):
+    for _ in range(3):  # its scores are in the rows of the phase
+        asked = expected.ask(99)
         values = [bowl(x) for x in asked]
-        found.tell(asked, values)
-        expected.tell(expected.ask(99), values)
-        assert (found.mean == expected.mean).all()
-        asked = found.ask(99)
+        expected.tell(asked, values)
+        rows += [row("task_arithmetic:scale=0.5/0.5@0", value, "scales") for value in values]
+    again = evolution_of(scorer, rows, 1)
+    assert (again.mean == expected.mean).all()
+    assert (np.stack(again.ask(99)) == np.stack(expected.ask(99))).all()
 
 
 def test_where_it_has_contracted_it_begins_again_with_twice_the_population(monkeypatch):
