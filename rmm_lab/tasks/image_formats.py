@@ -56,9 +56,9 @@ def _read_cifar(folder: Path, thing: str, form: ImageFormat) -> Official:
         return _table(data, form, thing)
     if all((folder / part).is_dir() for part in PARTS):
         classes, listing = images.list_folder(folder)
-        # As one official train split: the fifth of it is drawn by ``load``.
-        own = sorted(listing["train"] + listing["reward"], key=lambda pair: str(pair[0]))
-        return classes, {"train": own, "test": listing["test"]}
+        # One official train split again: ``load`` draws the fifth of it.
+        train = sorted(listing["train"] + listing["reward"], key=lambda pair: str(pair[0]))
+        return classes, {"train": train, "test": listing["test"]}
     _refuse(thing, f"train*.parquet and test*.parquet, or train/CLASS/ and test/CLASS/, in {folder}",
             content(folder), form)  # fmt: skip
 
@@ -137,7 +137,7 @@ def _numbered(file: Path, thing: str, form: ImageFormat) -> dict[str, str]:
 
 
 def _read_dogs(folder: Path, thing: str, form: ImageFormat) -> Official:
-    """``Images/nNUMBER-BREED/*.jpg``, and the official lists, in ``lists`` or beside ``Images``."""
+    """``Images/nNUMBER-BREED/*.jpg``, and the official lists, in ``lists`` or next to ``Images``."""
     root = _inner(folder, "StanfordDogs", "Images")
     if not (root / "Images").is_dir():
         _refuse(thing, f"the folder Images (of images.tar) in {root}", content(root), form)

@@ -18,7 +18,7 @@ from rmm_lab.tasks.text_rows import Quoting, Row, checked, read, short, split, w
 
 # ------------------------------------------------------------------------------------ the prompts
 
-# What a model reads in each official task, and what it chooses from; OWN: the record's own answers.
+# What a model reads in each official task, and what it chooses from; OWN: the record's answers.
 NO_YES, OWN = ("no", "yes"), ()
 PROMPTS: dict[str, tuple[str, tuple[str, ...]]] = {
     "qasc": ("question: {question} facts: {fact1} {fact2}", OWN),
@@ -76,10 +76,10 @@ def _winogrande(record: Row) -> Row:
 
 
 def _wsc(record: Row) -> Row:
-    """With stars around the pronoun asked about, as T5 has them.
+    """With stars around the pronoun in question, as in T5's prompts.
 
-    Without them, 12 prompts of the official train file stand there once with yes and once with no:
-    the same pronoun occurs twice in the text and means two people.
+    Without them, 12 prompts of the official train file occur both with yes and with no: the same pronoun
+    occurs twice in the text and means two people.
     """
     spans = record.get("target", record)  # nested in SuperGLUE's files, flat on the hub
     if not isinstance(spans, dict) or type(spans.get("span2_index")) is not int:
@@ -242,10 +242,10 @@ def load(source: str) -> dict[str, list[Row]]:
             * a folder with ``train.jsonl``, ``reward.jsonl`` (or val, valid, validation, dev) and
               ``test.jsonl`` of rows, or a single ``.jsonl`` file of rows.
 
-    Without all three splits, a fixed, seeded draw makes them: with train and one other file, the other
-    is the test split and a fifth of train the reward split; a single file that is not called test is
-    dealt 60 : 20 : 20. The draw depends on the inputs alone, not on their order, and keeps equal inputs
-    together; texts that are merely alike, such as Winogrande's twins, may be parted.
+    Missing splits are drawn with a fixed seed: with train and one other file, the other is the test split
+    and a fifth of train the reward split; a single file that is not called test is split 60 : 20 : 20. The
+    draw depends on the inputs, not on their order, and keeps equal inputs together; texts that are merely
+    alike, such as Winogrande's twins, may be separated.
 
     Raises InputError for anything that is missing, broken or unlabelled.
     """

@@ -113,7 +113,7 @@ def _read_tokenizer(source: str, folder: Path) -> tuple[Any, dict[str, Any]]:
                 raise InputError(
                     f"model {source!r}: expected tokenizer.json in {folder}, found spiece.model "
                     f"alone, which cannot be read here ({type(error).__name__}); pip install "
-                    "sentencepiece protobuf, or put the model's tokenizer.json beside it"
+                    "sentencepiece protobuf, or put the model's tokenizer.json there"
                 ) from error
         else:
             raise InputError(
@@ -174,15 +174,15 @@ class TextSplit:
 
 
 class TextTask:
-    """A multiple-choice task with three splits, read and tokenised when first asked for and kept.
+    """A multiple-choice task with three splits, read and tokenised when first asked for.
 
     Args:
         source: a name that ships (``grammar.TASKS``) or whatever ``formats.load`` reads: a folder or
             file of jsonl, ``FORMAT:FOLDER`` or ``FORMAT:hf-hub``.
         text_format: what the models take.
-        metric: ``accuracy``, ``balanced`` (the mean over answers of the share found right, for tasks whose
-            rows all have the same choices), or ``auto``: balanced where one answer is that of 60 % or
-            more of the reward split, accuracy elsewhere.
+        metric: ``accuracy``; ``balanced``, the mean over answers of the share predicted right, for tasks
+            whose rows share their choices; or ``auto``: balanced where one answer is right in 60 % or more
+            of the reward split, else accuracy.
         normalise_length: divide a choice's log-probability by its number of tokens (the end token
             counts); the paper takes the sum.
     """
@@ -281,7 +281,7 @@ class TextTask:
 
     @cached_property
     def answers(self) -> list[str] | None:
-        """The choices of every row, or None where rows have choices of their own."""
+        """The choices that all rows share, or None where they differ."""
         rows = self.rows("reward")
         first = rows[0]["choices"]
         return list(first) if all(row["choices"] == first for row in rows) else None
@@ -321,7 +321,7 @@ def rows_file(name: str, split: str) -> Path:
 
 
 def write_rows(name: str, split: str) -> Path:
-    """Make a split anew and store it as jsonl under ``data/sets``."""
+    """Make a split and store it as jsonl under ``data/sets``."""
     file = rows_file(name, split)
     file.parent.mkdir(parents=True, exist_ok=True)
     lines = [json.dumps(row) for row in grammar.rows(name, split, SIZES[split])]
