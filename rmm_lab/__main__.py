@@ -59,7 +59,7 @@ class Merge:
 
 
 def merge(words: Sequence[str]) -> int:
-    """The command ``merge``; a preset, or the stored options of ``--resume``, are the others' defaults."""
+    """Run ``merge``. Defaults come from ``--preset``, or from the run that ``--resume`` names."""
     early = {}
     for word, after in zip(words, [*words[1:], ""], strict=True):
         option, _, value = word.partition("=")

@@ -31,14 +31,14 @@ class MergingEnv(gym.Env[np.ndarray, np.int64]):
     ``back`` undoes nothing: what was appended stays ("hierarchical stacking").
 
     With a scorer that ``chooses_stem`` the walk starts one place earlier, at k = -1: there a source
-    gives the *stem* (all weights outside the layers and heads) and ``skip`` leaves it the base's. The map
-    then has a column for it in front, so that L + 1 stands for L below.
+    gives the *stem* (all weights outside the layers and heads), and ``skip`` keeps the base's stem. The
+    map then has one more column, in front: read L + 1 for L below.
 
     ## Observation space
     ``observation="map"``: the merging map s of Eq. 5, ``Box(0, max_steps, (N+M, L), float32)``:
     s(a, k) counts how often source a was taken at layer k; zero at the start.
     ``observation="map+cursor"``: one more row, a one-hot of the current layer (all zero at the end),
-    ``Box(0, max_steps, (N+M+1, L), float32)``. The map alone does not show where the agent stands
+    ``Box(0, max_steps, (N+M+1, L), float32)``. The map alone does not show where the agent is
     after a skip or a back.
 
     ## Reward
@@ -49,7 +49,7 @@ class MergingEnv(gym.Env[np.ndarray, np.int64]):
     Layer 0, an empty path. Subsets come in turn: ``episodes_per_subset`` episodes on each, until every
     example has been used once (a *window*); then from the first one again.
     ``reset(options={"subset": i})`` scores this episode on subset i, or on all examples for ``None``,
-    and leaves the turn as it was. ``reset(options={"episode": t})`` sets the turn, to resume;
+    and does not advance the turn. ``reset(options={"episode": t})`` sets the turn, to resume;
     ``reset(seed=...)`` sets it to the first subset. Nothing else in the environment is random.
 
     ## End
@@ -58,7 +58,7 @@ class MergingEnv(gym.Env[np.ndarray, np.int64]):
     more than ``max_depth`` layers. An agent that obeys the mask meets neither penalty.
 
     ## Info
-    ``action_mask``: (N+M+2,) int8, 1 where an action is legal and leaves a way to the end;
+    ``action_mask``: (N+M+2,) int8, 1 where an action is legal and the end can still be reached;
     ``layer``: k; ``path``: tuple of ``Step``; ``subset``; ``new_window``: whether this
     episode is the first of a window. At the end also ``raw_reward``, ``penalised``, and unless
     penalised ``scores``: task -> metric.
@@ -250,12 +250,12 @@ class MergingEnv(gym.Env[np.ndarray, np.int64]):
 
 
 class DynamicAverageReward(gym.Wrapper[np.ndarray, np.int64, np.ndarray, np.int64]):
-    """DAR, Eq. 10: blend an episode's reward with the previous one's, the more so the later.
+    """DAR, Eq. 10: blend an episode's reward with the previous one's, by a weight that grows over the search.
 
         R_t <- lambda * (t / T_max) * R_{t-1} + (1 - lambda * (t / T_max)) * R_t
 
-    R_{t-1} is the previous episode's DAR reward (the equation writes R_t on both sides, so the average
-    runs on within a window); lambda is 0 for the first episode of a window, when the subsets start over.
+    R_{t-1} is the previous episode's DAR reward (the equation writes R_t on both sides; we carry the
+    average on within a window); lambda is 0 for the first episode of a window, when the subsets start over.
     A penalty passes unblended and never becomes a "previous reward". An episode on a subset that
     ``reset(options={"subset": ...})`` asks for is out of turn: it passes unblended and does not count.
 

@@ -63,7 +63,7 @@ _WORDS = {int: "a whole number", float: "a finite number", bool: "True or False"
 
 
 def check_values(args: Any, ranges: dict[str, Range]) -> None:
-    """InputError for the first field of a dataclass whose value has another type or is out of range.
+    """Raise InputError for the first field whose value has the wrong type or is out of range.
 
     ``ranges``: field names, several separated by spaces, -> (what is expected, test). None passes where
     the type allows it.

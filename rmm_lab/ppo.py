@@ -33,7 +33,7 @@ class Args:
     episodes_per_update: int = 20
     """Episodes that one policy plays before each update."""
     update_epochs: int = 20
-    """Most gradient steps on each rollout, each on all of it."""
+    """Maximum number of gradient steps per rollout; each uses the whole rollout."""
     learning_rate: float = 3e-3
     """Adam's learning rate of the actor."""
     critic_learning_rate: float = 3e-3
@@ -275,7 +275,7 @@ def learn(
     Args:
         env: with discrete actions; observations are flattened.
         generator: draws the actions.
-        done: episodes played before, to go on after a stop; the environment is told by the option
+        done: episodes already played, when resuming; passed to the environment as the option
             ``episode`` of its first reset.
         before_rollout: called with the number of episodes that come next.
 

@@ -86,7 +86,7 @@ def reward(scores: np.ndarray) -> float:
 def partition(n: int, n_subsets: int, seed: int) -> list[np.ndarray]:
     """Split n examples at random into subsets whose sizes differ by one at most.
 
-    With fewer examples than subsets each subset has one example, and examples are used again.
+    If there are fewer examples than subsets, each subset has one example, and some examples repeat.
     Returns ``n_subsets`` arrays of row numbers.
     """
     order = np.random.default_rng(seed).permutation(n)

@@ -26,11 +26,8 @@ from rmm_lab.__main__ import main
 from rmm_lab.errors import InputError
 from rmm_lab.families import checkpoint as models
 from rmm_lab.families import vit
-from rmm_lab.operators import OPERATORS
-from rmm_lab.path import LayerPath
 from rmm_lab.search.config import configure
 from rmm_lab.search.pipeline import train
-from rmm_lab.search.problem import load_problem
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
@@ -54,7 +51,8 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def one_error(err: str, *words: object) -> None:
-    lines = [line for line in err.splitlines() if line.strip()]
+    """All that stderr holds is one line that begins with "error:"; progress bars do not count."""
+    lines = [line for line in err.splitlines() if line.strip() and "step/s" not in line]
     assert len(lines) == 1, err
     assert lines[0].startswith("error: "), err
     for word in words:
@@ -175,40 +173,20 @@ def without(prefix: str) -> Callable:
     return lambda weights: [weights.pop(name) for name in [*weights] if name.startswith(prefix)]
 
 
-def without_layer_1(own: Own) -> None:
-    for folder in (own.origin(), own.expert(0), own.expert(1)):
-        own.weights(without("blocks.1."), folder)
-
-
 def cut(keep: float) -> Callable[[bytes], bytes]:
     return lambda b: b[: int(keep * len(b)) if isinstance(keep, float) else keep]
-
-
-def resnet(own: Own) -> None:
-    import timm
-
-    model = timm.create_model("resnet10t", num_classes=3)
-    config = {"architecture": "resnet10t", "num_classes": 3}
-    models.write_checkpoint(Path("resnet"), config, model.state_dict())
-    own.experts[1] = "resnet"
 
 
 FILE = "expert1/model.safetensors"
 MODELS = {
     # another architecture
     "depth 2": (lambda o: o.variant(depth=2), "'other'", "blocks.2."),
-    "depth 4": (lambda o: o.variant(depth=4), "'other'", "blocks.3."),
-    "width": (lambda o: o.variant(embed_dim=32), "'other'", "(16,)", "(32,)"),
-    "mlp": (lambda o: o.variant(mlp_ratio=2), "'other'", "blocks.0.mlp.fc1", "(64,)", "(32,)"),
     "patch": (lambda o: o.variant(patch_size=2), "'other'", "(16, 1, 4, 4)", "(16, 1, 2, 2)"),
-    "channels": (lambda o: o.variant(in_chans=3), "'other'", "(16, 1, 4, 4)", "(16, 3, 4, 4)"),
-    "bias": (lambda o: o.variant(qkv_bias=False), "'other'", "attn.qkv.bias"),
     "heads": (lambda o: o.variant(num_heads=4), "'other'", "'num_heads': 2", "'num_heads': 4"),
     "by name": (
         lambda o: o.config(architecture="vit_small_patch16_224"),
         *("expert1", "vit_tiny_patch16_224", "vit_small_patch16_224"),
     ),
-    "resnet": (resnet, "'resnet'", "'resnet10t'"),
     "no plain ViT": (
         lambda o: o.config(everywhere=True, architecture="deit_tiny_distilled_patch16_224"),
         "deit_tiny_distilled",
@@ -216,13 +194,11 @@ MODELS = {
     "unknown": (lambda o: o.config(everywhere=True, architecture="no_model"), "no_model", "timm"),
     "a number": (lambda o: o.config(everywhere=True, architecture=5), "architecture", "5"),
     "argument": (lambda o: o.config(everywhere=True, model_args={"no_arg": 1}), "no_arg", "timm"),
-    **{
-        f"config says {name} {value}": (
-            lambda o, name=name, value=value: o.config(everywhere=True, model_args={name: value}),
-            "config.json",
-        )
-        for name, value in {"depth": 4, "embed_dim": 32, "class_token": False}.items()
-    },
+    "depth": (lambda o: o.config(everywhere=True, model_args={"depth": 4}), "config.json"),
+    "token": (
+        lambda o: o.config(everywhere=True, model_args={"class_token": False}),
+        "config.json",
+    ),
     # weights
     "NaN": (lambda o: o.weights(nan("head.bias")), "expert1", "'head.bias'", "1 NaN"),
     "Inf": (
@@ -234,7 +210,6 @@ MODELS = {
         *("'origin'", "'norm.bias'", "1 NaN"),
     ),
     "no layer 1": (lambda o: o.weights(without("blocks.1.")), "expert1", "blocks.1."),
-    "no layer 1 anywhere": (without_layer_1, "blocks.0 to blocks.1", "[0, 2]"),
     **{f"cut {n}": (lambda o, n=n: o.file(FILE[8:], cut(n)), FILE) for n in (0, 4, 100, 0.5, -1)},
     **{
         f"altered {name}": (lambda o, change=change: o.file(FILE[8:], change), FILE)
@@ -321,9 +296,8 @@ def test_multi_task_model(own, capsys):
     refused(capsys, own.argv("--multi-task", own.experts[0]), own.experts[0], "rmm_lab.heads")
 
 
-@pytest.mark.parametrize("args", [{"depth": 2}, {"embed_dim": 32}, {"num_heads": 4}], ids=str)
-def test_multi_task_model_of_another_shape(own, tiny, capsys, args):
-    own.variant("joint", num_classes=6, **args)
+def test_multi_task_model_of_another_shape(own, tiny, capsys):
+    own.variant("joint", num_classes=6, depth=2)
     own.experts = [*tiny["experts"]]
     names = [Path(p).name for p in own.images]
     config = json.loads(Path("joint/config.json").read_text())
@@ -333,25 +307,15 @@ def test_multi_task_model_of_another_shape(own, tiny, capsys, args):
 
 
 @pytest.mark.parametrize("name", ["ties", "weight_average", "base"])
-def test_expert_named_like_another_source(own, name):
-    """Refused, or told apart: a source must never stand for another one's weights."""
+def test_expert_named_like_another_source(own, capsys, name):
     own.experts[1] = str(shutil.copytree(own.experts[1], Path("experts") / name))
-    try:
-        problem = load_problem(own.experts, base=own.base, images=own.images, stem="base")
-    except InputError:
-        return
-    assert len(set(problem.pool.sources)) == len(problem.pool.sources)
-    assert not {*OPERATORS, "base"} & set(problem.pool.names)
+    refused(capsys, own.argv(), f"expert {name!r}")
 
 
-def test_only_one_head_has_a_bias(own, capsys):
-    """Accepted, and then the merged model can be built; or refused."""
+def test_one_head_may_have_no_bias(own):
     own.weights(lambda w: w.pop("head.bias"))
-    if main(own.argv("--episodes", 2, "--run-dir", "run")) == 0:
-        assert Path("run/merged/model.safetensors").is_file()
-    else:
-        one_error(capsys.readouterr().err, "expert1", "head.bias")
-        assert not Path("run").exists()
+    assert main(own.argv("--preset", "agent", "--episodes", 1, "--run-dir", "run")) == 0
+    assert Path("run/merged/model.safetensors").is_file()
 
 
 # ------------------------------------------------------------------------- experts, images, options
@@ -391,11 +355,6 @@ def rename_class(own: Own, split: str) -> None:
     (folder / "class1").rename(folder / "klass1")
 
 
-def another_class(own: Own) -> None:
-    folder = own.pictures() / "test"
-    shutil.copytree(folder / "class0", folder / "extra")
-
-
 def one_class(own: Own, splits: tuple[str, ...]) -> None:
     folder = write_images(Path("one"), 7, per_class=6, splits=splits)
     for path in sorted(folder.rglob("class[12]")):
@@ -427,7 +386,6 @@ IMAGES = {
         for s in SPLITS
     },
     **{f"classes of {s}": (lambda o, s=s: rename_class(o, s), "images1", "class1") for s in SPLITS},
-    "another class": (another_class, "images1", "'extra'", "test"),
     "one class": (lambda o: one_class(o, SPLITS), "one", "two class", "found 1"),
     "one class, no splits": (lambda o: one_class(o, ()), "one", "two class", "found 1"),
     "no class": (flat, "flat", "two class", "found 0"),
@@ -442,18 +400,22 @@ def test_images(own, capsys, spoil, words):
     refused(capsys, own.argv(), *words)
 
 
-def half(file: Path) -> None:
+def as_text(file: Path) -> None:
+    file.write_text("this is no picture")
+
+
+def as_half(file: Path) -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (32, 32), dtype=np.uint8)
     Image.fromarray(pixels).save(file)
     file.write_bytes(cut(0.5)(file.read_bytes()))
 
 
-def a_folder(file: Path) -> None:
+def as_folder(file: Path) -> None:
     file.unlink()
     file.mkdir()
 
 
-def huge(file: Path) -> None:
+def as_huge(file: Path) -> None:
     """A BMP whose header claims more pixels than Pillow is willing to decode."""
     Image.new("L", (8, 8)).save(file, "bmp")
     content = bytearray(file.read_bytes())
@@ -462,17 +424,7 @@ def huge(file: Path) -> None:
 
 
 @pytest.mark.parametrize("split", ["reward", "test"])
-@pytest.mark.parametrize(
-    "spoil",
-    [
-        lambda file: file.write_text("text"),
-        half,
-        lambda file: file.write_bytes(b""),
-        a_folder,
-        huge,
-    ],
-    ids=["text", "half", "empty", "folder", "huge"],
-)
+@pytest.mark.parametrize("spoil", [as_text, as_half, as_folder, as_huge])
 def test_broken_image(own, capsys, split, spoil):
     file = own.pictures() / split / "class2" / "5.png"
     spoil(file)
@@ -516,7 +468,15 @@ OPTIONS = [
 
 @pytest.mark.parametrize(("argv", "words"), OPTIONS, ids=[" ".join(argv) for argv, _ in OPTIONS])
 def test_options(own, capsys, argv, words):
-    refused(capsys, own.argv(*argv), *words)
+    """By us, in a sentence, or by the parser, in a box that may wrap it."""
+    try:
+        code = main(own.argv("--run-dir", "run", *argv))
+    except SystemExit as stop:
+        code = stop.code
+    assert code == 2
+    err = " ".join(capsys.readouterr().err.replace("│", " ").split())
+    assert [word for word in words if word not in err] == []
+    assert not listing()
 
 
 @pytest.mark.parametrize(
@@ -551,7 +511,7 @@ def test_options_that_the_parser_refuses(capsys, argv):
 )
 def test_run_folder(own, capsys, create, run_dir):
     create()
-    refused(capsys, own.argv("--run-dir", run_dir), "--run-dir", run_dir)
+    refused(capsys, own.argv("--run-dir", run_dir), "--run-dir", "old")
 
 
 @pytest.fixture(scope="session")
@@ -611,7 +571,7 @@ STOPPED = [
     ("config.json", put("agent", gamma=None), "gamma"),
     ("config.json", put("problem", operators=["tied"]), "'tied'"),
     *[
-        ("checkpoint.safetensors", change, "stopped/checkpoint.safetensors")
+        ("checkpoint.safetensors", change, "--resume", "stopped")
         for change in (
             *map(cut, (0, 5, 200, 0.5, -1)),
             lambda _: save({"head": torch.zeros(3)}),
@@ -704,12 +664,6 @@ def test_no_space_for_the_checkpoint(own, capsys, small_disk):
     assert json.loads((disk / "run" / "config.json").read_text("utf-8"))["run"]["episodes"] == 2
 
 
-def test_no_space_for_the_config(own, capsys, small_disk):
-    disk = small_disk(4)
-    (disk / "full").write_bytes(bytes(4096))
-    no_space(capsys, own.argv("--episodes", 2, "--run-dir", disk / "run"), disk)
-
-
 def test_no_space_for_the_merged_model(own, finished, capsys, small_disk):
     """All of the result fits but the last file; with more space, --resume completes it."""
     disk = small_disk(2048)
@@ -770,14 +724,6 @@ def test_help_loads_no_large_library():
     assert "--data-fraction" in done.stdout
 
 
-def test_missing_folder_from_the_shell(own):
-    own.experts[0] = "nowhere"
-    done = python("-m", "rmm_lab", "merge", *own.argv("--run-dir", "run"))
-    assert done.returncode == 2
-    one_error(done.stderr, "'nowhere'")
-    assert not listing()
-
-
 def test_interrupted_and_resumed(own):
     """Ctrl-C after the first update: exit code 130, and the command that it prints works."""
     process = subprocess.Popen(
@@ -803,13 +749,9 @@ def test_interrupted_and_resumed(own):
     assert process.returncode == 130, err
     assert "Traceback" not in err
     assert "--resume run" in err
-    assert not Path("run/path.json").exists()
     assert not [p for p in listing() if p.endswith(".tmp")]
-
     assert main(["--resume", "run", "--quiet"]) == 0
-    rows = Path("run/episodes.csv").read_text("utf-8").splitlines()
-    assert len(rows) == 301
-    assert json.loads(Path("run/path.json").read_text("utf-8"))["steps"]
+    assert len(Path("run/episodes.csv").read_text("utf-8").splitlines()) == 301
 
 
 def test_interrupted_before_there_is_a_folder(own, capsys, monkeypatch):
@@ -818,7 +760,7 @@ def test_interrupted_before_there_is_a_folder(own, capsys, monkeypatch):
     def interrupt(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("rmm_lab.search.pipeline.train", interrupt)
+    monkeypatch.setattr("rmm_lab.__main__.train", interrupt)
     assert main(own.argv("--run-dir", "run")) == 130
     err = capsys.readouterr().err
     assert "stopped" in err
@@ -837,7 +779,7 @@ def test_interrupted_before_there_is_a_folder(own, capsys, monkeypatch):
         ({"episodes": 0}, "--episodes.* 0"),
         ({"operators": ("tied",)}, "'tied'"),
         ({"scope": "block"}, "layer.*tensor.*global.*'block'"),
-        ({"observation": "all"}, r"map.*map\+cursor.*'all'"),
+        ({"preset": "fast"}, "default or agent or paper.*'fast'"),
         ({"resume": Path("nowhere"), "run_dir": None}, "nowhere"),
         ({"colour": "red"}, "colour"),
     ],
@@ -848,17 +790,6 @@ def test_python_callers_get_an_input_error(tiny, change, match):
     with pytest.raises(InputError, match=match):
         train(configure(**options))
     assert not listing()
-
-
-def test_an_unknown_preset():
-    with pytest.raises(InputError, match=r"default or agent or paper.*'fast'"):
-        configure("fast")
-
-
-@pytest.mark.parametrize("text", ["", "{}", "[]", "null", '{"schema": "other/1"}'])
-def test_layer_path_that_is_none(text):
-    with pytest.raises(InputError, match=r"rmm_lab/layer-path/\d.*path\.json"):
-        LayerPath.from_json(text)
 
 
 # --------------------------------------------------------------------------------------- finetune
@@ -886,8 +817,8 @@ def out_with_files(own: Own) -> None:
         (lambda o: Path("out").write_text("mine"), ["--out", "out"]),
         (lambda o: setattr(o, "base", "nowhere"), ["'nowhere'"]),
         (lambda o: o.images.__setitem__(0, "nowhere"), ["'nowhere'"]),
-        (lambda o: half(o.pictures(0) / "train/class0/0.png"), ["images0/train/class0/0.png"]),
-        (lambda o: half(o.pictures(0) / "test/class0/0.png"), ["images0/test/class0/0.png"]),
+        (lambda o: as_half(o.pictures(0) / "train/class0/0.png"), ["images0/train/class0/0.png"]),
+        (lambda o: as_half(o.pictures(0) / "test/class0/0.png"), ["images0/test/class0/0.png"]),
     ],
     ids=["files", "a file", "no base", "no images", "broken train", "broken test"],
 )
@@ -915,26 +846,10 @@ def test_finetune_fewer_images_per_step_than_tasks(own, capsys):
 
 
 def test_finetune_on_two_folders_of_one_name(own, capsys):
-    """Refused, or told apart: each of the tasks must find its own head."""
-    for i in range(2):
-        own.images[i] = str(shutil.copytree(own.images[i], Path(f"set{i}") / "pictures"))
-    if main(finetune(own, "--images", *own.images)) == 2:
-        one_error(capsys.readouterr().err, "pictures")
-        assert not Path("out").exists()
-    else:
-        heads = models.read_checkpoint("out").config["rmm_lab"]["heads"]
-        assert sorted(heads.values()) == [[0, 3], [3, 6]]
+    own.images = [str(shutil.copytree(f, f"set{i}/pictures")) for i, f in enumerate(own.images)]
+    refused(capsys, finetune(own, "--images", *own.images), "pictures")
 
 
 def test_finetune_without_space(own, capsys, small_disk):
     disk = small_disk(16)
     no_space(capsys, finetune(own, "--out", disk / "out"), disk)
-
-
-def test_rebuilding_something_unknown(capsys, monkeypatch, folder):
-    from rmm_lab.zoo import build
-
-    monkeypatch.setenv("RMM_LAB_DATA", str(folder))
-    assert build.main(["--only", "digit"]) == 2
-    one_error(capsys.readouterr().err, "--only", "'digit'")
-    assert not listing()

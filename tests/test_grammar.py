@@ -12,8 +12,8 @@ import pytest
 from rmm_lab.tasks import small_texts as grammar
 from rmm_lab.tasks import text_task as texts
 from rmm_lab.tasks.small_texts import TASKS
-from rmm_lab.tasks.text_formats import check
-from rmm_lab.zoo import training
+from rmm_lab.tasks.text_rows import check
+from rmm_lab.zoo import pretraining
 
 N = 400
 ROWS = {name: grammar.rows(name, "reward", N) for name in TASKS}
@@ -191,10 +191,10 @@ def test_span_corruption_puts_every_word_into_one_of_both():
     rng = random.Random(2)
     for _ in range(300):
         text = grammar.story(rng)
-        source, target = training.corrupt(text, rng)
+        source, target = pretraining.corrupt(text, rng)
         gaps: dict[str, list[str]] = {}
         for word in target.split():
-            if word in training.SENTINELS:
+            if word in pretraining.SENTINELS:
                 gaps[word] = []
                 mark = word
             else:
@@ -202,4 +202,4 @@ def test_span_corruption_puts_every_word_into_one_of_both():
         back = [w for word in source.split() for w in gaps.get(word, [word])]
         assert " ".join(back) == text
         assert sum(map(len, gaps.values())) == max(1, round(0.2 * len(text.split())))
-        assert list(gaps) == list(training.SENTINELS[: len(gaps)])
+        assert list(gaps) == list(pretraining.SENTINELS[: len(gaps)])

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import ctypes
 import os
+import pickle
 import subprocess
 import sys
 import threading
-import time
 
 import numpy as np
 import psutil
@@ -31,8 +32,10 @@ def put(cache: Cache, key, *tensors: torch.Tensor) -> None:
 
 
 def keys(cache: Cache) -> list:
-    """From the least to the most recently used."""
-    return list(cache._values)
+    """What is kept, of the keys used here."""
+    found = [key for key in (*"abcde", "large", "in pieces", "last") if key in cache]
+    assert len(found) == len(cache)
+    return found
 
 
 def held(values) -> int:
@@ -55,7 +58,7 @@ def test_the_least_recently_used_goes_first():
     assert (keys(cache), cache.bytes, cache.evicted) == (["a", "b", "c"], 30, 0)
     assert cache.get("a") is not None  # now b is the oldest
     put(cache, "d", block(10))
-    assert (keys(cache), cache.bytes, cache.evicted) == (["c", "a", "d"], 30, 1)
+    assert (keys(cache), cache.bytes, cache.evicted) == (["a", "c", "d"], 30, 1)
     assert cache.get("b") is None
     put(cache, "e", block(15))  # needs the places of two
     assert (keys(cache), cache.bytes, cache.evicted) == (["d", "e"], 25, 3)
@@ -113,10 +116,10 @@ def test_a_key_that_is_put_again_holds_the_new_value_alone():
     put(cache, "a", block(10))
     put(cache, "b", block(10))
     put(cache, "a", new)
-    assert (keys(cache), cache.bytes, cache.evicted) == (["b", "a"], 22, 0)
+    assert (keys(cache), cache.bytes, cache.evicted) == (["a", "b"], 22, 0)
     assert cache.get("a")[0] is new
     put(cache, "a", new, block(1))  # part of the old value's memory
-    assert (keys(cache), cache.bytes) == (["b", "a"], 23)
+    assert (keys(cache), cache.bytes) == (["a", "b"], 23)
 
 
 def test_a_budget_of_nothing_keeps_nothing():
@@ -172,7 +175,7 @@ def test_bytes_and_order_are_those_of_a_list(budget, sizes, calls):
                 while held([v for _, v in kept] + [value]) > budget:
                     del kept[0]
                 kept.append((key, value))
-        assert keys(cache) == [k for k, _ in kept]
+        assert [k for k in range(5) if k in cache] == sorted(k for k, _ in kept)
         assert cache.bytes == held(v for _, v in kept) <= budget
         assert cache.bytes <= cache.peak <= budget
 
@@ -180,12 +183,11 @@ def test_bytes_and_order_are_those_of_a_list(budget, sizes, calls):
 def test_threads_that_hammer_one_cache_keep_its_invariants():
     cache, shared = Cache(5_000), [block(n) for n in (100, 700, 1_300)]
     wrong: list[object] = []
-    stop = time.monotonic() + 1.0
 
     def hammer(seed: int) -> None:
         rng = np.random.default_rng(seed)
         try:
-            while time.monotonic() < stop:
+            for _ in range(1500):
                 key = int(rng.integers(30))
                 if rng.random() < 0.4:
                     value = cache.get(key)
@@ -211,9 +213,20 @@ def test_threads_that_hammer_one_cache_keep_its_invariants():
         sys.setswitchinterval(interval)
     assert not wrong
     assert cache.evicted > 100  # room was scarce
-    assert cache.bytes == held(value for value, _ in cache._values.values()) <= cache.budget
+    assert cache.bytes == held(cache.get(key) for key in range(30) if key in cache)
+    assert cache.bytes <= cache.budget
     put(cache, "last", block(5_000))
-    assert (cache.bytes, keys(cache), len(cache._holders)) == (5_000, ["last"], 1)
+    assert (cache.bytes, keys(cache)) == (5_000, ["last"])
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda cache: pickle.loads(pickle.dumps(cache))])
+def test_a_copy_is_empty_and_has_the_same_budget(copied):
+    cache = Cache(30)
+    put(cache, "a", block(10))
+    other = copied(cache)
+    assert (len(other), other.bytes, other.budget) == (0, 0, 30)
+    put(other, "b", block(30))
+    assert (keys(cache), keys(other)) == (["a"], ["b"])
 
 
 # ------------------------------------------------------------------------------ free, and given back

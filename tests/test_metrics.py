@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from torch.nn import functional
 
-from rmm_lab.engine.scorer import steps_of
 from rmm_lab.errors import InputError
-from rmm_lab.families import vit
-from rmm_lab.ppo import Args, train
+from rmm_lab.families import vit_run
+from rmm_lab.reward import parse_path
+from rmm_lab.search.config import configure
+from rmm_lab.search.pipeline import train
 from rmm_lab.tasks.metrics import likelihood, mean_of
 
 
@@ -39,8 +39,8 @@ def test_means_by_hand():
 def losses(problem, path, rows):
     """The whole timm model's cross entropy of each task's examples."""
     pool = problem.pool
-    model = pool.assemble([(pool.sources[a], k) for a, k in path], problem.stem)
-    heads = vit.head_slices(pool.heads).values()
+    model = pool.assemble(path, problem.stem)
+    heads = vit_run.head_slices(pool.heads).values()
     for task, (start, stop), own in zip(problem.tasks, heads, rows, strict=True):
         with torch.no_grad():
             logits = model(task.batch("reward", own))[:, start:stop]
@@ -49,9 +49,9 @@ def losses(problem, path, rows):
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-@pytest.mark.parametrize("path", [((0, 0), (1, 1), (2, 2)), ((3, 0), (1, 1), (1, 2))])
-def test_a_subsets_score_is_the_likelihood_and_the_whole_splits_the_metric(problem, path, workers):
-    options = {"fraction": 1 / 3, "batch_size": 5}
+@pytest.mark.parametrize("text", ["e1@0 e2@1 task_arithmetic:scale=0.5@2", "ties@0 e2@1 e2@2"])
+def test_a_subsets_score_is_the_likelihood_and_the_whole_splits_the_metric(problem, text, workers):
+    path, options = parse_path(text), {"fraction": 1 / 3, "batch_size": 5}
     soft = problem.scorer(**options, reward="likelihood", workers=workers)
     for subset in range(3):
         rows = [soft.rows(i, subset) for i in range(2)]
@@ -62,23 +62,19 @@ def test_a_subsets_score_is_the_likelihood_and_the_whole_splits_the_metric(probl
     soft.close()
 
 
-def test_an_unknown_reward_is_refused(problem, capsys):
+def test_an_unknown_reward_is_refused(problem):
     with pytest.raises(InputError, match="expected metric or likelihood, found 'loss'"):
         problem.scorer(reward="loss")
-    with pytest.raises(InputError, match="--reward: expected metric or likelihood, found loss"):
-        Args(reward="loss").check()
 
 
-def test_a_search_by_likelihood_chooses_by_the_metric_at_the_end(trained, tmp_path):
-    args = Args(reward="likelihood", episodes=60, data_fraction=0.1, quiet=True, unit="block")
-    result = train(args, problem=trained, table=False)
+def test_a_search_by_likelihood_chooses_by_the_metric_at_the_end(trained):
+    options = {"episodes": 60, "data_fraction": 0.1, "quiet": True, "unit": "block"}
+    result = train(configure(**options, reward="likelihood"), trained, table=False)
     soft, plain = (trained.scorer(fraction=0.1, seed=1, reward=r) for r in ("likelihood", "metric"))
     for episode in result.episodes[::7]:
-        steps = steps_of(episode["path"], soft.sources)
-        assert episode["raw_reward"] == pytest.approx(soft.score(steps, episode["subset"]).mean())
+        scores = soft.score(parse_path(episode["path"]), episode["subset"])
+        assert episode["raw_reward"] == pytest.approx(scores.mean())
     for row in result.finalists:
-        steps = steps_of(row["path"], plain.sources)
-        assert row["reward"] == pytest.approx(plain.score(steps, None).mean())
-    by_metric = train(replace(args, reward="metric"), problem=trained, table=False)
+        assert row["reward"] == pytest.approx(plain.score(parse_path(row["path"])).mean())
+    by_metric = train(configure(**options, reward="metric"), trained, table=False)
     assert by_metric.episodes != result.episodes
-    assert args.config() != replace(args, reward="metric").config()

@@ -17,8 +17,8 @@ from rmm_lab.search.run_folder import (
     optimiser_tensors,
     restore_optimiser,
     to_csv,
-    write,
 )
+from rmm_lab.tasks.files import write_file
 
 numbers = st.one_of(st.integers(-(10**12), 10**12), st.floats(allow_nan=False))
 texts = st.sampled_from(["digits@0 ties:density=0.3,scale=1@2", "007", "1e5", "", 'a "b"', "3 4"])
@@ -39,14 +39,14 @@ def test_text_that_looks_like_a_number_stays_text():
 
 def test_write_replaces_whole_files_only(tmp_path, monkeypatch):
     file = tmp_path / "table.csv"
-    write(file, "old")
+    write_file(file, "old")
 
     def full(self, content):
         raise OSError(errno.ENOSPC, "No space left on device", str(self))
 
     monkeypatch.setattr("pathlib.Path.write_bytes", full)
     with pytest.raises(OSError, match="No space") as caught:
-        write(file, "new")
+        write_file(file, "new")
     assert file.read_text() == "old"
     assert [p.name for p in tmp_path.iterdir()] == ["table.csv"]
     assert "expected space on the device" in one_sentence(caught.value)

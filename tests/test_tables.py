@@ -212,14 +212,23 @@ def test_table_iv_and_fig_3(small, tmp_path):
 def test_searches_of_other_lengths_do_not_share_a_mean(small, tmp_path, counted):
     key = {"group": "digits+textures", "size": "tiny", "seed": 1, "method": "RMM"}
     values = {"mean": 1.0, "by_task": "p=1.0", "setting": "", "episodes": 8}
-    config = json.dumps(describe(configure()))
+    config = json.dumps(describe(configure(episodes=8)))
     Store(tmp_path, {}).add("vision", pd.DataFrame([key | values | {"config": config}]))
     Command("II", seeds=(1, 2), episodes=8, out=tmp_path).run()
     assert [j.key["seed"] for j in counted if j.measure is measure.rmm] == [2]
     with pytest.raises(InputError, match=r"vision.csv: expected --episodes 8 as in .*, found 9"):
         Command("II", seeds=(1, 2), episodes=9, out=tmp_path).run()
+    with pytest.raises(InputError, match=r"vision.csv: expected --episodes 8 as in .*, found 7"):
+        Command("II", seeds=(3,), episodes=7, out=tmp_path).run()
     with pytest.raises(InputError, match=r"--precision float32 as in .*, found bfloat16"):
         Command("II", seeds=(1,), episodes=8, precision="bfloat16", out=tmp_path).run()
+
+
+def test_todays_default_preset_is_not_mixed_with_the_first_editions(counted):
+    """The rows that ship are of a default preset with a local search, which is gone."""
+    with pytest.raises(InputError, match=r"expected --cma-share 0.75 as in .*, found 0.8"):
+        Command("II", seeds=(6,), out=RESULTS).run()
+    assert not counted
 
 
 def test_searches_have_a_row_and_a_curve_each(small, tmp_path, monkeypatch):

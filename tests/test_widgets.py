@@ -9,6 +9,7 @@ import types
 
 import ipywidgets
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from test_env import Scores
@@ -525,8 +526,7 @@ def test_the_table_names_its_parts_and_marks_the_selected_row_in_words():
 
 
 def test_the_table_takes_a_data_frame():
-    pandas = pytest.importorskip("pandas")
-    view = ResultsTable(pandas.DataFrame(ROWS))  # NaN where a row has no path
+    view = ResultsTable(pd.DataFrame(ROWS))  # NaN where a row has no path
     assert (view.table.value, view.sources) == (ResultsTable(ROWS).table.value, ["op0", "m0", "m1"])
     assert view.place.value == ""
     view.choose("R<M>M")

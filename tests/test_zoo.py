@@ -9,17 +9,19 @@ import numpy as np
 import pytest
 import torch
 
-from rmm_lab import ppo
 from rmm_lab.errors import InputError
 from rmm_lab.families import checkpoint as models
-from rmm_lab.families import t5, vit
+from rmm_lab.families import shipped, t5, vit
 from rmm_lab.search import uniform as baselines
+from rmm_lab.search.config import configure
+from rmm_lab.search.pipeline import train
 from rmm_lab.search.problem import load_problem
 from rmm_lab.tasks import small_images as render
 from rmm_lab.tasks import small_texts as grammar
 from rmm_lab.tasks import text_task as texts
 from rmm_lab.tasks.image_task import SMALL, InputFormat, Task, data_folder
-from rmm_lab.zoo import build as zoo
+from rmm_lab.zoo.build import Build
+from rmm_lab.zoo.finetune import Finetune
 
 REAL = Path(__file__).parents[2] / "shared" / "data"
 
@@ -34,7 +36,7 @@ def test_data_stay_under_their_limit():
     assert size < 32 * 2**20
 
 
-VITS = [n for n in zoo.SETS if n not in grammar.TASKS]
+VITS = [n for n in shipped.SETS if n not in grammar.TASKS]
 
 
 @pytest.mark.parametrize("name", VITS)
@@ -42,9 +44,9 @@ def test_each_expert_is_at_least_90_percent_on_its_own_test_split(name):
     """By timm alone: create_model on the folder, the whole test split."""
     import timm
 
-    model = timm.create_model(f"local-dir:{zoo.model_folder(name)}", pretrained=True).eval()
-    config = json.loads((zoo.model_folder(name) / "config.json").read_text())
-    task = Task(zoo.SETS[name], InputFormat.of(config))
+    model = timm.create_model(f"local-dir:{shipped.model_folder(name)}", pretrained=True).eval()
+    config = json.loads((shipped.model_folder(name) / "config.json").read_text())
+    task = Task(shipped.SETS[name], InputFormat.of(config))
     assert config["label_names"] == task.classes
     data = task.split("test")
     with torch.inference_mode():
@@ -69,7 +71,7 @@ def test_the_best_uniform_merge_of_the_demo_is_20_points_under_the_experts(demo)
     assert max(merges) > 0.5  # and yet they are no noise
 
 
-@pytest.mark.parametrize("pair", zoo.PAIRS, ids="+".join)
+@pytest.mark.parametrize("pair", shipped.PAIRS, ids="+".join)
 def test_the_multi_task_models_hold_every_task_of_their_pair(pair):
     problem = load_problem(pair)
     rows = {r.name: r.scores for r in _rows_without_tuning(problem)}
@@ -99,8 +101,8 @@ def test_halves_of_a_set_are_a_problem_by_their_names(name, tiny):
     assert heads == {f"{name}-first": [0, k], f"{name}-second": [k, 2 * k]}
     swapped = load_problem(pair[::-1])
     assert swapped.multi_task.sha256 == problem.multi_task.sha256
-    assert all(zoo.is_shipped(n) for n in pair)
-    assert Path(zoo.locate(pair[1])) == data_folder() / "models" / "vit" / pair[1]
+    assert all(n in shipped.SETS for n in pair)
+    assert Path(shipped.locate(pair[1])) == data_folder() / "models" / "vit" / pair[1]
 
 
 def test_experts_of_two_sizes_are_refused():
@@ -123,7 +125,7 @@ def test_a_pair_of_halves_with_data_given_has_no_multi_task_model_of_its_own():
 def test_no_task_has_a_glyph_that_the_base_was_trained_on():
     assert not set(render.BASE_GLYPHS) & set(render.LETTERS + render.SYMBOLS + "0123456789")
     for base in ("base", "tiny-base"):
-        config = json.loads((zoo.model_folder(base) / "config.json").read_text())
+        config = json.loads((shipped.model_folder(base) / "config.json").read_text())
         assert config["label_names"] == list(render.BASE_GLYPHS)
 
 
@@ -131,12 +133,12 @@ def test_no_task_has_a_glyph_that_the_base_was_trained_on():
     ("base", "least", "most"), [("base", 250_000, 350_000), ("tiny-base", 70_000, 90_000)]
 )
 def test_the_bases_have_six_layers_of_so_many_weights_in_fp16(base, least, most):
-    file = zoo.model_folder(base) / "model.safetensors"
+    file = shipped.model_folder(base) / "model.safetensors"
     from safetensors import safe_open
 
     with safe_open(file, "pt") as stored:
         assert {stored.get_tensor(k).dtype for k in stored.keys()} == {torch.float16}  # noqa: SIM118
-    parts = vit.split(models.read_checkpoint(zoo.model_folder(base)).weights)
+    parts = vit.split(models.read_checkpoint(shipped.model_folder(base)).weights)
     assert len(parts.layers) == 6
     n = sum(t.numel() for w in (parts.stem, *parts.layers) for t in w.values())
     assert least < n < most
@@ -163,15 +165,15 @@ def test_uniform_merges_are_tuned_on_the_reward_split_alone(trained, monkeypatch
 
 def test_rebuilding_only_an_unknown_model_is_refused():
     with pytest.raises(InputError, match="found 'rigits'"):
-        zoo.Build(only=("rigits",)).run()
+        Build(only=("rigits",)).run()
 
 
 # ----------------------------------------------------------------------------------------- the T5s
 
-QA, MIXED = zoo.TEXT_GROUPS["qa"], zoo.TEXT_GROUPS["mixed"]
+QA, MIXED = shipped.TEXT_GROUPS["qa"], shipped.TEXT_GROUPS["mixed"]
 
 
-@pytest.fixture(scope="module", params=zoo.TEXT_GROUPS)
+@pytest.fixture(scope="module", params=shipped.TEXT_GROUPS)
 def language(request):
     return load_problem((request.param,))
 
@@ -186,11 +188,11 @@ def test_each_t5_expert_is_25_points_above_chance_and_base(name):
     from transformers import AutoTokenizer, T5ForConditionalGeneration
 
     rows = [json.loads(x) for x in texts.rows_file(name, "test").read_text().splitlines()][:200]
-    tokenizer = AutoTokenizer.from_pretrained(zoo.model_folder(name))
+    tokenizer = AutoTokenizer.from_pretrained(shipped.model_folder(name))
     scores = {}
-    for model_name in (zoo.TEXT_BASE, name):
+    for model_name in (shipped.TEXT_BASE, name):
         model = T5ForConditionalGeneration.from_pretrained(
-            zoo.model_folder(model_name), dtype=torch.float32
+            shipped.model_folder(model_name), dtype=torch.float32
         ).eval()
         right: dict[int, list[bool]] = {}
         for row in rows:
@@ -215,7 +217,7 @@ def test_each_t5_expert_is_25_points_above_chance_and_base(name):
         )
     chance = 1 / len(rows[0]["choices"])
     assert scores[name] >= chance + 0.25
-    assert scores[name] >= scores[zoo.TEXT_BASE] + 0.25
+    assert scores[name] >= scores[shipped.TEXT_BASE] + 0.25
 
 
 def test_uniform_merges_of_t5s_are_10_points_under_the_experts(language):
@@ -241,7 +243,7 @@ def test_the_multi_task_t5s_hold_every_task_of_their_group(language):
 
 
 def test_every_word_of_the_grammar_is_one_token_of_the_small_t5s():
-    fmt = texts.TextFormat.of(models.read_checkpoint(zoo.model_folder(zoo.TEXT_BASE)))
+    fmt = t5.input_format(models.read_checkpoint(shipped.model_folder(shipped.TEXT_BASE)))
     words = {
         word
         for name in grammar.TASKS
@@ -253,7 +255,7 @@ def test_every_word_of_the_grammar_is_one_token_of_the_small_t5s():
 
 
 def test_the_small_t5_has_4_and_4_blocks_and_less_than_half_a_million_weights():
-    checkpoint = models.read_checkpoint(zoo.model_folder(zoo.TEXT_BASE))
+    checkpoint = models.read_checkpoint(shipped.model_folder(shipped.TEXT_BASE))
     assert [len(stack) for stack in t5.split(checkpoint.weights).stacks] == [4, 4]
     assert 300_000 < sum(t.numel() for t in checkpoint.weights.values()) < 500_000
 
@@ -265,28 +267,17 @@ def test_real_pictures_from_fine_tuning_to_a_merged_model(tmp_path, capsys):
     sets = [str(REAL / "mnist_png"), str(REAL / "cifar10_jpg")]
     experts = []
     for name, images, steps in (("mnist", sets[0], 150), ("cifar", sets[1], 200)):
-        out = tmp_path / name
-        argv = [
-            "finetune",
-            "--base",
-            "base",
-            "--images",
-            images,
-            "--out",
-            str(out),
-            "--threads",
-            "1",
-        ]
-        assert zoo.main([*argv, "--steps", str(steps), "--seed", "1"]) == 0
-        experts.append(str(out))
+        options = {"steps": steps, "seed": 1, "threads": 1}
+        Finetune(base="base", images=(images,), out=tmp_path / name, **options).run()
+        experts.append(str(tmp_path / name))
     printed = capsys.readouterr().out
     own = [float(line.split()[1]) for line in printed.splitlines() if "of the test split" in line]
     assert own[0] > 85  # handwritten digits, from 2,400 pictures
     assert own[1] > 25  # ten classes of grey 28 px photographs: well above chance
     run = tmp_path / "run"
-    argv = ["--base", "base", "--experts", *experts, "--images", *sets, "--run-dir", str(run)]
-    assert ppo.main([*argv, "--episodes", "60", "--finalists", "3"]) == 0
-    table = {r["method"]: r["test"] for r in json.loads((run / "table.json").read_text())}
+    problem = {"base": "base", "experts": tuple(experts), "images": tuple(sets)}
+    train(configure(**problem, episodes=60, finalists=3, run_dir=run, quiet=True))
+    table = {r["name"]: r["scores"] for r in json.loads((run / "table.json").read_text())}
     assert table["fine-tuned"]["mnist_png"] == pytest.approx(own[0] / 100, abs=0.0006)
     assert table["fine-tuned"]["cifar10_jpg"] == pytest.approx(own[1] / 100, abs=0.0006)
     assert set(table["RMM"]) == {"mnist_png", "cifar10_jpg"}

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from rmm_lab.errors import InputError, run_command
-from rmm_lab.search.run_folder import write
+from rmm_lab.tasks.files import write_file
 
 BEGIN, END = "### BEGIN SOLUTION", "### END SOLUTION"
 STUB = ("# YOUR CODE HERE", "raise NotImplementedError()")  # as nbgrader writes it
@@ -140,7 +140,7 @@ class Course:
         ]
         if not self.check:
             for file in stale:
-                write(file, wanted[file])
+                write_file(file, wanted[file])
                 print(f"written: {file}")
             return
         notes = [f"{file} differs from what solved/{file.name} gives" for file in stale]

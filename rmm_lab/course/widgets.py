@@ -441,9 +441,10 @@ class ResultsTable(View):
         """The selected method's path, or bars of its scores where it has none."""
         row, path = self.rows[self.select.value], self.paths[self.select.value]
         label = f"{row['method']} ({row['setting']})"
-        figure = plots.paths_picture(
-            [] if path is None else [(label, path)], {label: row["scores"]}, self.sources,
-            self.n_layers, self.stacks, self.caption,
-        )  # fmt: skip
-        words = "" if path is None else f" Its path: {path_words(path, self.stacks)}."
-        return figure, f"{label}: {percent(row['scores'])}.{words}"
+        sentence = f"{label}: {percent(row['scores'])}."
+        if path is None:
+            scores = {label: row["scores"]}
+            return plots.paths_picture([], scores, (), 0, caption=self.caption), sentence
+        paths = [(label, path)]  # the table holds the scores
+        figure = plots.paths_picture(paths, {}, self.sources, self.n_layers, self.stacks)
+        return figure, f"{sentence} Its path: {path_words(path, self.stacks)}."

@@ -1,4 +1,4 @@
-"""Memory: how much is free, what is kept within a budget, and who gives it back."""
+"""Memory: how much is free, what is kept within a budget, and what a process keeps for itself."""
 
 from __future__ import annotations
 
@@ -36,11 +36,10 @@ def free_bytes(device: str = "cpu") -> int:
 
 
 def keep_freed_memory() -> bool:
-    """Let the process keep memory that it frees, to use it again; False where that can't be set.
+    """Let the process reuse memory that it frees; False where that cannot be set.
 
-    A layer's activations are some hundred kilobytes: glibc gives such blocks back to the system and asks
-    for them again, page by page, at every layer. ``python -m benchmarks.bench`` measures what a search gains.
-    Up to 1 GiB stays with the process in exchange.
+    A layer's activations are some hundred kilobytes: glibc returns such blocks to the system and asks for
+    them again, page by page, at every layer. In exchange, up to 1 GiB stays with the process.
     """
     if not sys.platform.startswith("linux"):
         return False
@@ -54,8 +53,8 @@ def keep_freed_memory() -> bool:
 class Cache:
     """What was computed, by key, within a budget of bytes; the least recently used goes first.
 
-    Bytes are those of the tensors' memory, each counted once however many values share it. Safe to
-    use from several threads.
+    Bytes are those of the tensors' memory, each counted once however many values share it. Safe to use
+    from several threads. A copy or pickle is an empty cache of the same budget.
 
     Args:
         budget: bytes that may be held; 0 keeps nothing.
@@ -70,11 +69,18 @@ class Cache:
         self._holders: dict[tuple[int, int], int] = {}
         self._lock = threading.Lock()
 
+    def __reduce__(self) -> tuple[type[Cache], tuple[int]]:
+        return Cache, (self.budget,)
+
     def __len__(self) -> int:
         return len(self._values)
 
+    def __contains__(self, key: Hashable) -> bool:
+        """Whether a value is kept under a key; this counts as no use of it."""
+        return key in self._values
+
     def get(self, key: Hashable) -> Any:
-        """The value kept under a key, now the most recently used; None if there is none."""
+        """The value kept under a key, which counts as a use; None if there is none."""
         with self._lock:
             if key not in self._values:
                 return None

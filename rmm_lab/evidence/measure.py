@@ -21,6 +21,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import psutil
 import torch
@@ -93,27 +94,23 @@ class Store:
     def has(self, name: str, key: Mapping[str, Any], config: Config | None = None) -> bool:
         """Whether a row with these values is there.
 
-        With ``config`` it must be of a search as long and as precise: one mean over different searches would
-        say nothing. Raises InputError otherwise.
+        With ``config`` the rows of other seeds must be of the same search, since one mean over different
+        searches says nothing. Raises InputError otherwise.
         """
         if not self.file(name).is_file():
             return False
         rows = read_csv(self.file(name))
-        for column, value in key.items():
-            rows = rows[rows[column] == value]
-        if config is not None and not rows.empty:
-            row = rows.iloc[0]
-            stored = configure(**json.loads(row["config"] or "{}")).run
-            for option, expected in (
-                ("episodes", row["episodes"]),
-                ("precision", stored.precision),
-            ):
-                if expected != (asked := getattr(config.run, option)):
-                    raise InputError(
-                        f"{self.file(name)}: expected --{option} {expected} as in the row of "
-                        f"{' '.join(map(str, key.values()))}, found {asked}; give the same, or another --out"
-                    )
-        return not rows.empty
+        for column in key.keys() - {"seed"}:
+            rows = rows[rows[column] == key[column]]
+        for text in set(rows["config"]) - {""} if config is not None else ():
+            theirs, ours = _search_of(configure(**json.loads(text))), _search_of(config)
+            if odd := [option for option in ours if ours[option] != theirs[option]]:
+                raise InputError(
+                    f"{self.file(name)}: expected --{odd[0].replace('_', '-')} {theirs[odd[0]]} as in the "
+                    f"rows of {' '.join(map(str, key.values()))}, found {ours[odd[0]]}; give the same, or "
+                    "another --out"
+                )
+        return not rows.empty and ("seed" not in key or key["seed"] in set(rows["seed"]))
 
     def add(self, name: str, rows: pd.DataFrame) -> None:
         """Put rows into their places, over those with the same key, and replace the file as a whole.
@@ -140,6 +137,13 @@ class Store:
         known = [*self.order.get(str(column.name), ORDER.get(str(column.name), ()))]
         values = [*known, *sorted(set(column) - set(known))]
         return column.map({value: i for i, value in enumerate(values)})
+
+
+def _search_of(config: Any) -> dict[str, Any]:
+    """The options that all searches of one mean share."""
+    options = {name: value for part in config.stored().values() for name, value in part.items()}
+    elsewhere = ("seed", "device", "experts", "base", "images", "texts", "multi_task")
+    return {name: value for name, value in options.items() if name not in elsewhere}
 
 
 def _under_every_seed(rows: pd.DataFrame) -> pd.DataFrame:
@@ -174,12 +178,7 @@ def cells(problem: Problem, row: uniform.Row) -> dict[str, Any]:
     names = [task.name for task in problem.tasks]
     by_task = " ".join(f"{n}={100 * s:.2f}" for n, s in zip(names, row.scores, strict=True))
     out = {"method": row.name, "setting": row.setting, "mean": round(100 * row.mean, 2)}
-    return out | {
-        "by_task": by_task,
-        "reward_split": float("nan"),
-        "path": "",
-        "seconds": float("nan"),
-    }
+    return out | {"by_task": by_task, "reward_split": np.nan, "path": "", "seconds": np.nan}
 
 
 def chosen(problem: Problem, name: str, setting: str, path: str, reward: float) -> dict[str, Any]:

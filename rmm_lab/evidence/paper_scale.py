@@ -25,8 +25,8 @@ import torch
 from rmm_lab.engine.scorer import check_device
 from rmm_lab.errors import InputError, check_values
 from rmm_lab.families.checkpoint import read_checkpoint, write_checkpoint
-from rmm_lab.search.run_folder import write
 from rmm_lab.tasks import image_formats, text_formats
+from rmm_lab.tasks.files import write_file
 from rmm_lab.tasks.image_task import HALVES
 from rmm_lab.zoo import training
 
@@ -212,7 +212,7 @@ class PaperScale:
             base, tasks, seed=0, label=label, device=device, **settings
         )
         write_checkpoint(folder, config, weights, beside=base.folder)
-        write(record, json.dumps(made, indent=2) + "\n")
+        write_file(record, json.dumps(made, indent=2) + "\n")
 
 
 def _whole(place: str) -> str:

@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 from scipy.special import stdtrit
 
-from rmm_lab.search.run_folder import write
+from rmm_lab.tasks.files import write_file
 
 # The columns that hold numbers. All others are text, even where a name looks like a number: a group called
 # 007, the commit 12e4567.
@@ -51,7 +51,7 @@ def read_csv(file: Path) -> pd.DataFrame:
 
 def write_csv(file: Path, rows: pd.DataFrame) -> None:
     """Write a table; the file is replaced as a whole."""
-    write(file, rows.to_csv(index=False))
+    write_file(file, rows.to_csv(index=False))
 
 
 def kind_of(methods: pd.Series) -> pd.Series:

@@ -33,7 +33,7 @@ from rmm_lab.evidence.rows import read_csv
 from rmm_lab.figures.paths import png
 from rmm_lab.search import rivals
 from rmm_lab.search.config import configure
-from rmm_lab.search.run_folder import write
+from rmm_lab.tasks.files import write_file
 from rmm_lab.tasks.image_task import data_folder
 
 # The groups of experts of each table, by the name that the table calls them.
@@ -287,10 +287,10 @@ def write_pages(folder: Path) -> Iterator[Path]:
         if name in page_of:
             if not (text := page_of[name].text(*tables, paper=paper)):
                 continue
-            write(folder / f"{name}.md", text)
+            write_file(folder / f"{name}.md", text)
             yield folder / f"{name}.md"
         if name in page_figures.DRAW:
-            write(folder / f"{name}.png", png(page_figures.DRAW[name](*tables)))
+            write_file(folder / f"{name}.png", png(page_figures.DRAW[name](*tables)))
             yield folder / f"{name}.png"
 
 
@@ -301,7 +301,7 @@ def write_excerpts(folder: Path) -> Iterator[Path]:
     for file in (_root() / "README.md", *sorted((_root() / "docs").glob("*.md"))):
         old = file.read_text("utf-8")
         if (new := pages.fill(old, read)) != old:
-            write(file, new)
+            write_file(file, new)
             yield file
 
 

@@ -113,7 +113,7 @@ def _from_hub(source: str) -> Path:
 
 
 def _is_whole(folder: Path) -> bool:
-    """Whether config and weights are there, and what the model's family needs besides."""
+    """Whether config and weights are there, and the files that the model's family needs."""
     if not all((folder / name).is_file() for name in _FILES):
         return False
     try:

@@ -18,11 +18,11 @@ UNITS = ("block", "sublayer")  # what an agent decides on at a time
 
 @dataclass(frozen=True)
 class Parts:
-    """Every tensor of a model in exactly one of three kinds.
+    """The tensors of a model, each in exactly one of three kinds.
 
-    ``stacks``: the numbers of the layers that may follow each other. A ViT has one stack; a T5 has two,
-    encoder and decoder, and a layer of one never lands in the other. ``blocks``: where layers are sublayers,
-    the numbers of those of each block.
+    ``stacks``: numbers of the layers that may follow each other: one stack for a ViT, two for a T5, whose
+    encoder layers never land in the decoder. ``blocks``: where layers are sublayers, their numbers in each
+    block.
     """
 
     stem: Weights
@@ -33,9 +33,9 @@ class Parts:
 
 
 def divide(parts: Parts, sublayers: Callable[[Weights], list[Weights]]) -> Parts:
-    """The same parts with every block's sublayers as layers of their own, in running order.
+    """The same parts with the sublayers of every block as layers, in running order.
 
-    sublayers: a family's way of taking a block apart (attention and MLP of a ViT's, say).
+    sublayers: takes a block apart, into attention and MLP of a ViT's, say; see ``Family``.
     """
     layers: list[Weights] = []
     stacks: list[range] = []
@@ -43,9 +43,9 @@ def divide(parts: Parts, sublayers: Callable[[Weights], list[Weights]]) -> Parts
     for stack in parts.stacks:
         start = len(layers)
         for k in stack:
-            own = sublayers(parts.layers[k])
-            blocks.append(range(len(layers), len(layers) + len(own)))
-            layers += own
+            first = len(layers)
+            layers += sublayers(parts.layers[k])
+            blocks.append(range(first, len(layers)))
         stacks.append(range(start, len(layers)))
     return replace(parts, layers=layers, stacks=tuple(stacks), blocks=tuple(blocks))
 
@@ -53,13 +53,13 @@ def divide(parts: Parts, sublayers: Callable[[Weights], list[Weights]]) -> Parts
 def gather(
     layers: Sequence[tuple[int, Weights]], kinds: Sequence[int], shapes: Sequence[Shapes]
 ) -> list[Weights]:
-    """Whole blocks from sublayers in running order: the inverse of ``divide`` for any sequence of them.
+    """Whole blocks from any sequence of sublayers: the inverse of ``divide``.
 
-    A block takes the sublayers that follow each other in a block's order; what it then lacks is filled
-    with zeros, and so adds nothing to what runs through it.
+    A block takes the sublayers that follow each other in a block's order. Sublayers that it lacks are zeros,
+    which add nothing to what runs through it.
 
-    layers: (number, weights) of one stack. kinds: for each number its place in its block, from 0.
-    shapes: for each number the tensors of the block that it comes from.
+    layers: (number, weights) of one stack. kinds: place in its block of each number, from 0.
+    shapes: of each number, the tensors of its block.
     """
     out: list[Weights] = []
     for (k, weights), new in zip(layers, begins([k for k, _ in layers], kinds), strict=True):
@@ -71,22 +71,22 @@ def gather(
 
 def begins(numbers: Sequence[int], kinds: Sequence[int]) -> list[bool]:
     """For each sublayer of a stack, in running order, whether a new block begins with it."""
-    found = [kinds[k] for k in numbers]
-    return [i == 0 or found[i] <= found[i - 1] for i in range(len(found))]
+    places = [kinds[k] for k in numbers]
+    return [i == 0 or place <= places[i - 1] for i, place in enumerate(places)]
 
 
 def outside_head(weights: Mapping[str, Tensor]) -> Weights:
-    """All that is merged: the weights but those of the head."""
+    """All that is merged: the weights except the head's."""
     return {k: v for k, v in weights.items() if not k.startswith("head.")}
 
 
 def fill(shape: nn.Module, weights: Weights) -> nn.Module:
-    """A copy of the module ``shape`` that holds ``weights`` themselves, to be run without gradients."""
+    """A copy of the module ``shape`` that holds ``weights`` without copying them; no gradients."""
     return refill(copy.deepcopy(shape), weights)
 
 
 def refill(module: nn.Module, weights: Weights) -> nn.Module:
-    """The module itself, holding ``weights`` in place of its own, to be run without gradients."""
+    """The module itself, with ``weights`` in place of its former ones; no gradients."""
     try:
         module.load_state_dict(weights, assign=True)
     except RuntimeError as error:

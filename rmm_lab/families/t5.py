@@ -1,7 +1,7 @@
 """The family of Hugging Face's T5s (t5, flan-t5, t5-v1_1): stem -> encoder blocks -> decoder blocks.
 
 L = encoder blocks, then decoder blocks, in two stacks; or their sublayers (self-attention, the decoder's
-cross-attention, feed-forward) as layers of their own. The *stem* is what no block owns: the shared
+cross-attention, feed-forward) one by one. The *stem* is what no block owns: the shared
 embeddings (counted once, however often a file holds them), the final norms, ``lm_head`` where it is not
 tied, and the relative position biases of both stacks. transformers stores these biases in block 0, but
 every block of the stack uses them: a skipped or repeated block 0 must not lose or double them.
@@ -93,7 +93,7 @@ def owns(config: Config) -> bool:
 
 
 def canonical(source: str, config: Config, weights: Weights) -> Weights:
-    """The weights, each tensor ``once``, found to be those of the T5 that config.json describes."""
+    """The weights, each tensor ``once``; InputError unless config.json describes them."""
     for key in _WHOLE:
         if config.get(key) is not None and type(config[key]) is not int:
             raise InputError(

@@ -4,7 +4,7 @@ A checkpoint's weights fall into three kinds, by name:
 
 * ``head.*``: the classifier; it stays with its task and is never merged;
 * ``blocks.k.*``: block k, the layer that the agent chooses (f_i^l of the paper), or its two sublayers,
-  attention and MLP, as layers of their own;
+  attention and MLP, one by one;
 * all the rest, the *stem*: patch and position embeddings, class token, final norm.
 """
 
@@ -155,12 +155,11 @@ def check_task(expert: Model, task: Task) -> None:
 
 def check_inputs(base: Model, expert: Model) -> None:
     """Raise InputError unless an expert's images are normalised as the base's are."""
-    own, theirs = InputFormat.of(base.config), InputFormat.of(expert.config)
-    if (theirs.mean, theirs.std) != (own.mean, own.std):
+    ours, theirs = InputFormat.of(base.config), InputFormat.of(expert.config)
+    if (theirs.mean, theirs.std) != (ours.mean, ours.std):
         raise InputError(
-            f"expert {expert.source!r}: expected images normalised by mean {own.mean} and std "
-            f"{own.std} as for the base, found {theirs.mean} and {theirs.std}; one merged model can take "
-            "only one"
+            f"expert {expert.source!r}: expected images normalised by mean {ours.mean} and std {ours.std} "
+            f"as for the base, found {theirs.mean} and {theirs.std}; a merged model can take only one"
         )
 
 

@@ -147,7 +147,7 @@ def join(stem: Weights, layers: Sequence[Weights], head: Weights) -> Weights:
 
 
 class Stem(nn.Module):
-    """A ViT without layers and head, its final norm set apart: what stands before and after a path."""
+    """A ViT without layers and head: what runs before and after a path; its final norm is set apart."""
 
     def __init__(self, trunk: nn.Module) -> None:
         super().__init__()
@@ -175,14 +175,14 @@ def _check_sublayers(architecture: str, model: Any) -> None:
     """InputError unless a block of this architecture is its two sublayers, one after the other."""
     generator = torch.Generator().manual_seed(0)
     for block in model.blocks[:1]:
-        fits = all(hasattr(block, name) for own in SUBLAYERS for name in own)
+        fits = all(hasattr(block, name) for names in SUBLAYERS for name in names)
         if fits:
             tokens = torch.randn(2, 5, model.embed_dim, generator=generator)
             with torch.inference_mode():
-                found = tokens
-                for own in SUBLAYERS:
-                    found = Sublayer(block, own)(found)
-                fits = torch.allclose(found, block(tokens), rtol=1e-4, atol=1e-5)
+                out = tokens
+                for names in SUBLAYERS:
+                    out = Sublayer(block, names)(out)
+                fits = torch.allclose(out, block(tokens), rtol=1e-4, atol=1e-5)
         if not fits:
             raise InputError(
                 f"architecture {architecture!r}: expected blocks of attention and MLP, each with a norm "
@@ -236,8 +236,8 @@ def create(config: Config, *, depth: int | None, num_classes: int) -> Any:
         )
     if any(hasattr(module, "lambda_init") for module in model.blocks.modules()):
         raise InputError(
-            f"architecture {config['architecture']!r}: expected layers that compute the same wherever "
-            "they stand, found differential attention, which depends on the layer's number; such "
-            "models cannot be merged layer by layer"
+            f"architecture {config['architecture']!r}: expected layers that compute the same in any "
+            "place, found differential attention, which depends on the layer's number; such models "
+            "cannot be merged layer by layer"
         )
     return model.eval().requires_grad_(False)

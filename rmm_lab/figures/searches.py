@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
+import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
+from scipy.special import stdtrit
 
 from rmm_lab.errors import InputError
 from rmm_lab.figures.paths import COLOURS, HATCHES, moving_average, panels, tidy
@@ -19,32 +20,15 @@ from rmm_lab.reward import Path
 
 def t_interval(values: Sequence[float] | np.ndarray) -> tuple[float, float]:
     """Mean and half width of its 95 % confidence interval: ``mean ± t sd / sqrt(n)``, Student's t."""
-    from scipy.special import stdtrit
-
     v = np.asarray(values, float)
     if len(v) < 2:
         raise InputError(f"t_interval: expected at least 2 values, found {len(v)}; give more")
     return float(v.mean()), float(stdtrit(len(v) - 1, 0.975) * v.std(ddof=1) / len(v) ** 0.5)
 
 
-def mean_and_sd(
-    rows: Sequence[Mapping[str, Any]], value: str, *keys: str
-) -> dict[tuple[Any, ...], tuple[int, float, float]]:
-    """Group rows by ``keys``: key values -> (number, mean, sample standard deviation).
-
-    The deviation of a single row is NaN. Groups come in the order of their first row.
-    """
-    groups: dict[tuple[Any, ...], list[float]] = {}
-    for row in rows:
-        groups.setdefault(tuple(row[k] for k in keys), []).append(float(row[value]))
-    return {
-        k: (len(v), float(np.mean(v)), float(np.std(v, ddof=1)) if len(v) > 1 else np.nan)
-        for k, v in groups.items()
-    }
-
-
 # ------------------------------------------------------------------------------------ notebooks 06 and 07
 
+Rows = Sequence[Mapping[str, Any]]  # a table; a DataFrame will do as well
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 TONES = (5, 1, 3, 6, 7, 2, 0)  # of COLOURS, for up to seven lines; black last
 LINES = ("-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1, 1, 1)), (0, (1, 3)))
@@ -104,50 +88,41 @@ def spread_picture(
     return figure
 
 
-def searches_picture(rows: Sequence[Mapping[str, Any]]) -> Figure:
+def searches_picture(rows: Rows) -> Figure:
     """The path that would be chosen, scored on all data, over evaluations: mean and range over seeds.
 
     ``rows``: those of ``results/searches-curve.csv``; a panel for each group.
     """
-    groups = list(dict.fromkeys(row["group"] for row in rows))
+    groups = pd.DataFrame(rows).groupby("group", sort=False)
     figure, grid = panels(len(groups), min(2, len(groups)), 5, 2.7, more=0.4)
-    for axes, group in zip(grid, groups, strict=True):
-        of_group = [row for row in rows if row["group"] == group]
-        for i, method in enumerate(dict.fromkeys(row["method"] for row in of_group)):
-            at: dict[int, list[float]] = {}
-            for row in of_group:
-                if row["method"] == method:
-                    at.setdefault(row["evaluations"], []).append(row["reward_split"])
-            x = sorted(at)
-            mean = [float(np.mean(at[n])) for n in x]
-            colour = COLOURS[TONES[i % 7]]
-            axes.fill_between(
-                x, [min(at[n]) for n in x], [max(at[n]) for n in x], color=colour, alpha=0.12
-            )
-            look = {"marker": MARKERS[i % 7], "ms": 5, "markevery": max(1, len(x) // 8)}
-            axes.plot(x, mean, ls=LINES[i % 7], color=colour, label=method, **look)
+    for axes, (group, runs) in zip(grid, groups, strict=True):
+        for i, (method, curve) in enumerate(runs.groupby("method", sort=False)):
+            over = curve.groupby("evaluations")["reward_split"]
+            mean, colour = over.mean(), COLOURS[TONES[i % 7]]
+            axes.fill_between(mean.index, over.min(), over.max(), color=colour, alpha=0.12)
+            look = {"marker": MARKERS[i % 7], "ms": 5, "markevery": max(1, len(mean) // 8)}
+            axes.plot(mean.index, mean, ls=LINES[i % 7], color=colour, label=method, **look)
         tidy(axes, group, "evaluations", "reward split, %")
     lines, labels = grid[0].get_legend_handles_labels()
     figure.legend(lines, labels, fontsize=9, ncols=4, loc="outside upper center")
     return figure
 
 
-def settled(
-    rows: Sequence[Mapping[str, Any]], within: float = 1.0
-) -> dict[tuple[str, str], tuple[float, int]]:
+def settled(rows: Rows, within: float = 1.0) -> dict[tuple[str, str], tuple[float, int]]:
     """Where each search's mean curve ends, and from which evaluation on it stays near that.
 
     ``rows``: those of ``results/searches-curve.csv``. Returns (group, method) -> (mean over seeds at the
     end, the first number of evaluations from which no mean lies more than ``within`` below it).
     """
+    columns = ["group", "method", "evaluations"]
+    means = pd.DataFrame(rows).groupby(columns, sort=False)["reward_split"].mean()
     ends = {}
-    means = mean_and_sd(rows, "reward_split", "group", "method", "evaluations")
-    for key in dict.fromkeys(k[:2] for k in means):
-        curve = sorted((k[2], mean) for k, (_, mean, _) in means.items() if k[:2] == key)
-        first, end = curve[0][0], curve[-1][1]
-        for (_, mean), (n, _) in pairwise(curve):
-            first = n if mean < end - within else first
-        ends[key] = (end, first)
+    for key, curve in means.groupby(level=["group", "method"], sort=False):
+        mean = curve.droplevel(["group", "method"]).sort_index()  # evaluations -> mean over seeds
+        end = float(mean.iloc[-1])
+        low = mean.index[mean < end - within]
+        first = mean.index[mean.index > low.max()][0] if len(low) else mean.index[0]
+        ends[key] = (end, int(first))
     return ends
 
 
@@ -182,18 +157,15 @@ def estimates_picture(
     return figure
 
 
-def dar_curve_picture(rows: Sequence[Mapping[str, Any]], window: int = 100) -> Figure:
+def dar_curve_picture(rows: Rows, window: int = 100) -> Figure:
     """Fig. 3's shape: what the agent is paid per episode, without DAR and with it, one below the other.
 
     ``rows``: those of ``results/dar-curve.csv``, rewards in %. Dotted lines: a new window begins.
     """
-    scales = sorted({row["dar"] for row in rows})
-    figure, grid = panels(len(scales), 1, 8, 2.2, more=0.6, sharex=True, sharey=True)
-    for axes, scale in zip(grid, scales, strict=True):
-        part = [row for row in rows if row["dar"] == scale]
-        x = [row["episode"] for row in part]
-        paid = np.array([row["dar_reward"] for row in part], float)
-        raw = np.array([row["raw_reward"] for row in part], float)
+    searches = pd.DataFrame(rows).groupby("dar")
+    figure, grid = panels(len(searches), 1, 8, 2.2, more=0.6, sharex=True, sharey=True)
+    for axes, (scale, part) in zip(grid, searches, strict=True):
+        x, paid, raw = part["episode"], part["dar_reward"], part["raw_reward"]
         if scale:
             axes.plot(x, raw, ".", ms=3, color="0.6", label="raw reward (Eq. 7)")
         look = {"lw": 0.8, "color": COLOURS[5], "marker": "+", "ms": 4}
@@ -201,7 +173,11 @@ def dar_curve_picture(rows: Sequence[Mapping[str, Any]], window: int = 100) -> F
             x, paid, label="paid: DAR reward (Eq. 10)" if scale else "paid: raw reward", **look
         )
         axes.plot(
-            x, moving_average(raw, 50), color=COLOURS[6], lw=2, label="raw, mean of the last 50"
+            x,
+            moving_average(raw.to_numpy(), 50),
+            color=COLOURS[6],
+            lw=2,
+            label="raw, mean of the last 50",
         )
         for start in range(0, len(x), window):
             label = "" if scale or start else "a new window begins"

@@ -26,7 +26,7 @@ class RunArgs:
     seed: int = 1
     """Seed of the policy, the rollouts, the data subsets, CMA-ES, and the random operators' masks."""
     reward: Literal["metric", "likelihood"] = "metric"
-    """Of an episode: each task's metric (Eq. 7), or how likely the right answers are, less noisy on few."""
+    """Of an episode: each task's metric (Eq. 7), or how likely its right answers are: less noisy."""
     dar_lambda: float = 0.0
     """Lambda of the Dynamic Average Reward, Eq. 10, in [0, 1]; 0 switches it off."""
     observation: Literal["map", "map+cursor"] = "map+cursor"
@@ -34,32 +34,32 @@ class RunArgs:
     penalty: float = -0.1
     """Reward of an illegal move, at most 0; rewards are in [0, 1]."""
     max_steps: int | None = None
-    """Longest episode in actions; by default four times the layers, and one."""
+    """Most actions in an episode; by default 4 L + 1."""
     max_depth: int | None = None
-    """Most layers of a merged model; by default twice the layers."""
+    """Most layers in a merged model; by default 2 L."""
     episodes_per_subset: int = 20
     """Episodes in a row that are scored on the same data subset."""
     score_uniform_first: bool = False
     """Score the uniform path of each source first; these count as episodes."""
     cma_share: float = 0.0
-    """Share of the other episodes, the last ones, for CMA-ES over a scale per layer and expert, in [0, 1]."""
+    """Share of the remaining episodes for the last phase, CMA-ES over a scale per layer and expert."""
     finalists: int = 10
     """Best paths, besides the greedy one, that are scored on the whole reward split at the end."""
 
     run_dir: Path | None = None
     """New folder for the results; the command line makes runs/merge-DATE-TIME by default."""
     resume: Path | None = None
-    """Folder of a stopped run to go on with, to the same result as an unbroken one."""
+    """Folder of a stopped run to resume; the result is that of an unbroken run."""
     threads: int = 1
     """CPU threads for torch; with more than one, small models are often slower. 0: torch's choice."""
     workers: int | str = 1
-    """Scoring at once: a number of threads, or ray, or ray://HOST:PORT (a cluster); changes no reward."""
+    """How many paths to score at once: a number of threads, ray, or ray://HOST:PORT; changes no reward."""
     cache_mb: float | None = None
     """MiB for activations that are used again, by default a quarter of free memory; changes no reward."""
     device: str = "cpu"
     """Where the models run: cpu, or a GPU such as cuda."""
     precision: Literal["float32", "bfloat16"] = "float32"
-    """Of the models in the search; bfloat16 may be faster, and changes rewards a little. Tables: float32."""
+    """Precision of the models in the search; bfloat16 changes rewards a little. Tables use float32."""
     quiet: bool = False
     """Print nothing while searching."""
 

@@ -357,6 +357,7 @@ def train(config: Config, problem: Problem | None = None, *, table: bool = True)
         scorer = make_scorer(problem, config)
         with contextlib.closing(scorer):
             check_depth(scorer, config)
+            make_env(view_of(scorer, config), config)  # wrong bounds must show before a folder does
             if run.resume is not None:
                 folder = RunFolder(run.resume)
             else:

@@ -19,7 +19,7 @@ from rmm_lab.layers import LayerPool
 from rmm_lab.operators import parse_operator
 from rmm_lab.reward import PathScorer
 
-# Measured on the reward split: see the README's section on the default preset.
+# Measured on the reward split: see docs/evidence.md.
 OPERATORS = (
     "weight_average",
     "weighted_average:share=0.75",  # one leaning to each expert

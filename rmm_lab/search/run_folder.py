@@ -26,19 +26,10 @@ from safetensors.torch import save
 from torch import Tensor
 
 from rmm_lab.errors import InputError
+from rmm_lab.tasks.files import write_file
 
 Row = dict[str, Any]
 TEXTS = ("phase", "actions", "path")  # columns of text; all others hold numbers
-
-
-def write(file: Path, content: str | bytes) -> None:
-    """Write to a temporary name, then rename: a reader sees the old file or the new one."""
-    scratch = file.with_name(f".{file.name}.tmp")
-    try:
-        scratch.write_bytes(content.encode() if isinstance(content, str) else content)
-        scratch.replace(file)
-    finally:
-        scratch.unlink(missing_ok=True)
 
 
 def to_csv(rows: Sequence[Row]) -> str:
@@ -88,7 +79,7 @@ class RunFolder:
     def write(self, name: str, content: str | bytes) -> None:
         """Write one file of the folder, whole."""
         if self.path is not None:
-            write(self.path / name, content)
+            write_file(self.path / name, content)
 
     def read_config(self) -> dict[str, Any]:
         """The options of an earlier run, as stored."""

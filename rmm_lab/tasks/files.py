@@ -1,9 +1,10 @@
-"""What all tasks share: the data folder, the three splits and how they are drawn, and writing a file."""
+"""What all tasks share: the data folder, names of sources, the three splits, and writing a file."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+import re
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +24,29 @@ def data_folder() -> Path:
             "and install it with pip install -e, or set RMM_LAB_DATA to its data folder"
         )
     return folder
+
+
+def format_of(source: str, formats: Collection[str], thing: str) -> str:
+    """FORMAT of a source ``FORMAT:...``, or "" for any other source; InputError for an unknown format.
+
+    thing: what the message speaks of.
+    """
+    name, colon, _ = source.partition(":")
+    if colon and name in formats:
+        return name
+    # A letter alone is a Windows drive.
+    if colon and re.fullmatch(r"[A-Za-z][\w-]+", name) and not Path(source).expanduser().exists():
+        raise InputError(
+            f"{thing}: expected one of the formats {', '.join(formats)}, or a folder, found {name!r}; "
+            "check the spelling"
+        )
+    return ""
+
+
+def content(folder: Path) -> str:
+    """The first names in a folder, for messages."""
+    names = sorted(p.name for p in folder.iterdir())
+    return (", ".join(names[:5]) or "nothing") + (", ..." if len(names) > 5 else "")
 
 
 def draw(n: int, shares: Mapping[str, int], rng: np.random.Generator) -> dict[str, list[int]]:

@@ -2,9 +2,21 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from rmm_lab.errors import InputError
+
+
+def is_hub(text: str) -> bool:
+    """Whether a text reads ``hf-hub[:OWNER/NAME][@REVISION]``."""
+    return re.match("hf-hub($|[:@])", text) is not None
+
+
+def parse(text: str, default: str) -> tuple[str, str | None]:
+    """OWNER/NAME and revision of such a text."""
+    repository, _, revision = text.removeprefix("hf-hub").removeprefix(":").partition("@")
+    return repository or default, revision or None
 
 
 def load(

@@ -1,4 +1,4 @@
-"""Pictures as they lie in folders: listed by split and class, decoded as a model takes them."""
+"""Pictures in folders: listed by split and class, decoded as a model takes them."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from rmm_lab.errors import InputError
 from rmm_lab.tasks.files import SPLIT_SEED, SPLITS, draw
 
 KEPT_MB = 1024  # a split that is larger when decoded is decoded batch by batch instead
-Picture = Path | bytes  # a picture's file, or what stands in it
+Picture = Path | bytes  # a picture's file, or the file's content
 Listing = dict[str, list[tuple[Picture, int]]]  # split -> its pictures with their class numbers
 _SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".ppm", ".tif", ".tiff"}
 
@@ -65,17 +65,17 @@ class InputFormat:
 
 
 class Pictures:
-    """Pictures that are decoded when asked for, and then forgotten: ``pictures[rows]``, as of a tensor.
+    """Pictures that are decoded when asked for, and not kept: ``pictures[rows]``, as of a tensor.
 
-    A split of CIFAR-10 at 224 px is 6 GB as uint8, and 0.1 GB as PNGs. Only the latter is kept here
-    where the pictures are bytes, and nothing but names where they are files. Decoding is done by as many
-    threads as torch uses. A copy that is sent to another process takes the files' contents along.
+    A split of CIFAR-10 at 224 px is 6 GB as uint8 and 0.1 GB as PNGs. This keeps pictures encoded, or only
+    the names of files, and decodes with as many threads as torch uses. A copy sent to another process
+    takes the files' contents along.
 
     Args:
         pictures: n files or their contents.
         input_format: what the models take; pictures are resized, cropped and recoloured to it.
 
-    Raises InputError for a picture that cannot be opened; one that breaks off within is found later.
+    Raises InputError for a picture that cannot be opened; one that is cut off raises it when decoded.
     """
 
     def __init__(self, pictures: Sequence[Picture], input_format: InputFormat) -> None:
@@ -162,8 +162,8 @@ def list_folder(
 ) -> tuple[list[str], Listing]:
     """Class names and, for each split, its files with their class numbers; no picture is opened.
 
-    Without all three splits a fixed, seeded draw within each class makes them: train and test alone give
-    a fifth of train to reward; classes alone are dealt 60 : 20 : 20.
+    Missing splits are drawn within each class with a fixed seed: of train and test alone, a fifth of train
+    becomes reward; classes alone are split 60 : 20 : 20.
 
     Args:
         root: ``SPLIT/CLASS/picture`` with splits train, reward (or val) and test, or ``CLASS/picture``.
@@ -182,7 +182,7 @@ def list_folder(
             f"{', '.join(k for k in found if aliases.get(k, k) == 'reward')}; keep one of them"
         )
     if "train" in parts and "test" not in parts and "reward" in parts:
-        parts["test"] = parts.pop("reward")  # the held-out part there is is reported, not searched
+        parts["test"] = parts.pop("reward")  # the held-out part is reported, not searched
     if parts and not {"train", "test"} <= set(parts):
         raise InputError(
             f"images {str(root)!r}: expected the splits train and test (reward is optional), found "
@@ -208,8 +208,8 @@ def split(
     """Three splits of the pictures of each class, class by class.
 
     Args:
-        piles: for each class the pictures of train, reward and test; of train and test, when a fifth of
-            train is drawn for reward; or of ``all``, which is dealt 60 : 20 : 20.
+        piles: for each class its pictures, of train, reward and test; of train and test, and a fifth of
+            train is drawn for reward; or of ``all``, which is split 60 : 20 : 20.
         names: the classes' names; thing: what an error speaks of.
     """
     rng = np.random.default_rng(SPLIT_SEED)

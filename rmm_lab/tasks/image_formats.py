@@ -7,8 +7,7 @@ fixed seed, is ``reward``, and the rest ``train``. What is read is checked first
 from __future__ import annotations
 
 import itertools
-import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -16,6 +15,7 @@ from typing import Any, NoReturn
 from rmm_lab.errors import InputError
 from rmm_lab.tasks import hub
 from rmm_lab.tasks import image_folder as images
+from rmm_lab.tasks.files import content
 from rmm_lab.tasks.image_folder import Listing, Picture
 
 PARTS = ("train", "test")  # the official splits
@@ -56,11 +56,11 @@ def _read_cifar(folder: Path, thing: str, form: ImageFormat) -> Official:
         return _table(data, form, thing)
     if all((folder / part).is_dir() for part in PARTS):
         classes, listing = images.list_folder(folder)
-        # As one official train split: the fifth of it is drawn by ``load``.
-        own = sorted(listing["train"] + listing["reward"], key=lambda pair: str(pair[0]))
-        return classes, {"train": own, "test": listing["test"]}
+        # One official train split again: ``load`` draws the fifth of it.
+        train = sorted(listing["train"] + listing["reward"], key=lambda pair: str(pair[0]))
+        return classes, {"train": train, "test": listing["test"]}
     _refuse(thing, f"train*.parquet and test*.parquet, or train/CLASS/ and test/CLASS/, in {folder}",
-            _content(folder), form)  # fmt: skip
+            content(folder), form)  # fmt: skip
 
 
 def _below(folder: Path, pattern: str) -> list[Path]:
@@ -101,7 +101,7 @@ def _read_cub(folder: Path, thing: str, form: ImageFormat) -> Official:
     root = _inner(folder, "CUB_200_2011", needed[1])
     missing = [n for n in (*needed, "images") if not (root / n).exists()]
     if missing:
-        _refuse(thing, f"{', '.join(missing)} in {root}", _content(root), form)
+        _refuse(thing, f"{', '.join(missing)} in {root}", content(root), form)
     classes, files, labels, is_train = (_numbered(root / name, thing, form) for name in needed)
     for name, column in zip(needed[2:], (labels, is_train), strict=True):
         if column.keys() != files.keys():
@@ -137,17 +137,17 @@ def _numbered(file: Path, thing: str, form: ImageFormat) -> dict[str, str]:
 
 
 def _read_dogs(folder: Path, thing: str, form: ImageFormat) -> Official:
-    """``Images/nNUMBER-BREED/*.jpg``, and the official lists, in ``lists`` or beside ``Images``."""
+    """``Images/nNUMBER-BREED/*.jpg``, and the official lists, in ``lists`` or next to ``Images``."""
     root = _inner(folder, "StanfordDogs", "Images")
     if not (root / "Images").is_dir():
-        _refuse(thing, f"the folder Images (of images.tar) in {root}", _content(root), form)
+        _refuse(thing, f"the folder Images (of images.tar) in {root}", content(root), form)
     parts: dict[str, list[tuple[Picture, int]]] = {}
     names: dict[int, str] = {}
     for part in PARTS:
         places = [root / "lists" / f"{part}_list.mat", root / f"{part}_list.mat"]
         file = next((p for p in places if p.is_file()), None)
         if file is None:
-            _refuse(thing, f"lists/{part}_list.mat (of lists.tar) in {root}", _content(root), form)
+            _refuse(thing, f"lists/{part}_list.mat (of lists.tar) in {root}", content(root), form)
         rows = _matlab(file, thing)
         for name, label in rows:
             breed = name.partition("/")[0]
@@ -211,20 +211,6 @@ FORMATS: dict[str, ImageFormat] = {
 }
 
 
-def is_format(source: str) -> bool:
-    """Whether a source is one of this file's, ``FORMAT:...``; InputError for an unknown format."""
-    name, colon, _ = source.partition(":")
-    if colon and name in FORMATS:
-        return True
-    # A letter alone is a Windows drive.
-    if colon and re.fullmatch(r"[A-Za-z][\w-]+", name) and not Path(source).expanduser().exists():
-        raise InputError(
-            f"images {source!r}: expected one of the formats {', '.join(FORMATS)}, or a folder, found "
-            f"{name!r}; check the spelling"
-        )
-    return False
-
-
 def load(source: str) -> tuple[str, list[str], Listing]:
     """Name, class names and the pictures of each split of an official image set.
 
@@ -249,7 +235,7 @@ def load(source: str) -> tuple[str, list[str], Listing]:
         raise InputError(
             f"{thing}: expected a folder or hf-hub after the colon, found nothing; name one"
         )
-    if re.match("hf-hub($|[:@])", rest):
+    if hub.is_hub(rest):
         classes, parts = _from_hub(form, name, rest, thing)
     else:
         folder = Path(rest).expanduser()
@@ -272,15 +258,14 @@ def load(source: str) -> tuple[str, list[str], Listing]:
 
 
 def _from_hub(form: ImageFormat, name: str, rest: str, thing: str) -> Official:
-    repository, _, revision = rest.removeprefix("hf-hub").removeprefix(":").partition("@")
-    repository = repository or form.hub or ""
+    repository, revision = hub.parse(rest, form.hub or "")
     remedy = f"make a folder, {form.fetch}, and give {name}:FOLDER"
     if not repository:
         raise InputError(
             f"{thing}: expected a data set that its makers keep on the hub, found none for {name}; {remedy}, "
             f"or name a copy, {name}:hf-hub:OWNER/NAME"
         )
-    data = hub.load(repository, None, revision or None, thing=thing, remedy=remedy)
+    data = hub.load(repository, None, revision, thing=thing, remedy=remedy)
     return _table(data, form, thing)
 
 
@@ -301,11 +286,6 @@ def _check_files(
 def _inner(folder: Path, name: str, mark: str) -> Path:
     """The folder itself, or the one of the archive's name in it, whichever has what marks it."""
     return folder / name if not (folder / mark).exists() and (folder / name).is_dir() else folder
-
-
-def _content(folder: Path) -> str:
-    names: Sequence[str] = sorted(p.name for p in folder.iterdir())
-    return (", ".join(names[:5]) or "nothing") + (", ..." if len(names) > 5 else "")
 
 
 def _refuse(thing: str, expected: str, found: str, form: ImageFormat) -> NoReturn:

@@ -1,7 +1,7 @@
-"""The data sets: the small ones that ship, a user's own image folders, the paper's four, and halves.
+"""Image tasks: the small sets that ship, image folders, the paper's four sets, and halves of any.
 
-Every task has three splits, and each has one use: ``train`` to fine-tune an expert, ``reward`` to
-search, ``test`` to report once. Images are kept as uint8 and normalised batch by batch.
+Every task has three splits: ``train`` to fine-tune an expert, ``reward`` to search, ``test`` to report
+once. Images are kept as uint8 and normalised batch by batch.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from rmm_lab.errors import InputError
 from rmm_lab.tasks import image_folder as images
 from rmm_lab.tasks import image_formats
 from rmm_lab.tasks import small_images as render
-from rmm_lab.tasks.files import SPLITS, data_folder
+from rmm_lab.tasks.files import SPLITS, data_folder, format_of
 from rmm_lab.tasks.image_folder import InputFormat, Listing, Pictures
 from rmm_lab.tasks.metrics import mean_of
 
@@ -48,7 +48,7 @@ class Split:
 
 
 class Task:
-    """A classification task with three splits, read when first asked for and kept.
+    """A classification task with three splits, read when first asked for.
 
     Args:
         source: one of
@@ -58,15 +58,13 @@ class Task:
               ``CLASS/image``;
             * ``FORMAT:FOLDER`` or ``FORMAT:hf-hub``: cifar10, cifar100, cub200 or dogs as downloaded, see
               ``image_formats``;
-            * any of these with ``:first`` or ``:second`` behind it: the first or second half of its classes
-              in the set's order (Han et al. 2025, Sec. III-A1), numbered from 0. Of an odd number of
-              classes the first half has one more. The splits are those of the whole set.
+            * any of these followed by ``:first`` or ``:second``: that half of its classes in the set's
+              order (Han et al. 2025, Sec. III-A1), numbered from 0. Of an odd number of classes the first
+              half has one more. The splits are those of the whole set.
         input_format: what the models take; images are resized, cropped and recoloured to it.
 
-    ``name``: the set's, folder's or format's, with ``-first`` or ``-second`` for a half.
-
-    A folder without all three splits gets them by a fixed, seeded draw within each class: train and
-    test alone give a fifth of train to reward; classes alone are dealt 60 : 20 : 20.
+    ``name``: the set's, folder's or format's, with ``-first`` or ``-second`` for a half. ``list_folder``
+    says how the splits of a folder are drawn that has not all three.
     """
 
     metric = "accuracy"
@@ -78,7 +76,7 @@ class Task:
         self._place, half = _halved(source)
         if self._place in SMALL:
             self.name, classes = self._place, SMALL[self._place][0]
-        elif image_formats.is_format(self._place):
+        elif format_of(self._place, image_formats.FORMATS, f"images {source!r}"):
             self.name, classes, self._files = image_formats.load(self._place)
         else:
             root = Path(self._place).expanduser()
@@ -168,7 +166,7 @@ def sheet_file(name: str, split: str) -> Path:
 
 
 def write_sheet(name: str, split: str) -> Path:
-    """Draw a split anew and store it as a 4-bit grey PNG under ``data/sets``."""
+    """Draw a split and store it as a 4-bit grey PNG under ``data/sets``."""
     from PIL import Image
 
     per_class = SMALL[name][1][SPLITS.index(split)]

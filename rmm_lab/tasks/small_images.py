@@ -191,9 +191,9 @@ def digits(split: str) -> Tensor:
 
 
 def render(name: str, split: str, per_class: int) -> Tensor:
-    """One split of a set that ships, drawn anew: (classes * per_class, 1, 28, 28) uint8.
+    """Draw one split of a set that ships: (classes * per_class, 1, 28, 28) uint8.
 
-    Splits use seeds of their own, so that no image of one is in another.
+    Every split has its seed, so that no image is in two of them.
     """
     if name == "digits":
         return digits(split)

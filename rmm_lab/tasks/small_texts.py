@@ -1,9 +1,9 @@
-"""How the small language tasks are made: a seeded grammar of our own, one task after each of the paper's.
+"""How the small language tasks are made: a seeded grammar, one task modelled on each of the paper's.
 
 Every example is a row ``{"input": text, "choices": [texts], "label": number of the right choice}``.
-An example's split is decided by its own text, so that no input can be in two splits. ``story`` writes
-the text that the small T5 is pretrained on, and ``drill`` its short task mix; both speak of the same
-world, in other words than the tasks ask.
+Its text decides its split, so that no input is in two splits. ``story`` writes the text that the small T5
+is pretrained on, and ``drill`` its short exercises; both describe the same world in other words than the
+tasks use.
 """
 
 from __future__ import annotations

@@ -21,6 +21,7 @@ from torch import Tensor
 from rmm_lab.errors import InputError
 from rmm_lab.tasks import small_texts as grammar
 from rmm_lab.tasks import text_formats as formats
+from rmm_lab.tasks import text_rows
 from rmm_lab.tasks.files import SPLITS, data_folder, write_file
 from rmm_lab.tasks.metrics import mean_of
 
@@ -112,7 +113,7 @@ def _read_tokenizer(source: str, folder: Path) -> tuple[Any, dict[str, Any]]:
                 raise InputError(
                     f"model {source!r}: expected tokenizer.json in {folder}, found spiece.model "
                     f"alone, which cannot be read here ({type(error).__name__}); pip install "
-                    "sentencepiece protobuf, or put the model's tokenizer.json beside it"
+                    "sentencepiece protobuf, or put the model's tokenizer.json there"
                 ) from error
         else:
             raise InputError(
@@ -173,15 +174,15 @@ class TextSplit:
 
 
 class TextTask:
-    """A multiple-choice task with three splits, read and tokenised when first asked for and kept.
+    """A multiple-choice task with three splits, read and tokenised when first asked for.
 
     Args:
         source: a name that ships (``grammar.TASKS``) or whatever ``formats.load`` reads: a folder or
             file of jsonl, ``FORMAT:FOLDER`` or ``FORMAT:hf-hub``.
         text_format: what the models take.
-        metric: ``accuracy``, ``balanced`` (the mean over answers of the share found right, for tasks whose
-            rows all have the same choices), or ``auto``: balanced where one answer is that of 60 % or
-            more of the reward split, accuracy elsewhere.
+        metric: ``accuracy``; ``balanced``, the mean over answers of the share predicted right, for tasks
+            whose rows share their choices; or ``auto``: balanced where one answer is right in 60 % or more
+            of the reward split, else accuracy.
         normalise_length: divide a choice's log-probability by its number of tokens (the end token
             counts); the paper takes the sum.
     """
@@ -270,7 +271,7 @@ class TextTask:
         """``accuracy`` or ``balanced``."""
         if self._asked_metric == "accuracy":
             return "accuracy"
-        skewed = self.answers is not None and formats.majority(self.rows("reward"))[1] >= SKEWED
+        skewed = self.answers is not None and text_rows.majority(self.rows("reward"))[1] >= SKEWED
         if self._asked_metric == "balanced" and self.answers is None:
             raise InputError(
                 f"texts {self.source!r}: expected the same choices in every row, which the balanced "
@@ -280,7 +281,7 @@ class TextTask:
 
     @cached_property
     def answers(self) -> list[str] | None:
-        """The choices of every row, or None where rows have choices of their own."""
+        """The choices that all rows share, or None where they differ."""
         rows = self.rows("reward")
         first = rows[0]["choices"]
         return list(first) if all(row["choices"] == first for row in rows) else None
@@ -296,14 +297,14 @@ class TextTask:
         """
         rows = self.rows(name)
         if self.answers is None:
-            return (formats.chance(rows),) * 2
-        always, labels = formats.majority(self.rows("reward"))[0], self.split(name).labels
+            return (text_rows.chance(rows),) * 2
+        always, labels = text_rows.majority(self.rows("reward"))[0], self.split(name).labels
         found = torch.full_like(labels, always)
         return self.score(found, labels), float((found == labels).float().mean())
 
     def chance(self, name: str) -> float:
         """Expected accuracy of guessing: the mean of 1 / number of choices."""
-        return formats.chance(self.rows(name))
+        return text_rows.chance(self.rows(name))
 
 
 # ------------------------------------------------------------------------------ the tasks that ship
@@ -320,7 +321,7 @@ def rows_file(name: str, split: str) -> Path:
 
 
 def write_rows(name: str, split: str) -> Path:
-    """Make a split anew and store it as jsonl under ``data/sets``."""
+    """Make a split and store it as jsonl under ``data/sets``."""
     file = rows_file(name, split)
     file.parent.mkdir(parents=True, exist_ok=True)
     lines = [json.dumps(row) for row in grammar.rows(name, split, SIZES[split])]
@@ -337,4 +338,4 @@ def _small(name: str, split: str) -> list[dict[str, Any]]:
             f"expected the set {name!r} in {file}, found no such file; run python -m rmm_lab.zoo.build "
             "--only text-sets"
         )
-    return formats.read(file)
+    return text_rows.read(file)

@@ -38,7 +38,7 @@ class Finetune:
     batch_size: int = 128
     """Examples per step."""
     threads: int = 0
-    """CPU threads for torch; 0 leaves torch's own choice."""
+    """CPU threads for torch; 0 leaves the choice to torch."""
     seed: int = 0
     """Seed of a ViT's new head, of dropout and of the batches."""
 

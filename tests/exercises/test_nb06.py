@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import numpy as np
 import pytest
 from answers import function_of
@@ -240,15 +238,6 @@ def test_the_suspects_are_what_the_quiz_says():
 
 
 # ------------------------------------------------------------------------------------ pictures
-
-
-def test_mean_and_sd_by_hand():
-    rows = [{"g": "a", "v": 1}, {"g": "b", "v": 7}, {"g": "a", "v": 3}, {"g": "a", "v": 5}]
-    found = pictures.mean_and_sd(rows, "v", "g")
-    assert list(found) == [("a",), ("b",)]
-    assert found["a",] == (3, 3.0, 2.0)
-    assert found["b",][:2] == (1, 7.0)
-    assert math.isnan(found["b",][2])
 
 
 @pytest.mark.parametrize("n", [2, 3, 10, 11, 21, 30])

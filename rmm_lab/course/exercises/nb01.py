@@ -176,8 +176,8 @@ EXERCISES: dict[str, Exercise | Quiz] = {
         explained={
             "a": "The task vectors are nearly at right angles: their cosine is about 0.04, far from -1. "
             "Opposite directions would cancel; here almost nothing cancels.",
-            "b": "Half of digits' task vector alone still gives 97.5 %. So its length explains next to nothing "
-            "of the loss on digits; on textures, where half a vector gives 81 %, it explains about half.",
+            "b": "Half of digits' task vector alone still gives 97.5 %, so its length hardly explains the "
+            "loss on digits; on textures, where half a vector gives 81 %, it explains about half.",
             "c": "A random vector of the same length hardly hurts, nor does the textures vector with random "
             "signs; the textures vector itself does. It changes what the layers compute for pictures of "
             "digits, and neither its length nor its angle shows that.",
