@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from data.build import Build
 from rmm_lab.errors import InputError
 from rmm_lab.families import checkpoint as models
 from rmm_lab.families import shipped, t5, vit
@@ -20,7 +21,6 @@ from rmm_lab.tasks import small_images as render
 from rmm_lab.tasks import small_texts as grammar
 from rmm_lab.tasks import text_task as texts
 from rmm_lab.tasks.image_task import SMALL, InputFormat, Task, data_folder
-from rmm_lab.zoo.build import Build
 from rmm_lab.zoo.finetune import Finetune
 
 REAL = Path(__file__).parents[2] / "shared" / "data"
