@@ -28,22 +28,17 @@ import torch
 
 from rmm_lab.engine.cache import free_bytes
 from rmm_lab.errors import InputError
-from rmm_lab.evidence.rows import (
-    BEST_EXPERT,
-    METHODS,
-    STOCHASTIC,
-    kind_of,
-    read_csv,
-    write_csv,
-)
-from rmm_lab.reward import parse_path, path_text
+from rmm_lab.evidence.rows import BEST_EXPERT, METHODS, STOCHASTIC, kind_of, read_csv
+from rmm_lab.reward import Path as Steps
+from rmm_lab.reward import path_text
 from rmm_lab.search import rivals, uniform
 from rmm_lab.search.config import Config, configure, describe
+from rmm_lab.search.finalists import candidates, legal, rank
 from rmm_lab.search.pipeline import Result, make_scorer, train
 from rmm_lab.search.problem import Problem, problem_of
+from rmm_lab.tasks.files import write_file
 
-Rows = list[dict[str, Any]]
-Measured = dict[str, Rows]  # table -> rows; the last table is the job's own
+Measured = dict[str, list[dict[str, Any]]]  # table -> rows; the last table is the job's own
 
 # The columns that say what was measured.
 METHOD_KEY = ("group", "size", "seed", "method")
@@ -129,13 +124,15 @@ class Store:
         if key == list(METHOD_KEY):
             rows = _under_every_seed(rows)
         self.folder.mkdir(parents=True, exist_ok=True)
-        write_csv(file, rows.sort_values(key, key=self._rank, kind="stable"))
+        rows = rows.sort_values(key, key=self._rank, kind="stable")
+        write_file(file, rows.to_csv(index=False))
 
     def _rank(self, column: pd.Series) -> pd.Series:
         if column.name == "method":  # experts stay in the order in which they were measured
             column = column.mask(kind_of(column) == "expert", BEST_EXPERT)
-        known = [*self.order.get(str(column.name), ORDER.get(str(column.name), ()))]
-        values = [*known, *sorted(set(column) - set(known))]
+        known = ORDER | dict(self.order)
+        values = [*known.get(str(column.name), ()), *sorted(set(column))]
+        values = list(dict.fromkeys(values))
         return column.map({value: i for i, value in enumerate(values)})
 
 
@@ -181,10 +178,10 @@ def cells(problem: Problem, row: uniform.Row) -> dict[str, Any]:
     return out | {"by_task": by_task, "reward_split": np.nan, "path": "", "seconds": np.nan}
 
 
-def chosen(problem: Problem, name: str, setting: str, path: str, reward: float) -> dict[str, Any]:
+def chosen(problem: Problem, name: str, setting: str, path: Steps, reward: float) -> dict[str, Any]:
     """The row of a search's path: its score on the test split; ``reward`` in [0, 1] on the reward split."""
-    row = uniform.path_row(problem, name, setting, parse_path(path))
-    return cells(problem, row) | {"reward_split": round(100 * reward, 2), "path": path}
+    row = cells(problem, uniform.path_row(problem, name, setting, path))
+    return row | {"reward_split": round(100 * reward, 2), "path": path_text(path)}
 
 
 def uniform_merges(job: Job) -> Measured:
@@ -207,7 +204,7 @@ def _rmm(job: Job, problem: Problem) -> tuple[dict[str, Any], Result]:
     result = train(job.config, problem, table=False)
     seconds = round(time.perf_counter() - start, 1)
     name, setting = job.key.get("method", "RMM"), f"{job.config.run.episodes} episodes"
-    row = chosen(problem, name, setting, path_text(result.path.path), result.reward)
+    row = chosen(problem, name, setting, result.path.path, result.reward)
     return row | {"seconds": seconds}, result
 
 
@@ -232,14 +229,16 @@ def search(job: Job) -> Measured:
     scorer = make_scorer(problem, job.config)
     if method == "RMM":
         row, result = _rmm(job, problem)
-        scored = [(e["path"], e["raw_reward"]) for e in result.episodes if not e["penalised"]]
+        scored = legal(result.episodes)
     else:
         start = time.perf_counter()
         scored = rivals.SEARCHES[method](scorer, run.episodes, run.seed)
-        best = rivals.finalists(scored, run.finalists)
-        reward, path = max((rivals.whole(scorer, path), path) for path in best)
+        ranked = rank(scorer, candidates(scored, run.finalists, scored.answers))
+        # Of equal ones the last by name, as in the rows that ship.
+        best = max(ranked, key=lambda r: (r["reward"], path_text(r["path"])))
         seconds = round(time.perf_counter() - start, 1)
-        row = chosen(problem, method, f"{run.episodes} evaluations", path, reward)
+        setting = f"{run.episodes} evaluations"
+        row = chosen(problem, method, setting, best["path"], best["reward"])
         row["seconds"] = seconds
     curve = list(rivals.curve_of(scorer, scored))
     curve[-1]["reward_split"] = row["reward_split"]  # what is chosen in the end
@@ -270,10 +269,7 @@ def measure_all(jobs: Sequence[Job], store: Store, processes: int, threads: int 
     jobs = [_at(job, threads=threads, quiet=True) for job in jobs]
     with closing(_measured(jobs, processes, threads)) as results:
         for n, (job, tables) in enumerate(results, 1):
-            for (
-                name,
-                rows,
-            ) in tables.items():  # the curve first: the table's row says that all is there
+            for name, rows in tables.items():  # the curve first: the row says that all is there
                 store.add(name, rows.assign(commit=commit()))
             left = (time.perf_counter() - start) / n * (len(jobs) - n)
             key = " ".join(f"{k}={v}" for k, v in job.key.items())
@@ -304,9 +300,7 @@ def _measured(
     jobs = [_at(job, cache_mb=share) for job in jobs]
     spawn = multiprocessing.get_context("spawn")
     before = set(psutil.Process().children())
-    with ProcessPoolExecutor(
-        processes, mp_context=spawn, initializer=_start, initargs=(threads,)
-    ) as pool:
+    with ProcessPoolExecutor(processes, spawn, _start, (threads,)) as pool:
         futures = {}
         try:
             for job in jobs:  # each may start a process: stopped here too, none is waited for

@@ -1,4 +1,4 @@
-"""The rows of the result tables: how a CSV file is read and written, what its methods are, statistics.
+"""The rows of the result tables: how a CSV file is read, what its methods are, statistics.
 
 A table is a DataFrame with a row for each method and seed. Scores are in %: ``mean`` and ``by_task`` on the
 test split, ``reward_split`` on the split that chose the path.
@@ -11,8 +11,6 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 from scipy.special import stdtrit
-
-from rmm_lab.tasks.files import write_file
 
 # The columns that hold numbers. All others are text, even where a name looks like a number: a group called
 # 007, the commit 12e4567.
@@ -47,11 +45,6 @@ def read_csv(file: Path) -> pd.DataFrame:
     table = pd.read_csv(file, dtype=str, keep_default_na=False)
     numbers = {name: kind for name, kind in NUMBERS.items() if name in table}
     return table.replace({name: {"": "nan"} for name in numbers}).astype(numbers)
-
-
-def write_csv(file: Path, rows: pd.DataFrame) -> None:
-    """Write a table; the file is replaced as a whole."""
-    write_file(file, rows.to_csv(index=False))
 
 
 def kind_of(methods: pd.Series) -> pd.Series:
