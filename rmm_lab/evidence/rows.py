@@ -56,7 +56,7 @@ def task_scores(rows: pd.DataFrame) -> pd.DataFrame:
     """Each row's score of each task, from ``by_task``: the same index, a column for each task."""
     parts = rows["by_task"].str.split().explode().str.rsplit("=", n=1, expand=True)
     parts = parts.set_index(0, append=True)[1].astype(float)
-    return parts.unstack()[parts.index.unique(1)].rename_axis(columns=None)
+    return parts.unstack()[parts.index.unique(-1)].rename_axis(columns=None)
 
 
 def spread(values: pd.Series, plus_minus: bool = True) -> str:
