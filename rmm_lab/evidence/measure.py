@@ -25,6 +25,7 @@ import numpy as np
 import pandas as pd
 import psutil
 import torch
+from tqdm import tqdm
 
 from rmm_lab.engine.cache import free_bytes
 from rmm_lab.errors import InputError
@@ -255,7 +256,7 @@ def measure(job: Job) -> dict[str, pd.DataFrame]:
             del last["config"]  # that of the row in the job's own table
         key = {k: v for k, v in job.key.items() if k in KEYS[name]}
         table = pd.DataFrame(rows).assign(**key, **last)
-        out[name] = table[[*KEYS[name], *table.columns.drop(list(KEYS[name]))]]
+        out[name] = table[list(dict.fromkeys([*KEYS[name], *table]))]
     return out
 
 
@@ -264,40 +265,31 @@ def measure(job: Job) -> dict[str, pd.DataFrame]:
 
 def measure_all(jobs: Sequence[Job], store: Store, processes: int, threads: int = 1) -> None:
     """Measure in several processes at once; the rows of each job are stored as soon as it ends."""
-    start = time.perf_counter()
     commit()  # that of the code which runs, whatever is committed meanwhile
-    jobs = [_at(job, threads=threads, quiet=True) for job in jobs]
+    processes = min(processes, len(jobs))
+    options: dict[str, Any] = {"threads": threads, "quiet": True}
+    if processes > 1:
+        # Or each would take a quarter of the memory, and twice where a search and its curve are scored.
+        options["cache_mb"] = free_bytes(jobs[0].config.run.device) / 2**20 / 4 / processes
+    jobs = [replace(job, config=configure(job.config, **options)) for job in jobs]
     with closing(_measured(jobs, processes, threads)) as results:
-        for n, (job, tables) in enumerate(results, 1):
+        for job, tables in tqdm(results, total=len(jobs), unit="job"):
             for name, rows in tables.items():  # the curve first: the row says that all is there
                 store.add(name, rows.assign(commit=commit()))
-            left = (time.perf_counter() - start) / n * (len(jobs) - n)
             key = " ".join(f"{k}={v}" for k, v in job.key.items())
             row = tables[job.table].iloc[-1]
-            print(
-                f"{time.strftime('%H:%M:%S')} {job.table} {key}: {row['method']} {row['mean']:.2f} % of the "
-                f"test split; {n} of {len(jobs)} jobs"
-                + (f", about {left / 60:.1f} min left" if n < len(jobs) else ""),
-                flush=True,
-            )
-
-
-def _at(job: Job, **options: Any) -> Job:
-    return replace(job, config=configure(job.config, **options))
+            score = f"{row['method']} {row['mean']:.2f} % of the test split"
+            tqdm.write(f"{time.strftime('%H:%M:%S')} {job.table} {key}: {score}")
 
 
 def _measured(
     jobs: Sequence[Job], processes: int, threads: int
 ) -> Generator[tuple[Job, dict[str, pd.DataFrame]]]:
     """Each job with its rows, in the order in which they end."""
-    if processes == 1 or len(jobs) < 2:
+    if processes < 2:
         torch.set_num_threads(threads)
-        for job in jobs:
-            yield job, measure(job)
+        yield from ((job, measure(job)) for job in jobs)
         return
-    # Or each would take a quarter of the memory, and twice where a search and its curve are scored.
-    share = free_bytes(jobs[0].config.run.device) / 2**20 / 4 / processes
-    jobs = [_at(job, cache_mb=share) for job in jobs]
     spawn = multiprocessing.get_context("spawn")
     before = set(psutil.Process().children())
     with ProcessPoolExecutor(processes, spawn, _start, (threads,)) as pool:

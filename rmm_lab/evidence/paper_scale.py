@@ -23,7 +23,7 @@ from typing import Any, Literal
 import torch
 
 from rmm_lab.engine.scorer import check_device
-from rmm_lab.errors import InputError, check_values
+from rmm_lab.errors import InputError, Range, check_values
 from rmm_lab.families.checkpoint import read_checkpoint, write_checkpoint
 from rmm_lab.tasks import image_formats, text_formats
 from rmm_lab.tasks.files import write_file
@@ -143,13 +143,10 @@ class PaperScale:
 
         Raises InputError for the first that is missing, with what to fetch and where to put it.
         """
-        numbers = "steps text_steps batch_size text_batch_size"
-        rates = "learning_rate text_learning_rate"
-        ranges = {
-            numbers: ("at least 1", lambda v: v >= 1),
-            rates: ("more than 0", lambda v: v > 0),
-        }
-        check_values(self, ranges)
+        whole: Range = ("at least 1", lambda v: v >= 1)
+        rates: Range = ("more than 0", lambda v: v > 0)
+        numbers = {"steps text_steps batch_size text_batch_size": whole}
+        check_values(self, numbers | {"learning_rate text_learning_rate": rates})
         if self.sets_folder is not None and not self.sets_folder.is_dir():
             raise InputError(
                 f"--sets-folder: expected a folder, found none at {self.sets_folder}; name the one that "
@@ -208,9 +205,8 @@ class PaperScale:
         print(f"{time.strftime('%H:%M:%S')} fine-tuning {folder}", flush=True)
         tasks = base.family.make_tasks(base, places)
         label = f"{group.size} {'+'.join(task.name for task in tasks)}"
-        config, weights = training.fine_tune(
-            base, tasks, seed=0, label=label, device=device, **settings
-        )
+        settings |= {"seed": 0, "label": label, "device": device}
+        config, weights = training.fine_tune(base, tasks, **settings)
         write_checkpoint(folder, config, weights, beside=base.folder)
         write_file(record, json.dumps(made, indent=2) + "\n")
 
