@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -11,53 +10,24 @@ from pandas import DataFrame
 
 from rmm_lab.errors import InputError
 from rmm_lab.evidence.pages import by_half, by_size, by_task, dar_scores, pair_of
-from rmm_lab.evidence.rows import METHODS, STOCHASTIC, spread
+from rmm_lab.evidence.rows import spread
 from rmm_lab.figures.paths import COLOURS, panels, tidy
+from rmm_lab.figures.results import seeds_picture
 from rmm_lab.figures.searches import dar_curve_picture, searches_picture
-
-LOOKS: dict[str, dict[str, Any]] = {  # of a method's kind
-    "bound": {"color": "0.35", "fmt": "s"},
-    "uniform": {"color": COLOURS[5], "fmt": "o"},
-    "search": {"color": COLOURS[6], "fmt": "D"},
-}
 
 
 def methods_picture(sections: Mapping[str, DataFrame]) -> Figure:
-    """A panel for each column, a line for each method: mean, ± the deviation where seeds differ.
-
-    The dotted line is RMM's mean. Squares are bounds, circles merges, the diamond RMM.
-    """
-    widest = max(scores.shape[1] for scores in sections.values())
-    names = {heading: list(scores.index.unique("method")) for heading, scores in sections.items()}
-    heights = [0.62 + 0.21 * len(methods) for methods in names.values()]
-    figure = Figure(figsize=(2.2 + 1.75 * widest, sum(heights) + 0.35), layout="constrained")
-    parts = figure.subfigures(len(sections), 1, height_ratios=heights, squeeze=False)[:, 0]
-    for part, (heading, scores) in zip(parts, sections.items(), strict=True):
-        part.suptitle(heading, fontsize=10, fontweight="bold")
-        panels = part.subplots(1, widest, sharey=True, squeeze=False)[0]
-        by_method = scores.groupby("method", sort=False)
-        means, sds = by_method.mean(), by_method.std()
-        for axes, column in zip(panels, scores, strict=False):
-            for y, method in enumerate(names[heading]):
-                sd = sds.at[method, column] if method in STOCHASTIC else np.nan
-                look = LOOKS[METHODS[method]]
-                axes.errorbar(
-                    means.at[method, column],
-                    y,
-                    xerr=None if np.isnan(sd) else sd,
-                    **{"ms": 5, "capsize": 3, "mec": "black", "mew": 0.5},
-                    **look,
-                )
-                if method == "RMM":
-                    axes.axvline(means.at[method, column], color=COLOURS[6], ls=":", lw=1, zorder=0)
-            tidy(axes, column, grid="x")
-            axes.margins(x=0.1)
-        for axes in panels[scores.shape[1] :]:
-            axes.set_axis_off()
-        panels[0].set_yticks(range(len(names[heading])), names[heading], fontsize=8)
-        panels[0].set_ylim(len(names[heading]) - 0.5, -0.5)
-        part.supxlabel("test split, %", fontsize=9)
-    return figure
+    """``seeds_picture`` with a panel for each column of each section's scores."""
+    return seeds_picture(
+        {
+            f"{heading}: {column}": {
+                str(method): own[column].to_numpy()
+                for method, own in scores.groupby("method", sort=False)
+            }
+            for heading, scores in sections.items()
+            for column in scores
+        }
+    )
 
 
 def draw_dar(rows: DataFrame) -> Figure:

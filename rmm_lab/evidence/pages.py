@@ -238,17 +238,12 @@ def compared(rows: DataFrame, by: str, reference: str, columns: dict[str, Any]) 
     base = rows[rows[by] == reference].set_index(key)[splits]
     gain = (rows[splits] - rows[key].join(base, on=key)[splits]).mask(rows[by] == reference)
     rows = rows.join(gain.add_suffix(" − reference")).join((-gain).add_prefix("reference − "))
-    return rows.groupby(["group", by], sort=False).agg(**columns)
+    table = rows.groupby(["group", by], sort=False).agg(**columns)
+    return table.rename_axis(["problem", "search" if by == "method" else by])
 
 
-def searches_table(rows: DataFrame) -> DataFrame:
-    """By problem and search: the final choice on both splits, and what RMM has over it, as text."""
-    return compared(rows, "method", "RMM", SEARCHES).rename_axis(["problem", "search"])
-
-
-def agent_table(rows: DataFrame) -> DataFrame:
-    """By problem and setting: scores on both splits and the difference to the default preset, as text."""
-    return compared(rows, "setting", UNCHANGED, ABLATION).rename_axis(["problem", "setting"])
+searches_table = partial(compared, by="method", reference="RMM", columns=SEARCHES)
+agent_table = partial(compared, by="setting", reference=UNCHANGED, columns=ABLATION)
 
 
 def show_searches(rows: DataFrame, curve: DataFrame) -> str:

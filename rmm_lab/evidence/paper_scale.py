@@ -90,16 +90,13 @@ class PaperScale:
 
     def groups(self) -> dict[str, list[Group]]:
         """Each table's experts, as folders that ``prepare`` fills."""
-        sources = self._sources()
         halves = [
-            self._group(name, size, sources, [f"{source}:{half}" for half in HALVES])
+            self._group(name, size, [f"{source}:{half}" for half in HALVES])
             for size in VITS
             for name, source in IMAGES.items()
         ]
-        pair = [self._group("CUB+Dogs", "ViT-B/16", sources, PAIR)]
-        language = [
-            self._group(name, size, sources, names) for size in T5S for name, names in TEXTS.items()
-        ]
+        pair = [self._group("CUB+Dogs", "ViT-B/16", PAIR)]
+        language = [self._group(n, size, sets) for size in T5S for n, sets in TEXTS.items()]
         return {"I": halves, "II": pair, "III": language, "IV": pair, "fig3": pair}
 
     def _sources(self) -> dict[str, str]:
@@ -115,12 +112,12 @@ class PaperScale:
             sources[name] = source
         return sources
 
-    def _group(self, name: str, size: str, sources: dict[str, str], sets: Sequence[str]) -> Group:
+    def _group(self, name: str, size: str, sets: Sequence[str]) -> Group:
         kind = "texts" if size in T5S else "images"
         folder = self.checkpoints / size.replace("/", "-")
         names = [s.replace(":", "-") for s in sets]
         options: dict[str, Any] = {
-            "base": sources[size],
+            "base": self._sources()[size],
             "experts": tuple(str(folder / n) for n in names),
             kind: tuple(self._place(s) for s in sets),
             "multi_task": str(folder / "+".join(names)),
@@ -167,14 +164,7 @@ class PaperScale:
             self._make(group, Path(group.options["multi_task"]), group.places, device)
 
     def _look_for(self, place: str) -> None:
-        name, _, rest = place.partition(":")
-        if name in text_formats.FORMATS and rest != "hf-hub" and not Path(rest).is_dir():
-            form = text_formats.FORMATS[name]
-            files = " and ".join(names[0] for names in form.files.values())
-            raise InputError(
-                f"language task {name}: expected a folder {rest} with {files}, found none; get them "
-                f"from {form.source}"
-            )
+        name = place.partition(":")[0]
         try:
             (image_formats if name in image_formats.FORMATS else text_formats).load(place)
         except InputError as error:

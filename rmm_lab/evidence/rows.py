@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
-from scipy.special import stdtrit
+
+from rmm_lab.figures.searches import t_interval
 
 # The columns that hold numbers. All others are text, even where a name looks like a number: a group called
 # 007, the commit 12e4567.
@@ -70,10 +70,10 @@ def spread(values: pd.Series, plus_minus: bool = True) -> str:
 def interval(differences: pd.Series) -> str:
     """``+1.2 ± 0.3``: the mean of paired differences and its 95 % interval; one difference has none.
 
-    The half width is ``t sd / sqrt(n)`` with the sample deviation and Student's t, since n is small.
+    Student's t, since n is small: see ``t_interval``.
     """
     v = differences.dropna()
     if v.empty:
         return ""
-    half = stdtrit(len(v) - 1, 0.975) * v.std() / np.sqrt(len(v))
-    return f"{v.mean():+.1f}".replace("-", "−") + (f" ± {half:.1f}" if len(v) > 1 else "")
+    half = f" ± {t_interval(v)[1]:.1f}" if len(v) > 1 else ""
+    return f"{v.mean():+.1f}".replace("-", "−") + half

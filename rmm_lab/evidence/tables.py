@@ -186,9 +186,11 @@ class Command:  # its help is the text at the top of this file
                 continue
             for seed in self.seeds:
                 for job in make[name](name, group, self._options(group, seed)):
-                    curve = {k: job.key[k] for k in ("dar", "seed") if k in job.key}
-                    drawn = job.measure is not measure.rmm_curve or store.has("dar-curve", curve)
-                    if not (store.has(job.table, job.key, job.config) and drawn):
+                    done = store.has(job.table, job.key, job.config)
+                    if job.measure is measure.rmm_curve:
+                        curve = {"dar": job.key["dar"], "seed": seed}
+                        done = done and store.has("dar-curve", curve)
+                    if not done:
                         yield job
 
     def _options(self, group: Group, seed: int) -> dict[str, Any]:
