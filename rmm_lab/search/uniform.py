@@ -107,7 +107,7 @@ def rows(problem: Problem) -> Iterator[Row]:
 
 def uniform_rows(problem: Problem, names: Collection[str]) -> Iterator[Row]:
     """The uniform merges of these names, such as ``DARE``: as published, then tuned on the reward split."""
-    merges: list[tuple[str, Sequence[str], str]]
+    merges: list[tuple[str, tuple[str, ...], str]]
     merges = [(name, (setting,), "{} as published") for name, setting in AS_GIVEN.items()]
     for name, settings in GRIDS.items():
         if len(settings) == 1:
