@@ -255,7 +255,7 @@ def test_the_agent_of_a_default_run_walks_through_blocks(in_phases):
     walk = Walk(BlockView(problem.scorer()), agent=result.agent)
     while not walk.done:
         walk.agent_step()
-    assert (walk.layer, walk.place()) == (3, "the end")  # three blocks, not six layers
+    assert (walk.env.layer, walk.place()) == (3, "the end")  # three blocks, not six layers
     with pytest.raises(InputError, match="agent: expected one for"):
         Walk(problem.scorer(), agent=result.agent)
 

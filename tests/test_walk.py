@@ -37,11 +37,11 @@ def test_a_walk_by_hand():
     for action in ("m1", BACK, "op0", "skip", 0):
         assert not walk.done
         walk.act(action)
-        layers.append(walk.layer)
+        layers.append(walk.env.layer)
     assert layers == [1, 0, 1, 2, 3]
     assert walk.actions == [1, BACK, 2, SKIP, 0]
     assert path_text(walk.path) == "m1@0 op0@0 m0@2"
-    assert walk.merging_map.tolist() == [[0, 0, 1], [1, 0, 0], [1, 0, 0], [0, 0, 0]]
+    assert walk.env.merging_map.tolist() == [[0, 0, 1], [1, 0, 0], [1, 0, 0], [0, 0, 0]]
     assert (walk.done, walk.penalised) == (True, False)
     assert walk.scores == {"t0": 0.2, "t1": 0.8}
     assert walk.reward == pytest.approx(0.5)
@@ -56,23 +56,16 @@ def test_the_subset_is_the_one_asked_for():
     assert scorer.calls == [(walk.path, 1)]
 
 
-def test_later_actions_do_not_change_a_map_that_was_returned():
-    walk = Walk(Scores())
-    before = walk.merging_map
-    walk.act(0)
-    assert not before.any()
-
-
 def test_undo_of_an_end_of_a_penalty_and_of_nothing():
     walk = Walk(Scores())
     for _ in range(3):
         walk.act("m0")
     walk.undo()
-    assert (walk.done, walk.reward, walk.scores, walk.layer) == (False, None, None, 2)
+    assert (walk.done, walk.reward, walk.scores, walk.env.layer) == (False, None, None, 2)
     walk.act("op1")
     assert path_text(walk.path) == "m0@0 m0@1 op1@2"
     walk.reset()
-    assert (walk.actions, walk.path, walk.layer) == ([], (), 0)
+    assert (walk.actions, walk.path, walk.env.layer) == ([], (), 0)
     walk.act("back")
     assert walk.penalised
     walk.undo()
@@ -105,8 +98,8 @@ def test_undoing_gives_what_the_environment_gives_without_these_actions(actions,
     assert walk.actions == kept
     assert walk.path == info["path"]
     assert walk.legal.tolist() == info["action_mask"].astype(bool).tolist()
-    assert np.array_equal(walk.merging_map, env.merging_map)
-    assert (walk.layer, walk.done) == (env.layer, ended)
+    assert np.array_equal(walk.env.merging_map, env.merging_map)
+    assert (walk.env.layer, walk.done) == (env.layer, ended)
     assert walk.reward == (reward if ended else None)
     assert walk.scores == info.get("scores")
 
@@ -136,7 +129,7 @@ def test_a_scorer_that_fails_leaves_the_walk_where_it_was():
         walk.act("m1")
     with pytest.raises(ZeroDivisionError):
         walk.act("m1")
-    assert (walk.layer, walk.done, walk.actions) == (2, False, [1, 1])
+    assert (walk.env.layer, walk.done, walk.actions) == (2, False, [1, 1])
     assert path_text(walk.path) == "m1@0 m1@1"
 
 
@@ -236,21 +229,6 @@ def test_the_agents_steps_are_its_greedy_episode():
         walk.agent_step()
     assert walk.path == greedy.info["path"]
     assert len({step.source for step in walk.path}) > 1
-
-
-def test_sampled_steps_follow_the_probabilities():
-    scorer = Scores(n_subsets=1)
-    agent = agent_for(MergingEnv(scorer), preferred=1)
-    walk, generator = Walk(scorer, agent=agent), torch.Generator().manual_seed(0)
-    expected = np.array([1, np.exp(3), 1, 1, 1, 0]) / (np.exp(3) + 4)  # a softmax of the logits
-    assert walk.probabilities() == pytest.approx(expected)
-    counts, n = np.zeros(6), 600
-    for _ in range(n):
-        walk.reset()
-        counts[walk.agent_step(generator)] += 1
-    assert counts[BACK] == 0
-    assert np.abs(counts / n - expected).max() < 0.06  # 4 standard deviations
-    assert counts[0] > 0
 
 
 @pytest.mark.parametrize("observation", ["map", "map+cursor"])

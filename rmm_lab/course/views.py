@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+from collections.abc import Sequence
 from html import escape
 from typing import Any
 
@@ -40,24 +41,32 @@ def show(figure: Figure, alt: str) -> None:
 
 
 class View(VBox):
-    """Base of the widgets: a column of controls and pictures over an object that does the work.
+    """Base of the widgets: rows of controls, a line of ``status`` and a picture in ``place``.
 
-    A subclass builds ``children``, and ``still`` returns what there is to see now: a figure and a
-    sentence. They replace the widget where no kernel runs; the sentence is also the picture's alt text.
+    A subclass's ``still`` returns what there is to see now: a figure and a sentence. They replace the
+    widget where no kernel runs; the sentence is also the picture's alt text. ``refresh`` runs at first and
+    whenever one of the ``watched`` controls (by default the rows) changes.
     """
+
+    def __init__(self, rows: Sequence[Any], watched: Sequence[Any] | None = None) -> None:
+        self.status, self.place = HTML(), HTML()
+        super().__init__([*rows, self.status, self.place])
+        for control in rows if watched is None else watched:
+            control.observe(self.refresh, "value")
+        self.refresh()
 
     def still(self) -> tuple[Figure, str]:
         """The view's current figure, and a sentence that says what it shows."""
         raise NotImplementedError
 
-    def picture(self) -> HTML:
-        """An empty place for a picture; ``draw`` fills it."""
-        return HTML()
+    def refresh(self, change: Any = None) -> None:
+        """Draw the current state; ``change`` is what ipywidgets passes to an observer."""
+        self.status.value = status(self.draw())
 
-    def draw(self, place: HTML) -> str:
-        """Put the current ``still`` into a place; returns its sentence."""
+    def draw(self) -> str:
+        """Put the current ``still`` into its place; returns its sentence."""
         figure, sentence = self.still()
-        place.value = img(figure, sentence)
+        self.place.value = img(figure, sentence)
         return sentence
 
     def _repr_mimebundle_(self, **kwargs: Any) -> dict[str, Any]:

@@ -258,12 +258,12 @@ def walk_picture(
     first: int,
     stacks: Sequence[range],
     cursor: int,
+    path: Sequence[str],
     *,
-    probabilities: np.ndarray | None = None,
-    legal: np.ndarray | None = None,
-    value: float | None = None,
-    scores: Mapping[str, float] | None = None,
-    path: Sequence[str] = (),
+    probabilities: np.ndarray | None,
+    legal: np.ndarray,
+    value: float | None,
+    scores: Mapping[str, float] | None,
 ) -> Figure:
     """A walk so far: the merging map (N+M, P) with the cursor, and below it the ``path`` in words.
 
@@ -283,7 +283,6 @@ def walk_picture(
     elif probabilities is not None:
         (right,) = others
         bars = right.barh(actions, probabilities, color=COLOURS[2], ec="black", lw=0.6, hatch="//")
-        legal = np.ones(len(actions)) if legal is None else legal
         notes = [
             f"{p:.2f}{'' if ok else ' illegal'}" for p, ok in zip(probabilities, legal, strict=True)
         ]
