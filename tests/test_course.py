@@ -66,7 +66,7 @@ def test_two_solutions_in_a_cell():
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("def f():\n    ### BEGIN SOLUTION\n    return 1", "expected ### END SOLUTION after"),
+        ("def f():\n    ### BEGIN SOLUTION\n    return 1", "in turn"),
         ("def f():\n    ### END SOLUTION", "in turn"),
         ("def f():\n    ### BEGIN SOLUTION\n    ### BEGIN SOLUTION", "in turn"),
         ("### BEGIN SOLUTION\nx = 1\n### END SOLUTION", "inside a function"),

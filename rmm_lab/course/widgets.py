@@ -159,8 +159,8 @@ class PathInspector(View):
 
     def __init__(self, run: Run) -> None:
         self.run = run
-        labels = [f"{name} ({100 * run.finalist(name)['reward']:.1f} %)" for name in run.names]
-        options = [*zip(labels, run.names, strict=True), ("episode", "episode")]
+        options = [(f"{n} ({100 * row['reward']:.1f} %)", n) for n, row in run.named.items()]
+        options.append(("episode", "episode"))
         number = {"max": len(run.episodes) - 1, "style": WIDE}
         self.first = Dropdown(options=options, description="first path", style=WIDE)
         self.second = Dropdown(
@@ -225,28 +225,27 @@ class PathInspector(View):
 
     def sentences(self) -> list[str]:
         """Scores of the paths, then their difference place by place."""
-        chosen, out = self.chosen(), []
+        pool, chosen, out = self.run.problem.pool, self.chosen(), []
         for label, name in chosen:
             scores = self.scores(name)
             words = percent(scores) if scores else "ended with the penalty, so there is no model"
             out.append(f"{label}: {words}")
         if len(chosen) == 2:
             (_, a), (_, b) = chosen
-            differences = difference(self.run.path(a), self.run.path(b), self.run.stacks)
+            differences = difference(self.run.path(a), self.run.path(b), pool.stacks)
             out += differences or ["both are the same path"]
-        if self.run.problem.pool.blocks:
+        if pool.blocks:
             out.append(PARTS)
         return out
 
     def still(self) -> tuple[Figure, str]:
         """The paths, one below the other, and bars of their scores."""
-        run, chosen = self.run, self.chosen()
+        run, pool, chosen = self.run, self.run.problem.pool, self.chosen()
         paths = [(label, run.with_stem(run.path(name))) for label, name in chosen]
         scores = {label: s for label, name in chosen if (s := self.scores(name))}
-        figure = plots.paths_picture(
-            paths, scores, run.sources, run.n_layers, run.stacks, "score on the whole reward split"
-        )
-        words = [f"{label}: {path_words(path, run.stacks)}" for label, path in paths]
+        place = (pool.sources, pool.n_layers, pool.stacks)
+        figure = plots.paths_picture(paths, scores, *place, "score on the whole reward split")
+        words = [f"{label}: {path_words(path, pool.stacks)}" for label, path in paths]
         return figure, ". ".join(["Layer paths", *words, *self.sentences()]) + "."
 
 
@@ -290,9 +289,9 @@ class TrainingReplay(View):
 
     def still(self) -> tuple[Figure, str]:
         """The reward curve with a marker, the policy's heat map, the merging map of the episode."""
-        run, number = self.run, self.slider.value
-        places = run.n_layers - run.first
-        counts = plots.merging_map(run.path(number), run.sources, run.first, places)
+        run, pool, number = self.run, self.run.problem.pool, self.slider.value
+        places = pool.n_layers - run.first
+        counts = plots.merging_map(run.path(number), pool.sources, run.first, places)
         mean, names, stacks = run.policy(number), run.action_names, run.agent_stacks
         n_places = stacks[-1].stop - run.first
         policy = np.full((n_places, len(names)), np.nan) if mean is None else mean.numpy()
@@ -301,7 +300,7 @@ class TrainingReplay(View):
             which = "no policy" if mean is None else "the agent's last policy"
             title = f"{phase} phase: {which}"
         figure = plots.replay_picture(
-            self.rewards, number, policy, counts, names, run.first, run.stacks, stacks, title
+            self.rewards, number, policy, counts, names, run.first, pool.stacks, stacks, title
         )
         if not self._boxes:
             figure.draw_without_rendering()
@@ -315,7 +314,7 @@ class TrainingReplay(View):
     def likeliest(self, policy: np.ndarray) -> str:
         """The most probable action at each place, in words. policy: (P, A)."""
         out, stacks = [], self.run.agent_stacks
-        kind = "layer" if stacks == self.run.stacks else "block"
+        kind = "layer" if stacks == self.run.problem.pool.stacks else "block"
         for k, row in enumerate(policy, self.run.first):
             best = "never visited" if np.isnan(row).any() else self.run.action_names[row.argmax()]
             out.append(f"{plots.place_name(k, stacks).replace('layer', kind)} {best}")
