@@ -40,12 +40,12 @@ def test_a_walk_by_hand():
         layers.append(walk.env.layer)
     assert layers == [1, 0, 1, 2, 3]
     assert walk.actions == [1, BACK, 2, SKIP, 0]
-    assert path_text(walk.path) == "m1@0 op0@0 m0@2"
+    assert path_text(walk.env.path) == "m1@0 op0@0 m0@2"
     assert walk.env.merging_map.tolist() == [[0, 0, 1], [1, 0, 0], [1, 0, 0], [0, 0, 0]]
     assert (walk.done, walk.penalised) == (True, False)
     assert walk.scores == {"t0": 0.2, "t1": 0.8}
     assert walk.reward == pytest.approx(0.5)
-    assert scorer.calls == [(walk.path, None)]  # all examples by default
+    assert scorer.calls == [(walk.env.path, None)]  # all examples by default
 
 
 def test_the_subset_is_the_one_asked_for():
@@ -53,7 +53,7 @@ def test_the_subset_is_the_one_asked_for():
     walk = Walk(scorer, subset=1)
     for _ in range(3):
         walk.act("m0")
-    assert scorer.calls == [(walk.path, 1)]
+    assert scorer.calls == [(walk.env.path, 1)]
 
 
 def test_undo_of_an_end_of_a_penalty_and_of_nothing():
@@ -63,9 +63,9 @@ def test_undo_of_an_end_of_a_penalty_and_of_nothing():
     walk.undo()
     assert (walk.done, walk.reward, walk.scores, walk.env.layer) == (False, None, None, 2)
     walk.act("op1")
-    assert path_text(walk.path) == "m0@0 m0@1 op1@2"
+    assert path_text(walk.env.path) == "m0@0 m0@1 op1@2"
     walk.reset()
-    assert (walk.actions, walk.path, walk.env.layer) == ([], (), 0)
+    assert (walk.actions, walk.env.path, walk.env.layer) == ([], (), 0)
     walk.act("back")
     assert walk.penalised
     walk.undo()
@@ -96,7 +96,7 @@ def test_undoing_gives_what_the_environment_gives_without_these_actions(actions,
         _, reward, terminated, truncated, info = env.step(action)
         ended = terminated or truncated
     assert walk.actions == kept
-    assert walk.path == info["path"]
+    assert walk.env.path == info["path"]
     assert walk.legal.tolist() == info["action_mask"].astype(bool).tolist()
     assert np.array_equal(walk.env.merging_map, env.merging_map)
     assert (walk.env.layer, walk.done) == (env.layer, ended)
@@ -130,7 +130,7 @@ def test_a_scorer_that_fails_leaves_the_walk_where_it_was():
     with pytest.raises(ZeroDivisionError):
         walk.act("m1")
     assert (walk.env.layer, walk.done, walk.actions) == (2, False, [1, 1])
-    assert path_text(walk.path) == "m1@0 m1@1"
+    assert path_text(walk.env.path) == "m1@0 m1@1"
 
 
 def test_sentences_name_the_place_the_action_and_what_follows():
@@ -227,8 +227,8 @@ def test_the_agents_steps_are_its_greedy_episode():
     walk = Walk(scorer, agent=agent)
     while not walk.done:
         walk.agent_step()
-    assert walk.path == greedy.info["path"]
-    assert len({step.source for step in walk.path}) > 1
+    assert walk.env.path == greedy.info["path"]
+    assert len({step.source for step in walk.env.path}) > 1
 
 
 @pytest.mark.parametrize("observation", ["map", "map+cursor"])

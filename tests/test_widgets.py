@@ -217,7 +217,7 @@ def test_the_agents_button_does_its_most_probable_action():
     assert "value is +0.50" in alt(view.place)
     for _ in range(3):
         view.agent_button.click()
-    assert path_text(view.walk.path) == "op0@0 op0@1 op0@2"
+    assert path_text(view.walk.env.path) == "op0@0 op0@1 op0@2"
     assert "most probable" not in alt(view.place)
 
 

@@ -22,8 +22,9 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+from IPython.display import HTML, display
 
-from rmm_lab.errors import InputError
+from rmm_lab.errors import InputError, one_sentence
 
 Function = Callable[..., Any]
 ORDINALS = ("first", "second", "third", "fourth", "fifth", "sixth")
@@ -178,10 +179,8 @@ def check(name: str, function: Function) -> Verdict:
 
 def use(name: str, function: Function) -> Function:
     """Display the verdict on a student's function; return it if it is correct, else the kit's."""
-    from IPython import display
-
     verdict = check(name, function)
-    display.display(display.HTML(box(name, verdict)))
+    display(HTML(box(name, verdict)))
     return function if verdict.status == "correct" else exercise(name).reference
 
 
@@ -211,17 +210,13 @@ def _compare(
     wanted, got = kinds.get(type(expected)), kinds.get(type(found))
     if wanted and got and isinstance(found, list | tuple) != isinstance(expected, list | tuple):
         return f"For {call} expected a {wanted}, found a {got}: {_short(found)}."
-    if (
-        isinstance(expected, NUMBERS)
-        and isinstance(found, NUMBERS)
-        and _array(found).shape != _array(expected).shape
-    ):
-        return (
-            f"For {call} expected shape {_array(expected).shape}, found {_array(found).shape}. "
-            "Which axis do you sum over or keep?"
-        )
-    if isinstance(found, NUMBERS) and not bool(np.all(np.isfinite(_array(found)))):
-        return f"For {call} your answer contains NaN or infinity. Do you divide by 0?"
+    if isinstance(expected, NUMBERS) and isinstance(found, NUMBERS):
+        right, own = _array(expected), _array(found)
+        if right.shape != own.shape:
+            shapes = f"expected shape {right.shape}, found {own.shape}"
+            return f"For {call} {shapes}. Which axis do you sum over or keep?"
+        if not np.isfinite(own).all():
+            return f"For {call} your answer contains NaN or infinity. Do you divide by 0?"
     return f"For {call} expected {_short(expected)}, found {_short(found)}."
 
 
@@ -304,8 +299,7 @@ def _call(function: Function, case: tuple[Any, ...]) -> str:
 
 
 def _raised(error: Exception) -> str:
-    text = " ".join(str(error).split())
-    return f"{type(error).__name__}: {text[:200]}" if text else type(error).__name__
+    return f"{type(error).__name__}: {one_sentence(error)[:200]}".removesuffix(": ")
 
 
 def _line(error: Exception) -> str:

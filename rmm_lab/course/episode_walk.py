@@ -17,7 +17,7 @@ from rmm_lab.env import MergingEnv
 from rmm_lab.errors import InputError
 from rmm_lab.figures.paths import place_name
 from rmm_lab.ppo import Agent
-from rmm_lab.reward import Path, PathScorer
+from rmm_lab.reward import PathScorer
 
 
 class Walk:
@@ -30,9 +30,10 @@ class Walk:
         masked: whether the agent's policy gives illegal actions no probability.
         options: of ``MergingEnv``, such as ``observation``; an agent needs those it was trained with.
 
-    ``env``: the environment, with its ``layer`` and ``merging_map``. ``actions``: the numbers of the actions
-    so far. ``done``: whether the episode has ended; then ``reward``, ``penalised``, ``illegal`` (penalised
-    for an illegal move, not for its length) and ``scores`` (task -> metric in [0, 1]; None after a penalty).
+    ``env``: the environment, with its ``layer``, ``path`` and ``merging_map``. ``actions``: the numbers of
+    the actions so far. ``done``: whether the episode has ended; then ``reward``, ``penalised``, ``illegal``
+    (penalised for an illegal move, not for its length) and ``scores`` (task -> metric in [0, 1]; None after
+    a penalty).
     """
 
     def __init__(
@@ -120,11 +121,6 @@ class Walk:
     def legal(self) -> np.ndarray:
         """(A,) bool: actions that are legal and leave a way to the end; all False at the end."""
         return self.env.action_mask().astype(bool)
-
-    @property
-    def path(self) -> Path:
-        """The steps so far, in the order in which their layers run."""
-        return self.env.path
 
     def number(self, action: int | str) -> int:
         """An action's number, from its number or name."""

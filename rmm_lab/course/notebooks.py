@@ -17,6 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import nbformat
+
 from rmm_lab.errors import InputError, run_command
 from rmm_lab.tasks.files import write_file
 
@@ -27,8 +29,6 @@ SLACK, LEAST = 1.5, 30.0  # a notebook may take 1.5 times its stated seconds, an
 
 def read(file: Path) -> Any:
     """A notebook; InputError for a file that cannot be read as one."""
-    import nbformat
-
     try:
         return nbformat.read(file, as_version=4)
     except (OSError, ValueError) as error:
@@ -68,8 +68,6 @@ def _cut(source: str, cell_id: str) -> str:
 
 def text_of(notebook: Any) -> str:
     """A notebook as the text of its file, the same for the same notebook."""
-    import nbformat
-
     return nbformat.writes(notebook).rstrip("\n") + "\n"
 
 

@@ -174,21 +174,18 @@ def difference(a: Path, b: Path, stacks: Sequence[range] = ()) -> list[str]:
     """Where two paths differ, place by place in running order; empty for equal paths."""
     out = []
     for i, j in align(a, b):
-        if i is not None and j is not None:
-            if a[i] != b[j]:
-                place = place_name(a[i].layer, stacks)
-                out.append(
-                    f"{place}: {source_text(a[i])} in the first, {source_text(b[j])} in the second"
-                )
-            continue
-        step, which, rest, other = (
-            (a[i], "first", "second", b) if i is not None else (b[j or 0], "second", "first", a)
-        )
-        text = f"{place_name(step.layer, stacks)}: {source_text(step)} in the {which}"
-        if any(s.layer == step.layer for s in other):
-            out.append(f"{text} only, one more on the stack")
-        else:
-            out.append(f"{text}, {'not chosen' if step.layer < 0 else 'skipped'} in the {rest}")
+        one, two = None if i is None else a[i], None if j is None else b[j]
+        if one and two and one != two:
+            place = place_name(one.layer, stacks)
+            out.append(
+                f"{place}: {source_text(one)} in the first, {source_text(two)} in the second"
+            )
+        elif (one is None or two is None) and (step := one or two):
+            which, rest, other = ("first", "second", b) if one else ("second", "first", a)
+            how = f", {'not chosen' if step.layer < 0 else 'skipped'} in the {rest}"
+            if any(s.layer == step.layer for s in other):
+                how = " only, one more on the stack"
+            out.append(f"{place_name(step.layer, stacks)}: {source_text(step)} in the {which}{how}")
     depth = [sum(step.layer >= 0 for step in path) for path in (a, b)]
     if depth[0] != depth[1]:
         out.append(f"length: {depth[0]} layers in the first, {depth[1]} in the second")

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from html import escape
 from typing import Any
 
+from IPython import display
 from ipywidgets import HTML, VBox
 from matplotlib.figure import Figure
 
@@ -35,8 +36,6 @@ def status(sentence: str) -> str:
 
 def show(figure: Figure, alt: str) -> None:
     """Display a figure under a notebook's cell, with its alt sentence."""
-    from IPython import display
-
     display.display(display.HTML(img(figure, alt)))
 
 
@@ -61,13 +60,17 @@ class View(VBox):
 
     def refresh(self, change: Any = None) -> None:
         """Draw the current state; ``change`` is what ipywidgets passes to an observer."""
-        self.status.value = status(self.draw())
+        self.draw()
+        self.status.value = status(self.sentence())
 
-    def draw(self) -> str:
-        """Put the current ``still`` into its place; returns its sentence."""
-        figure, sentence = self.still()
-        self.place.value = img(figure, sentence)
-        return sentence
+    def sentence(self) -> str:
+        """What the line of status says: by default that of the picture."""
+        return self._alt
+
+    def draw(self) -> None:
+        """Put the current ``still`` into its place."""
+        figure, self._alt = self.still()
+        self.place.value = img(figure, self._alt)
 
     def _repr_mimebundle_(self, **kwargs: Any) -> dict[str, Any]:
         """The live widget, with a PNG and a sentence for where no kernel runs."""

@@ -11,6 +11,7 @@ from html import escape
 from typing import Any
 
 import numpy as np
+import pandas as pd
 from ipywidgets import BoundedIntText, Button, Dropdown, HBox, IntSlider, Layout, Play, jslink
 from matplotlib.figure import Figure
 
@@ -123,8 +124,7 @@ class MapStepper(View):
             button.tooltip = walk.does(name)
         self.undo_button.disabled = not walk.actions
         self.agent_button.disabled = walk.done
-        self.status.value = status(self.sentence())
-        self.draw()
+        super().refresh()
 
     def sentence(self) -> str:
         """What happened last, and the scores at the end."""
@@ -139,12 +139,12 @@ class MapStepper(View):
             self.walk.probabilities(),
             self.walk.value(),
         )
-        words = [f"{step.source} ({walk.place(step.layer)})" for step in walk.path]
+        words = [f"{step.source} ({walk.place(step.layer)})" for step in walk.env.path]
         figure = plots.walk_picture(
             env.merging_map, walk.action_names, env.first, walk.stacks, env.layer, words,
             probabilities=pi, value=value, legal=walk.legal, scores=walk.scores,
         )  # fmt: skip
-        alt = f"Merging map; {self.sentence()}. Path: {path_text(walk.path) or 'no layer yet'}."
+        alt = f"Merging map; {self.sentence()}. Path: {path_text(walk.env.path) or 'no layer yet'}."
         if pi is not None:
             best = int(pi.argmax())
             alt += (
@@ -270,11 +270,6 @@ class TrainingReplay(View):
         self.run.episode(episode)
         self.slider.value = episode
 
-    def refresh(self, change: Any = None) -> None:
-        """Draw the episode, and say who played it."""
-        self.status.value = status(self.sentence())
-        self.draw()
-
     def sentence(self) -> str:
         """Who played this episode, and what it was paid."""
         row = self.run.episode(self.slider.value)
@@ -338,21 +333,23 @@ class ResultsTable(View):
         n_layers: int | None = None,
         stacks: Sequence[range] = (),
     ) -> None:
-        records = rows.to_dict("records") if hasattr(rows, "to_dict") else list(rows)
-        if not records:
+        frame = pd.DataFrame(rows, dtype=object)
+        if frame.empty:
             raise InputError("rows: expected at least one method, found none; give some")
-        self.rows, self.caption, self.stacks = records, caption, tuple(stacks)
-        self.paths: list[Path | None] = []  # with the stem as the first step
-        for row in records:  # of a DataFrame: NaN where there is none
-            path, stem = (
-                row.get(k) if isinstance(row.get(k), str) else None for k in ("path", "stem")
-            )
-            self.paths.append(path and plots.with_stem(parse_path(path), stem or "base"))
+        frame = frame.reindex(columns=["method", "setting", "scores", "path", "stem"])
+        self.rows = frame.where(frame.notna(), None).to_dict("records")
+        self.caption, self.stacks = caption, tuple(stacks)
+        self.paths = [  # with the stem as the first step
+            None
+            if row["path"] is None
+            else plots.with_stem(parse_path(row["path"]), row["stem"] or "base")
+            for row in self.rows
+        ]
         steps = [step for path in self.paths for step in path or ()]
         named = dict.fromkeys(step.source for step in steps if step.source != "base")
         self.sources = list(sources or named)
         self.n_layers = n_layers or 1 + max((step.layer for step in steps), default=0)
-        names = [(row["method"], i) for i, row in enumerate(records)]
+        names = [(row["method"], i) for i, row in enumerate(self.rows)]
         self.select = Dropdown(options=names, description="method", style=WIDE)
         super().__init__([self.select], [self.select])
 

@@ -133,15 +133,15 @@ def plane_picture(base: Tensor, experts: Tensor, names: Sequence[str]) -> Figure
 
 
 def sign_picture(
-    before: Tensor, after: Tensor, names: Sequence[str], titles: Sequence[str], points: int = 2500
+    before: Tensor, after: Tensor, names: Sequence[str], titles: Sequence[str]
 ) -> Figure:
     """Two experts' task vectors against each other, entry by entry, at two stages.
 
-    before, after: (2, D); every (D // points)-th entry is drawn. Entries of opposite sign lie in the
+    before, after: (2, D); about 2,500 entries are drawn. Those of opposite sign lie in the
     shaded quadrants, entries that one expert lost lie on an axis.
     """
     figure, both = panels(2, 2, 4.5, 5, sharex=True, sharey=True)
-    step = max(1, before.shape[1] // points)
+    step = max(1, before.shape[1] // 2500)
     high = 1.05 * float(before[:, ::step].abs().max())
     below: dict[str, Any] = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.14), "ncols": 2}
     for axes, deltas, title in zip(both, (before, after), titles, strict=True):
