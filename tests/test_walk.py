@@ -196,22 +196,22 @@ def test_probabilities_are_masked_and_the_value_is_the_critics():
     agent = agent_for(MergingEnv(scorer), value=0.75)
     walk = Walk(scorer, agent=agent)
     # Uniform over four sources and skip; back is illegal at layer 0.
-    assert walk.probabilities() == pytest.approx([0.2] * 5 + [0])
-    assert walk.value() == pytest.approx(0.75)
+    assert walk.policy()[0] == pytest.approx([0.2] * 5 + [0])
+    assert walk.policy()[1] == pytest.approx(0.75)
     walk.act("m0")
-    assert walk.probabilities() == pytest.approx([1 / 6] * 6)
+    assert walk.policy()[0] == pytest.approx([1 / 6] * 6)
     open_walk = Walk(scorer, agent=agent, masked=False)
-    assert open_walk.probabilities() == pytest.approx([1 / 6] * 6)
+    assert open_walk.policy()[0] == pytest.approx([1 / 6] * 6)
 
 
 def test_without_an_agent_and_at_the_end_there_is_no_policy():
     walk = Walk(Scores(layers=1))
-    assert (walk.probabilities(), walk.value()) == (None, None)
+    assert walk.policy() == (None, None)
     with pytest.raises(InputError, match="found no agent"):
         walk.agent_step()
     walk = Walk(Scores(layers=1), agent=agent_for(MergingEnv(Scores(layers=1))))
     assert walk.agent_step() == 0
-    assert (walk.probabilities(), walk.value()) == (None, None)
+    assert walk.policy() == (None, None)
     with pytest.raises(InputError, match="found an ended walk"):
         walk.agent_step()
 

@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from rmm_lab.env import MergingEnv
 from rmm_lab.errors import InputError
@@ -87,7 +86,7 @@ class Walk:
 
     def agent_step(self) -> int:
         """Let the agent do its most probable action. Returns its number."""
-        pi = self.probabilities()
+        pi, _ = self.policy()
         if pi is None:
             raise InputError(
                 "agent: expected an agent and a running walk, found "
@@ -140,23 +139,18 @@ class Walk:
 
     # ------------------------------------------------------------------------------- the agent's view
 
-    def probabilities(self) -> np.ndarray | None:
-        """pi(.|s): (A,), or None without an agent and at the end."""
-        if self.agent is None or self.done:
-            return None
-        mask = torch.from_numpy(self.legal) if self.masked else torch.ones(len(self.legal)).bool()
-        with torch.no_grad():
-            return self.agent.log_probs(self._obs(), mask[None])[0].exp().numpy()
+    def policy(self) -> tuple[np.ndarray, float] | tuple[None, None]:
+        """pi(.|s): (A,), and V(s) in deviations from the mean return of a rollout.
 
-    def value(self) -> float | None:
-        """V(s), or None as above. Its unit: deviations from the mean return of a rollout."""
+        None for both without an agent and at the end.
+        """
         if self.agent is None or self.done:
-            return None
+            return None, None
+        state = torch.from_numpy(self._observation).flatten()[None]  # (rows, P) -> (1, D)
+        mask = torch.from_numpy(self.legal | (not self.masked))[None]
         with torch.no_grad():
-            return float(self.agent.value(self._obs()))
-
-    def _obs(self) -> Tensor:
-        return torch.from_numpy(self._observation).flatten()[None]  # (rows, P) -> (1, D)
+            pi = self.agent.log_probs(state, mask)[0].exp().numpy()
+            return pi, float(self.agent.value(state))
 
     # ------------------------------------------------------------------------------------- in words
 

@@ -313,18 +313,14 @@ def distances(problem: Problem) -> dict[str, np.ndarray]:
 class DistanceMap(View):
     """A heat map of ``distances``: a column per layer, a row per expert or pair of experts."""
 
-    def __init__(self, problem: Problem, quantity: str = "length") -> None:
-        if quantity not in QUANTITIES:
-            raise InputError(
-                f"quantity: expected one of {', '.join(QUANTITIES)}, found {quantity!r}; name another"
-            )
+    def __init__(self, problem: Problem) -> None:
         self.values, pool = distances(problem), problem.pool
         self.pairs = [f"{a} – {b}" for a, b in combinations(pool.names, 2)]
         self.names, self.unit = list(pool.names), "layer" if pool.unit == "block" else "sublayer"
         names = [place_name(k, pool.stacks) for k in range(-1, pool.n_layers)]
         self.places = [name.removeprefix("layer ") for name in names]
         options = [(name, key) for key, (name, _) in QUANTITIES.items()]
-        self.quantity = Dropdown(options=options, value=quantity, **_look("quantity"))
+        self.quantity = Dropdown(options=options, **_look("quantity"))
         super().__init__([self.quantity])
 
     def still(self) -> tuple[Figure, str]:

@@ -27,6 +27,7 @@ from rmm_lab.tasks.image_task import SPLITS, InputFormat, Split, Task
 from rmm_lab.zoo.training import fine_tune
 
 SIZE = 8  # pixels
+PER_CLASS = (100, 60, 60)  # images of train, reward and test
 NOISE = 0.2  # standard deviation of the noise on each pixel; brightness is 0 to 1
 # A ViT of 3 layers, width 16 and 4 patches of 4 x 4 pixels.
 TINY_VIT: dict[str, Any] = {
@@ -68,34 +69,20 @@ class DrawnTask(Task):
 
     Args:
         name: of the task. classes: their names. draw: (labels (n,), generator) -> images (n, 8, 8) in
-            [0, 1]. seed: of the noise. per_class: images per class of train, reward and test.
+            [0, 1]. seed: of the noise.
     """
 
-    def __init__(
-        self,
-        name: str,
-        classes: list[str],
-        draw: Draw,
-        *,
-        seed: int,
-        per_class: tuple[int, int, int] = (100, 60, 60),
-    ) -> None:
+    def __init__(self, name: str, classes: list[str], draw: Draw, *, seed: int) -> None:
         self.name, self.source, self.classes = name, name, classes
         self.format = InputFormat.of(TINY_VIT)
         self._splits = {}
-        for i, (split, n) in enumerate(zip(SPLITS, per_class, strict=True)):
+        for i, (split, n) in enumerate(zip(SPLITS, PER_CLASS, strict=True)):
             generator = torch.Generator().manual_seed(10 * seed + i)
             labels = torch.arange(len(classes)).repeat_interleave(n)
             images = draw(labels, generator)
             images = images + NOISE * torch.randn(images.shape, generator=generator)
             pixels = (255 * images.clamp(0, 1)).to(torch.uint8)[:, None]  # (n, 1, 8, 8)
             self._splits[split] = Split(pixels, labels)
-
-    def split(self, name: str) -> Split:
-        """The split ``train``, ``reward`` or ``test``."""
-        if name not in SPLITS:
-            raise InputError(f"split {name!r}: expected one of {', '.join(SPLITS)}")
-        return self._splits[name]
 
 
 def tiny_problem(seed: int = 0) -> Problem:

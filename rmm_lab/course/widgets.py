@@ -16,24 +16,12 @@ from ipywidgets import BoundedIntText, Button, Dropdown, HBox, IntSlider, Layout
 from matplotlib.figure import Figure
 
 from rmm_lab.course.episode_walk import Walk
-from rmm_lab.course.explorers import ClipExplorer, DarExplorer, DistanceMap, TiesExplorer
+from rmm_lab.course.explorers import ClipExplorer, DarExplorer, DistanceMap, TiesExplorer  # noqa: F401
 from rmm_lab.course.run_record import Run, difference, source_text
 from rmm_lab.course.views import View, status
 from rmm_lab.errors import InputError, one_sentence
 from rmm_lab.figures import paths as plots
 from rmm_lab.reward import Path, parse_path, path_text
-
-__all__ = [
-    "ButtonTest",
-    "ClipExplorer",
-    "DarExplorer",
-    "DistanceMap",
-    "MapStepper",
-    "PathInspector",
-    "ResultsTable",
-    "TiesExplorer",
-    "TrainingReplay",
-]
 
 WIDE = {"description_width": "initial"}  # else long descriptions are cut
 PARTS = "here a layer is a part of a block: attention comes first, the MLP last"
@@ -133,12 +121,7 @@ class MapStepper(View):
 
     def still(self) -> tuple[Figure, str]:
         """The map with the cursor; the agent's probabilities, at the end the scores."""
-        walk, env, pi, value = (
-            self.walk,
-            self.walk.env,
-            self.walk.probabilities(),
-            self.walk.value(),
-        )
+        walk, env, (pi, value) = self.walk, self.walk.env, self.walk.policy()
         words = [f"{step.source} ({walk.place(step.layer)})" for step in walk.env.path]
         figure = plots.walk_picture(
             env.merging_map, walk.action_names, env.first, walk.stacks, env.layer, words,
