@@ -31,11 +31,7 @@ ORDINALS = ("first", "second", "third", "fourth", "fifth", "sixth")
 ARRAYS = (np.ndarray, torch.Tensor)
 NUMBERS = (int, float, np.generic, *ARRAYS)
 LONGEST = 90  # characters of a value in a message
-MARKS = {
-    "not attempted": ("○", "#56B4E9"),
-    "wrong": ("✗", "#D55E00"),
-    "correct": ("✓", "#009E73"),
-}
+MARKS = {"not attempted": ("○", "#56B4E9"), "wrong": ("✗", "#D55E00"), "correct": ("✓", "#009E73")}
 
 
 @dataclass(frozen=True)

@@ -343,11 +343,8 @@ class DistanceMap(View):
         most = float(np.abs(np.nan_to_num(values)).max()) or 1.0
         low, colours = (-most, DIFFERENCES) if (values < 0).any() else (0.0, COUNTS)
         # Rows of the picture are experts, as in the merging map: (L + 1, C) -> (C, L + 1)
-        image = heat_map(
-            axes, values.T, lambda v: f"{v:.2f}".replace("nan", "–"), low, most, colours
-        )
-        axes.set_xticks(range(n_places), self.places)
-        axes.set_yticks(range(n_names), names)
+        cells = (values.T, names, self.places, "{:.2f}".format)
+        image = heat_map(axes, *cells, low, most, colours)
         axes.set(xlabel=self.unit, title=title)
         figure.colorbar(image, ax=axes)
         return figure, sentence

@@ -234,13 +234,11 @@ def gains_picture(
     figure, grid = panels(len(titles), 1, 8.5, 0.75 + 0.34 * len(sources), more=0.6)
     most = float(np.abs(gains).max()) or 1.0
     for axes, values, title in zip(grid, gains, titles, strict=True):
-        heat_map(axes, values, "{:+.1f}".format, -most, most, DIFFERENCES)
+        heat_map(axes, values, sources, places, "{:+.1f}".format, -most, most, DIFFERENCES)
         for p, a in enumerate(values.argmax(0)):
             if values[a, p] > 0:
                 frame: dict[str, Any] = {"fill": False, "ec": COLOURS[6], "lw": 3}
                 axes.add_patch(Rectangle((p - 0.47, a - 0.45), 0.94, 0.9, **frame))
-        axes.set_xticks(range(len(places)), places, fontsize=9)
-        axes.set_yticks(range(len(sources)), sources, fontsize=9)
         axes.set_title(title, fontsize=10)
     return figure
 

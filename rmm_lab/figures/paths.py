@@ -71,20 +71,24 @@ def tidy(
 def heat_map(
     axes: Any,
     values: np.ndarray,
+    rows: Sequence[str],
+    columns: Sequence[Any],
     write: Callable[[float], str],
     low: float = 0.0,
     high: float = 1.0,
     colours: Any = COUNTS,
     fontsize: float = 9,
 ) -> Any:
-    """Draw an array (rows, columns) with ``write(value)`` in each cell; returns the image."""
+    """Draw an array (rows, columns) with names and ``write(value)`` in its cells; returns the image."""
     image = axes.imshow(values, cmap=colours, vmin=low, vmax=high, aspect="auto")
     for (y, x), value in np.ndenumerate(values):
-        if text := write(value):
+        if text := "–" if np.isnan(value) else write(value):
             *rgb, alpha = image.to_rgba(value)  # transparent where NaN
             dark = alpha and np.dot(rgb, (0.3, 0.59, 0.11)) < 0.5
             colour = "white" if dark else "black"
             axes.text(x, y, text, fontsize=fontsize, color=colour, **MIDDLE)
+    axes.set_xticks(range(len(columns)), columns, fontsize=9)
+    axes.set_yticks(range(len(rows)), map(short_name, rows), fontsize=9)
     return image
 
 
@@ -180,7 +184,10 @@ def _draw_path(
     top.set_title(title, fontsize=10)
     for i, step in enumerate(path):
         x, y = i % BOXES + 0.5, rows - 0.5 - i // BOXES
-        text = f"{_label(step)}\n{place_name(step.layer, stacks)}"
+        text = short_name(step.source).partition(":")[0].replace("_", "\n")
+        if step.scales:
+            text = "scales\n" + "/".join(f"{s:.2f}".replace("0.", ".") for s in step.scales)
+        text += f"\n{place_name(step.layer, stacks)}"
         draw_box(bottom, x, y, 0.84, text, look_of(step.source, sources))
     bottom.set(xlim=(-0.1, min(len(path), BOXES) + 0.1), ylim=(0, rows))
     bottom.set_axis_off()
@@ -220,12 +227,12 @@ def draw_map(
 
     (height, n_places), most = counts.shape, max(1.0, float(counts.max(initial=0)))
     size = 9 if np.array_equal(counts, np.round(counts)) else 7
-    heat_map(axes, counts, write, high=most, fontsize=size)
+    heat_map(axes, counts, names, (), write, high=most, fontsize=size)
     # Thin lines between the cells, so that two counted neighbours read as two choices.
     below = height + (len(names) > height)
     axes.vlines(np.arange(1, n_places) - 0.5, -0.5, height - 0.5, color="0.75", lw=0.5)
     axes.hlines(np.arange(1, below) - 0.5, -0.5, n_places - 0.5, color="0.75", lw=0.5)
-    _name_cells(axes, names, first, n_places, stacks)
+    _name_places(axes, first, n_places, stacks)
     axes.set_ylim(len(names) - 0.5, -0.5)
     if len(names) > height:  # over the cursor's frame
         x, y = (n_places - 1) / 2, (height + len(names) - 1) / 2
@@ -237,17 +244,14 @@ def draw_map(
         axes.get_xticklabels()[x].set(fontweight="bold", bbox={"fc": "white", "ec": COLOURS[1]})
 
 
-def _name_cells(
-    axes: Any, names: Sequence[str], first: int, n_places: int, stacks: Sequence[range]
-) -> None:
-    """Name the rows, and the columns: places from layer ``first`` on; a line separates two stacks."""
+def _name_places(axes: Any, first: int, n_places: int, stacks: Sequence[range]) -> None:
+    """Name the columns, places from layer ``first`` on; a line separates two stacks."""
     places = [place_name(k, stacks).removeprefix("layer ") for k in range(first, first + n_places)]
     crowded = len(stacks) == 2 and n_places > 8
     axes.set_xticks(range(n_places), places, fontsize=8 if crowded else 9)
     if crowded:
         axes.tick_params("x", rotation=90)
     axes.set_xlabel("layer", fontsize=9)
-    axes.set_yticks(range(len(names)), list(map(short_name, names)), fontsize=9)
     if len(stacks) == 2:
         axes.axvline(stacks[1].start - first - 0.5, color="0.4", lw=2)
 
@@ -384,13 +388,20 @@ def replay_picture(
     tidy(top, "", "episode", "mean score, %")
     top.margins(x=0.02)
     top.legend(fontsize=8, loc="lower right", ncols=3, bbox_to_anchor=(1, 1), frameon=False)
-    heat_map(left, policy.T, lambda p: f"{p:.1f}" if p >= 0.1 else "", fontsize=8)
+    heat_map(
+        left,
+        np.nan_to_num(policy.T),
+        actions,
+        (),
+        lambda p: f"{p:.1f}" if p >= 0.1 else "",
+        fontsize=8,
+    )
     for x in np.flatnonzero(np.isnan(policy).all(1)).tolist():
         hatched: dict[str, Any] = {"fc": "white", "ec": "0.4", "hatch": "xx", "lw": 0}
         left.add_patch(Rectangle((x - 0.5, -0.5), 1, len(actions), **hatched))
         y = (len(actions) - 1) / 2
         left.text(x, y, "not visited", rotation=90, fontsize=8, bbox=ON_WHITE, **MIDDLE)
-    _name_cells(left, actions, first, len(policy), agent_stacks)
+    _name_places(left, first, len(policy), agent_stacks)
     left.set_title(title, fontsize=10)
     draw_map(right, merging_map, actions, first, stacks)
     right.tick_params("y", labelleft=False)
@@ -407,10 +418,3 @@ def short_name(source: str) -> str:
     name, _, options = source.partition(":")
     leads = [o.partition("=")[2] for o in options.split(",") if o.startswith("expert=")]
     return f"{name} → {leads[0]}" if leads else source
-
-
-def _label(step: Step) -> str:
-    """A step's source in a few short lines."""
-    if step.scales:
-        return "scales\n" + "/".join(f"{s:.2f}".replace("0.", ".") for s in step.scales)
-    return short_name(step.source).partition(":")[0].replace("_", "\n")

@@ -50,10 +50,9 @@ def amounts_picture(groups: Mapping[str, Mapping[str, np.ndarray]]) -> Figure:
     figure, grid = panels(len(groups), 2, 4.75, 1.9)
     for axes, (group, experts) in zip(grid, groups.items(), strict=True):
         values = np.stack(list(experts.values()))  # (N, 1 + L)
-        heat_map(axes, values, lambda v: "" if np.isnan(v) else f"{v:.1f}".replace("0.", "."))
+        places = ["stem", *range(values.shape[1] - 1)]
+        heat_map(axes, values, list(experts), places, "{:.1f}".format)
         axes.set_title(group, fontsize=10)
-        axes.set_xticks(range(values.shape[1]), ["stem", *range(values.shape[1] - 1)], fontsize=9)
-        axes.set_yticks(range(len(experts)), list(experts), fontsize=9)
         axes.set_xlabel("layer", fontsize=9)
     return figure
 

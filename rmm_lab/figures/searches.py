@@ -245,13 +245,14 @@ def neighbours(path: Path, sources: Sequence[str]) -> list[list[Path]]:
 def one_place(rewards: np.ndarray, path: Path, sources: Sequence[str]) -> Figure:
     """Rewards (T, N+M) of a path's ``neighbours`` as a heat map; the path's sources have a frame."""
     figure, (axes,) = panels(1, 1, 1.6 + 1.3 * len(path), 1.3 + 0.5 * len(sources))
-    percent, taken = 100 * rewards.T, [list(sources).index(step.source) for step in path]
-    image = heat_map(axes, percent, "{:.1f}".format, percent.min(), percent.max(), "cividis")
-    for i, a in enumerate(taken):
+    percent, layers = 100 * rewards.T, [step.layer for step in path]
+    image = heat_map(
+        axes, percent, sources, layers, "{:.1f}".format, percent.min(), percent.max(), "cividis"
+    )
+    for i, step in enumerate(path):
+        a = list(sources).index(step.source)
         frame = Rectangle((i - 0.47, a - 0.47), 0.94, 0.94, fill=False, ec=COLOURS[1], lw=3)
         axes.add_patch(frame)
-    axes.set_xticks(range(len(path)), [str(step.layer) for step in path])
-    axes.set_yticks(range(len(sources)), sources)
     axes.set_xlabel("layer whose source is changed")
     figure.colorbar(image, ax=axes, label="reward, %")
     return figure
