@@ -31,28 +31,20 @@ ARROW = {"arrowstyle": "-|>", "lw": 2}
 # ------------------------------------------------------------------------------------ notebooks 00 and 01
 
 
-def walk_order(path: Path, sources: Sequence[str]) -> list[tuple[int, int]]:
-    """Where each step of a path is drawn: (column of the source, row of the layer), in order.
-
-    Raises InputError for a source that has no column.
-    """
-    for step in path:
-        if step.source not in sources:
-            raise InputError(
-                f"step {step}: expected one of {', '.join(sources)}; draw its source too"
-            )
-    return [(list(sources).index(step.source), step.layer) for step in path]
-
-
 def rmm_picture(
     path: Path, models: Sequence[str], operators: Sequence[str], n_layers: int
 ) -> Figure:
     """RMM in one picture: sources as columns of layers, the walk through them, the merged stack.
 
-    ``path``: an example without skip and back. After the paper's Fig. 2.
+    ``path``: an example without skip and back. After the paper's Fig. 2. Raises InputError for a step whose
+    source is neither a model nor an operator.
     """
     sources = [*models, *operators]
-    places = walk_order(path, sources)
+    for step in path:
+        if step.source not in sources:
+            known = ", ".join(sources)
+            raise InputError(f"step {step}: expected one of {known}; draw its source too")
+    places = [(sources.index(step.source), step.layer) for step in path]
     figure, (axes,) = panels(1, 1, 9.5, 4.6)
     centred = {"ha": "center", "fontsize": 9}
     for a, source in enumerate(sources):

@@ -88,7 +88,7 @@ def heat_map(
             colour = "white" if dark else "black"
             axes.text(x, y, text, fontsize=fontsize, color=colour, **MIDDLE)
     axes.set_xticks(range(len(columns)), columns, fontsize=9)
-    axes.set_yticks(range(len(rows)), map(short_name, rows), fontsize=9)
+    axes.set_yticks(range(len(rows)), list(map(short_name, rows)), fontsize=9)
     return image
 
 

@@ -31,23 +31,18 @@ def t_interval(values: Sequence[float] | np.ndarray) -> tuple[float, float]:
 Rows = Sequence[Mapping[str, Any]]  # a table; a DataFrame will do as well
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 TONES = (5, 1, 3, 6, 7, 2, 0)  # of COLOURS, for up to seven lines; black last
+ABOVE: dict[str, Any] = {"fontsize": 9, "loc": "outside upper center"}  # legends
 BESIDE: dict[str, Any] = {
     "fontsize": 9,
     "loc": "center left",
     "bbox_to_anchor": (1, 0.5),
-}  # a legend
+}
 LINES = ("-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1, 1, 1)), (0, (1, 3)))
 
 
 def line_look(i: int) -> dict[str, Any]:
     """Colour, marker and line style of line i; seven differ in all three."""
     return {"color": COLOURS[TONES[i % 7]], "marker": MARKERS[i % 7], "ls": LINES[i % 7], "ms": 5}
-
-
-def legend_above(figure: Figure, axes: Any, n_columns: int) -> None:
-    """The legend of one of the axes, above all of them."""
-    lines, labels = axes.get_legend_handles_labels()
-    figure.legend(lines, labels, fontsize=9, ncols=n_columns, loc="outside upper center")
 
 
 def diagnostics_picture(
@@ -71,7 +66,7 @@ def diagnostics_picture(
             axes.set_ylim(-0.03 * max(every), 1.1 * max(every))
         tidy(axes, title, "update")
     if len(runs) > 1:
-        legend_above(figure, grid[0], len(runs))
+        figure.legend(*grid[0].get_legend_handles_labels(), ncols=len(runs), **ABOVE)
     return figure
 
 
@@ -113,7 +108,7 @@ def searches_picture(rows: Rows) -> Figure:
             axes.fill_between(mean.index, over.min(), over.max(), color=look["color"], alpha=0.12)
             axes.plot(mean.index, mean, label=method, **look)
         tidy(axes, group, "evaluations", "reward split, %")
-    legend_above(figure, grid[0], 4)
+    figure.legend(*grid[0].get_legend_handles_labels(), ncols=4, **ABOVE)
     return figure
 
 
