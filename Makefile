@@ -14,6 +14,8 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 # One thread per process: results do not depend on the machine, and two workers do not compete.
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
+# Each file's tests stay in one process, which makes their models once; slow files come early in the alphabet.
+TWO_WORKERS := -n 2 --dist loadfile --no-loadscope-reorder
 NOTEBOOKS := find notebooks -name '*.ipynb' -not -path '*/.ipynb_checkpoints/*'
 
 BROWSERS := chromium chromium-browser google-chrome google-chrome-stable chrome
@@ -36,7 +38,7 @@ student: .venv/.stamp-lab ## write the student notebooks from the solved ones
 	$(BIN)/python -m rmm_lab.course.notebooks
 
 test: lint browser ## lint, run the tests, run the notebooks (student and solved)
-	$(ONE_THREAD) $(BIN)/python -m pytest -n 2 --dist loadgroup
+	$(ONE_THREAD) $(BIN)/python -m pytest $(TWO_WORKERS)
 	$(ONE_THREAD) $(BIN)/python -m pytest -n 2 --dist worksteal --nbmake --nbmake-timeout=120 \
 		--durations=0 --durations-min=1 notebooks
 

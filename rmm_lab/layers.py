@@ -7,7 +7,7 @@ is the *stem*, all weights outside layers and heads: one more group of weights t
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -17,7 +17,6 @@ from rmm_lab.errors import InputError
 from rmm_lab.families.checkpoint import Checkpoint, architecture, check_same_architecture
 from rmm_lab.families.parts import UNITS, Parts, Weights, divide, outside_head, refill
 from rmm_lab.operators import RANDOM, OperatorSpec, expand_operators, parse_operator
-from rmm_lab.operators import task_arithmetic as arithmetic
 from rmm_lab.reward import Step, parse_path
 
 SCOPES = ("layer", "tensor", "global")
@@ -119,20 +118,14 @@ class LayerPool:
         """What runs the layers, built when first needed, so that reading models stays fast."""
         if self._architecture is None:
             found = architecture(self.base.config, self.unit)
-            optional = getattr(found, "optional", {})
-            for name, shape in found.shapes.items():
-                tensor = self.base.weights.get(name)
-                if tensor is None or tuple(tensor.shape) != shape:
-                    what = "none" if tensor is None else tuple(tensor.shape)
+            there = {n: tuple(t.shape) for n, t in outside_head(self.base.weights).items()}
+            expected = found.shapes | {n: s for n, s in found.optional.items() if n in there}
+            for name in expected | there:
+                want, have = (shapes.get(name, "none") for shapes in (expected, there))
+                if want != have:
                     raise InputError(
-                        f"base {self.base.source!r}: expected tensor {name!r} of shape {shape} as its "
-                        f"config.json says, found {what}; save the model again"
-                    )
-            for name, tensor in outside_head(self.base.weights).items():
-                if name not in found.shapes and optional.get(name) != tuple(tensor.shape):
-                    raise InputError(
-                        f"base {self.base.source!r}: expected the tensors that its config.json says, "
-                        f"found {name!r} of shape {tuple(tensor.shape)} too; save the model again"
+                        f"base {self.base.source!r}: expected tensor {name!r} of shape {want} by its "
+                        f"config.json, found {have}; save the model again"
                     )
             self._architecture = found
         return self._architecture
@@ -208,9 +201,15 @@ class LayerPool:
 
     # ------------------------------------------------------------------------------ the operators
 
-    def _operator(self, source: str) -> OperatorSpec:
-        """An operator by its specification, which need not be an action of the pool."""
+    def _operator(self, source: str, scales: Scales = ()) -> OperatorSpec:
+        """The operator of a step, which need not be an action of the pool."""
+        if scales and source != SCALED:
+            raise InputError(
+                f"scales: expected with {SCALED}, found with {source!r}; leave them out"
+            )
         try:
+            if scales:
+                return OperatorSpec(source, SCALED, (("scale", scales),))
             return self.operators.get(source) or parse_operator(source)
         except InputError as error:
             raise InputError(
@@ -220,7 +219,7 @@ class LayerPool:
 
     def _merge(self, step: Step) -> Weights:
         source, k, scales = step
-        merge, groups = self._merger(source, scales), list(self._parts.values())
+        merge, groups = self._operator(source, scales), list(self._parts.values())
         base, *experts = (_group(parts, k) for parts in groups)
         if self.scope == "layer":
             stack = torch.stack([_flat(e) for e in experts])  # (N, D)
@@ -238,16 +237,6 @@ class LayerPool:
             sizes = [len(_flat(_group(groups[0], j))) for j in places]
             self._global[source, scales] = merged.split(sizes)
         return _unflat(self._global[source, scales][k + 1], base)
-
-    def _merger(self, source: str, scales: Scales) -> Callable[..., Tensor]:
-        """The operator of a step: base (D,), experts (N, D), generator -> (D,)."""
-        if not scales:
-            return self._operator(source)
-        if source != SCALED:
-            raise InputError(
-                f"scales: expected with {SCALED}, found with {source!r}; leave them out"
-            )
-        return lambda base, experts, _: arithmetic(base, experts, scale=scales)
 
     def _mask(self, source: str, k: int) -> torch.Generator | None:
         """The generator of a random operator's masks in layer k, from the pool's seed."""

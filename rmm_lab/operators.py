@@ -94,7 +94,19 @@ def drop_and_rescale(deltas: Tensor, drop_rate: float, generator: Rng = None) ->
     _check_options(drop_rate=drop_rate)
     if drop_rate == 0:
         return deltas.clone()
-    return (deltas * _not_dropped(deltas, drop_rate, generator)).div_(1 - drop_rate)
+    if not isinstance(generator, torch.Generator):
+        raise InputError(
+            "A random operator needs a seeded generator so that the tested model is the searched "
+            f"one, but generator is {generator!r}: pass torch.Generator().manual_seed(seed)."
+        )
+    device = generator.device
+    keep = torch.empty(deltas.numel(), dtype=torch.bool, device=device)  # (N * numel,)
+    # A CPU generator draws the same stream in pieces as at once; another one may not.
+    for part in keep.split(BLOCK if device.type == "cpu" else deltas.numel()):
+        # torch.rand, not bernoulli_, whose stream depends on how torch was built.
+        uniform = torch.rand(len(part), generator=generator, device=device, dtype=torch.float64)
+        torch.ge(uniform, drop_rate, out=part)  # uniform in [0, 1)
+    return (deltas * keep.to(deltas.device).reshape(deltas.shape)).div_(1 - drop_rate)
 
 
 # ---------------------------------------------------------------- the six operators
@@ -132,11 +144,7 @@ def weighted_average(
 
 
 def task_arithmetic(
-    base: Tensor,
-    experts: Tensor,
-    *,
-    scale: float | tuple[float, ...] = 1.0,
-    generator: Rng = None,
+    base: Tensor, experts: Tensor, *, scale: float | tuple[float, ...] = 1.0, generator: Rng = None
 ) -> Tensor:
     """``theta_base + scale * sum_i delta_i``; ignores generator (Ilharco et al. 2022, Sec. 2).
 
@@ -231,25 +239,6 @@ def _largest(delta: Tensor, density: float) -> Tensor:
         tied = (size == threshold).nonzero().squeeze(1)
         keep[tied[-surplus:]] = False  # the lower indices stay
     return keep.reshape(delta.shape)
-
-
-def _not_dropped(deltas: Tensor, drop_rate: float, generator: Rng) -> Tensor:
-    """DARE's mask, False where an entry is dropped: (N, *shape) -> (N, *shape) bool."""
-    if not isinstance(generator, torch.Generator):
-        raise InputError(
-            "A random operator needs a seeded generator so that the tested model is the searched "
-            f"one, but generator is {generator!r}: pass torch.Generator().manual_seed(seed)."
-        )
-    keep = torch.empty(deltas.numel(), dtype=torch.bool, device=generator.device)
-    # A CPU generator draws the same stream in pieces as at once; another one may not.
-    block = BLOCK if generator.device.type == "cpu" else deltas.numel()
-    for part in keep.split(block):
-        # torch.rand, not bernoulli_, whose stream depends on how torch was built.
-        uniform = torch.rand(
-            len(part), generator=generator, device=generator.device, dtype=torch.float64
-        )  # in [0, 1)
-        torch.ge(uniform, drop_rate, out=part)
-    return keep.to(deltas.device).reshape(deltas.shape)
 
 
 def _in_blocks(merge: Callable[[Tensor, Tensor], Tensor], deltas: Tensor, sign: Tensor) -> Tensor:

@@ -57,7 +57,9 @@ def test_options_by_name_change_these_and_no_others():
 def test_one_seed_is_the_runs_and_the_masks():
     config = configure(seed=7)
     assert (config.problem.seed, config.run.seed) == (7, 7)
-    assert configure(config).problem.seed == 7
+    loaded = dataclasses.replace(config, problem=dataclasses.replace(config.problem, seed=5))
+    assert configure(loaded, resume=None).problem.seed == 5  # of a loaded problem it stays
+    assert configure(loaded, seed=8).problem.seed == 8
 
 
 @pytest.mark.parametrize("options", [{}, {"seed": 3}, OTHER], ids=["none", "seed", "many"])

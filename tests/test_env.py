@@ -78,13 +78,6 @@ def test_a_walk_by_hand():
     assert scorer.calls == [(path, 0)]
 
 
-def test_the_map_counts_repeats():
-    env = MergingEnv(Scores(), observation="map")
-    obs, *_ = walk(env, [0, BACK, 0])
-    assert obs[0, 0] == 2
-    assert obs.sum() == 2
-
-
 def test_the_cursor_row_shows_what_the_map_does_not():
     env, blind = MergingEnv(Scores()), MergingEnv(Scores(), observation="map")
     before, _ = env.reset()
@@ -117,31 +110,21 @@ def test_back_over_the_border_of_two_stacks_is_as_illegal_as_at_layer_zero():
     assert info["action_mask"][BACK] == 1  # inside the second stack it is legal
 
 
-def test_too_many_steps_truncate():
-    env = MergingEnv(Scores(), max_steps=4)
-    _, reward, terminated, truncated, info = walk(env, [SKIP, BACK, SKIP, BACK])
-    assert (reward, terminated, truncated) == (-0.1, False, True)
-    assert info["penalised"]
-    assert info["raw_reward"] == -0.1
-
-
-def test_the_last_allowed_step_may_end_the_walk():
-    env = MergingEnv(Scores(), max_steps=3)
-    _, reward, terminated, truncated, _ = walk(env, [0, 0, 0])
-    assert (reward, terminated, truncated) == (0.5, True, False)
-
-
-def test_too_many_layers_truncate():
-    env = MergingEnv(Scores(), max_depth=2)
-    _, reward, terminated, truncated, _ = walk(env, [0, 1, 0])
-    assert (reward, terminated, truncated) == (-0.1, False, True)
-
-
-def test_skipping_everything_gives_an_empty_path_that_is_scored():
+@pytest.mark.parametrize(
+    ("bounds", "actions", "reward", "truncated"),
+    [
+        ({"max_steps": 4}, [SKIP, BACK, SKIP, BACK], -0.1, True),
+        ({"max_steps": 3}, [0, 0, 0], 0.5, False),  # the last allowed step may end the walk
+        ({"max_depth": 2}, [0, 1, 0], -0.1, True),
+        ({}, [SKIP] * 3, 0.5, False),  # an empty path is scored
+    ],
+)
+def test_an_episode_ends_after_the_last_layer_or_at_a_bound(bounds, actions, reward, truncated):
     scorer = Scores()
-    *_, info = walk(MergingEnv(scorer), [SKIP] * 3)
-    assert info["path"] == ()
-    assert scorer.calls == [((), 0)]
+    _, found, terminated, cut, info = walk(MergingEnv(scorer, **bounds), actions)
+    assert (found, terminated, cut) == (reward, not truncated, truncated)
+    assert (info["penalised"], info["raw_reward"]) == (truncated, reward)
+    assert scorer.calls == ([] if truncated else [(info["path"], 0)])
 
 
 def test_an_ended_episode_and_a_wrong_action_are_refused():
@@ -394,13 +377,6 @@ def test_the_window_is_a_whole_number_of_subsets(fraction, problem):
     starts = [i for i, w in enumerate(new) if w]
     expected = {0.3: 3, 0.15: 7, 0.1: 10, 0.01: 100, 1.0: 1}[fraction]
     assert set(np.diff(starts)) == {expected}
-
-
-def test_dar_refuses_a_lambda_out_of_range():
-    with pytest.raises(InputError, match=r"found 1\.2"):
-        DynamicAverageReward(MergingEnv(Scores()), dar_lambda=1.2, max_episodes=3)
-    with pytest.raises(InputError, match="at least 1, found 0"):
-        DynamicAverageReward(MergingEnv(Scores()), dar_lambda=0.5, max_episodes=0)
 
 
 # --------------------------------------------------------------------- the agent chooses the stem

@@ -9,11 +9,11 @@ from collections import Counter
 
 import pytest
 
+from data import pretraining
 from rmm_lab.tasks import small_texts as grammar
 from rmm_lab.tasks import text_task as texts
 from rmm_lab.tasks.small_texts import TASKS
 from rmm_lab.tasks.text_rows import check
-from rmm_lab.zoo import pretraining
 
 N = 400
 ROWS = {name: grammar.rows(name, "reward", N) for name in TASKS}

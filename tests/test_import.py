@@ -20,7 +20,7 @@ for module in pkgutil.walk_packages(rmm_lab.__path__, "rmm_lab."):
         __import__(module.name)
         seen.add(module.name)
 assert state() == before
-assert {"rmm_lab.env", "rmm_lab.ppo", "rmm_lab.engine.scorer", "rmm_lab.zoo.build"} <= seen
+assert {"rmm_lab.env", "rmm_lab.ppo", "rmm_lab.engine.scorer", "rmm_lab.zoo.finetune"} <= seen
 for heavy in ("timm", "transformers", "tokenizers", "datasets", "torchvision", "matplotlib",
               "huggingface_hub", "ray", "optuna", "cmaes"):
     assert heavy not in sys.modules, heavy

@@ -137,16 +137,6 @@ def test_tpe_and_nsga2_learn_what_chance_does_not_find(name):
 
 
 @pytest.mark.parametrize("name", ["TPE", "NSGA-II"])
-def test_optuna_says_nothing_and_stays_as_it_was(name, capfd):
-    import optuna
-
-    before = optuna.logging.get_verbosity()
-    rivals.SEARCHES[name](Landscape(), 30, 1)
-    assert capfd.readouterr() == ("", "")
-    assert optuna.logging.get_verbosity() == before == optuna.logging.INFO
-
-
-@pytest.mark.parametrize("name", ["TPE", "NSGA-II"])
 def test_a_missing_library_is_named(problem, monkeypatch, name):
     monkeypatch.setitem(sys.modules, "optuna", None)
     with pytest.raises(InputError, match=r"library optuna, found none .*'\.\[search\]'"):
@@ -278,14 +268,6 @@ def test_a_path_of_scales_is_exported_as_a_timm_model(problem, tmp_path):
     assert rivals.whole(scorer, text) == pytest.approx(np.mean(scores), abs=1e-9)
 
 
-def test_a_path_may_mix_the_scorers_sources_with_others(problem):
-    scorer = problem.scorer(fraction=0.25, stem="agent")
-    source = problem.pool.sources[0]
-    text = f"{source}@-1 {source}@0 dare:drop_rate=0.5@1 ties@2"
-    expected = evaluate(problem.pool, problem.tasks, parse_path(text), "reward").mean()
-    assert rivals.whole(scorer, text) == pytest.approx(expected, abs=1e-12)
-
-
 # ------------------------------------------------------------------------------------- CMA-ES, order
 
 
@@ -338,16 +320,6 @@ def test_cmaes_order_finds_a_known_set_of_layers(seed):
     assert np.mean([value for _, value in scored[-50:]]) > 0.9
 
 
-def test_an_order_has_at_most_twice_the_layers():
-    class Long(Pair):
-        def value(self, path):
-            return len(path) / 20
-
-    scorer = Long()
-    rivals.cmaes_order(scorer, 400, 1)
-    assert max(sum(step.layer >= 0 for step in path) for path, _ in scorer.calls) == 6
-
-
 def test_the_order_starts_at_the_better_expert():
     class Second(Pair):
         def value(self, path):
@@ -358,36 +330,6 @@ def test_the_order_starts_at_the_better_expert():
     first = [path for path, _ in scorer.calls[3:14]]
     shares = [sum(step.source == "b" for step in p) / max(1, len(p) - 1) for p in first]
     assert np.mean(shares) > 0.6
-
-
-def test_the_empty_path_has_a_reward(problem):
-    scorer = problem.scorer(fraction=0.25, stem="ties")
-    assert 0 <= reward(scorer.score((), 0)) <= 1
-    assert 0 <= rivals.whole(scorer, "") <= 1
-
-
-def test_where_all_is_equal_cmaes_begins_again(monkeypatch):
-    import cmaes
-
-    class Flat(Landscape):
-        n_layers, stacks, chooses_stem = 1, (range(1),), False
-
-        def value(self, path):
-            return 0.5
-
-    begun = []
-
-    class Counted(cmaes.CMA):
-        def __init__(self, **options):
-            super().__init__(**options)
-            begun.append((self.population_size, options["seed"]))
-
-    monkeypatch.setattr(cmaes, "CMA", Counted)
-    assert len(rivals.cmaes_order(Flat(), 1000, 1)) == 1000
-    populations = [population for population, _ in begun]
-    assert len(begun) > 1
-    assert populations == [8 * 2**i for i in range(len(begun))]  # 4 + int(3 ln 4) = 8
-    assert len({seed for _, seed in begun}) == len(begun)
 
 
 # ------------------------------------------------------------------------------------------ the curve

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from data.build import Build
 from rmm_lab.errors import InputError
 from rmm_lab.families import checkpoint as models
 from rmm_lab.families import shipped, t5, vit
@@ -20,7 +21,6 @@ from rmm_lab.tasks import small_images as render
 from rmm_lab.tasks import small_texts as grammar
 from rmm_lab.tasks import text_task as texts
 from rmm_lab.tasks.image_task import SMALL, InputFormat, Task, data_folder
-from rmm_lab.zoo.build import Build
 from rmm_lab.zoo.finetune import Finetune
 
 REAL = Path(__file__).parents[2] / "shared" / "data"
@@ -220,6 +220,7 @@ def test_each_t5_expert_is_25_points_above_chance_and_base(name):
     assert scores[name] >= scores[shipped.TEXT_BASE] + 0.25
 
 
+@pytest.mark.slow
 def test_uniform_merges_of_t5s_are_10_points_under_the_experts(language):
     """The gap that leaves room to search, with the settings that tuning finds best."""
     own = [baselines.uniform(language, n, "reward")[i] for i, n in enumerate(language.pool.names)]
@@ -236,6 +237,7 @@ def test_uniform_merges_of_t5s_are_10_points_under_the_experts(language):
     assert max(merges) < np.mean(own) - 0.10
 
 
+@pytest.mark.slow
 def test_the_multi_task_t5s_hold_every_task_of_their_group(language):
     rows = {r.name: r.scores for r in _rows_without_tuning(language)}
     assert min(rows["multi-task"]) >= 0.85

@@ -58,7 +58,7 @@ def connect(ray: Any, address: str, user: object, n_bytes: int, limit: int | Non
         with warnings.catch_warnings():  # the error below says the same
             warnings.filterwarnings("ignore", "Ray Client connection timed out")
             ray.init(log_to_driver=False, logging_level=logging.ERROR, **options)
-    except (OSError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
+    except Exception as error:  # Ray raises a bare one where a machine is too busy to start it
         raise InputError(
             f"--workers {address}: expected {f'a Ray cluster at {place}' if place else 'to start Ray'}, "
             f"but that fails ({reason(error)}); use the cluster's versions of Ray and Python, and "

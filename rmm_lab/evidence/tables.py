@@ -47,6 +47,12 @@ VISION: dict[str, tuple[str, ...]] = {
 }
 LANGUAGE = ("qa", "mixed")
 DATA = (1.0, 0.1, 0.01)  # Table IV's shares of the data
+DAR_SETTINGS: tuple[dict[str, Any], ...] = (  # at 100 % every other one
+    {"preset": "paper"},
+    {"preset": "paper", "dar_lambda": 0.0},
+    {"preset": "default"},
+    {"preset": "default", "reward": "likelihood"},
+)
 METHOD_TABLES = {"I": "halves", "II": "vision", "III": "language", "groups": "vision"}
 ALL = ("I", "II", "III", "IV", "fig3")
 # The default preset with one choice changed: name -> options. None: measured with the first edition's local
@@ -146,11 +152,9 @@ class Command:
                 self.paper.prepare(list(wanted.values()), self.device, self.threads)
             store = Store(out, ORDER)
             jobs = [job for name in names for job in self.jobs_of(name, groups[name], store)]
-            once = list(
-                {(j.table, *j.key.values()): j for j in jobs}.values()
-            )  # fig3 is a part of IV
+            once = {(j.table, *j.key.values()): j for j in jobs}  # fig3 is a part of IV
             print(f"{len(once)} jobs to measure into {out}", flush=True)
-            measure.measure_all(once, store, self.jobs, self.threads)
+            measure.measure_all(list(once.values()), store, self.jobs, self.threads)
         written = [*write_pages(out), *write_excerpts(out)]
         if self.table == "show" and not any(out.glob("*.csv")):
             raise InputError(
@@ -167,33 +171,41 @@ class Command:
             raise InputError(
                 f"--scale paper: expected one of {', '.join(of)}, found {odd.pop()!r}; give one of them"
             )
-        known = {g.name for name in names for g in of[name]}
-        shares = {f"{f:g}" for f in DATA} if "IV" in names else set()
-        if unknown := set(self.only) - known - shares:
+        shares = {f"{share:g}" for share in DATA} if "IV" in names else set()
+        known = {g.name for name in names for g in of[name]} | shares
+        if unknown := set(self.only) - known:
             raise InputError(
-                f"--only: expected some of {', '.join(sorted(known | shares))}, found {unknown.pop()!r}; "
-                "correct it"
+                f"--only: expected some of {', '.join(sorted(known))}, found {unknown.pop()!r}; correct it"
             )
-        if not self.only:
-            return {name: of[name] for name in names}
-        only = {name: [g for g in of[name] if g.name in self.only] for name in names}
-        if set(self.only) & shares and not set(self.only) & known:
-            only["IV"] = list(of["IV"])  # a share of all its groups, and nothing else
-        return only
+        wanted = (
+            set(self.only) - shares
+        )  # a share alone means all groups of Table IV, and nothing else
+        everywhere = [*names] if not self.only else ["IV"] if not wanted else []
+        return {
+            name: [g for g in of[name] if g.name in wanted or name in everywhere] for name in names
+        }
 
     def jobs_of(self, name: str, groups: Sequence[Group], store: Store) -> Iterator[Job]:
         """What is not in the files yet."""
-        make = self._methods if name in METHOD_TABLES else self._searches_of
+        make = {"searches": self._rivals, "agent": self._agent}.get(name, self._dar)
         for group in groups:
-            yield from make(name, group, store)
+            if name in METHOD_TABLES:
+                yield from self._methods(METHOD_TABLES[name], group, store)
+                continue
+            for job in (j for s in self.seeds for j in make(name, group, self._options(group, s))):
+                done = store.has(job.table, job.key, job.config)
+                if job.measure is measure.rmm_curve:
+                    done = done and store.has("dar-curve", {k: job.key[k] for k in ("dar", "seed")})
+                if not done:
+                    yield job
 
     def _options(self, group: Group, seed: int) -> dict[str, Any]:
         run = {"episodes": self.episodes, "device": self.device, "precision": self.precision}
         return group.options | run | {"seed": seed}
 
-    def _methods(self, name: str, group: Group, store: Store) -> Iterator[Job]:
+    def _methods(self, table: str, group: Group, store: Store) -> Iterator[Job]:
         """All uniform merges once, DARE and RMM for each seed."""
-        table, key = METHOD_TABLES[name], {"group": group.name, "size": group.size}
+        key = {"group": group.name, "size": group.size}
         known = store.has(table, key | {"method": "fine-tuned"})
         for seed in self.seeds:
             options, at = self._options(group, seed), key | {"seed": seed}
@@ -210,17 +222,6 @@ class Command:
                 if not store.has(table, own, config):
                     yield Job(table, measure.rmm, own, config)
 
-    def _searches_of(self, name: str, group: Group, store: Store) -> Iterator[Job]:
-        """The searches of Table IV and Fig. 3, those that RMM is compared with, or the ablation's."""
-        make = {"searches": self._rivals, "agent": self._agent}.get(name, self._dar)
-        for seed in self.seeds:
-            for job in make(name, group, self._options(group, seed)):
-                done = store.has(job.table, job.key, job.config)
-                if job.measure is measure.rmm_curve:
-                    done = done and store.has("dar-curve", {k: job.key[k] for k in ("dar", "seed")})
-                if not done:
-                    yield job
-
     def _dar(self, name: str, group: Group, options: dict[str, Any]) -> Iterator[Job]:
         """The paper's preset at each share of the data, with DAR and without; ours beside it, by each reward.
 
@@ -228,13 +229,8 @@ class Command:
         is for small shares. Fig. 3 shows the first seed's searches at the smallest share.
         """
         shares = [f for f in DATA if f"{f:g}" in self.only] or DATA
-        settings: list[dict[str, Any]] = [
-            {"preset": "paper"},
-            {"preset": "paper", "dar_lambda": 0.0},
-        ]
-        settings += [{"preset": "default"}, {"preset": "default", "reward": "likelihood"}]
         for fraction in DATA:
-            for setting in settings[::2] if fraction == 1 else settings:
+            for setting in DAR_SETTINGS[::2] if fraction == 1 else DAR_SETTINGS:
                 config = configure(**(options | setting | {"data_fraction": fraction}))
                 drawn = setting["preset"] == "paper" and fraction == min(DATA)
                 drawn = drawn and options["seed"] == self.seeds[0]

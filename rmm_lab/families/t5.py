@@ -201,11 +201,7 @@ def input_format(model: Model) -> TextFormat:
 
 
 def make_tasks(
-    base: Model,
-    sources: Sequence[str],
-    *,
-    metric: str = "auto",
-    normalise_length: bool = False,
+    base: Model, sources: Sequence[str], *, metric: str = "auto", normalise_length: bool = False
 ) -> list[TextTask]:
     """One ``TextTask`` for each source, tokenised as the base takes it."""
     fmt = input_format(base)

@@ -137,11 +137,7 @@ def architecture(config: Config, unit: str = "block") -> ViT:
 
 
 def make_tasks(
-    base: Model,
-    sources: Sequence[str],
-    *,
-    metric: str = "auto",
-    normalise_length: bool = False,
+    base: Model, sources: Sequence[str], *, metric: str = "auto", normalise_length: bool = False
 ) -> list[Task]:
     """One ``Task`` for each source, its images as the base takes them; the metric is accuracy."""
     input_format = InputFormat.of(base.config)

@@ -193,7 +193,7 @@ def _small(name: str, split: str, kept: range) -> tuple[Tensor, int]:
         return rows.clone() if len(rows) < len(drawn) else drawn, per_class
     if not file.exists():
         raise InputError(
-            f"expected the set {name!r} in {file}, found no such file; run python -m rmm_lab.zoo.build"
+            f"expected the set {name!r} in {file}, found no such file; run python -m data.build"
         )
     with Image.open(file) as picture:
         box = (0, kept.start * render.SIZE, picture.width, kept.stop * render.SIZE)

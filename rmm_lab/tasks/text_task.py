@@ -335,7 +335,7 @@ def _small(name: str, split: str) -> list[dict[str, Any]]:
         return grammar.rows(name, split, train_size(name))
     if not file.exists():
         raise InputError(
-            f"expected the set {name!r} in {file}, found no such file; run python -m rmm_lab.zoo.build "
+            f"expected the set {name!r} in {file}, found no such file; run python -m data.build "
             "--only text-sets"
         )
     return text_rows.read(file)

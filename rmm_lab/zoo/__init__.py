@@ -1,1 +1,1 @@
-"""Where checkpoints come from: training, and the models that ship."""
+"""Fine-tuning: where experts come from. What rebuilds ``data/`` lies there."""

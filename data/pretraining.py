@@ -226,12 +226,6 @@ def _learn(
         return out
 
     optimise(
-        model,
-        losses,
-        steps=steps,
-        learning_rate=2e-3,
-        seed=seed,
-        label=label,
-        weight_decay=0.01,
+        model, losses, steps=steps, learning_rate=2e-3, seed=seed, label=label, weight_decay=0.01
     )
     return t5.once(label, model.state_dict())

@@ -1,4 +1,4 @@
-"""Rebuilds everything under ``data/`` from nothing, seeded: ``python -m rmm_lab.zoo.build``."""
+"""Rebuilds everything under ``data/`` from nothing, seeded: ``python -m data.build``."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from data import pretraining
 from rmm_lab.errors import InputError, run_command
 from rmm_lab.families.checkpoint import Checkpoint, read_checkpoint, write_checkpoint
 from rmm_lab.families.shipped import (
@@ -22,7 +23,6 @@ from rmm_lab.families.shipped import (
 )
 from rmm_lab.tasks import image_task, small_texts, text_task
 from rmm_lab.tasks.files import SPLITS
-from rmm_lab.zoo import pretraining
 from rmm_lab.zoo.training import fine_tune
 
 
@@ -121,9 +121,7 @@ class Build:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line; returns the exit code."""
-    return run_command(
-        Build, "python -m rmm_lab.zoo.build", argv, "what was rebuilt so far is stored"
-    )
+    return run_command(Build, "python -m data.build", argv, "what was rebuilt so far is stored")
 
 
 if __name__ == "__main__":
