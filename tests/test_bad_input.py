@@ -724,6 +724,7 @@ def test_help_loads_no_large_library():
     assert "--data-fraction" in done.stdout
 
 
+@pytest.mark.slow
 def test_interrupted_and_resumed(own):
     """Ctrl-C after the first update: exit code 130, and the command that it prints works."""
     process = subprocess.Popen(

@@ -93,14 +93,14 @@ def test_experts_that_do_not_differ_in_a_layer_share_it(tiny, same, expected):
 def test_paths_of_scales_score_as_their_models(problem, workers):
     """Several at once and one after another, with layers that are forgotten in between."""
     rng = np.random.default_rng(1)
-    paths = [path_of_scales(x, range(-1, 3)) for x in rng.random((5, 8))]
+    paths = [path_of_scales(x, range(-1, 3)) for x in rng.random((9, 8))]
     scorer = problem.scorer(fraction=1.0, workers=workers)
-    scorer.prefetch([(path, None) for path in paths[:4]])
+    scorer.prefetch([(path, None) for path in paths[:6]])
     found = [reward(scorer.score(path)) for path in paths]
     scorer.close()
     expected = [evaluate(problem.pool, problem.tasks, p, "reward").mean() for p in paths]
     assert found == pytest.approx(expected, abs=1e-12)
-    assert len(set(found)) > 2
+    assert len(set(found)) > 1
 
 
 # ------------------------------------------------------------------------------------------ CMA-ES

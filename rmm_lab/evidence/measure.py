@@ -131,9 +131,8 @@ class Store:
     def _rank(self, column: pd.Series) -> pd.Series:
         if column.name == "method":  # experts stay in the order in which they were measured
             column = column.mask(kind_of(column) == "expert", BEST_EXPERT)
-        known = ORDER | dict(self.order)
-        values = [*known.get(str(column.name), ()), *sorted(set(column))]
-        values = list(dict.fromkeys(values))
+        known = (ORDER | dict(self.order)).get(str(column.name), ())
+        values = dict.fromkeys([*known, *sorted(set(column))])
         return column.map({value: i for i, value in enumerate(values)})
 
 

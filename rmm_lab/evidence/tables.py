@@ -104,7 +104,9 @@ def kit_groups() -> Groups:
 
 
 @dataclass
-class Command:  # its help is the text at the top of this file
+class Command:
+    """Measure a table, or go on with it, and write its page and figure."""
+
     table: Literal["I", "II", "III", "IV", "fig3", "searches", "groups", "agent", "all", "show"]
     """Which one; the list above says what each holds."""
     scale: Literal["kit", "paper"] = "kit"
