@@ -138,9 +138,9 @@ class Store:
 
 def _search_of(config: Any) -> dict[str, Any]:
     """The options that all searches of one mean share."""
-    options = {name: value for part in config.stored().values() for name, value in part.items()}
     elsewhere = ("seed", "device", "experts", "base", "images", "texts", "multi_task")
-    return {name: value for name, value in options.items() if name not in elsewhere}
+    options = (option for part in config.stored().values() for option in part.items())
+    return {name: value for name, value in options if name not in elsewhere}
 
 
 def _under_every_seed(rows: pd.DataFrame) -> pd.DataFrame:
@@ -154,10 +154,8 @@ def _under_every_seed(rows: pd.DataFrame) -> pd.DataFrame:
 def commit() -> str:
     """The commit that measures, with a + where files differ from it; empty outside a repository."""
     command = ["git", "describe", "--always", "--dirty=+", "--exclude=*"]
-    done = subprocess.run(
-        command, capture_output=True, text=True, cwd=Path(__file__).parent, check=False
-    )
-    return done.stdout.strip()
+    here = Path(__file__).parent
+    return subprocess.run(command, capture_output=True, text=True, cwd=here).stdout.strip()
 
 
 # ---------------------------------------------------------------------------------- what is measured
@@ -165,9 +163,7 @@ def commit() -> str:
 
 def load(config: Config) -> Problem:
     """What the config names, as ``train`` loads it, to be scored on its device."""
-    problem = problem_of(config.problem)
-    problem.device = config.run.device
-    return problem
+    return replace(problem_of(config.problem), device=config.run.device)
 
 
 def cells(problem: Problem, row: uniform.Row) -> dict[str, Any]:
@@ -178,10 +174,16 @@ def cells(problem: Problem, row: uniform.Row) -> dict[str, Any]:
     return out | {"by_task": by_task, "reward_split": np.nan, "path": "", "seconds": np.nan}
 
 
-def chosen(problem: Problem, name: str, setting: str, path: Steps, reward: float) -> dict[str, Any]:
-    """The row of a search's path: its score on the test split; ``reward`` in [0, 1] on the reward split."""
-    row = cells(problem, uniform.path_row(problem, name, setting, path))
-    return row | {"reward_split": round(100 * reward, 2), "path": path_text(path)}
+def chosen(job: Job, problem: Problem, start: float, path: Steps, reward: float) -> dict[str, Any]:
+    """The row of a search's path: its score on the test split; ``reward`` in [0, 1] on the reward split.
+
+    ``start``: when the search began; its seconds end here.
+    """
+    seconds, name = round(time.perf_counter() - start, 1), job.key.get("method", "RMM")
+    what = "evaluations" if name in rivals.SEARCHES else "episodes"
+    row = uniform.path_row(problem, name, f"{job.config.run.episodes} {what}", path)
+    found = {"reward_split": round(100 * reward, 2), "path": path_text(path), "seconds": seconds}
+    return cells(problem, row) | found
 
 
 def uniform_merges(job: Job) -> Measured:
@@ -202,10 +204,7 @@ def _rmm(job: Job, problem: Problem) -> tuple[dict[str, Any], Result]:
         task.split("reward")
     start = time.perf_counter()
     result = train(job.config, problem, table=False)
-    seconds = round(time.perf_counter() - start, 1)
-    name, setting = job.key.get("method", "RMM"), f"{job.config.run.episodes} episodes"
-    row = chosen(problem, name, setting, result.path.path, result.reward)
-    return row | {"seconds": seconds}, result
+    return chosen(job, problem, start, result.path.path, result.reward), result
 
 
 def rmm(job: Job) -> Measured:
@@ -236,10 +235,7 @@ def search(job: Job) -> Measured:
         ranked = rank(scorer, candidates(scored, run.finalists, scored.answers))
         # Of equal ones the last by name, as in the rows that ship.
         best = max(ranked, key=lambda r: (r["reward"], path_text(r["path"])))
-        seconds = round(time.perf_counter() - start, 1)
-        setting = f"{run.episodes} evaluations"
-        row = chosen(problem, method, setting, best["path"], best["reward"])
-        row["seconds"] = seconds
+        row = chosen(job, problem, start, best["path"], best["reward"])
     curve = list(rivals.curve_of(scorer, scored))
     curve[-1]["reward_split"] = row["reward_split"]  # what is chosen in the end
     scorer.close()
@@ -250,11 +246,10 @@ def measure(job: Job) -> dict[str, pd.DataFrame]:
     """The rows of a job, each with its key and its config."""
     out = {}
     for name, rows in job.measure(job).items():
-        last = {"episodes": job.config.run.episodes, "config": json.dumps(describe(job.config))}
-        if name != job.table:
-            del last["config"]  # that of the row in the job's own table
         key = {k: v for k, v in job.key.items() if k in KEYS[name]}
-        table = pd.DataFrame(rows).assign(**key, **last)
+        table = pd.DataFrame(rows).assign(**key, episodes=job.config.run.episodes)
+        if name == job.table:
+            table["config"] = json.dumps(describe(job.config))
         out[name] = table[list(dict.fromkeys([*KEYS[name], *table]))]
     return out
 

@@ -93,14 +93,10 @@ def kit_groups() -> Groups:
         for size, prefix in SIZES.items()
         for name in SETS
     ]
-    pair, three = vision[:1], vision[3]
+    pair, agent = vision[:1], [vision[0], language[0]]
     papers = {"I": halves, "II": pair, "III": language, "IV": pair, "fig3": pair}
-    ours = {
-        "groups": vision[1:],
-        "searches": [*pair, three, *language],
-        "agent": [*pair, language[0]],
-    }
-    return papers | ours
+    searches = [*pair, vision[3], *language]
+    return papers | {"groups": vision[1:], "searches": searches, "agent": agent}
 
 
 @dataclass

@@ -135,11 +135,7 @@ def start_of(scorer: Any, episodes: Sequence[Mapping[str, Any]]) -> Path:
     Where no legal episode did: the first expert, everywhere.
     """
     places = list(places_of(scorer))
-    whole = [
-        (path, reward)
-        for path, reward in legal(episodes)
-        if [step.layer for step in parse_path(path)] == places
-    ]
+    whole = [s for s in legal(episodes) if [step.layer for step in parse_path(s[0])] == places]
     best = shortlist(whole, 1)
     return parse_path(best[0]) if best else tuple(Step(scorer.sources[0], k) for k in places)
 

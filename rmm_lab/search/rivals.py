@@ -17,6 +17,7 @@ worse on average.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import cache
 from itertools import cycle, repeat
 from typing import Any
 
@@ -285,9 +286,7 @@ def curve_of(
     Yields ``evaluations`` and ``reward_split`` in %; the path is the first of the ``shortlist``. These scores
     serve the plot, and no search sees them; a path that is chosen several times is scored once.
     """
-    seen: dict[str, float] = {}
+    worth = cache(lambda text: whole(scorer, text))
     for n in sorted({*range(every, len(scored), every), len(scored)}):
-        best = shortlist(scored[:n], 1)[0]
-        if best not in seen:
-            seen[best] = whole(scorer, best)
-        yield {"evaluations": n, "reward_split": round(100 * seen[best], 2)}
+        [best] = shortlist(scored[:n], 1)
+        yield {"evaluations": n, "reward_split": round(100 * worth(best), 2)}
