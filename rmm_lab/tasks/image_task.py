@@ -23,13 +23,12 @@ from rmm_lab.tasks.image_folder import InputFormat, Listing, Pictures
 from rmm_lab.tasks.metrics import mean_of
 
 HALVES = ("first", "second")  # of a set's classes: NAME:first and NAME:second
-_TEXTURE_NAMES = list(render.TEXTURES)
 # name -> (class names, images per class in train, reward, test)
 SMALL: dict[str, tuple[list[str], tuple[int, int, int]]] = {
     "digits": (list("0123456789"), (54, 60, 60)),
     "letters": (list(render.LETTERS), (150, 48, 77)),
     "symbols": (list(render.SYMBOLS), (150, 50, 83)),
-    "textures": (_TEXTURE_NAMES, (250, 75, 125)),
+    "textures": (list(render.TEXTURES), (250, 75, 125)),
 }
 
 
@@ -163,22 +162,6 @@ def _half(source: str, half: str, n: int) -> range:
 def sheet_file(name: str, split: str) -> Path:
     """The PNG sheet of a split: a row for each class, a column for each of its images."""
     return data_folder() / "sets" / f"{name}-{split}.png"
-
-
-def write_sheet(name: str, split: str) -> Path:
-    """Draw a split and store it as a 4-bit grey PNG under ``data/sets``."""
-    from PIL import Image
-
-    per_class = SMALL[name][1][SPLITS.index(split)]
-    images = render.render(name, split, per_class)  # (classes * per_class, 1, 28, 28)
-    rows = images.view(-1, per_class, render.SIZE, render.SIZE).permute(0, 2, 1, 3)
-    sheet = rows.reshape(-1, per_class * render.SIZE).numpy()  # (classes * 28, per_class * 28)
-    picture = Image.fromarray(sheet // 17, mode="P")
-    picture.putpalette([17 * i for i in range(16) for _ in "rgb"])
-    file = sheet_file(name, split)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    picture.save(file, bits=4, optimize=True)
-    return file
 
 
 def _small(name: str, split: str, kept: range) -> tuple[Tensor, int]:

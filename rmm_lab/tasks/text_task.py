@@ -22,7 +22,7 @@ from rmm_lab.errors import InputError
 from rmm_lab.tasks import small_texts as grammar
 from rmm_lab.tasks import text_formats as formats
 from rmm_lab.tasks import text_rows
-from rmm_lab.tasks.files import SPLITS, data_folder, write_file
+from rmm_lab.tasks.files import SPLITS, data_folder
 from rmm_lab.tasks.metrics import mean_of
 
 # Rows of the small tasks in reward and test; the train split is made when something asks for it.
@@ -318,15 +318,6 @@ def train_size(name: str) -> int:
 def rows_file(name: str, split: str) -> Path:
     """The jsonl of a split that ships."""
     return data_folder() / "sets" / f"{name}-{split}.jsonl"
-
-
-def write_rows(name: str, split: str) -> Path:
-    """Make a split and store it as jsonl under ``data/sets``."""
-    file = rows_file(name, split)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    lines = [json.dumps(row) for row in grammar.rows(name, split, SIZES[split])]
-    write_file(file, ("\n".join(lines) + "\n").encode())
-    return file
 
 
 def _small(name: str, split: str) -> list[dict[str, Any]]:
