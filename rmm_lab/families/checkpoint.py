@@ -86,17 +86,17 @@ def _from_hub(source: str) -> Path:
     from huggingface_hub import HfApi, snapshot_download
 
     files = [*_FILES, *(name for family in FAMILIES.values() for name in family.FILES)]
-    where: dict[str, Any] = {"repo_id": repository, "revision": revision or None}
+    which: dict[str, Any] = {"revision": revision or None, "allow_patterns": files}
     try:
         try:
-            folder = str(snapshot_download(**where, allow_patterns=files, local_files_only=True))
+            folder = str(snapshot_download(repository, **which, local_files_only=True))
             cached = _is_whole(Path(folder))  # another program may have cached a part of it
         except OSError:
             cached = False
         if not cached:
             # One cheap question first: snapshot_download itself retries for minutes without a network.
-            HfApi().model_info(**where, timeout=2)
-            folder = str(snapshot_download(**where, allow_patterns=files))
+            HfApi().model_info(repository, revision=which["revision"], timeout=2)
+            folder = str(snapshot_download(repository, **which))
     except Exception as error:  # whatever the network stack raises, the user needs one sentence
         raise InputError(
             f"model {source!r}: expected the hub or a copy in its cache, found neither "

@@ -98,7 +98,7 @@ def canonical(source: str, config: Config, weights: Weights) -> Weights:
                 f"{config[key]!r}; save the model with transformers again"
             )
     out = once(source, weights)
-    counts = [len(stack) for stack in split(out).stacks]
+    counts = [len({n.split(".")[2] for n in out if n.startswith(f"{s}.block.")}) for s in STACKS]
     if not 0 <= (start := _start(config)) < len(out["shared.weight"]):
         raise InputError(
             f"model {source!r}: expected 'decoder_start_token_id' in its config.json to be one of its "

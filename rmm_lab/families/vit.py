@@ -56,7 +56,10 @@ def canonical(source: str, config: Config, weights: Weights) -> Weights:
                 f"model {source!r}: expected {key!r} in its config.json to be {what}, found "
                 f"{config[key]!r}; save the model with timm again"
             )
-    if not split(weights).layers or "patch_embed.proj.weight" not in weights:
+    if (
+        not any(n.startswith("blocks.0.") for n in weights)
+        or "patch_embed.proj.weight" not in weights
+    ):
         raise InputError(
             f"model {source!r}: expected a timm VisionTransformer (patch_embed, blocks.0, ...), found "
             f"architecture {config['architecture']!r} with other weights; other families are not "
