@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import zip_longest
 from pathlib import Path
 
 import numpy as np
@@ -105,9 +106,8 @@ class Task:
                 labels = torch.arange(len(self.classes)).repeat_interleave(per_class)
                 self._splits[name] = Split(_fit(pixels, self.format), labels)
             else:
-                files = self._files[name]
-                labels = torch.tensor([label for _, label in files])
-                self._splits[name] = Split(images.read([f for f, _ in files], self.format), labels)
+                files, numbers = zip(*self._files[name], strict=True)
+                self._splits[name] = Split(images.read(files, self.format), torch.tensor(numbers))
         return self._splits[name]
 
     def batch(self, name: str, rows: np.ndarray | slice) -> Tensor:
@@ -125,18 +125,14 @@ class Task:
                 f"expert {source!r}: expected a head of {len(self.classes)} classes as in images "
                 f"{self.source!r}, found {num_classes}; give experts and images in the same order"
             )
-        if label_names is not None and list(label_names) != self.classes:
-            if len(label_names) != len(self.classes):
+        names = self.classes if label_names is None else label_names
+        for i, (want, have) in enumerate(zip_longest(self.classes, names)):
+            if want != have:
                 raise InputError(
-                    f"expert {source!r}: expected {len(self.classes)} label_names in its config.json as "
-                    f"in images {self.source!r}, found {len(label_names)}; correct them"
+                    f"expert {source!r}: expected class {i} to be {want!r} as in images {self.source!r}, "
+                    f"found {have!r}; give experts and images in the same order, or correct label_names in "
+                    "its config.json"
                 )
-            first = next(i for i, c in enumerate(self.classes) if label_names[i] != c)
-            raise InputError(
-                f"expert {source!r}: expected class {first} to be {self.classes[first]!r} as in images "
-                f"{self.source!r}, found {label_names[first]!r}; give experts and images in the same "
-                "order, or correct label_names in its config.json"
-            )
 
 
 def _halved(source: str) -> tuple[str, str]:
