@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import hypothesis
 import numpy as np
 import pytest
 import torch
@@ -29,14 +30,27 @@ TINY = {
 }
 
 
+hypothesis.settings.load_profile("ci")  # no deadline, and the same examples on every run
+
+
 @pytest.fixture(autouse=True, scope="session")
 def _one_thread() -> None:
     torch.set_num_threads(1)
 
 
+@pytest.fixture(autouse=True)
+def _random_state():
+    """No test depends on the draws of another."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        yield
+
+
 def random_weights(seed: int, *, num_classes: int = N_CLASSES, depth: int = 3) -> Weights:
     """Weights of a tiny ViT, large enough that layers and sources make a difference."""
-    model = vit.create(TINY, depth=depth, num_classes=num_classes)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = vit.create(TINY, depth=depth, num_classes=num_classes)
     g = torch.Generator().manual_seed(seed)
     return {k: v + 0.3 * torch.randn(v.shape, generator=g) for k, v in model.state_dict().items()}
 

@@ -12,7 +12,6 @@ import os
 import re
 import secrets
 import shutil
-import socket
 import subprocess
 import sys
 import time
@@ -79,27 +78,22 @@ def lab(tmp_path_factory) -> Iterator[tuple[str, Path]]:
     app = {"expose_app_in_browser": True, "news_url": None}
     app["check_for_updates_class"] = "jupyterlab.NeverCheckForUpdate"
     (config / "jupyter_lab_config.json").write_text(json.dumps({"LabApp": app}))
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     token = secrets.token_hex(16)
     command = [sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root"]
-    command += [
-        "--ServerApp.ip=127.0.0.1",
-        f"--ServerApp.port={port}",
-        "--ServerApp.port_retries=0",
-    ]
+    command += ["--ServerApp.ip=127.0.0.1", "--ServerApp.port=0"]  # any free port
     command += [f"--IdentityProvider.token={token}", f"--ServerApp.root_dir={served}"]
     log = (home / "log").open("w")
     server = subprocess.Popen(command, env=env, cwd=served, stdout=log, stderr=log)
-    address = f"http://127.0.0.1:{port}"
     try:
         deadline = time.monotonic() + LIMIT / 1000
         while True:
             text = (home / "log").read_text()[-3000:]
             assert server.poll() is None, f"JupyterLab ended: {text}"
             assert time.monotonic() < deadline, f"JupyterLab did not start: {text}"
-            with contextlib.suppress(OSError):
+            # Where the server listens is in its runtime file, which is not written in one go.
+            with contextlib.suppress(OSError, ValueError):
+                file = home / "RUNTIME_DIR" / f"jpserver-{server.pid}.json"
+                address = f"http://127.0.0.1:{json.loads(file.read_text())['port']}"
                 urllib.request.urlopen(f"{address}/api?token={token}", timeout=5).close()
                 break
             time.sleep(0.1)
@@ -110,6 +104,7 @@ def lab(tmp_path_factory) -> Iterator[tuple[str, Path]]:
             server.wait(30)
         except subprocess.TimeoutExpired:
             server.kill()
+            server.wait(30)
         log.close()
 
 

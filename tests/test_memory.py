@@ -292,7 +292,9 @@ def test_freed_memory_is_used_again():
         command = [sys.executable, "-c", FAULTS, how]
         # glibc moves its thresholds by itself, now and then far enough for so plain a case: not here.
         env = os.environ | {"MALLOC_MMAP_THRESHOLD_": "131072", "MALLOC_TRIM_THRESHOLD_": "131072"}
-        done = subprocess.run(command, env=env, capture_output=True, text=True, check=True)
+        done = subprocess.run(
+            command, env=env, capture_output=True, text=True, check=True, timeout=120
+        )
         return int(done.stdout)
 
     kept, given_back = faults("keep"), faults("give back")

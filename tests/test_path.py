@@ -313,6 +313,7 @@ def test_another_process_draws_the_same_masks(pool):
         capture_output=True,
         text=True,
         check=True,
+        timeout=120,
     )
     assert found.stdout.strip() == hashlib.sha256(weights.numpy().tobytes()).hexdigest()
 

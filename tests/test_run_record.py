@@ -117,14 +117,13 @@ def test_a_run_read_from_its_folder_is_that_of_the_result(searched):
         assert (read.episodes, read.finalists) == (run.episodes, run.finalists)
         assert [u["entropy"] for u in read.updates] == [u["entropy"] for u in result.updates]
         assert torch.equal(read.policies, run.policies)
-        assert read.sources == run.sources
+        assert read.action_names == run.action_names
     assert run.policies.shape == (3, 4, 6)  # updates; the stem and three layers; actions
     assert run.action_names == (
         *("e1", "e2", "task_arithmetic:scale=0.5", "ties"),
         *("skip", "back"),
     )
-    assert (run.first, run.n_layers, run.stacks) == (-1, 3, (range(3),))
-    assert run.agent_stacks == run.stacks
+    assert (run.first, run.agent_stacks) == (-1, (range(3),))
     assert torch.equal(run.policy(11), run.policies[2])
 
 
@@ -132,11 +131,15 @@ def test_named_paths_are_those_of_the_search(searched):
     folder, result, problem = searched
     run = Run.of(result, problem)
     rows = json.loads((folder / "finalists.json").read_text())
-    assert run.names == ["best", "greedy", *(f"finalist {i}" for i in range(2, len(rows) + 1))]
+    assert list(run.named) == [
+        "best",
+        "greedy",
+        *(f"finalist {i}" for i in range(2, len(rows) + 1)),
+    ]
     assert path_text(run.path("best")) == rows[0]["path"]
     for i, row in enumerate(rows[1:], 2):
         assert path_text(run.path(f"finalist {i}")) == row["path"]
-        assert run.finalist(f"finalist {i}")["reward"] == row["reward"]
+        assert run.named[f"finalist {i}"]["reward"] == row["reward"]
     greedy = ppo.play(
         MergingEnv(problem.scorer()), result.agent, None, masked=True, options={"subset": None}
     )
@@ -148,11 +151,11 @@ def test_named_paths_are_those_of_the_search(searched):
 def test_scores_are_those_of_the_whole_reward_split(searched):
     _, result, problem = searched
     run = Run.of(result, problem)
-    for name in run.names:
+    for name in run.named:
         scores = run.scores(run.path(name))
         assert list(scores) == [task.name for task in problem.tasks]
-        assert np.mean(list(scores.values())) == pytest.approx(run.finalist(name)["reward"])
-    assert run.finalist("best")["reward"] == pytest.approx(result.reward)
+        assert np.mean(list(scores.values())) == pytest.approx(run.named[name]["reward"])
+    assert run.named["best"]["reward"] == pytest.approx(result.reward)
 
 
 @pytest.mark.parametrize("name", ["worst", "finalist 1", "finalist 99", ""])
@@ -227,7 +230,7 @@ def in_phases(tiny, tmp_path_factory):
 def test_a_run_of_the_default_preset_is_one_of_sublayers(in_phases):
     folder, result, problem = in_phases
     for run in (Run.of(result, problem), Run.read(folder)):
-        assert (run.n_layers, run.stacks, run.first) == (6, (range(6),), -1)
+        assert run.first == -1
         assert run.agent_stacks == (range(3),)
         phases = [row["phase"] for row in run.episodes]
         assert phases == ["uniform"] * 4 + ["agent"] * 8 + ["scales"] * 8
@@ -255,7 +258,7 @@ def test_the_agent_of_a_default_run_walks_through_blocks(in_phases):
     walk = Walk(BlockView(problem.scorer()), agent=result.agent)
     while not walk.done:
         walk.agent_step()
-    assert (walk.layer, walk.place()) == (3, "the end")  # three blocks, not six layers
+    assert (walk.env.layer, walk.place()) == (3, "the end")  # three blocks, not six layers
     with pytest.raises(InputError, match="agent: expected one for"):
         Walk(problem.scorer(), agent=result.agent)
 

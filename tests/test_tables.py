@@ -381,14 +381,15 @@ def test_ctrl_c_ends_all_processes_at_once(tmp_path):
     (tmp_path / "hold.py").write_text(HOLD)
     words = [sys.executable, str(tmp_path / "hold.py"), str(tmp_path)]
     with subprocess.Popen(words, stdout=subprocess.PIPE, text=True) as work:
-        deadline = time.monotonic() + 200
-        while not all((tmp_path / n).exists() for n in "01"):  # both have their jobs
-            assert work.poll() is None
-            assert time.monotonic() < deadline
-            time.sleep(0.1)
-        children = psutil.Process(work.pid).children()
-        work.send_signal(signal.SIGINT)  # to the first alone, as a tool would
+        children: list[psutil.Process] = []
         try:
+            deadline = time.monotonic() + 200
+            while not all((tmp_path / n).exists() for n in "01"):  # both have their jobs
+                assert work.poll() is None
+                assert time.monotonic() < deadline
+                time.sleep(0.1)
+            children = psutil.Process(work.pid).children()
+            work.send_signal(signal.SIGINT)  # to the first alone, as a tool would
             assert work.communicate(timeout=60)[0] == "stopped\n"
             assert not psutil.wait_procs(children, timeout=60)[1]
         finally:

@@ -37,15 +37,15 @@ def test_a_walk_by_hand():
     for action in ("m1", BACK, "op0", "skip", 0):
         assert not walk.done
         walk.act(action)
-        layers.append(walk.layer)
+        layers.append(walk.env.layer)
     assert layers == [1, 0, 1, 2, 3]
     assert walk.actions == [1, BACK, 2, SKIP, 0]
-    assert path_text(walk.path) == "m1@0 op0@0 m0@2"
-    assert walk.merging_map.tolist() == [[0, 0, 1], [1, 0, 0], [1, 0, 0], [0, 0, 0]]
+    assert path_text(walk.env.path) == "m1@0 op0@0 m0@2"
+    assert walk.env.merging_map.tolist() == [[0, 0, 1], [1, 0, 0], [1, 0, 0], [0, 0, 0]]
     assert (walk.done, walk.penalised) == (True, False)
     assert walk.scores == {"t0": 0.2, "t1": 0.8}
     assert walk.reward == pytest.approx(0.5)
-    assert scorer.calls == [(walk.path, None)]  # all examples by default
+    assert scorer.calls == [(walk.env.path, None)]  # all examples by default
 
 
 def test_the_subset_is_the_one_asked_for():
@@ -53,14 +53,7 @@ def test_the_subset_is_the_one_asked_for():
     walk = Walk(scorer, subset=1)
     for _ in range(3):
         walk.act("m0")
-    assert scorer.calls == [(walk.path, 1)]
-
-
-def test_later_actions_do_not_change_a_map_that_was_returned():
-    walk = Walk(Scores())
-    before = walk.merging_map
-    walk.act(0)
-    assert not before.any()
+    assert scorer.calls == [(walk.env.path, 1)]
 
 
 def test_undo_of_an_end_of_a_penalty_and_of_nothing():
@@ -68,11 +61,11 @@ def test_undo_of_an_end_of_a_penalty_and_of_nothing():
     for _ in range(3):
         walk.act("m0")
     walk.undo()
-    assert (walk.done, walk.reward, walk.scores, walk.layer) == (False, None, None, 2)
+    assert (walk.done, walk.reward, walk.scores, walk.env.layer) == (False, None, None, 2)
     walk.act("op1")
-    assert path_text(walk.path) == "m0@0 m0@1 op1@2"
+    assert path_text(walk.env.path) == "m0@0 m0@1 op1@2"
     walk.reset()
-    assert (walk.actions, walk.path, walk.layer) == ([], (), 0)
+    assert (walk.actions, walk.env.path, walk.env.layer) == ([], (), 0)
     walk.act("back")
     assert walk.penalised
     walk.undo()
@@ -103,10 +96,10 @@ def test_undoing_gives_what_the_environment_gives_without_these_actions(actions,
         _, reward, terminated, truncated, info = env.step(action)
         ended = terminated or truncated
     assert walk.actions == kept
-    assert walk.path == info["path"]
+    assert walk.env.path == info["path"]
     assert walk.legal.tolist() == info["action_mask"].astype(bool).tolist()
-    assert np.array_equal(walk.merging_map, env.merging_map)
-    assert (walk.layer, walk.done) == (env.layer, ended)
+    assert np.array_equal(walk.env.merging_map, env.merging_map)
+    assert (walk.env.layer, walk.done) == (env.layer, ended)
     assert walk.reward == (reward if ended else None)
     assert walk.scores == info.get("scores")
 
@@ -136,8 +129,8 @@ def test_a_scorer_that_fails_leaves_the_walk_where_it_was():
         walk.act("m1")
     with pytest.raises(ZeroDivisionError):
         walk.act("m1")
-    assert (walk.layer, walk.done, walk.actions) == (2, False, [1, 1])
-    assert path_text(walk.path) == "m1@0 m1@1"
+    assert (walk.env.layer, walk.done, walk.actions) == (2, False, [1, 1])
+    assert path_text(walk.env.path) == "m1@0 m1@1"
 
 
 def test_sentences_name_the_place_the_action_and_what_follows():
@@ -203,22 +196,22 @@ def test_probabilities_are_masked_and_the_value_is_the_critics():
     agent = agent_for(MergingEnv(scorer), value=0.75)
     walk = Walk(scorer, agent=agent)
     # Uniform over four sources and skip; back is illegal at layer 0.
-    assert walk.probabilities() == pytest.approx([0.2] * 5 + [0])
-    assert walk.value() == pytest.approx(0.75)
+    assert walk.policy()[0] == pytest.approx([0.2] * 5 + [0])
+    assert walk.policy()[1] == pytest.approx(0.75)
     walk.act("m0")
-    assert walk.probabilities() == pytest.approx([1 / 6] * 6)
+    assert walk.policy()[0] == pytest.approx([1 / 6] * 6)
     open_walk = Walk(scorer, agent=agent, masked=False)
-    assert open_walk.probabilities() == pytest.approx([1 / 6] * 6)
+    assert open_walk.policy()[0] == pytest.approx([1 / 6] * 6)
 
 
 def test_without_an_agent_and_at_the_end_there_is_no_policy():
     walk = Walk(Scores(layers=1))
-    assert (walk.probabilities(), walk.value()) == (None, None)
+    assert walk.policy() == (None, None)
     with pytest.raises(InputError, match="found no agent"):
         walk.agent_step()
     walk = Walk(Scores(layers=1), agent=agent_for(MergingEnv(Scores(layers=1))))
     assert walk.agent_step() == 0
-    assert (walk.probabilities(), walk.value()) == (None, None)
+    assert walk.policy() == (None, None)
     with pytest.raises(InputError, match="found an ended walk"):
         walk.agent_step()
 
@@ -234,23 +227,8 @@ def test_the_agents_steps_are_its_greedy_episode():
     walk = Walk(scorer, agent=agent)
     while not walk.done:
         walk.agent_step()
-    assert walk.path == greedy.info["path"]
-    assert len({step.source for step in walk.path}) > 1
-
-
-def test_sampled_steps_follow_the_probabilities():
-    scorer = Scores(n_subsets=1)
-    agent = agent_for(MergingEnv(scorer), preferred=1)
-    walk, generator = Walk(scorer, agent=agent), torch.Generator().manual_seed(0)
-    expected = np.array([1, np.exp(3), 1, 1, 1, 0]) / (np.exp(3) + 4)  # a softmax of the logits
-    assert walk.probabilities() == pytest.approx(expected)
-    counts, n = np.zeros(6), 600
-    for _ in range(n):
-        walk.reset()
-        counts[walk.agent_step(generator)] += 1
-    assert counts[BACK] == 0
-    assert np.abs(counts / n - expected).max() < 0.06  # 4 standard deviations
-    assert counts[0] > 0
+    assert walk.env.path == greedy.info["path"]
+    assert len({step.source for step in walk.env.path}) > 1
 
 
 @pytest.mark.parametrize("observation", ["map", "map+cursor"])

@@ -168,10 +168,6 @@ def test_all_text_of_every_picture_can_be_read(name):
     assert min(t.get_fontsize() for t in texts) >= 8
 
 
-def test_all_widgets_are_in_one_place():
-    assert all(issubclass(getattr(widgets, name), View) for name in widgets.__all__)
-
-
 def test_the_button_counts():
     view = ButtonTest()
     assert words(view.status) == "not pressed yet"
@@ -217,7 +213,7 @@ def test_the_agents_button_does_its_most_probable_action():
     assert "value is +0.50" in alt(view.place)
     for _ in range(3):
         view.agent_button.click()
-    assert path_text(view.walk.path) == "op0@0 op0@1 op0@2"
+    assert path_text(view.walk.env.path) == "op0@0 op0@1 op0@2"
     assert "most probable" not in alt(view.place)
 
 
@@ -262,18 +258,18 @@ def test_the_picture_of_a_walk_holds_its_map_and_probabilities():
         view.press(name)
     (left, right) = view.still()[0].axes
     shown = {(t.get_position(), t.get_text()) for t in left.texts if t.get_text().isdigit()}
-    counts = view.walk.merging_map
+    counts = view.walk.env.merging_map
     expected = {((x, a), f"{n:.0f}") for (a, x), n in np.ndenumerate(counts) if n}
     assert shown == expected
     assert counts.sum() == 4
     names = [t.get_text() for t in left.get_xticklabels()]
     assert names == ["stem", "enc 0", "enc 1", "dec 0", "dec 1"]
     weights = [t.get_fontweight() for t in left.get_xticklabels()]
-    assert weights.index("bold") == view.walk.layer + 1  # the cursor, not by colour alone
+    assert weights.index("bold") == view.walk.env.layer + 1  # the cursor, not by colour alone
     assert weights.count("bold") == 1
     assert [t.get_text() for t in left.get_yticklabels()] == [*SOURCES, "skip", "back"]
     widths = [bar.get_width() for bar in right.patches]
-    assert widths == pytest.approx(view.walk.probabilities())
+    assert widths == pytest.approx(view.walk.policy()[0])
     notes = [t.get_text() for t in right.texts]
     assert notes == [
         f"{p:.2f}" + ("" if ok else " illegal")
@@ -305,7 +301,7 @@ def test_one_path_and_its_scores():
         "episode",
     ]
     assert view.second.value == "none"
-    assert words(view.words) == "first: best: t0 75.0 %, t1 75.0 %, mean 75.0 %"
+    assert words(view.status) == "first: best: t0 75.0 %, t1 75.0 %, mean 75.0 %"
     assert view.first_episode.disabled
     assert "layer 0 of m1" in alt(view.place)
 
@@ -320,7 +316,7 @@ def test_two_paths_compared_in_words_and_bars():
         "layer 1: m1 in the first, op0 in the second",
     ]
     for line in lines:
-        assert line in words(view.words)
+        assert line in words(view.status)
     assert alt(view.place) != before
     axes = view.still()[0].axes[-1]
     assert [b.get_width() for b in axes.patches] == pytest.approx([75, 75, 75, 75, 50, 62.5])
@@ -336,12 +332,12 @@ def test_episodes_by_number_and_a_penalised_one():
     view.first_episode.value = 2
     assert "layer 0 of op1, layer 0 of op1, layer 2 of op1" in alt(view.place)
     view.first_episode.value = 1
-    assert "first: episode 1: ended with the penalty, so there is no model" in words(view.words)
+    assert "first: episode 1: ended with the penalty, so there is no model" in words(view.status)
     view.select("best", 3)
     assert view.sentences()[-1] == "both are the same path"
     view.select(5)
     assert view.chosen() == [("first: episode 5", 5)]
-    assert words(view.words) == "first: episode 5: t0 0.0 %, t1 0.0 %, mean 0.0 %"
+    assert words(view.status) == "first: episode 5: t0 0.0 %, t1 0.0 %, mean 0.0 %"
 
 
 @pytest.mark.parametrize("bad", ["worst", 6, -1])
@@ -362,7 +358,7 @@ def test_a_failing_score_is_told_and_raised():
     run.problem.scorer().score = fail
     with pytest.raises(RuntimeError):
         view.second.value = "greedy"
-    assert words(view.words) == "error: out of memory"
+    assert words(view.status) == "error: out of memory"
 
 
 # --------------------------------------------------------------------------------- TrainingReplay
@@ -507,16 +503,16 @@ def test_the_inspector_says_what_layers_are_and_what_proposed_a_path():
 
 def test_the_table_names_its_parts_and_marks_the_selected_row_in_words():
     view = ResultsTable(ROWS, caption="Accuracy, %")
-    assert "<caption>Accuracy, %</caption>" in view.table.value
-    assert view.table.value.count('scope="col"') == 5  # method, a, b, mean, setting
-    assert view.table.value.count('scope="row"') == 2
-    cells = re.findall(r"<td[^>]*>([^<]*)</td>", view.table.value)
+    assert "<caption>Accuracy, %</caption>" in view.status.value
+    assert view.status.value.count('scope="col"') == 5  # method, a, b, mean, setting
+    assert view.status.value.count('scope="row"') == 2
+    cells = re.findall(r"<td[^>]*>([^<]*)</td>", view.status.value)
     assert cells == ["25.0", "50.0", "37.5", "as it is", "87.5", "62.5", "75.0", "9 episodes"]
-    assert view.table.value.index("base (selected)") < view.table.value.index("R&lt;M&gt;M")
+    assert view.status.value.index("base (selected)") < view.status.value.index("R&lt;M&gt;M")
     assert view.place.value == ""  # base has no path
     view.select.value = 1
-    assert "R&lt;M&gt;M (selected)" in view.table.value
-    assert "base (selected)" not in view.table.value
+    assert "R&lt;M&gt;M (selected)" in view.status.value
+    assert "base (selected)" not in view.status.value
     assert "Its path: stem of op0, layer 0 of m0, layer 2 of m1" in alt(view.place)
     view.choose("base")
     assert view.place.value == ""
@@ -527,7 +523,10 @@ def test_the_table_names_its_parts_and_marks_the_selected_row_in_words():
 
 def test_the_table_takes_a_data_frame():
     view = ResultsTable(pd.DataFrame(ROWS))  # NaN where a row has no path
-    assert (view.table.value, view.sources) == (ResultsTable(ROWS).table.value, ["op0", "m0", "m1"])
+    assert (view.status.value, view.sources) == (
+        ResultsTable(ROWS).status.value,
+        ["op0", "m0", "m1"],
+    )
     assert view.place.value == ""
     view.choose("R<M>M")
     assert "stem of op0" in alt(view.place)

@@ -17,16 +17,21 @@ import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
+from itertools import chain, count
 from typing import Any, Literal
 
 import numpy as np
 import torch
+from IPython.display import HTML, display
 
-from rmm_lab.errors import InputError
+from rmm_lab.errors import InputError, one_sentence
 
 Function = Callable[..., Any]
 ORDINALS = ("first", "second", "third", "fourth", "fifth", "sixth")
+ARRAYS = (np.ndarray, torch.Tensor)
+NUMBERS = (int, float, np.generic, *ARRAYS)
 LONGEST = 90  # characters of a value in a message
+MARKS = {"not attempted": ("○", "#56B4E9"), "wrong": ("✗", "#D55E00"), "correct": ("✓", "#009E73")}
 
 
 @dataclass(frozen=True)
@@ -53,6 +58,32 @@ class Exercise:
     right: str
     tolerance: float = 1e-5
     also: Callable[[Function], str | None] | None = None
+    how = "its name without parentheses"
+    todo = "Replace the line that raises NotImplementedError."
+
+    def judge(self, function: Function, answers: Sequence[Any]) -> Verdict:
+        """The verdict on a function's answers to the cases."""
+
+        def wrong(solution: Function) -> list[int]:
+            """The cases in which the answers differ from those of a solution."""
+            pairs = enumerate(zip(answers, self.cases(), strict=True))
+            return [i for i, (a, c) in pairs if not _equal(a, solution(*c), self.tolerance)]
+
+        differ = wrong(self.reference)
+        if not differ:
+            try:
+                hint = self.also(function) if self.also else None
+            except Exception as error:  # a student's code may raise anything; the verdict says so
+                hint = f"Your function raised {_raised(error)}."
+            return Verdict("wrong", hint) if hint else Verdict("correct", self.right)
+        if any(answers[i] is None for i in differ):
+            return Verdict("wrong", "Your function returns None. Is its return missing?")
+        for mistake in self.mistakes:
+            if not wrong(mistake.wrong):
+                return Verdict("wrong", mistake.hint)
+        case, found = self.cases()[differ[0]], answers[differ[0]]
+        expected = self.reference(*case)
+        return Verdict("wrong", _compare(function, case, found, expected, self.tolerance))
 
 
 @dataclass(frozen=True)
@@ -61,6 +92,32 @@ class Quiz:
 
     right: str
     explained: Mapping[str, str]
+    how = "a function that returns the letter"
+
+    @property
+    def todo(self) -> str:
+        """What to do, for a student who has done nothing yet."""
+        return f"Return one of {', '.join(map(repr, self.explained))}."
+
+    def reference(self) -> str:
+        """The right option's letter."""
+        return self.right
+
+    def cases(self) -> Sequence[tuple[Any, ...]]:
+        """One call, without arguments."""
+        return [()]
+
+    def judge(self, function: Function, answers: Sequence[Any]) -> Verdict:
+        """The verdict on the letter that the function returned."""
+        (answer,) = answers
+        letter = answer.strip().lower() if isinstance(answer, str) else ""
+        if letter not in self.explained:
+            letters = ", ".join(map(repr, self.explained))
+            return Verdict("wrong", f"Expected one of {letters}, found {_short(answer)}.")
+        if letter != self.right:
+            return Verdict("wrong", f"({letter}) {self.explained[letter]}")
+        order = [letter, *(k for k in self.explained if k != letter)]
+        return Verdict("correct", "\n".join(f"({k}) {self.explained[k]}" for k in order))
 
 
 @dataclass(frozen=True)
@@ -94,83 +151,18 @@ def check(name: str, function: Function) -> Verdict:
     """
     task = exercise(name)
     if not callable(function):
-        how = "Pass a function" if isinstance(task, Quiz) else "Pass its name without parentheses"
-        example = " that returns the letter" if isinstance(task, Quiz) else ""
-        return Verdict("wrong", f"Expected a function, found {_short(function)}. {how}{example}.")
-    return (
-        _check_quiz(task, function) if isinstance(task, Quiz) else _check_exercise(task, function)
-    )
-
-
-def use(name: str, function: Function) -> Function:
-    """Display the verdict on a student's function; return it if it is correct, else the kit's."""
-    from IPython import display
-
-    verdict = check(name, function)
-    display.display(display.HTML(box(name, verdict)))
-    if verdict.status == "correct":
-        return function
-    task = exercise(name)
-    if isinstance(task, Quiz):
-        return lambda: task.right
-    return task.reference
-
-
-def box(name: str, verdict: Verdict) -> str:
-    """A verdict as HTML; a word and a mark show its status, not only a colour."""
-    mark, colour = {
-        "not attempted": ("○", "#56B4E9"),
-        "wrong": ("✗", "#D55E00"),
-        "correct": ("✓", "#009E73"),
-    }[verdict.status]
-    note = (
-        "" if verdict.status == "correct" else "<br><em>The cells below use the kit's answer.</em>"
-    )
-    message = escape(verdict.message).replace("\n", "<br>")
-    return (
-        f'<div role="status" style="border-left: 6px solid {colour}; padding: 4px 10px">'
-        f"<strong>{mark} {escape(name)}: {verdict.status}.</strong> {message}{note}</div>"
-    )
-
-
-# ------------------------------------------------------------------------------------ the checks
-
-
-def _check_quiz(quiz: Quiz, function: Function) -> Verdict:
-    try:
-        answer = function()
-    except NotImplementedError:
-        letters = ", ".join(repr(option) for option in quiz.explained)
-        return Verdict("not attempted", f"Return one of {letters}.")
-    except Exception as error:  # a student's code may raise anything; the verdict says so
-        return Verdict("wrong", f"Your function raised {_raised(error)}.")
-    letter = answer.strip().lower() if isinstance(answer, str) else ""
-    if letter not in quiz.explained:
-        letters = ", ".join(repr(option) for option in quiz.explained)
-        return Verdict("wrong", f"Expected one of {letters}, found {_short(answer)}.")
-    if letter != quiz.right:
-        return Verdict("wrong", f"({letter}) {quiz.explained[letter]}")
-    lines = [f"({letter}) {quiz.explained[letter]}"]
-    lines += [f"({k}) {text}" for k, text in quiz.explained.items() if k != letter]
-    return Verdict("correct", "\n".join(lines))
-
-
-def _check_exercise(task: Exercise, function: Function) -> Verdict:
-    expected = [task.reference(*case) for case in task.cases()]
+        found = _short(function)
+        return Verdict("wrong", f"Expected a function, found {found}. Pass {task.how}.")
     answers = []
-    for case, wanted in zip(task.cases(), expected, strict=True):
+    for case in task.cases():
         before = copy.deepcopy(case)
         try:
             answer = function(*case)
         except NotImplementedError:
-            return Verdict("not attempted", "Replace the line that raises NotImplementedError.")
+            return Verdict("not attempted", task.todo)
         except Exception as error:  # a student's code may raise anything; the verdict says so
-            return Verdict(
-                "wrong",
-                f"Your function raised {_raised(error)}, for {_call(function, case)}{_line(error)}.",
-            )
-        if answer is None and wanted is not None:
-            return Verdict("wrong", "Your function returns None. Is its return missing?")
+            where = f"for {_call(function, case)}{_line(error)}"
+            return Verdict("wrong", f"Your function raised {_raised(error)}, {where}.")
         if not _equal(case, before, 0.0):
             return Verdict(
                 "wrong",
@@ -178,31 +170,28 @@ def _check_exercise(task: Exercise, function: Function) -> Verdict:
                 "x.clone() (torch), list(x); or make a new one: x = x + y, not x += y.",
             )
         answers.append(copy.deepcopy(answer))
-    if all(_equal(f, e, task.tolerance) for f, e in zip(answers, expected, strict=True)):
-        hint = _last_look(task, function)
-        return Verdict("wrong", hint) if hint else Verdict("correct", task.right)
-    for mistake in task.mistakes:
-        if _makes(mistake, answers, task):
-            return Verdict("wrong", mistake.hint)
-    for case, f, e in zip(task.cases(), answers, expected, strict=True):
-        if not _equal(f, e, task.tolerance):
-            return Verdict("wrong", _compare(function, case, f, e, task.tolerance))
-    raise AssertionError("a wrong answer differs from the right one in some case")
+    return task.judge(function, answers)
 
 
-def _last_look(task: Exercise, function: Function) -> str | None:
-    try:
-        return task.also(function) if task.also else None
-    except Exception as error:  # a student's code may raise anything; the verdict says so
-        return f"Your function raised {_raised(error)}."
+def use(name: str, function: Function) -> Function:
+    """Display the verdict on a student's function; return it if it is correct, else the kit's."""
+    verdict = check(name, function)
+    display(HTML(box(name, verdict)))
+    return function if verdict.status == "correct" else exercise(name).reference
 
 
-def _makes(mistake: Mistake, answers: Sequence[Any], task: Exercise) -> bool:
-    """Whether the answers match this mistake in every case."""
-    return all(
-        _equal(answer, mistake.wrong(*case), task.tolerance)
-        for answer, case in zip(answers, task.cases(), strict=True)
+def box(name: str, verdict: Verdict) -> str:
+    """A verdict as HTML; a word and a mark show its status, not only a colour."""
+    mark, colour = MARKS[verdict.status]
+    note = "<br><em>The cells below use the kit's answer.</em>" * (verdict.status != "correct")
+    message = escape(verdict.message).replace("\n", "<br>")
+    return (
+        f'<div role="status" style="border-left: 6px solid {colour}; padding: 4px 10px">'
+        f"<strong>{mark} {escape(name)}: {verdict.status}.</strong> {message}{note}</div>"
     )
+
+
+# ------------------------------------------------------------------------------------ comparing
 
 
 def _compare(
@@ -217,13 +206,13 @@ def _compare(
     wanted, got = kinds.get(type(expected)), kinds.get(type(found))
     if wanted and got and isinstance(found, list | tuple) != isinstance(expected, list | tuple):
         return f"For {call} expected a {wanted}, found a {got}: {_short(found)}."
-    if _is_array(expected) and _is_array(found) and _array(found).shape != _array(expected).shape:
-        return (
-            f"For {call} expected shape {_array(expected).shape}, found {_array(found).shape}. "
-            "Which axis do you sum over or keep?"
-        )
-    if _is_array(found) and not bool(np.all(np.isfinite(_array(found)))):
-        return f"For {call} your answer contains NaN or infinity. Do you divide by 0?"
+    if isinstance(expected, NUMBERS) and isinstance(found, NUMBERS):
+        right, own = _array(expected), _array(found)
+        if right.shape != own.shape:
+            shapes = f"expected shape {right.shape}, found {own.shape}"
+            return f"For {call} {shapes}. Which axis do you sum over or keep?"
+        if not np.isfinite(own).all():
+            return f"For {call} your answer contains NaN or infinity. Do you divide by 0?"
     return f"For {call} expected {_short(expected)}, found {_short(found)}."
 
 
@@ -233,39 +222,32 @@ def _part(found: Any, expected: Any, tolerance: float) -> tuple[str, Any, Any]:
     Of a tuple, list or dict: the first part that differs. Of an array that has one wrong entry or is too
     large to show: its first wrong entry. Values of different type, length or shape stay whole.
     """
-    keys: list[Any] = []
-    if isinstance(found, Mapping) and isinstance(expected, Mapping):
-        if found.keys() != expected.keys():
-            return "", found, expected
-        keys = [(f"key {k!r}", found[k], expected[k]) for k in expected]
-    elif isinstance(found, list | tuple) and isinstance(expected, list | tuple):
-        if len(found) != len(expected):
-            return "", found, expected
-        names = [ORDINALS[i] if i < len(ORDINALS) else f"{i + 1}th" for i in range(len(found))]
-        pairs = zip(names, found, expected, strict=True)
-        keys = [(f"{name} value", f, e) for name, f, e in pairs]
-    elif isinstance(found, np.ndarray | torch.Tensor) and isinstance(
-        expected, np.ndarray | torch.Tensor
-    ):
+    if isinstance(found, ARRAYS) and isinstance(expected, ARRAYS):
         return _entry(found, expected, tolerance)
-    wrong = [(name, f, e) for name, f, e in keys if not _equal(f, e, tolerance)]
+    own, right = _parts(found), _parts(expected)
+    wrong = []
+    if own.keys() == right.keys():
+        wrong = [name for name in right if not _equal(own[name], right[name], tolerance)]
     whole = len(repr(expected)) <= LONGEST and len(repr(found)) <= LONGEST
     if not wrong or (len(wrong) > 1 and whole and isinstance(expected, list | tuple)):
         return "", found, expected
-    name, f, e = wrong[0]
-    inner, f, e = _part(f, e, tolerance)
-    return f"{name}, {inner}" if inner else name, f, e
+    inner, f, e = _part(own[wrong[0]], right[wrong[0]], tolerance)
+    return f"{wrong[0]}, {inner}" if inner else wrong[0], f, e
+
+
+def _parts(value: Any) -> dict[str, Any]:
+    """What a dict, list or tuple holds, by a name in words; of other values nothing."""
+    if isinstance(value, Mapping):
+        return {f"key {k!r}": v for k, v in value.items()}
+    names = chain(ORDINALS, (f"{i}th" for i in count(len(ORDINALS) + 1)))
+    values = value if isinstance(value, list | tuple) else ()
+    return {f"{name} value": v for name, v in zip(names, values, strict=False)}
 
 
 def _entry(found: Any, expected: Any, tolerance: float) -> tuple[str, Any, Any]:
     """The first wrong entry of an array, if it is the only one or the array is too large to show."""
     x, y = _array(found), _array(expected)
-    if (
-        x.shape != y.shape
-        or not x.shape
-        or object in (x.dtype, y.dtype)
-        or not np.isfinite(x).all()
-    ):
+    if x.shape != y.shape or object in (x.dtype, y.dtype) or not np.isfinite(x).all():
         return "", found, expected
     wrong = np.argwhere(~np.isclose(x, y, rtol=tolerance, atol=tolerance, equal_nan=True))
     if not len(wrong) or (len(wrong) > 1 and x.size <= 12) or x.size == 1:
@@ -281,13 +263,10 @@ def _equal(a: Any, b: Any, tolerance: float) -> bool:
         return a.keys() == b.keys() and all(_equal(a[k], b[k], tolerance) for k in a)
     if isinstance(a, str | bytes | None) or isinstance(b, str | bytes | None):
         return type(a) is type(b) and a == b
-    if _is_array(a) and _is_array(b):
+    if isinstance(a, NUMBERS) and isinstance(b, NUMBERS):
         x, y = _array(a), _array(b)
-        if x.dtype == object or y.dtype == object:
-            return False
-        return x.shape == y.shape and bool(
-            np.allclose(x, y, rtol=tolerance, atol=tolerance, equal_nan=True)
-        )
+        alike = x.shape == y.shape and object not in (x.dtype, y.dtype)
+        return alike and np.allclose(x, y, rtol=tolerance, atol=tolerance, equal_nan=True)
     if isinstance(a, list | tuple) and isinstance(b, list | tuple):
         return len(a) == len(b) and all(_equal(x, y, tolerance) for x, y in zip(a, b, strict=True))
     if type(a) is not type(b):
@@ -295,10 +274,6 @@ def _equal(a: Any, b: Any, tolerance: float) -> bool:
     if type(a).__eq__ is object.__eq__:  # such as a task: equal if their attributes are
         return a is b or _equal(getattr(a, "__dict__", {}), getattr(b, "__dict__", {}), tolerance)
     return bool(a == b)
-
-
-def _is_array(value: Any) -> bool:
-    return isinstance(value, int | float | np.ndarray | np.generic | torch.Tensor)
 
 
 def _array(value: Any) -> np.ndarray:
@@ -320,8 +295,7 @@ def _call(function: Function, case: tuple[Any, ...]) -> str:
 
 
 def _raised(error: Exception) -> str:
-    text = " ".join(str(error).split())
-    return f"{type(error).__name__}: {text[:200]}" if text else type(error).__name__
+    return f"{type(error).__name__}: {one_sentence(error)[:200]}".removesuffix(": ")
 
 
 def _line(error: Exception) -> str:
@@ -333,10 +307,9 @@ def _line(error: Exception) -> str:
 
 def _short(value: Any) -> str:
     """A value in a few words: small numbers as they are, large arrays by their shape."""
-    if isinstance(value, torch.Tensor | np.ndarray):
+    if isinstance(value, ARRAYS):
         if math.prod(value.shape) <= 12:
-            rounded = np.round(_array(value), 4).tolist()
-            return str(rounded)
+            return str(np.round(_array(value), 4).tolist())
         return f"{type(value).__name__} of shape {tuple(value.shape)}"
     if isinstance(value, float):
         return f"{value:.4g}"

@@ -5,17 +5,18 @@ No widget is imported here: everything can be called, and is tested, without a n
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from rmm_lab.env import MergingEnv
 from rmm_lab.errors import InputError
 from rmm_lab.figures.paths import place_name
 from rmm_lab.ppo import Agent
-from rmm_lab.reward import Path, PathScorer
+from rmm_lab.reward import PathScorer
 
 
 class Walk:
@@ -24,13 +25,14 @@ class Walk:
     Args:
         scorer: scores the path at the end; ``Problem.scorer()`` makes one.
         agent: a policy to look at and to follow, such as ``Result.agent``.
-        observation, max_steps, max_depth: as for the environment; an agent needs those it was trained with.
         subset: the data subset that scores the end; None: all examples of the split.
         masked: whether the agent's policy gives illegal actions no probability.
+        options: of ``MergingEnv``, such as ``observation``; an agent needs those it was trained with.
 
-    ``actions``: the numbers of the actions so far. ``done``: whether the episode has ended; then ``reward``,
-    ``penalised``, ``illegal`` (penalised for an illegal move, not for its length) and ``scores`` (task ->
-    metric in [0, 1]; None after a penalty).
+    ``env``: the environment, with its ``layer``, ``path`` and ``merging_map``. ``actions``: the numbers of
+    the actions so far. ``done``: whether the episode has ended; then ``reward``, ``penalised``, ``illegal``
+    (penalised for an illegal move, not for its length) and ``scores`` (task -> metric in [0, 1]; None after
+    a penalty).
     """
 
     def __init__(
@@ -38,23 +40,16 @@ class Walk:
         scorer: PathScorer,
         *,
         agent: Agent | None = None,
-        observation: str = "map+cursor",
         subset: int | None = None,
         masked: bool = True,
-        max_steps: int | None = None,
-        max_depth: int | None = None,
+        **options: Any,
     ) -> None:
-        self.env = MergingEnv(
-            scorer, observation=observation, max_steps=max_steps, max_depth=max_depth
-        )
+        self.env = MergingEnv(scorer, **options)
         self.agent, self.subset, self.masked = agent, subset, masked
-        self.action_names = self.env.action_names
+        self.action_names, self.stacks = self.env.action_names, scorer.stacks
         if agent is not None:
             found = (agent.actor[0].in_features, agent.actor[-1].out_features)
-            expected = (
-                int(np.prod(self.env.observation_space.shape or ())),
-                len(self.action_names),
-            )
+            expected = (math.prod(self.env.observation_space.shape or ()), len(self.action_names))
             if found != expected:
                 raise InputError(
                     f"agent: expected one for {expected[0]} numbers of observation and {expected[1]} "
@@ -89,25 +84,20 @@ class Walk:
             self._replay(self.actions)
             raise
 
-    def agent_step(self, generator: torch.Generator | None = None) -> int:
-        """Let the agent act: the most probable action, or a sampled one. Returns its number."""
-        pi = self.probabilities()
+    def agent_step(self) -> int:
+        """Let the agent do its most probable action. Returns its number."""
+        pi, _ = self.policy()
         if pi is None:
             raise InputError(
                 "agent: expected an agent and a running walk, found "
                 + ("an ended walk; start again" if self.agent else "no agent; give agent=")
             )
-        if generator is None:
-            action = int(pi.argmax())
-        else:
-            action = int(torch.multinomial(torch.from_numpy(pi), 1, generator=generator))
-        self.act(action)
+        self.act(action := int(pi.argmax()))
         return action
 
     def _replay(self, actions: Sequence[int]) -> None:
         self._observation, _ = self.env.reset(options={"subset": self.subset})
         self.actions: list[int] = []
-        self.visited: list[int] = []  # the layer at which each action was done
         self.done, self.penalised, self.illegal = False, False, False
         self.reward: float | None = None
         self.scores: dict[str, float] | None = None
@@ -115,10 +105,9 @@ class Walk:
             self._step(action)
 
     def _step(self, action: int) -> None:
-        before = self.env.layer
+        self._last_layer = self.env.layer
         self._observation, reward, terminated, truncated, info = self.env.step(action)
         self.actions.append(action)
-        self.visited.append(before)
         self.done = terminated or truncated
         if self.done:
             self.reward, self.penalised = reward, info["penalised"]
@@ -131,21 +120,6 @@ class Walk:
     def legal(self) -> np.ndarray:
         """(A,) bool: actions that are legal and leave a way to the end; all False at the end."""
         return self.env.action_mask().astype(bool)
-
-    @property
-    def merging_map(self) -> np.ndarray:
-        """(N+M, P): how often each source was taken at each place, Eq. 5."""
-        return self.env.merging_map.copy()
-
-    @property
-    def layer(self) -> int:
-        """The layer to decide on: -1 for the stem, the number of layers at the end."""
-        return self.env.layer
-
-    @property
-    def path(self) -> Path:
-        """The steps so far, in the order in which their layers run."""
-        return self.env.path
 
     def number(self, action: int | str) -> int:
         """An action's number, from its number or name."""
@@ -160,33 +134,23 @@ class Walk:
 
     def place(self, layer: int | None = None) -> str:
         """A layer's name (by default the current one's): stem, layer 2, enc 0, dec 1, or the end."""
-        layer = self.layer if layer is None else layer
+        layer = self.env.layer if layer is None else layer
         return "the end" if layer >= self.env.n_layers else place_name(layer, self.stacks)
-
-    @property
-    def stacks(self) -> Sequence[range]:
-        """Layers that may follow each other: one stack, or a T5's two."""
-        return self.env.scorer.stacks
 
     # ------------------------------------------------------------------------------- the agent's view
 
-    def probabilities(self) -> np.ndarray | None:
-        """pi(.|s): (A,), or None without an agent and at the end."""
-        if self.agent is None or self.done:
-            return None
-        mask = torch.from_numpy(self.legal) if self.masked else torch.ones(len(self.legal)).bool()
-        with torch.no_grad():
-            return self.agent.log_probs(self._obs(), mask[None])[0].exp().numpy()
+    def policy(self) -> tuple[np.ndarray, float] | tuple[None, None]:
+        """pi(.|s): (A,), and V(s) in deviations from the mean return of a rollout.
 
-    def value(self) -> float | None:
-        """V(s), or None as above. Its unit: deviations from the mean return of a rollout."""
+        None for both without an agent and at the end.
+        """
         if self.agent is None or self.done:
-            return None
+            return None, None
+        state = torch.from_numpy(self._observation).flatten()[None]  # (rows, P) -> (1, D)
+        mask = torch.from_numpy(self.legal | (not self.masked))[None]
         with torch.no_grad():
-            return float(self.agent.value(self._obs()))
-
-    def _obs(self) -> Tensor:
-        return torch.from_numpy(self._observation).flatten()[None]  # (rows, P) -> (1, D)
+            pi = self.agent.log_probs(state, mask)[0].exp().numpy()
+            return pi, float(self.agent.value(state))
 
     # ------------------------------------------------------------------------------------- in words
 
@@ -199,18 +163,18 @@ class Walk:
         if not self.legal[number]:
             return f"illegal at {here}: it leads to the penalty"
         if number == self.env.back:
-            return f"append nothing, go back to {self.place(self.layer - 1)} and stack on top"
+            return f"append nothing, go back to {self.place(self.env.layer - 1)} and stack on top"
         what = "append nothing" if number == self.env.skip else f"append {here} of {name}"
-        if self.layer < 0:
+        if self.env.layer < 0:
             what = "leave the base's stem" if number == self.env.skip else f"take {name}'s stem"
-        return f"{what}; go to {self.place(self.layer + 1)}"
+        return f"{what}; go to {self.place(self.env.layer + 1)}"
 
     def sentence(self) -> str:
         """What the last action did and what comes next."""
         if not self.actions:
             return f"nothing chosen yet; next: {self.place()}"
-        action, layer = self.actions[-1], self.visited[-1]
-        here, back, skip = self.place(layer), self.env.back, self.env.skip
+        action, here = self.actions[-1], self.place(self._last_layer)
+        back, skip = self.env.back, self.env.skip
         penalty = f"the episode ends with a penalty of {self.reward} (rewards are 0 to 1)"
         if self.illegal:
             return f"back at {here}, the first of a stack: illegal, {penalty}"

@@ -7,14 +7,23 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from ipywidgets import HTML, Dropdown, FloatSlider, Layout
+from ipywidgets import Dropdown, FloatSlider, Layout
 from matplotlib.figure import Figure
 from torch import Tensor
 
 from rmm_lab import operators
-from rmm_lab.course.views import View, status
+from rmm_lab.course.views import View
 from rmm_lab.errors import InputError
-from rmm_lab.figures.paths import COLOURS, COUNTS, DIFFERENCES, HATCHES, on_cell
+from rmm_lab.figures.paths import (
+    COLOURS,
+    COUNTS,
+    DIFFERENCES,
+    HATCHES,
+    MIDDLE,
+    heat_map,
+    panels,
+    place_name,
+)
 from rmm_lab.ppo import clipped_objective
 from rmm_lab.search.problem import Problem
 
@@ -28,21 +37,6 @@ def _slider(description: str, value: float, low: float, high: float, step: float
     # A picture can take longer than 0.15 s, so it is drawn once, when the slider is released.
     options = {"value": value, "min": low, "max": high, "step": step, "readout_format": ".2f"}
     return FloatSlider(continuous_update=False, **options, **_look(description))
-
-
-class _Explorer(View):
-    """Controls, and below them the picture and its sentence, redrawn when a control changes."""
-
-    def __init__(self, *controls: Any) -> None:
-        self.place, self.status = self.picture(), HTML()
-        super().__init__([*controls, self.place, self.status])
-        for control in controls:
-            control.observe(self.refresh, names="value")
-        self.refresh()
-
-    def refresh(self, change: Any = None) -> None:
-        """Draw the current state; ``change`` is what ipywidgets passes to an observer."""
-        self.status.value = status(self.draw(self.place))
 
 
 # Two experts, and a third if asked for. Places 1 and 3: agreement. 2: a conflict. 4: a tie of signs,
@@ -76,13 +70,11 @@ def ties_stages(deltas: Tensor, density: float, scale: float) -> TiesStages:
     return TiesStages(trimmed, sign, trimmed * sign > 0, merged, scale * merged)
 
 
-class TiesExplorer(_Explorer):
+class TiesExplorer(View):
     """TIES on a few numbers: (N, n) task vectors; by default twelve each of two or three experts."""
 
     def __init__(self, deltas: Tensor | None = None) -> None:
-        self.deltas = (
-            torch.tensor(DELTAS, dtype=torch.float64) if deltas is None else deltas.detach()
-        )
+        self.deltas = torch.from_numpy(np.array(DELTAS)) if deltas is None else deltas.detach()
         shape = tuple(self.deltas.shape)
         if len(shape) != 2 or not 2 <= shape[0] <= 7 or not 1 <= shape[1] <= 24:
             raise InputError(
@@ -92,7 +84,7 @@ class TiesExplorer(_Explorer):
         self.density = _slider("density (share kept)", 0.5, 0.1, 1, 0.05)
         self.scale = _slider("scale λ", 1, 0, 2, 0.05)
         self.experts = Dropdown(options=range(2, shape[0] + 1), value=count, **_look("experts"))
-        super().__init__(self.density, self.scale, self.experts)
+        super().__init__((self.density, self.scale, self.experts))
 
     def still(self) -> tuple[Figure, str]:
         """The stages as bars; how many entries were kept, where experts disagree, what a mean does."""
@@ -105,7 +97,7 @@ class TiesExplorer(_Explorer):
         cancelled = float((size - mean.abs()).sum() / size.sum().clamp(min=1e-30))
         # The example: the place, among those that TIES fills, where the mean loses the largest share
         worst = int(((1 - (mean.abs() / size).nan_to_num(1.0)) * (s.sign != 0)).argmax())
-        return self._figure(deltas, s, mean), (
+        sentence = (
             f"Density {density:.2f} keeps {int((s.trimmed != 0).sum())} of {deltas.numel()} entries. "
             f"Kept entries disagree in sign at {int(conflict.sum())} of {len(mean)} places"
             f"{ties}. {int(s.agreeing.sum())} entries have the elected sign and are averaged, then "
@@ -113,8 +105,6 @@ class TiesExplorer(_Explorer):
             f"{cancelled:.0%} of their magnitude: at place {worst + 1} it gives {mean[worst]:.2f}, "
             f"the disjoint mean {s.merged[worst]:.2f}."
         )
-
-    def _figure(self, deltas: Tensor, s: TiesStages, mean: Tensor) -> Figure:
         count, n = deltas.shape
         entries, trimmed, agreeing = deltas.numpy(), s.trimmed.numpy(), s.agreeing.numpy()
         x, line = np.arange(1, n + 1), {"edgecolor": "black", "lw": 0.7}
@@ -129,9 +119,8 @@ class TiesExplorer(_Explorer):
             dotted = kept.bar(at, entries[i] - trimmed[i], width, fill=False, ls=":", **line)
             out = (trimmed[i] != 0) & ~agreeing[i]
             (cross,) = kept.plot(at[out], trimmed[i][out] / 2, "kX", mec="white", ms=8)
-        for place, value in zip(x.tolist(), s.sign.tolist(), strict=True):
-            text = "+" if value > 0 else "−" if value < 0 else "0"
-            sign.text(place, 0, text, ha="center", va="center", fontsize=11, weight="bold")
+        for place, value in enumerate(s.sign.int().tolist(), 1):
+            sign.text(place, 0, "0+−"[value], fontsize=11, weight="bold", **MIDDLE)
         merged.bar(x, s.merged.numpy(), 0.6, color="0.75", **line)
         label = f"TIES, λ = {self.scale.value:.2f}"
         scaled.bar(x, s.scaled.numpy(), 0.6, color=COLOURS[3], hatch="...", label=label, **line)
@@ -154,22 +143,16 @@ class TiesExplorer(_Explorer):
             axes.axhline(0, color="black", lw=0.0 if axes is sign else 0.7)
         sign.set_yticks([])
         scaled.set(xticks=x, xlabel="place in the weight")
-        return figure
+        return figure, sentence
 
 
 def clip_curve(ratio: Tensor, advantage: float, epsilon: float) -> tuple[Tensor, Tensor]:
     """The clipped objective of Eq. 8 for single actions, and its gradient, computed by ``ppo``.
 
-    ratio: (n,) new over old probability, at least 0; advantage: finite; epsilon: above 0, finite.
+    ratio: (n,) new over old probability, at least 0; epsilon: above 0.
     Returns the objective (n,), to be maximised, and its derivative by the ratio (n,); exactly at
-    1 ± epsilon autograd returns a value between those of both sides. Raises InputError.
+    1 ± epsilon autograd returns a value between those of both sides.
     """
-    fits = ratio.dim() == 1 and ratio.is_floating_point() and bool((ratio >= 0).all())
-    if not (fits and np.isfinite(advantage) and 0 < epsilon < np.inf):
-        raise InputError(
-            "clip_curve: expected ratios (n,) of at least 0, a finite advantage and an epsilon above 0, "
-            f"found {ratio}, {advantage} and {epsilon}; give torch.linspace(0, 2.5, 251), 1.0 and 0.2"
-        )
     ratio = ratio.detach().requires_grad_()
     adv = torch.tensor(advantage, dtype=ratio.dtype)
     # One at a time: the agent's objective is a mean over its batch.
@@ -178,14 +161,14 @@ def clip_curve(ratio: Tensor, advantage: float, epsilon: float) -> tuple[Tensor,
     return value.detach(), gradient
 
 
-class ClipExplorer(_Explorer):
+class ClipExplorer(View):
     """PPO's clipped objective for one action, and which way its gradient moves the policy (Eq. 8)."""
 
     def __init__(self) -> None:
         self.ratio = _slider("ratio π / π_old", 1.3, 0, 2.5, 0.05)
         self.advantage = _slider("advantage A", 1, -2, 2, 0.1)
         self.epsilon = _slider("epsilon ε", 0.2, 0.05, 0.5, 0.05)
-        super().__init__(self.ratio, self.advantage, self.epsilon)
+        super().__init__((self.ratio, self.advantage, self.epsilon))
 
     def still(self) -> tuple[Figure, str]:
         """Both terms, their minimum and the gradient over the ratio; what the current point means."""
@@ -196,30 +179,25 @@ class ClipExplorer(_Explorer):
         if outside := abs(near - 1) > eps:
             where = f"above 1 + ε = {1 + eps:.2f}" if r > 1 else f"below 1 - ε = {1 - eps:.2f}"
         kind = "positive" if a > 0 else "negative" if a < 0 else "zero"
-        sentence = f"The ratio {r:.2f} is {where} and the advantage is {kind} ({a:.2f}): "
         if a == 0:
-            sentence += (
-                "the gradient is 0, because the action was neither better nor worse than expected."
-            )
+            effect = "0, because the action was neither better nor worse than expected."
         elif gradient == 0:
-            sentence += "the gradient is 0, so this step no longer moves the policy."
+            effect = "0, so this step no longer moves the policy."
         else:
             way = "more" if a > 0 else "less"
-            sentence += (
-                f"the gradient is {gradient:.2f}, so this step makes the action {way} probable."
-            )
-            sentence += (
-                " The clip does not stop it, because it leads back to the old policy." * outside
-            )
-            if abs(near - 1) > eps - 1e-5 and not outside and a * (r - 1) > 0:
-                sentence += " Beyond this border the gradient is 0."
+            effect = f"{gradient:.2f}, so this step makes the action {way} probable."
+            if outside:
+                effect += " The clip does not stop it, because it leads back to the old policy."
+            elif abs(near - 1) > eps - 1e-5 and a * (r - 1) > 0:
+                effect += " Beyond this border the gradient is 0."
+        sentence = f"The ratio {r:.2f} is {where} and the advantage is {kind} ({a:.2f}): "
+        sentence += f"the gradient is {effect}"
         return self._figure(r, a, eps, value, gradient), sentence
 
     def _figure(self, r: float, a: float, eps: float, value: float, gradient: float) -> Figure:
         grid = torch.linspace(0.005, 2.495, 250, dtype=torch.float64)  # never a border itself
         values, gradients = clip_curve(grid, a, eps)
-        figure = Figure(figsize=(8.5, 3.8), layout="constrained")
-        left, right = figure.subplots(1, 2)
+        figure, (left, right) = panels(2, 2, 4.25, 3.8)
         left.plot(grid, values, color=COLOURS[5], lw=5, alpha=0.5, label="J: the smaller of both")
         left.plot(grid, grid * a, "--", color="black", lw=1.2, label="ratio · A")
         clipped = grid.clamp(1 - eps, 1 + eps) * a
@@ -245,21 +223,14 @@ def dar_weights(t: int, t_max: int, dar_lambda: float, n_back: int) -> np.ndarra
     ``a_s = dar_lambda * s / t_max`` the weights are ``1 - a_t``, ``a_t (1 - a_{t-1})``, ..., and at the end
     the product of all ``a``.
     t: episode, from 0 to t_max; dar_lambda: in [0, 1]; n_back: episodes since the window began.
-    Returns (n_back + 1,), of episodes t, t-1, ..., t-n_back; they sum to 1. Raises InputError.
+    Returns (n_back + 1,), of episodes t, t-1, ..., t-n_back; they sum to 1.
     """
-    if not (0 <= n_back <= t <= t_max and t_max >= 1 and 0 <= dar_lambda <= 1):
-        raise InputError(
-            "dar_weights: expected 0 <= n_back <= t <= t_max, t_max >= 1 and dar_lambda in [0, 1], "
-            f"found n_back {n_back}, t {t}, t_max {t_max}, dar_lambda {dar_lambda}; correct them"
-        )
-    a = (
-        dar_lambda * np.arange(t, t - n_back, -1) / t_max
-    )  # (n_back,) of episodes t, ..., t-n_back+1
+    a = dar_lambda * np.arange(t, t - n_back, -1) / t_max  # (n_back,) of episodes t, t-1, ...
     reaches = np.concatenate([[1.0], np.cumprod(a)])  # (n_back + 1,) share passed on to each
     return reaches * np.append(1 - a, 1.0)
 
 
-class DarExplorer(_Explorer):
+class DarExplorer(View):
     """Which episodes' rewards the DAR reward averages, and how many in effect (Eq. 10).
 
     t_max: all episodes of the agent. The episode shown is the last of its window.
@@ -271,7 +242,7 @@ class DarExplorer(_Explorer):
         self.time = _slider("time t / T_max", 0.5, 0, 1, 0.05)
         shares = {"100 % (window of 1 episode)": 1, "10 % (of 10)": 10, "1 % (of 100)": 100}
         self.window = Dropdown(options=shares.items(), value=10, **_look("data per episode"))
-        super().__init__(self.dar_lambda, self.time, self.window)
+        super().__init__((self.dar_lambda, self.time, self.window))
 
     def still(self) -> tuple[Figure, str]:
         """The weights as bars, the plain mean as a line; how many episodes are averaged in effect."""
@@ -283,18 +254,17 @@ class DarExplorer(_Explorer):
         sentence = f"Episode {t + 1} of {self.t_max}, the last of its window of {len(w)}: "
         if w[0] == 1:
             why = "the window has no other episode" if len(w) == 1 else "λ is 0"
-            return self._figure(t, w), sentence + f"its reward counts alone, because {why}."
-        return self._figure(t, w), (
-            f"{sentence}its reward weighs {100 * w[0]:.3g} %, those of earlier models in the "
-            f"window {100 - 100 * w[0]:.3g} %. Effective number of episodes averaged: {n:.1f}, so that "
-            f"independent noise of equal size falls to {n**-0.5:.0%}."
-        )
-
-    def _figure(self, t: int, w: np.ndarray) -> Figure:
+            sentence += f"its reward counts alone, because {why}."
+        else:
+            sentence += (
+                f"its reward weighs {100 * w[0]:.3g} %, those of earlier models in the window "
+                f"{100 - 100 * w[0]:.3g} %. Effective number of episodes averaged: {n:.1f}, so that "
+                f"independent noise of equal size falls to {n**-0.5:.0%}."
+            )
         # Weights fall off fast: draw the bars that hold all but a thousandth of them, ten at least.
         shown = min(len(w), max(10, int(np.searchsorted(np.cumsum(w), 0.999)) + 1))
-        figure = Figure(figsize=(7.5, 3.4), layout="constrained")
-        axes, back, high = figure.subplots(), range(shown), 1.25 * max(w.max(), 1 / len(w))
+        figure, (axes,) = panels(1, 1, 7.5, 3.4)
+        back, high = range(shown), 1.25 * max(w.max(), 1 / len(w))
         axes.bar(back, w[:shown], color=COLOURS[5], edgecolor="black", lw=0.5, label="DAR")
         mean = f"plain mean of the window, 1/{len(w)}"
         axes.axhline(1 / len(w), ls="--", color=COLOURS[6], label=mean)
@@ -305,7 +275,7 @@ class DarExplorer(_Explorer):
         axes.set(xlim=(-0.7, max(shown, 10) - 0.3), ylim=(0, high), ylabel="weight of its reward")
         axes.set_xlabel(f"episodes before episode {t + 1}{rest}")
         axes.legend(fontsize=9, loc="upper right")
-        return figure
+        return figure, sentence
 
 
 QUANTITIES = {  # key -> name, and what to compare a number with
@@ -340,55 +310,41 @@ def distances(problem: Problem) -> dict[str, np.ndarray]:
     return {key: torch.stack(values).numpy() for key, values in rows.items()}
 
 
-class DistanceMap(_Explorer):
+class DistanceMap(View):
     """A heat map of ``distances``: a column per layer, a row per expert or pair of experts."""
 
-    def __init__(self, problem: Problem, quantity: str = "length") -> None:
-        if quantity not in QUANTITIES:
-            raise InputError(
-                f"quantity: expected one of {', '.join(QUANTITIES)}, found {quantity!r}; name another"
-            )
+    def __init__(self, problem: Problem) -> None:
         self.values, pool = distances(problem), problem.pool
         self.pairs = [f"{a} – {b}" for a, b in combinations(pool.names, 2)]
-        self.names = list(pool.names)
-        stacks = zip(("enc ", "dec ") if len(pool.stacks) == 2 else ("",), pool.stacks, strict=True)
-        self.unit = "layer" if pool.unit == "block" else "sublayer"
-        self.places = ["stem", *(f"{kind}{j}" for kind, s in stacks for j in range(len(s)))]
+        self.names, self.unit = list(pool.names), "layer" if pool.unit == "block" else "sublayer"
+        names = [place_name(k, pool.stacks) for k in range(-1, pool.n_layers)]
+        self.places = [name.removeprefix("layer ") for name in names]
         options = [(name, key) for key, (name, _) in QUANTITIES.items()]
-        self.quantity = Dropdown(options=options, value=quantity, **_look("quantity"))
-        super().__init__(self.quantity)
+        self.quantity = Dropdown(options=options, **_look("quantity"))
+        super().__init__([self.quantity])
 
     def still(self) -> tuple[Figure, str]:
         """The heat map of the chosen quantity; where it is highest and lowest."""
         values, (title, meaning) = self.values[self.quantity.value], QUANTITIES[self.quantity.value]
         names = self.names if self.quantity.value == "length" else self.pairs
-        if np.isnan(values).all():
-            return self._figure(values, names, title), f"The {title} is undefined in every layer."
-        ends = []
-        for flat in (np.nanargmax(values), np.nanargmin(values)):
-            k, column = (int(i) for i in np.unravel_index(flat, values.shape))
-            place = f"{self.unit} {self.places[k]}" if k else "the stem"
-            ends.append(f"{values[k, column]:.2f} in {place} ({names[column]})")
-        sentence = (
-            f"The {title} is {np.nanmean(values):.2f} on average; highest: {ends[0]}, lowest: "
-        )
-        return self._figure(values, names, title), f"{sentence}{ends[1]}. {meaning}"
-
-    def _figure(self, values: np.ndarray, names: list[str], title: str) -> Figure:
+        sentence = f"The {title} is undefined in every layer."
+        if not np.isnan(values).all():
+            ends = []
+            for flat in (np.nanargmax(values), np.nanargmin(values)):
+                k, column = (int(i) for i in np.unravel_index(flat, values.shape))
+                place = f"{self.unit} {self.places[k]}" if k else "the stem"
+                ends.append(f"{values[k, column]:.2f} in {place} ({names[column]})")
+            sentence = (
+                f"The {title} is {np.nanmean(values):.2f} on average; highest: {ends[0]}, lowest: "
+                f"{ends[1]}. {meaning}"
+            )
         n_places, n_names = values.shape
-        size = (max(5.5, 0.58 * n_places + 2.6), 1.4 + 0.36 * n_names)
-        figure = Figure(figsize=size, layout="constrained")
-        axes = figure.subplots()
+        figure, (axes,) = panels(1, 1, max(5.5, 0.58 * n_places + 2.6), 1.4 + 0.36 * n_names)
         most = float(np.abs(np.nan_to_num(values)).max()) or 1.0
         low, colours = (-most, DIFFERENCES) if (values < 0).any() else (0.0, COUNTS)
         # Rows of the picture are experts, as in the merging map: (L + 1, C) -> (C, L + 1)
-        image = axes.imshow(values.T, cmap=colours, vmin=low, vmax=most, aspect="auto")
-        for (k, i), v in np.ndenumerate(values):
-            text = "–" if np.isnan(v) else f"{v:.2f}"
-            look: dict[str, Any] = {"ha": "center", "va": "center", "color": on_cell(abs(v) / most)}
-            axes.text(k, i, text, fontsize=9, **look)
-        axes.set_xticks(range(n_places), self.places)
-        axes.set_yticks(range(n_names), names)
+        cells = (values.T, names, self.places, "{:.2f}".format)
+        image = heat_map(axes, *cells, low, most, colours)
         axes.set(xlabel=self.unit, title=title)
         figure.colorbar(image, ax=axes)
-        return figure
+        return figure, sentence

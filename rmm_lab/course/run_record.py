@@ -71,19 +71,9 @@ class Run:
     # ------------------------------------------------------------------------------------ the problem
 
     @property
-    def sources(self) -> tuple[str, ...]:
-        """Models, then operators."""
-        return self.problem.pool.sources
-
-    @property
     def action_names(self) -> tuple[str, ...]:
         """Models, operators, skip, back."""
-        return (*self.sources, "skip", "back")
-
-    @property
-    def n_layers(self) -> int:
-        """Layers of the models; sublayers where the search took blocks apart."""
-        return self.problem.pool.n_layers
+        return (*self.problem.pool.sources, "skip", "back")
 
     @property
     def first(self) -> int:
@@ -91,18 +81,15 @@ class Run:
         return -1 if self.problem.spec.stem == "agent" else 0
 
     @property
-    def stacks(self) -> tuple[range, ...]:
-        """Layers that may follow each other: one stack, or a T5's two."""
-        return self.problem.pool.stacks
-
-    @property
     def agent_stacks(self) -> tuple[range, ...]:
-        """The stacks that the agent walks through: of whole blocks with ``unit="both"``, else ``stacks``."""
-        blocks = self.problem.pool.blocks
-        if self.problem.spec.unit != "both" or not blocks:
-            return self.stacks
-        starts = [[block.start for block in blocks].index(stack.start) for stack in self.stacks]
-        return tuple(map(range, starts, [*starts[1:], len(blocks)]))
+        """The stacks that the agent walks through: of whole blocks with ``unit="both"``, else the pool's."""
+        pool = self.problem.pool
+        if self.problem.spec.unit != "both" or not pool.blocks:
+            return pool.stacks
+        starts = [
+            [block.start for block in pool.blocks].index(stack.start) for stack in pool.stacks
+        ]
+        return tuple(map(range, starts, [*starts[1:], len(pool.blocks)]))
 
     # ------------------------------------------------------------------------------------ episodes
 
@@ -127,25 +114,23 @@ class Run:
     # ------------------------------------------------------------------------------------ paths
 
     @property
-    def names(self) -> list[str]:
-        """The paths that have a name: best, greedy (if it was legal), finalist 2, 3, ..."""
-        greedy = ["greedy"] if any(f["found"] == "greedy" for f in self.finalists) else []
-        return ["best", *greedy, *(f"finalist {i}" for i in range(2, len(self.finalists) + 1))]
+    def named(self) -> dict[str, Row]:
+        """The rows of the paths that have a name: best, greedy (if it was legal), finalist 2, 3, ...
 
-    def finalist(self, name: str) -> Row:
-        """The row of a path that has a name: its ``path`` (text), ``found``, and ``reward``."""
-        if name not in self.names:
-            raise InputError(
-                f"path: expected an episode's number or one of {', '.join(self.names)}, found {name!r}"
-            )
-        if name == "greedy":
-            return next(f for f in self.finalists if f["found"] == "greedy")
-        return self.finalists[0 if name == "best" else int(name.split()[1]) - 1]
+        A row has its ``path`` (text), how it was ``found``, and its ``reward``.
+        """
+        rows = {"best": self.finalists[0]}
+        rows |= {f["found"]: f for f in self.finalists if f["found"] == "greedy"}
+        return rows | {f"finalist {i}": f for i, f in enumerate(self.finalists[1:], 2)}
 
     def path(self, name: str | int) -> Path:
         """A path by its name, or that of an episode by its number."""
-        row = self.episode(name) if isinstance(name, int) else self.finalist(name)
-        return parse_path(row["path"])
+        rows = self.named
+        if isinstance(name, str) and name not in rows:
+            raise InputError(
+                f"path: expected an episode's number or one of {', '.join(rows)}, found {name!r}"
+            )
+        return parse_path((rows[name] if isinstance(name, str) else self.episode(name))["path"])
 
     def with_stem(self, path: Path) -> Path:
         """The path with its stem as the first step, also where the agent does not choose it."""
@@ -168,45 +153,39 @@ def align(a: Path, b: Path) -> list[tuple[int | None, int | None]]:
     Equal steps cost 0, another source for the same layer 1, a step that only one path has 1; steps of
     different layers are never paired.
     """
-    cost = np.add.outer(np.arange(len(a) + 1), np.arange(len(b) + 1)).astype(float)  # all gaps
-    for i, j in np.ndindex(len(a), len(b)):
-        pair = np.inf if a[i].layer != b[j].layer else float(a[i] != b[j])
-        cost[i + 1, j + 1] = min(cost[i, j] + pair, cost[i, j + 1] + 1, cost[i + 1, j] + 1)
-    pairs: list[tuple[int | None, int | None]] = []
-    i, j = len(a), len(b)
-    while i or j:  # back along the cheapest way
-        paired = bool(i and j) and a[i - 1].layer == b[j - 1].layer
-        if paired and cost[i, j] == cost[i - 1, j - 1] + (a[i - 1] != b[j - 1]):
-            i, j = i - 1, j - 1
-            pairs.append((i, j))
-        elif i and cost[i, j] == cost[i - 1, j] + 1:
-            i -= 1
-            pairs.append((i, None))
-        else:
-            j -= 1
-            pairs.append((None, j))
-    return pairs[::-1]
+    best: dict[tuple[int, int], tuple[float, list[tuple[int | None, int | None]]]] = {
+        (0, 0): (0, [])
+    }
+    for i, j in np.ndindex(len(a) + 1, len(b) + 1):
+        ways = []  # (cost, pairs) of what may come last: a pair, or one step alone
+        if i and j and a[i - 1].layer == b[j - 1].layer:
+            cost, pairs = best[i - 1, j - 1]
+            ways.append((cost + (a[i - 1] != b[j - 1]), [*pairs, (i - 1, j - 1)]))
+        if i:
+            ways.append((best[i - 1, j][0] + 1, [*best[i - 1, j][1], (i - 1, None)]))
+        if j:
+            ways.append((best[i, j - 1][0] + 1, [*best[i, j - 1][1], (None, j - 1)]))
+        if ways:
+            best[i, j] = min(ways, key=lambda way: way[0])
+    return best[len(a), len(b)][1]
 
 
 def difference(a: Path, b: Path, stacks: Sequence[range] = ()) -> list[str]:
     """Where two paths differ, place by place in running order; empty for equal paths."""
     out = []
     for i, j in align(a, b):
-        if i is not None and j is not None:
-            if a[i] != b[j]:
-                place = place_name(a[i].layer, stacks)
-                out.append(
-                    f"{place}: {source_text(a[i])} in the first, {source_text(b[j])} in the second"
-                )
-            continue
-        step, which, rest, other = (
-            (a[i], "first", "second", b) if i is not None else (b[j or 0], "second", "first", a)
-        )
-        text = f"{place_name(step.layer, stacks)}: {source_text(step)} in the {which}"
-        if any(s.layer == step.layer for s in other):
-            out.append(f"{text} only, one more on the stack")
-        else:
-            out.append(f"{text}, {'not chosen' if step.layer < 0 else 'skipped'} in the {rest}")
+        one, two = None if i is None else a[i], None if j is None else b[j]
+        if one and two and one != two:
+            place = place_name(one.layer, stacks)
+            out.append(
+                f"{place}: {source_text(one)} in the first, {source_text(two)} in the second"
+            )
+        elif (one is None or two is None) and (step := one or two):
+            which, rest, other = ("first", "second", b) if one else ("second", "first", a)
+            how = f", {'not chosen' if step.layer < 0 else 'skipped'} in the {rest}"
+            if any(s.layer == step.layer for s in other):
+                how = " only, one more on the stack"
+            out.append(f"{place_name(step.layer, stacks)}: {source_text(step)} in the {which}{how}")
     depth = [sum(step.layer >= 0 for step in path) for path in (a, b)]
     if depth[0] != depth[1]:
         out.append(f"length: {depth[0]} layers in the first, {depth[1]} in the second")

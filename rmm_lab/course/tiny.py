@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path as Folder
 from typing import Any
@@ -26,18 +27,13 @@ from rmm_lab.tasks.image_task import SPLITS, InputFormat, Split, Task
 from rmm_lab.zoo.training import fine_tune
 
 SIZE = 8  # pixels
+PER_CLASS = (100, 60, 60)  # images of train, reward and test
 NOISE = 0.2  # standard deviation of the noise on each pixel; brightness is 0 to 1
 # A ViT of 3 layers, width 16 and 4 patches of 4 x 4 pixels.
 TINY_VIT: dict[str, Any] = {
     "architecture": "vit_tiny_patch16_224",
-    "model_args": {
-        "img_size": SIZE,
-        "patch_size": 4,
-        "in_chans": 1,
-        "embed_dim": 16,
-        "depth": 3,
-        "num_heads": 2,
-    },
+    "model_args": {"img_size": SIZE, "patch_size": 4, "in_chans": 1}
+    | {"embed_dim": 16, "depth": 3, "num_heads": 2},
     "pretrained_cfg": {"input_size": [1, SIZE, SIZE], "mean": [0.5], "std": [0.5]},
 }
 OPERATORS = ("weight_average", "ties")
@@ -73,34 +69,20 @@ class DrawnTask(Task):
 
     Args:
         name: of the task. classes: their names. draw: (labels (n,), generator) -> images (n, 8, 8) in
-            [0, 1]. seed: of the noise. per_class: images per class of train, reward and test.
+            [0, 1]. seed: of the noise.
     """
 
-    def __init__(
-        self,
-        name: str,
-        classes: list[str],
-        draw: Draw,
-        *,
-        seed: int,
-        per_class: tuple[int, int, int] = (100, 60, 60),
-    ) -> None:
+    def __init__(self, name: str, classes: list[str], draw: Draw, *, seed: int) -> None:
         self.name, self.source, self.classes = name, name, classes
         self.format = InputFormat.of(TINY_VIT)
         self._splits = {}
-        for i, (split, n) in enumerate(zip(SPLITS, per_class, strict=True)):
+        for i, (split, n) in enumerate(zip(SPLITS, PER_CLASS, strict=True)):
             generator = torch.Generator().manual_seed(10 * seed + i)
             labels = torch.arange(len(classes)).repeat_interleave(n)
             images = draw(labels, generator)
             images = images + NOISE * torch.randn(images.shape, generator=generator)
             pixels = (255 * images.clamp(0, 1)).to(torch.uint8)[:, None]  # (n, 1, 8, 8)
             self._splits[split] = Split(pixels, labels)
-
-    def split(self, name: str) -> Split:
-        """The split ``train``, ``reward`` or ``test``."""
-        if name not in SPLITS:
-            raise InputError(f"split {name!r}: expected one of {', '.join(SPLITS)}")
-        return self._splits[name]
 
 
 def tiny_problem(seed: int = 0) -> Problem:
@@ -153,35 +135,28 @@ def all_paths(
     skips there is the empty path, stem and head alone. Without skips and backs there are
     ``len(sources) ** n_layers``: only small problems can be listed. Raises InputError.
     """
-    if (
-        not sources
-        or n_layers < 1
-        or (max_depth is None if backs is None else backs < 0)
-        or (max_depth is not None and max_depth < 0)
-    ):
+    left, deepest = (math.inf if n is None else n for n in (backs, max_depth))
+    if not sources or n_layers < 1 or not 0 <= min(left, deepest) < math.inf:
         raise InputError(
             "all_paths: expected at least 1 source and 1 layer, backs of 0 or more (None: any number, with "
             f"a max_depth), found {len(sources)} sources, n_layers {n_layers}, backs {backs}, max_depth "
             f"{max_depth}; correct them"
         )
-    found: set[Path] = set()
-    seen: set[tuple[int, int | None, Path]] = set()
-    walks: list[tuple[int, int | None, Path]] = [(0, backs, ())]  # layer, backs left, path so far
+    start: tuple[int, float, Path] = (0, left, ())  # layer, backs left, path so far
+    seen, walks, found = {start}, [start], set()
     while walks:
-        walk = walks.pop()
-        if walk in seen:
-            continue
-        seen.add(walk)
-        k, left, path = walk
+        k, left, path = walks.pop()
         if k == n_layers:
             found.add(path)
             continue
-        if max_depth is None or len(path) < max_depth:
-            walks += [(k + 1, left, (*path, Step(source, k))) for source in sources]
+        steps = [Step(source, k) for source in sources] if len(path) < deepest else []
+        after = {(k + 1, left, (*path, step)) for step in steps}
         if skips:
-            walks.append((k + 1, left, path))
-        if left != 0 and k > 0:
-            walks.append((k - 1, None if left is None else left - 1, path))
+            after.add((k + 1, left, path))
+        if left and k:
+            after.add((k - 1, left - 1, path))
+        walks += after - seen
+        seen |= after
     number = {source: a for a, source in enumerate(sources)}
     return sorted(found, key=lambda path: [(number[step.source], step.layer) for step in path])
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import base64
+from collections.abc import Sequence
 from html import escape
 from typing import Any
 
+from IPython import display
 from ipywidgets import HTML, VBox
 from matplotlib.figure import Figure
 
@@ -34,31 +36,41 @@ def status(sentence: str) -> str:
 
 def show(figure: Figure, alt: str) -> None:
     """Display a figure under a notebook's cell, with its alt sentence."""
-    from IPython import display
-
     display.display(display.HTML(img(figure, alt)))
 
 
 class View(VBox):
-    """Base of the widgets: a column of controls and pictures over an object that does the work.
+    """Base of the widgets: rows of controls, a line of ``status`` and a picture in ``place``.
 
-    A subclass builds ``children``, and ``still`` returns what there is to see now: a figure and a
-    sentence. They replace the widget where no kernel runs; the sentence is also the picture's alt text.
+    A subclass's ``still`` returns what there is to see now: a figure and a sentence. They replace the
+    widget where no kernel runs; the sentence is also the picture's alt text. ``refresh`` runs at first and
+    whenever one of the ``watched`` controls (by default the rows) changes.
     """
+
+    def __init__(self, rows: Sequence[Any], watched: Sequence[Any] | None = None) -> None:
+        self.status, self.place = HTML(), HTML()
+        super().__init__([*rows, self.status, self.place])
+        for control in rows if watched is None else watched:
+            control.observe(self.refresh, "value")
+        self.refresh()
 
     def still(self) -> tuple[Figure, str]:
         """The view's current figure, and a sentence that says what it shows."""
         raise NotImplementedError
 
-    def picture(self) -> HTML:
-        """An empty place for a picture; ``draw`` fills it."""
-        return HTML()
+    def refresh(self, change: Any = None) -> None:
+        """Draw the current state; ``change`` is what ipywidgets passes to an observer."""
+        self.draw()
+        self.status.value = status(self.sentence())
 
-    def draw(self, place: HTML) -> str:
-        """Put the current ``still`` into a place; returns its sentence."""
-        figure, sentence = self.still()
-        place.value = img(figure, sentence)
-        return sentence
+    def sentence(self) -> str:
+        """What the line of status says: by default that of the picture."""
+        return self._alt
+
+    def draw(self) -> None:
+        """Put the current ``still`` into its place."""
+        figure, self._alt = self.still()
+        self.place.value = img(figure, self._alt)
 
     def _repr_mimebundle_(self, **kwargs: Any) -> dict[str, Any]:
         """The live widget, with a PNG and a sentence for where no kernel runs."""

@@ -6,43 +6,22 @@ and a PNG replaces the view where no kernel runs.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from html import escape
 from typing import Any
 
 import numpy as np
-from ipywidgets import (
-    HTML,
-    BoundedIntText,
-    Button,
-    Dropdown,
-    HBox,
-    IntSlider,
-    Layout,
-    Play,
-    jslink,
-)
+import pandas as pd
+from ipywidgets import BoundedIntText, Button, Dropdown, HBox, IntSlider, Layout, Play, jslink
 from matplotlib.figure import Figure
 
 from rmm_lab.course.episode_walk import Walk
-from rmm_lab.course.explorers import ClipExplorer, DarExplorer, DistanceMap, TiesExplorer
+from rmm_lab.course.explorers import ClipExplorer, DarExplorer, DistanceMap, TiesExplorer  # noqa: F401
 from rmm_lab.course.run_record import Run, difference, source_text
 from rmm_lab.course.views import View, status
 from rmm_lab.errors import InputError, one_sentence
 from rmm_lab.figures import paths as plots
 from rmm_lab.reward import Path, parse_path, path_text
-
-__all__ = [
-    "ButtonTest",
-    "ClipExplorer",
-    "DarExplorer",
-    "DistanceMap",
-    "MapStepper",
-    "PathInspector",
-    "ResultsTable",
-    "TiesExplorer",
-    "TrainingReplay",
-]
 
 WIDE = {"description_width": "initial"}  # else long descriptions are cut
 PARTS = "here a layer is a part of a block: attention comes first, the MLP last"
@@ -66,9 +45,8 @@ class ButtonTest(View):
     def __init__(self) -> None:
         self.count = 0
         self.button = Button(description="press me", tooltip="counts how often it was pressed")
-        self.status = HTML(status(self.sentence()))
         self.button.on_click(lambda _: self.press())
-        super().__init__([self.button, self.status])
+        super().__init__([self.button], ())
 
     def sentence(self) -> str:
         """How often it was pressed."""
@@ -78,6 +56,10 @@ class ButtonTest(View):
     def press(self) -> None:
         """What the button does."""
         self.count += 1
+        self.refresh()
+
+    def refresh(self, change: Any = None) -> None:
+        """Say how often it was pressed."""
         self.status.value = status(self.sentence())
 
     def still(self) -> tuple[Figure, str]:
@@ -92,62 +74,45 @@ class MapStepper(View):
 
     def __init__(self, walk: Walk) -> None:
         self.walk = walk
-        self.buttons: dict[str, Button] = {}
-        for name in walk.action_names:
-            self.buttons[name] = self._button(name, lambda _, name=name: self.press(name))
-        self.undo_button = self._button("undo", lambda _: self.undo())
+        self.buttons = {name: self._button(name, walk.act, name) for name in walk.action_names}
+        self.undo_button = self._button("undo", walk.undo)
         self.undo_button.tooltip = "take the last action back"
-        self.reset_button = self._button("start again", lambda _: self.reset())
+        self.reset_button = self._button("start again", walk.reset)
         self.reset_button.tooltip = "back to the start, nothing chosen"
-        self.agent_button = self._button("agent's next step", lambda _: self.agent_step())
+        self.agent_button = self._button("agent's next step", walk.agent_step)
         self.agent_button.tooltip = "let the agent do its most probable action"
-        self.status, self.place = HTML(), self.picture()
         control = [self.undo_button, self.reset_button]
         control += [self.agent_button] if walk.agent is not None else []
         wrap = Layout(flex_flow="row wrap")
         rows = [HBox(list(self.buttons.values()), layout=wrap), HBox(control, layout=wrap)]
-        super().__init__([*rows, self.status, self.place])
-        self._show()
+        super().__init__(rows, ())
 
-    @staticmethod
-    def _button(name: str, on_click: Any) -> Button:
+    def _button(self, name: str, what: Callable[..., Any], *arguments: str) -> Button:
         button = Button(description=name, layout=Layout(width="auto"))
-        button.on_click(on_click)
+        button.on_click(lambda _: self._do(what, *arguments))
         return button
 
     def press(self, action: int | str) -> None:
         """Do an action by its name or number."""
-        self._do(lambda: self.walk.act(action))
+        self._do(self.walk.act, action)
 
-    def undo(self) -> None:
-        """Take the last action back."""
-        self._do(self.walk.undo)
-
-    def reset(self) -> None:
-        """Start again."""
-        self._do(self.walk.reset)
-
-    def agent_step(self) -> None:
-        """The agent's most probable action."""
-        self._do(self.walk.agent_step)
-
-    def _do(self, what: Any) -> None:
+    def _do(self, what: Callable[..., Any], *arguments: int | str) -> None:
         try:
-            what()
+            what(*arguments)
         except Exception as error:  # a notebook does not show what a callback raises
             self.status.value = status(f"error: {one_sentence(error)}")
             raise
-        self._show()
+        self.refresh()
 
-    def _show(self) -> None:
+    def refresh(self, change: Any = None) -> None:
+        """Draw the walk, and enable the buttons that do something."""
         walk, legal = self.walk, self.walk.legal
         for number, (name, button) in enumerate(self.buttons.items()):
             button.disabled = walk.done or (walk.masked and not legal[number])
             button.tooltip = walk.does(name)
         self.undo_button.disabled = not walk.actions
         self.agent_button.disabled = walk.done
-        self.status.value = status(self.sentence())
-        self.draw(self.place)
+        super().refresh()
 
     def sentence(self) -> str:
         """What happened last, and the scores at the end."""
@@ -156,21 +121,13 @@ class MapStepper(View):
 
     def still(self) -> tuple[Figure, str]:
         """The map with the cursor; the agent's probabilities, at the end the scores."""
-        walk = self.walk
-        pi, value, env = walk.probabilities(), walk.value(), walk.env
+        walk, env, (pi, value) = self.walk, self.walk.env, self.walk.policy()
+        words = [f"{step.source} ({walk.place(step.layer)})" for step in walk.env.path]
         figure = plots.walk_picture(
-            walk.merging_map,
-            walk.action_names,
-            env.first,
-            walk.stacks,
-            walk.layer,
-            probabilities=pi,
-            legal=walk.legal,
-            scores=walk.scores,
-            value=value,
-            path=[f"{step.source} ({walk.place(step.layer)})" for step in walk.path],
-        )
-        alt = f"Merging map; {self.sentence()}. Path: {path_text(walk.path) or 'no layer yet'}."
+            env.merging_map, walk.action_names, env.first, walk.stacks, env.layer, words,
+            probabilities=pi, value=value, legal=walk.legal, scores=walk.scores,
+        )  # fmt: skip
+        alt = f"Merging map; {self.sentence()}. Path: {path_text(walk.env.path) or 'no layer yet'}."
         if pi is not None:
             best = int(pi.argmax())
             alt += (
@@ -185,31 +142,22 @@ class PathInspector(View):
 
     def __init__(self, run: Run) -> None:
         self.run = run
-        labels = [f"{name} ({100 * run.finalist(name)['reward']:.1f} %)" for name in run.names]
-        options = [*zip(labels, run.names, strict=True), ("episode", "episode")]
-        last = len(run.episodes) - 1
+        options = [(f"{n} ({100 * row['reward']:.1f} %)", n) for n, row in run.named.items()]
+        options.append(("episode", "episode"))
+        number = {"max": len(run.episodes) - 1, "style": WIDE}
         self.first = Dropdown(options=options, description="first path", style=WIDE)
         self.second = Dropdown(
-            options=[("none", "none"), *options],
-            value="none",
-            description="second path",
-            style=WIDE,
+            options=[("none", "none"), *options], description="second path", style=WIDE
         )
-        self.first_episode, self.second_episode = (
-            BoundedIntText(0, min=0, max=last, description=f"episode of the {which}", style=WIDE)
-            for which in ("first", "second")
-        )
+        self.first_episode = BoundedIntText(description="episode of the first", **number)
+        self.second_episode = BoundedIntText(description="episode of the second", **number)
         self._pickers = (
             ("first", self.first, self.first_episode),
             ("second", self.second, self.second_episode),
         )
-        self.words, self.place, self._ready = HTML(), self.picture(), True
-        for _, control, number in self._pickers:
-            control.observe(lambda _: self._show(), "value")
-            number.observe(lambda _: self._show(), "value")
+        self._ready = True
         rows = [HBox(picker[1:]) for picker in self._pickers]
-        super().__init__([*rows, self.words, self.place])
-        self._show()
+        super().__init__(rows, [control for picker in self._pickers for control in picker[1:]])
 
     def select(self, first: str | int, second: str | int | None = None) -> None:
         """Show one or two paths, each by its name or by an episode's number."""
@@ -223,7 +171,7 @@ class PathInspector(View):
                 control.value = "none" if name is None else name
         finally:
             self._ready = True
-            self._show()
+            self.refresh()
 
     def chosen(self) -> list[tuple[str, str | int]]:
         """What is shown: (label, name or episode's number), one or two."""
@@ -237,19 +185,20 @@ class PathInspector(View):
                 out.append((f"{which}: {control.value}", control.value))
         return out
 
-    def _show(self) -> None:
+    def refresh(self, change: Any = None) -> None:
+        """Draw what is chosen, and say it in a list."""
         if not self._ready:
             return
         for _, control, number in self._pickers:
             number.disabled = control.value != "episode"
         try:
             sentences = self.sentences()
-            self.draw(self.place)
+            self.draw()
         except Exception as error:  # a notebook does not show what a callback raises
-            self.words.value = status(f"error: {one_sentence(error)}")
+            self.status.value = status(f"error: {one_sentence(error)}")
             raise
         items = "".join(f"<li>{escape(s)}</li>" for s in sentences)
-        self.words.value = f'<ul role="status" aria-live="polite">{items}</ul>'
+        self.status.value = f'<ul role="status" aria-live="polite">{items}</ul>'
 
     def scores(self, name: str | int) -> dict[str, float] | None:
         """The path's scores on the whole reward split; None where the episode ended with a penalty."""
@@ -259,28 +208,27 @@ class PathInspector(View):
 
     def sentences(self) -> list[str]:
         """Scores of the paths, then their difference place by place."""
-        chosen, out = self.chosen(), []
+        pool, chosen, out = self.run.problem.pool, self.chosen(), []
         for label, name in chosen:
             scores = self.scores(name)
             words = percent(scores) if scores else "ended with the penalty, so there is no model"
             out.append(f"{label}: {words}")
         if len(chosen) == 2:
             (_, a), (_, b) = chosen
-            differences = difference(self.run.path(a), self.run.path(b), self.run.stacks)
+            differences = difference(self.run.path(a), self.run.path(b), pool.stacks)
             out += differences or ["both are the same path"]
-        if self.run.problem.pool.blocks:
+        if pool.blocks:
             out.append(PARTS)
         return out
 
     def still(self) -> tuple[Figure, str]:
         """The paths, one below the other, and bars of their scores."""
-        run, chosen = self.run, self.chosen()
+        run, pool, chosen = self.run, self.run.problem.pool, self.chosen()
         paths = [(label, run.with_stem(run.path(name))) for label, name in chosen]
         scores = {label: s for label, name in chosen if (s := self.scores(name))}
-        figure = plots.paths_picture(
-            paths, scores, run.sources, run.n_layers, run.stacks, "score on the whole reward split"
-        )
-        words = [f"{label}: {path_words(path, run.stacks)}" for label, path in paths]
+        place = (pool.sources, pool.n_layers, pool.stacks)
+        figure = plots.paths_picture(paths, scores, *place, "score on the whole reward split")
+        words = [f"{label}: {path_words(path, pool.stacks)}" for label, path in paths]
         return figure, ". ".join(["Layer paths", *words, *self.sentences()]) + "."
 
 
@@ -294,54 +242,43 @@ class TrainingReplay(View):
         # One frame per update of the agent.
         first = [e["phase"] for e in run.episodes].count("uniform")
         step = run.updates[0]["episodes"] - first if run.updates else 1
-        self.slider = IntSlider(
-            0, 0, last, description="episode", continuous_update=False, layout=Layout(width="60%")
-        )
+        look = {"description": "episode", "layout": Layout(width="60%")}
+        self.slider = IntSlider(0, 0, last, continuous_update=False, **look)
         self.play = Play(value=0, min=0, max=last, step=step, interval=700, description="play")
         jslink((self.play, "value"), (self.slider, "value"))
-        self.status, self.place = HTML(), self.picture()
-        self.slider.observe(lambda _: self._show(), "value")
-        super().__init__([HBox([self.play, self.slider]), self.status, self.place])
-        self._show()
+        super().__init__([HBox([self.play, self.slider])], [self.slider])
 
     def go(self, episode: int) -> None:
         """Show an episode."""
         self.run.episode(episode)
         self.slider.value = episode
 
-    def _show(self) -> None:
-        self.status.value = status(self.sentence())
-        self.draw(self.place)
-
     def sentence(self) -> str:
         """Who played this episode, and what it was paid."""
         row = self.run.episode(self.slider.value)
         what = "the penalty" if row["penalised"] else f"a reward of {row['raw_reward']:.3f}"
         recent = self.rewards[max(0, self.slider.value - 49) : self.slider.value + 1]
-        who = f"{row['phase']} phase"
-        if row["phase"] == "agent":
-            who = f"policy after {row['update']} updates"
+        agent, who = f"policy after {row['update']} updates", f"{row['phase']} phase"
         return (
-            f"episode {row['episode']}, {who}: {what}; "
+            f"episode {row['episode']}, {agent if row['phase'] == 'agent' else who}: {what}; "
             f"mean of the last {len(recent)} episodes {recent.mean():.3f}; path: "
             f"{row['path'] or 'no layer'}"
         )
 
     def still(self) -> tuple[Figure, str]:
         """The reward curve with a marker, the policy's heat map, the merging map of the episode."""
-        run, number = self.run, self.slider.value
-        places = run.n_layers - run.first
-        counts = plots.merging_map(run.path(number), run.sources, run.first, places)
+        run, pool, number = self.run, self.run.problem.pool, self.slider.value
+        places = pool.n_layers - run.first
+        counts = plots.merging_map(run.path(number), pool.sources, run.first, places)
         mean, names, stacks = run.policy(number), run.action_names, run.agent_stacks
         n_places = stacks[-1].stop - run.first
         policy = np.full((n_places, len(names)), np.nan) if mean is None else mean.numpy()
         title = "the policy that acted: mean probability"
         if (phase := run.episode(number)["phase"]) != "agent":
-            title = f"{phase} phase: " + (
-                "no policy" if mean is None else "the agent's last policy"
-            )
+            which = "no policy" if mean is None else "the agent's last policy"
+            title = f"{phase} phase: {which}"
         figure = plots.replay_picture(
-            self.rewards, number, policy, counts, names, run.first, run.stacks, stacks, title
+            self.rewards, number, policy, counts, names, run.first, pool.stacks, stacks, title
         )
         if not self._boxes:
             figure.draw_without_rendering()
@@ -355,7 +292,7 @@ class TrainingReplay(View):
     def likeliest(self, policy: np.ndarray) -> str:
         """The most probable action at each place, in words. policy: (P, A)."""
         out, stacks = [], self.run.agent_stacks
-        kind = "layer" if stacks == self.run.stacks else "block"
+        kind = "layer" if stacks == self.run.problem.pool.stacks else "block"
         for k, row in enumerate(policy, self.run.first):
             best = "never visited" if np.isnan(row).any() else self.run.action_names[row.argmax()]
             out.append(f"{plots.place_name(k, stacks).replace('layer', kind)} {best}")
@@ -379,26 +316,25 @@ class ResultsTable(View):
         n_layers: int | None = None,
         stacks: Sequence[range] = (),
     ) -> None:
-        records = rows.to_dict("records") if hasattr(rows, "to_dict") else list(rows)
-        if not records:
+        frame = pd.DataFrame(rows, dtype=object)
+        if frame.empty:
             raise InputError("rows: expected at least one method, found none; give some")
-        self.rows, self.caption, self.stacks = records, caption, tuple(stacks)
-        self.paths: list[Path | None] = [None] * len(records)  # with the stem as the first step
-        for i, row in enumerate(records):
-            if isinstance(row.get("path"), str):  # a DataFrame has NaN where there is none
-                stem = row.get("stem")
-                stem = stem if isinstance(stem, str) else "base"
-                self.paths[i] = plots.with_stem(parse_path(row["path"]), stem)
+        frame = frame.reindex(columns=["method", "setting", "scores", "path", "stem"])
+        self.rows = frame.where(frame.notna(), None).to_dict("records")
+        self.caption, self.stacks = caption, tuple(stacks)
+        self.paths = [  # with the stem as the first step
+            None
+            if row["path"] is None
+            else plots.with_stem(parse_path(row["path"]), row["stem"] or "base")
+            for row in self.rows
+        ]
         steps = [step for path in self.paths for step in path or ()]
         named = dict.fromkeys(step.source for step in steps if step.source != "base")
         self.sources = list(sources or named)
         self.n_layers = n_layers or 1 + max((step.layer for step in steps), default=0)
-        names = [(row["method"], i) for i, row in enumerate(records)]
+        names = [(row["method"], i) for i, row in enumerate(self.rows)]
         self.select = Dropdown(options=names, description="method", style=WIDE)
-        self.table, self.place = HTML(), self.picture()
-        self.select.observe(lambda _: self._show(), "value")
-        super().__init__([self.select, self.table, self.place])
-        self._show()
+        super().__init__([self.select], [self.select])
 
     def choose(self, method: str) -> None:
         """Select a method by its name."""
@@ -407,35 +343,33 @@ class ResultsTable(View):
             raise InputError(f"method: expected one of {', '.join(names)}, found {method!r}")
         self.select.value = names.index(method)
 
-    def _show(self) -> None:
-        self.table.value = self.html()
+    def refresh(self, change: Any = None) -> None:
+        """Write the table, and draw the selected method's path."""
+        self.status.value = self.html()
         self.place.value = ""
         if self.paths[self.select.value] is not None:
-            self.draw(self.place)
+            self.draw()
 
     def html(self) -> str:
         """The table, with a caption, scopes, and a word after the selected method."""
         tasks = list(self.rows[0]["scores"])
         cell = 'style="padding: 2px 8px; text-align: right"'
         left = 'style="padding: 2px 8px; text-align: left"'
-        heads = "".join(f'<th scope="col" {cell}>{escape(t)}</th>' for t in [*tasks, "mean"])
+        names = ["method", *tasks, "mean", "setting"]
+        heads = "".join(f'<th scope="col" {cell}>{escape(name)}</th>' for name in names)
         body = ""
         for i, row in enumerate(self.rows):
             values = [row["scores"][t] for t in tasks]
-            chosen = i == self.select.value
-            name = escape(row["method"]) + (" (selected)" if chosen else "")
-            values.append(float(np.mean(values)))
-            numbers = "".join(f"<td {cell}>{100 * v:.1f}</td>" for v in values)
-            bold = ' style="font-weight: bold; outline: 2px solid"' if chosen else ""
+            numbers = "".join(f"<td {cell}>{100 * v:.1f}</td>" for v in [*values, np.mean(values)])
+            word, bold = "", ""
+            if i == self.select.value:
+                word, bold = " (selected)", ' style="font-weight: bold; outline: 2px solid"'
             body += (
-                f'<tr{bold}><th scope="row" {left}>{name}</th>{numbers}'
+                f'<tr{bold}><th scope="row" {left}>{escape(row["method"])}{word}</th>{numbers}'
                 f"<td {left}>{escape(row['setting'])}</td></tr>"
             )
-        return (
-            f"<table><caption>{escape(self.caption)}</caption><thead><tr>"
-            f'<th scope="col" {left}>method</th>{heads}<th scope="col" {left}>setting</th></tr></thead>'
-            f"<tbody>{body}</tbody></table>"
-        )
+        caption = f"<caption>{escape(self.caption)}</caption>"
+        return f"<table>{caption}<thead><tr>{heads}</tr></thead><tbody>{body}</tbody></table>"
 
     def still(self) -> tuple[Figure, str]:
         """The selected method's path, or bars of its scores where it has none."""

@@ -3,33 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
-from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator, MultipleLocator
 from torch import Tensor
 
 from rmm_lab.errors import InputError
-from rmm_lab.figures.paths import COLOURS, DIFFERENCES, HATCHES, draw_map, on_cell, panels
+from rmm_lab.figures.paths import (
+    COLOURS,
+    DIFFERENCES,
+    HATCHES,
+    draw_box,
+    draw_map,
+    heat_map,
+    look_of,
+    panels,
+    tidy,
+)
 from rmm_lab.reward import Path
 
+ARROW = {"arrowstyle": "-|>", "lw": 2}
+
 # ------------------------------------------------------------------------------------ notebooks 00 and 01
-
-
-def walk_order(path: Path, sources: Sequence[str]) -> list[tuple[int, int]]:
-    """Where each step of a path is drawn: (column of the source, row of the layer), in order.
-
-    Raises InputError for a source that has no column.
-    """
-    for step in path:
-        if step.source not in sources:
-            raise InputError(
-                f"step {step}: expected one of {', '.join(sources)}; draw its source too"
-            )
-    return [(list(sources).index(step.source), step.layer) for step in path]
 
 
 def rmm_picture(
@@ -37,69 +36,49 @@ def rmm_picture(
 ) -> Figure:
     """RMM in one picture: sources as columns of layers, the walk through them, the merged stack.
 
-    ``path``: an example without skip and back. After the paper's Fig. 2.
+    ``path``: an example without skip and back. After the paper's Fig. 2. Raises InputError for a step whose
+    source is neither a model nor an operator.
     """
     sources = [*models, *operators]
-    places = walk_order(path, sources)
-    figure = Figure(figsize=(9.5, 4.6), layout="constrained")
-    axes: Any = figure.subplots()
+    for step in path:
+        if step.source not in sources:
+            known = ", ".join(sources)
+            raise InputError(f"step {step}: expected one of {known}; draw its source too")
+    places = [(sources.index(step.source), step.layer) for step in path]
+    figure, (axes,) = panels(1, 1, 9.5, 4.6)
+    centred = {"ha": "center", "fontsize": 9}
     for a, source in enumerate(sources):
         for k in range(n_layers):
-            _layer_box(axes, 1.6 * a, k, a, f"layer {k}", strong=(a, k) in places)
+            look, pale = look_of(source, sources), (a, k) not in places
+            draw_box(axes, 1.6 * a, k, 1.2, f"layer {k}", look, pale)
         kind = "model" if source in models else "operator"
-        axes.text(1.6 * a, n_layers - 0.3, f"{source}\n({kind})", ha="center", fontsize=9)
-    for t, (a, k) in enumerate(places):
-        if t:
-            b, j = places[t - 1]
-            axes.annotate(
-                "", (1.6 * a, k - 0.34), (1.6 * b, j + 0.34), zorder=3,
-                arrowprops={"arrowstyle": "-|>", "lw": 2, "color": COLOURS[0]},
-            )  # fmt: skip
+        axes.text(1.6 * a, n_layers - 0.3, f"{source}\n({kind})", **centred)
+    for (b, j), (a, k) in pairwise(places):
+        arrow = {"arrowprops": ARROW | {"color": COLOURS[0]}, "zorder": 3}
+        axes.annotate("", (1.6 * a, k - 0.34), (1.6 * b, j + 0.34), **arrow)
     right = 1.6 * len(sources) + 1.5
-    for t, (a, k) in enumerate(places):
-        _layer_box(axes, right, t, a, f"{sources[a]}, layer {k}", width=2.4)
-    axes.text(right, len(places) - 0.3, "merged model\n(runs upwards)", ha="center", fontsize=9)
-    axes.annotate("", (right - 1.3, 2), (right - 2.0, 2), arrowprops={"arrowstyle": "-|>", "lw": 2})
-    axes.text(right - 1.65, 2.2, "becomes", ha="center", fontsize=9)
-    axes.text(right, -0.75, "its accuracy on all tasks: the reward", ha="center", fontsize=9)
-    axes.text(
-        0.8 * (len(sources) - 1), -0.75, "the agent starts at layer 0", ha="center", fontsize=9
-    )
+    for t, step in enumerate(path):
+        text = f"{step.source}, layer {step.layer}"
+        draw_box(axes, right, t, 2.4, text, look_of(step.source, sources))
+    axes.text(right, len(places) - 0.3, "merged model\n(runs upwards)", **centred)
+    axes.annotate("", (right - 1.3, 2), (right - 2.0, 2), arrowprops=ARROW)
+    axes.text(right - 1.65, 2.2, "becomes", **centred)
+    axes.text(right, -0.75, "its accuracy on all tasks: the reward", **centred)
+    axes.text(0.8 * (len(sources) - 1), -0.75, "the agent starts at layer 0", **centred)
     axes.set(xlim=(-0.8, right + 1.4), ylim=(-1, max(n_layers, len(places)) + 0.5))
     axes.set_axis_off()
     return figure
 
 
-def _layer_box(
-    axes: Any, x: float, y: float, a: int, text: str, *, width: float = 1.2, strong: bool = True
-) -> None:
-    """One layer as a box in the colour and hatch of source a; pale where it was not chosen."""
-    rgb = to_rgb(COLOURS[1 + a % (len(COLOURS) - 1)])
-    axes.add_patch(
-        Rectangle(
-            (x - width / 2, y - 0.32), width, 0.64, facecolor=(*rgb, 0.45 if strong else 0.08),
-            edgecolor=(*rgb, 1.0 if strong else 0.35), hatch=HATCHES[a % len(HATCHES)] if strong else "",
-            lw=1.8 if strong else 1,
-        )
-    )  # fmt: skip
-    axes.text(
-        x, y, text, ha="center", va="center", fontsize=8, color="black" if strong else "0.4",
-        bbox={"facecolor": "white", "edgecolor": "none", "pad": 1, "alpha": 0.85 if strong else 0},
-    )  # fmt: skip
-
-
 def gallery(tasks: Sequence[Any], n: int = 10) -> Figure:
     """A picture of each of n classes, spread over a task's classes; one row per task."""
-    figure = Figure(figsize=(0.75 * n + 1.2, 0.95 * len(tasks)), layout="constrained")
-    grid: Any = figure.subplots(len(tasks), n, squeeze=False)
-    for task, row in zip(tasks, grid, strict=True):
-        split = task.split("reward")
-        classes = np.linspace(0, len(task.classes) - 1, n).round().astype(int)
+    figure, grid = panels(n * len(tasks), n, 0.75 + 1.2 / n, 0.95)
+    for i, task in enumerate(tasks):
+        split, row = task.split("reward"), grid[n * i : n * (i + 1)]
+        classes = np.linspace(0, len(task.classes) - 1, n).round().astype(int).tolist()
         for c, axes in zip(classes, row, strict=True):
-            second = int((split.labels == int(c)).nonzero()[1])
-            axes.imshow(
-                split.images[second].permute(1, 2, 0).numpy(), cmap="gray", vmin=0, vmax=255
-            )
+            second = split.images[split.labels == c][1].permute(1, 2, 0).numpy()  # (H, W, channels)
+            axes.imshow(second, cmap="gray", vmin=0, vmax=255)
             axes.set(xticks=[], yticks=[])
         row[0].set_ylabel(task.name, fontsize=10, rotation=0, ha="right", va="center")
     return figure
@@ -119,33 +98,26 @@ def plane(base: Tensor, experts: Tensor) -> np.ndarray:
 def plane_picture(base: Tensor, experts: Tensor, names: Sequence[str]) -> Figure:
     """Base, two experts, their task vectors and their average, in the plane of ``plane``."""
     points = plane(base, experts)
-    middle = points.mean(0)
-    figure = Figure(figsize=(6.4, 4.4), layout="constrained")
-    axes: Any = figure.subplots()
-    for point, name, i in zip(points, names, (1, 2), strict=True):
-        axes.annotate(
-            "", point, (0, 0), arrowprops={"arrowstyle": "-|>", "lw": 2.5, "color": COLOURS[i]}
-        )
-        below: dict[str, Any] = {"xytext": (0, -8), "ha": "center", "va": "top"}
-        left: dict[str, Any] = {"xytext": (-8, 0), "ha": "right", "va": "center"}
-        axes.annotate(
-            f"task vector\nof {name}", point / 2, textcoords="offset points", fontsize=9,
-            **(below if i == 1 else left),
-        )  # fmt: skip
-        axes.plot(*point, marker="os"[i - 1], ms=11, color=COLOURS[i], mec="black")
-        axes.text(*point, f"   {name}", fontsize=10, va="bottom")
+    figure, (axes,) = panels(1, 1, 6.4, 4.4)
+    below: dict[str, Any] = {"xytext": (0, -8), "ha": "center", "va": "top"}
+    left: dict[str, Any] = {"xytext": (-8, 0), "ha": "right", "va": "center"}
+    for point, name, i, beside in zip(points, names, (1, 2), (below, left), strict=True):
+        axes.annotate("", point, (0, 0), arrowprops=ARROW | {"color": COLOURS[i]})
+        label = {"textcoords": "offset points", "fontsize": 9, **beside}
+        axes.annotate(f"task vector\nof {name}", point / 2, **label)
     axes.plot(*points.T, ls=":", color="0.3")
-    axes.plot(*middle, marker="D", ms=9, color=COLOURS[3], mec="black")
-    axes.text(*middle, "   average", fontsize=10, va="bottom")
+    marks = zip([*points, points.mean(0)], [*names, "average"], "osD", strict=True)
+    for i, (point, name, marker) in enumerate(marks, 1):
+        axes.plot(*point, marker=marker, ms=11, color=COLOURS[i], mec="black")
+        axes.text(*point, f"   {name}", fontsize=10, va="bottom")
     axes.plot(0, 0, marker="P", ms=12, color=COLOURS[0])
     axes.text(0, 0, "base   ", fontsize=10, ha="right", va="top")
-    axes.set(xlabel="distance in weight space", ylabel="distance in weight space")
+    tidy(axes, "", "distance in weight space", "distance in weight space")
     axes.set_aspect("equal", adjustable="datalim")
     axes.margins(0.15)
     first, second, *_ = MaxNLocator(5).tick_values(0, float(np.abs(points).max()))
     for axis in (axes.xaxis, axes.yaxis):  # equal distances, equal steps
         axis.set_major_locator(MultipleLocator(second - first))
-    axes.grid(alpha=0.3)
     return figure
 
 
@@ -153,17 +125,17 @@ def plane_picture(base: Tensor, experts: Tensor, names: Sequence[str]) -> Figure
 
 
 def sign_picture(
-    before: Tensor, after: Tensor, names: Sequence[str], titles: Sequence[str], points: int = 2500
+    before: Tensor, after: Tensor, names: Sequence[str], titles: Sequence[str]
 ) -> Figure:
     """Two experts' task vectors against each other, entry by entry, at two stages.
 
-    before, after: (2, D); every (D // points)-th entry is drawn. Entries of opposite sign lie in the
+    before, after: (2, D); about 2,500 entries are drawn. Those of opposite sign lie in the
     shaded quadrants, entries that one expert lost lie on an axis.
     """
-    figure = Figure(figsize=(9, 5), layout="constrained")
-    both: Any = figure.subplots(1, 2, sharex=True, sharey=True)
-    step = max(1, before.shape[1] // points)
+    figure, both = panels(2, 2, 4.5, 5, sharex=True, sharey=True)
+    step = max(1, before.shape[1] // 2500)
     high = 1.05 * float(before[:, ::step].abs().max())
+    below: dict[str, Any] = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.14), "ncols": 2}
     for axes, deltas, title in zip(both, (before, after), titles, strict=True):
         x, y = deltas[:, ::step].numpy()
         axes.fill([-high, 0, 0, -high], [0, 0, high, high], color="0.9", lw=0)
@@ -177,57 +149,50 @@ def sign_picture(
             axes.scatter(x[chosen], y[chosen], label=f"{label} ({chosen.sum()})", **look)
         axes.axhline(0, color="black", lw=0.6)
         axes.axvline(0, color="black", lw=0.6)
-        axes.set(
-            xlim=(-high, high), ylim=(-high, high), xlabel=f"entry of the task vector: {names[0]}"
-        )
+        axes.set(xlim=(-high, high), ylim=(-high, high))
+        axes.set_xlabel(f"entry of the task vector: {names[0]}")
         axes.set_title(title, fontsize=10)
-        below: dict[str, Any] = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.14), "ncols": 2}
         axes.legend(fontsize=8, markerscale=1.5, columnspacing=1, handletextpad=0.2, **below)
     both[0].set_ylabel(f"entry of the task vector: {names[1]}")
     return figure
 
 
 def sweep_picture(
-    panels: Mapping[str, tuple[Sequence[float], np.ndarray]], tasks: Sequence[str], xlabel: str
+    sweeps: Mapping[str, tuple[Sequence[float], np.ndarray]], tasks: Sequence[str], xlabel: str
 ) -> Figure:
     """Scores over a setting: title -> (settings (n,), scores (n, N) in [0, 1]), one panel each.
 
     A line and marker per task, the mean in black; a star at its highest point.
     """
-    figure = Figure(figsize=(4.3 * len(panels) + 1, 3.6), layout="constrained")
-    grid: Any = figure.subplots(1, len(panels), sharey=True, squeeze=False)
-    for axes, (title, (x, scores)) in zip(grid[0], panels.items(), strict=True):
+    figure, grid = panels(len(sweeps), len(sweeps), 4.3 + 1 / len(sweeps), 3.6, sharey=True)
+    for axes, (title, (x, scores)) in zip(grid, sweeps.items(), strict=True):
         for i, task in enumerate(tasks):
             axes.plot(x, 100 * scores[:, i], "-" + "os^v"[i % 4], color=COLOURS[1 + i], label=task)
         mean = 100 * scores.mean(1)  # (n, N) -> (n,)
         axes.plot(x, mean, "--D", color="black", ms=5, lw=2, label="mean")
         best = int(mean.argmax())
         axes.plot(x[best], mean[best], "*", ms=18, color=COLOURS[4], mec="black", label="best mean")
-        axes.set(xlabel=xlabel, ylim=(0, 100))
-        axes.set_title(f"{title}\nbest mean: {mean[best]:.0f} % at {x[best]:g}", fontsize=10)
-        axes.grid(alpha=0.3)
-    grid[0][0].set_ylabel("accuracy, % (reward split)")
-    grid[0][-1].legend(fontsize=9, loc="upper left", bbox_to_anchor=(1, 1))
+        axes.set_ylim(0, 100)
+        tidy(axes, f"{title}\nbest mean: {mean[best]:.0f} % at {x[best]:g}", xlabel)
+    grid[0].set_ylabel("accuracy, % (reward split)", fontsize=9)
+    grid[-1].legend(fontsize=9, loc="upper left", bbox_to_anchor=(1, 1))
     return figure
 
 
 def dare_picture(delta: Tensor, masked: Mapping[str, Tensor], drop_rate: float) -> Figure:
     """Entries of a task vector (n,) against what DARE makes of them: title -> (n,), one panel each."""
-    figure = Figure(figsize=(4.2 * len(masked), 3.8), layout="constrained")
-    grid: Any = figure.subplots(1, len(masked), sharex=True, sharey=True, squeeze=False)
-    high = 1.1 * float(delta.abs().max())
-    for i, (axes, (title, values)) in enumerate(zip(grid[0], masked.items(), strict=True)):
-        axes.plot([-high, high], [-high, high], color="black", lw=1, label="unchanged")
-        steep = np.array([-high, high]) / (1 - drop_rate)
-        axes.plot([-high, high], steep, ":", color="0.3", label="kept and rescaled")
+    figure, grid = panels(len(masked), len(masked), 4.2, 3.8, sharex=True, sharey=True)
+    ends = 1.1 * float(delta.abs().max()) * np.array([-1, 1])
+    steep = ends / (1 - drop_rate)
+    for i, (axes, (title, values)) in enumerate(zip(grid, masked.items(), strict=True)):
+        axes.plot(ends, ends, color="black", lw=1, label="unchanged")
+        axes.plot(ends, steep, ":", color="0.3", label="kept and rescaled")
         axes.plot(delta, values, "ox"[i % 2], ms=4, color=COLOURS[(5, 6)[i % 2]])
-        axes.set_xlabel("entry of the task vector")
+        tidy(axes, title, "entry of the task vector")
         axes.locator_params(axis="x", nbins=5)
-        axes.set_title(title, fontsize=10)
-        axes.grid(alpha=0.3)
-    grid[0][0].set_ylabel("entry after DARE")
-    grid[0][0].set_ylim(-high / (1 - drop_rate), high / (1 - drop_rate))
-    grid[0][0].legend(fontsize=8, loc="upper left")
+    grid[0].set_ylabel("entry after DARE", fontsize=9)
+    grid[0].set_ylim(*steep)
+    grid[0].legend(fontsize=8, loc="upper left")
     return figure
 
 
@@ -235,16 +200,14 @@ def kept_picture(
     kept: np.ndarray, names: Sequence[str], places: Sequence[str], density: float
 ) -> Figure:
     """Share of each expert's entries that trimming leaves, by place: kept (N, P) in [0, 1]."""
-    figure = Figure(figsize=(7.5, 3.2), layout="constrained")
-    axes: Any = figure.subplots()
+    figure, (axes,) = panels(1, 1, 7.5, 3.2)
     x, width = np.arange(len(places)), 0.8 / len(names)
+    behind: dict[str, Any] = {"bbox": {"fc": "white", "ec": "none", "pad": 0.5}, "padding": 2}
     for i, name in enumerate(names):
         at = x + (i - (len(names) - 1) / 2) * width
-        bars = axes.bar(
-            at, 100 * kept[i], width, label=name, color=COLOURS[1 + i], ec="black", hatch=HATCHES[i]
-        )
-        label: dict[str, Any] = {"bbox": {"fc": "white", "ec": "none", "pad": 0.5}, "padding": 2}
-        axes.bar_label(bars, fmt="%.0f", fontsize=8, **label)
+        look = {"color": COLOURS[1 + i], "ec": "black", "hatch": HATCHES[i]}
+        bars = axes.bar(at, 100 * kept[i], width, label=name, **look)
+        axes.bar_label(bars, fmt="%.0f", fontsize=8, **behind)
     axes.axhline(100 * density, color="black", ls="--", lw=1, label="trimmed layer by layer")
     axes.set_xticks(x, places)
     axes.set_ylabel("entries kept, %")
@@ -260,21 +223,14 @@ def gains_picture(
 
     The best source of each place is framed, where it gains at all.
     """
-    figure = Figure(figsize=(8.5, 0.6 + len(titles) * (0.75 + 0.34 * len(sources))))
-    figure.set_layout_engine("constrained")
-    grid: Any = figure.subplots(len(titles), 1, squeeze=False)[:, 0]
+    figure, grid = panels(len(titles), 1, 8.5, 0.75 + 0.34 * len(sources), more=0.6)
     most = float(np.abs(gains).max()) or 1.0
     for axes, values, title in zip(grid, gains, titles, strict=True):
-        axes.imshow(values, cmap=DIFFERENCES, vmin=-most, vmax=most, aspect="auto")
-        for (a, p), v in np.ndenumerate(values):
-            text = {"color": on_cell(abs(v) / most), "ha": "center", "va": "center"}
-            axes.text(p, a, f"{v:+.1f}", fontsize=9, **text)
+        heat_map(axes, values, sources, places, "{:+.1f}".format, -most, most, DIFFERENCES)
         for p, a in enumerate(values.argmax(0)):
             if values[a, p] > 0:
                 frame: dict[str, Any] = {"fill": False, "ec": COLOURS[6], "lw": 3}
                 axes.add_patch(Rectangle((p - 0.47, a - 0.45), 0.94, 0.9, **frame))
-        axes.set_xticks(range(len(places)), places, fontsize=9)
-        axes.set_yticks(range(len(sources)), sources, fontsize=9)
         axes.set_title(title, fontsize=10)
     return figure
 
@@ -299,21 +255,16 @@ def maps_picture(
 
 def depth_picture(depths: np.ndarray, plain: np.ndarray, n_layers: int) -> Figure:
     """How deep random models are: depths (E,) of E episodes, plain (E,) bool: every layer just once."""
-    figure = Figure(figsize=(7.5, 3.4), layout="constrained")
-    axes: Any = figure.subplots()
-    x = np.arange(depths.max() + 1)
-    once = np.bincount(depths[plain], minlength=len(x))
-    other = np.bincount(depths[~plain], minlength=len(x))
-    look = {"ec": "black", "lw": 0.7}
+    figure, (axes,) = panels(1, 1, 7.5, 3.4)
+    x, look = np.arange(depths.max() + 1), {"ec": "black", "lw": 0.7}
+    once, other = (np.bincount(depths[own], minlength=len(x)) for own in (plain, ~plain))
     axes.bar(x, once, color=COLOURS[3], hatch="///", label="every layer exactly once", **look)
-    bars = axes.bar(
-        x, other, bottom=once, color=COLOURS[1], label="some skipped or stacked", **look
-    )
+    look |= {"color": COLOURS[1], "label": "some skipped or stacked"}
+    bars = axes.bar(x, other, bottom=once, **look)
     axes.bar_label(bars, [str(n) if n else "" for n in once + other], fontsize=9)
     axes.axvline(n_layers + 0.5, color="black", ls=":", lw=1)
-    axes.text(
-        n_layers + 0.55, 0.8 * (once + other).max(), f"  deeper than\n  the {n_layers} layers"
-    )
+    text = f"  deeper than\n  the {n_layers} layers"
+    axes.text(n_layers + 0.55, 0.8 * (once + other).max(), text)
     axes.set(xlabel="layers in the merged model", ylabel="episodes", xticks=x)
     axes.legend(fontsize=9, loc="upper left")
     axes.spines[["top", "right"]].set_visible(False)

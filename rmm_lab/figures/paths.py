@@ -7,16 +7,17 @@ differences from orange to purple with white at zero.
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from textwrap import fill
 from typing import Any
 
 import numpy as np
+import pandas as pd
 from matplotlib import color_sequences
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import LinearSegmentedColormap, to_rgb
 from matplotlib.figure import Figure
-from matplotlib.patches import FancyBboxPatch, Rectangle
+from matplotlib.patches import Rectangle
 
 from rmm_lab.reward import Path, Step
 
@@ -24,12 +25,9 @@ COLOURS = color_sequences["okabe_ito"]
 HATCHES = ("", "///", "...", "xxx", "\\\\\\", "ooo", "+++", "---")
 COUNTS = LinearSegmentedColormap.from_list("counts", ["white", "#004c7d"])
 DIFFERENCES = "PuOr"
+MIDDLE: dict[str, Any] = {"ha": "center", "va": "center"}
+ON_WHITE = {"fc": "white", "ec": "none", "pad": 1}  # behind a text
 BOXES = 10  # of a path in one row
-
-
-def on_cell(share: float) -> str:
-    """The colour of a number on a heat map's cell, whose value is ``share`` of the largest."""
-    return "white" if share > 0.7 else "black"
 
 
 def png(figure: Figure) -> bytes:
@@ -70,12 +68,60 @@ def tidy(
     axes.grid(axis=grid, alpha=0.3)
 
 
+def heat_map(
+    axes: Any,
+    values: np.ndarray,
+    rows: Sequence[str],
+    columns: Sequence[Any],
+    write: Callable[[float], str],
+    low: float = 0.0,
+    high: float = 1.0,
+    colours: Any = COUNTS,
+    fontsize: float = 9,
+) -> Any:
+    """Draw an array (rows, columns) with names and ``write(value)`` in its cells; returns the image."""
+    image = axes.imshow(values, cmap=colours, vmin=low, vmax=high, aspect="auto")
+    for (y, x), value in np.ndenumerate(values):
+        if text := "–" if np.isnan(value) else write(value):
+            *rgb, alpha = image.to_rgba(value)  # transparent where NaN
+            dark = alpha and np.dot(rgb, (0.3, 0.59, 0.11)) < 0.5
+            colour = "white" if dark else "black"
+            axes.text(x, y, text, fontsize=fontsize, color=colour, **MIDDLE)
+    axes.set_xticks(range(len(columns)), columns, fontsize=9)
+    axes.set_yticks(range(len(rows)), list(map(short_name, rows)), fontsize=9)
+    return image
+
+
+def draw_box(
+    axes: Any,
+    x: float,
+    y: float,
+    width: float,
+    text: str,
+    look: tuple[Any, str],
+    pale: bool = False,
+) -> None:
+    """A box around (x, y) with a text; ``look``: its colour and hatch."""
+    rgb, hatch = to_rgb(look[0]), "" if pale else look[1]
+    face, edge = ((*rgb, 0.08), (*rgb, 0.35)) if pale else ((*rgb, 0.4), rgb)
+    corner = (x - width / 2, y - 0.37)
+    axes.add_patch(Rectangle(corner, width, 0.74, fc=face, ec=edge, lw=1.5, hatch=hatch))
+    behind = ON_WHITE | {"alpha": 0.0 if pale else 0.85}
+    colour = "0.4" if pale else "black"
+    axes.text(x, y, text, fontsize=8, color=colour, bbox=behind, **MIDDLE)
+
+
+def look_of(source: str, sources: Sequence[str]) -> tuple[Any, str]:
+    """A source's colour and hatch; grey for one that is not among ``sources``."""
+    if source not in sources:
+        return "0.4", ""
+    number = list(sources).index(source)
+    return COLOURS[1 + number % (len(COLOURS) - 1)], HATCHES[number % len(HATCHES)]
+
+
 def moving_average(values: Sequence[float] | np.ndarray, width: int) -> np.ndarray:
     """Mean of the last ``width`` values at each place (fewer at the start): (n,) -> (n,)."""
-    total = np.concatenate([[0.0], np.cumsum(values)])  # (n + 1,)
-    end = np.arange(1, len(values) + 1)
-    start = np.maximum(0, end - width)
-    return (total[end] - total[start]) / (end - start)
+    return pd.Series(values).rolling(width, min_periods=1).mean().to_numpy()
 
 
 def reward_curve(episodes: Sequence[dict[str, Any]], width: int = 50) -> Figure:
@@ -83,24 +129,18 @@ def reward_curve(episodes: Sequence[dict[str, Any]], width: int = 50) -> Figure:
 
     The DAR reward is drawn only where it differs from the raw one.
     """
-    raw = np.array([100 * e["raw_reward"] for e in episodes])
-    dar = np.array([100 * e["dar_reward"] for e in episodes])
+    raw, dar = (100 * np.array([e[key] for e in episodes]) for key in ("raw_reward", "dar_reward"))
     x = np.arange(1, len(raw) + 1)
-    figure = Figure(figsize=(7, 3.6), layout="constrained")
-    axes = figure.subplots()
+    figure, (axes,) = panels(1, 1, 7, 3.6)
     axes.plot(x, raw, ".", ms=3, color="0.45", label="raw reward of an episode (Eq. 7)")
     if not np.array_equal(raw, dar):
         axes.plot(x, dar, "+", ms=4, mew=0.6, color=COLOURS[1], label="DAR reward (Eq. 10)")
-    axes.plot(
-        x, moving_average(raw, width), color=COLOURS[5], lw=2, label=f"mean of the last {width}"
-    )
-    axes.plot(
-        x, np.maximum.accumulate(raw), "--", color="black", lw=1, label="best so far, on its subset"
-    )
-    axes.set_xlabel("episode")
-    axes.set_ylabel("mean score, %")
+    label = f"mean of the last {width}"
+    axes.plot(x, moving_average(raw, width), color=COLOURS[5], lw=2, label=label)
+    best = np.maximum.accumulate(raw)
+    axes.plot(x, best, "--", color="black", lw=1, label="best so far, on its subset")
+    tidy(axes, "", "episode", "mean score, %")
     axes.set_xlim(0, len(raw) + 1)
-    axes.grid(alpha=0.3)
     axes.legend(fontsize=8, loc="lower right")
     return figure
 
@@ -120,36 +160,21 @@ def with_stem(path: Path, stem: str = "base") -> Path:
 
 
 def path_picture(
-    path: Path,
-    sources: Sequence[str],
-    n_layers: int,
-    stem: str = "base",
-    stacks: Sequence[range] = (),
+    path: Path, sources: Sequence[str], n_layers: int, stacks: Sequence[range] = ()
 ) -> Figure:
     """A path as rows of boxes in running order, under its merging map (Eq. 5, sources by layers).
 
-    One colour and hatch per source; the first box is the stem, from ``stem`` unless the path chooses one.
-    An arrow shows which expert a weighted average leans to. With two ``stacks`` (a T5's) layers are
-    called enc 0, ..., dec 0, ..., and a line in the map separates encoder and decoder.
+    One colour and hatch per source; the first box is the stem, the base's unless the path chooses one.
+    With two ``stacks`` (a T5's) layers are called enc 0, ..., dec 0, ..., and a line in the map separates
+    encoder and decoder.
     """
-    path = with_stem(path, stem)
-    figure = Figure(figsize=_path_size([path], sources, n_layers), layout="constrained")
-    _draw_path(figure, path, sources, n_layers, stacks)
-    return figure
-
-
-def _path_size(paths: Sequence[Path], sources: Sequence[str], n_layers: int) -> tuple[float, float]:
-    """Width and height in inches of the pictures of some paths, one below the other."""
-    longest = max(len(path) for path in paths)
-    width = max(6.0, 0.8 * max(min(longest, BOXES), min(n_layers, BOXES)) + 3, 0.45 * n_layers + 3)
-    rows = sum(-(-len(path) // BOXES) for path in paths)
-    return width, len(paths) * (1.0 + 0.25 * len(sources)) + 0.7 * rows
+    return paths_picture([("", path)], {}, sources, n_layers, stacks)
 
 
 def _draw_path(
     figure: Any, path: Path, sources: Sequence[str], n_layers: int, stacks: Sequence[range]
 ) -> None:
-    """Map and boxes of one path, its stem first, into a figure or a part of one."""
+    """Map and boxes of one path, its stem first, into a part of a figure."""
     rows = -(-len(path) // BOXES)
     top, bottom = figure.subplots(2, 1, height_ratios=[0.45 * len(sources), 0.4 + 0.9 * rows])
     draw_map(top, merging_map(path[1:], sources, 0, n_layers), sources, 0, stacks)
@@ -158,24 +183,13 @@ def _draw_path(
         title += "; for scales, how much of each expert"
     top.set_title(title, fontsize=10)
     for i, step in enumerate(path):
-        known = step.source in sources
-        number = list(sources).index(step.source) if known else 0
-        rgb = to_rgb(COLOURS[1 + number % (len(COLOURS) - 1)]) if known else (0.4, 0.4, 0.4)
-        x, y = i % BOXES, rows - 1 - i // BOXES
-        bottom.add_patch(
-            FancyBboxPatch(
-                (x + 0.08, y + 0.1), 0.84, 0.8, boxstyle="round,pad=0,rounding_size=0.08",
-                facecolor=(*rgb, 0.35), edgecolor=rgb, lw=1.5,
-                hatch=HATCHES[number % len(HATCHES)] if known else "",
-            )
-        )  # fmt: skip
-        bottom.text(
-            x + 0.5, y + 0.5, f"{_label(step)}\n{place_name(step.layer, stacks)}", ha="center",
-            va="center", fontsize=8,
-            bbox={"facecolor": "white", "edgecolor": "none", "pad": 1, "alpha": 0.85},
-        )  # fmt: skip
-    bottom.set_xlim(-0.1, min(len(path), BOXES) + 0.1)
-    bottom.set_ylim(0, rows)
+        x, y = i % BOXES + 0.5, rows - 0.5 - i // BOXES
+        text = short_name(step.source).partition(":")[0].replace("_", "\n")
+        if step.scales:
+            text = "scales\n" + "/".join(f"{s:.2f}".replace("0.", ".") for s in step.scales)
+        text += f"\n{place_name(step.layer, stacks)}"
+        draw_box(bottom, x, y, 0.84, text, look_of(step.source, sources))
+    bottom.set(xlim=(-0.1, min(len(path), BOXES) + 0.1), ylim=(0, rows))
     bottom.set_axis_off()
     bottom.set_title("the path: the stem, then the layers in running order", fontsize=10)
 
@@ -207,35 +221,30 @@ def draw_map(
     ``names`` may be longer than the map: skip and back have rows without counts. ``cursor``: the layer
     to decide on, which gets a frame.
     """
-    counts = np.asarray(counts)
-    n_places, most = counts.shape[1], max(1.0, float(counts.max(initial=0)))
-    axes.imshow(counts, cmap=COUNTS, vmin=0, vmax=most, aspect="auto")
+
+    def write(n: float) -> str:
+        return "" if n == 0 else f"{n:.0f}" if n == round(n) else f"{n:.2f}".replace("0.", ".")
+
+    (height, n_places), most = counts.shape, max(1.0, float(counts.max(initial=0)))
+    size = 9 if np.array_equal(counts, np.round(counts)) else 7
+    heat_map(axes, counts, names, (), write, high=most, fontsize=size)
     # Thin lines between the cells, so that two counted neighbours read as two choices.
-    axes.vlines(np.arange(1, n_places) - 0.5, -0.5, len(counts) - 0.5, color="0.75", lw=0.5)
-    below = len(counts) + (len(names) > len(counts))
+    below = height + (len(names) > height)
+    axes.vlines(np.arange(1, n_places) - 0.5, -0.5, height - 0.5, color="0.75", lw=0.5)
     axes.hlines(np.arange(1, below) - 0.5, -0.5, n_places - 0.5, color="0.75", lw=0.5)
-    for (a, x), n in np.ndenumerate(counts):
-        if n:
-            text, size = (f"{n:.0f}", 9) if n == round(n) else (f"{n:.2f}".replace("0.", "."), 7)
-            colour = on_cell(n / most)
-            axes.text(x, a, text, ha="center", va="center", fontsize=size, color=colour)
-    _places(axes, first, n_places, stacks)
-    axes.set_yticks(range(len(names)), list(map(short_name, names)), fontsize=9)
+    _name_places(axes, first, n_places, stacks)
     axes.set_ylim(len(names) - 0.5, -0.5)
-    if len(names) > len(counts):
-        x, y = (n_places - 1) / 2, (len(counts) + len(names) - 1) / 2
-        box = {"fc": "white", "ec": "none", "pad": 1}  # over the cursor's frame
-        axes.text(x, y, "not counted", ha="center", va="center", fontsize=8, bbox=box, zorder=4)
+    if len(names) > height:  # over the cursor's frame
+        x, y = (n_places - 1) / 2, (height + len(names) - 1) / 2
+        axes.text(x, y, "not counted", fontsize=8, bbox=ON_WHITE, zorder=4, **MIDDLE)
     if cursor is not None and 0 <= cursor - first < n_places:
         x = cursor - first
-        frame = Rectangle(
-            (x - 0.5, -0.5), 1, len(names), fill=False, ec=COLOURS[1], lw=3, clip_on=False, zorder=3
-        )
-        axes.add_patch(frame)
+        look: dict[str, Any] = {"fill": False, "ec": COLOURS[1], "lw": 3, "clip_on": False}
+        axes.add_patch(Rectangle((x - 0.5, -0.5), 1, len(names), zorder=3, **look))
         axes.get_xticklabels()[x].set(fontweight="bold", bbox={"fc": "white", "ec": COLOURS[1]})
 
 
-def _places(axes: Any, first: int, n_places: int, stacks: Sequence[range]) -> None:
+def _name_places(axes: Any, first: int, n_places: int, stacks: Sequence[range]) -> None:
     """Name the columns, places from layer ``first`` on; a line separates two stacks."""
     places = [place_name(k, stacks).removeprefix("layer ") for k in range(first, first + n_places)]
     crowded = len(stacks) == 2 and n_places > 8
@@ -253,61 +262,56 @@ def walk_picture(
     first: int,
     stacks: Sequence[range],
     cursor: int,
+    path: Sequence[str],
     *,
-    probabilities: np.ndarray | None = None,
-    legal: np.ndarray | None = None,
-    value: float | None = None,
-    scores: Mapping[str, float] | None = None,
-    path: Sequence[str] = (),
+    probabilities: np.ndarray | None,
+    legal: np.ndarray,
+    value: float | None,
+    scores: Mapping[str, float] | None,
 ) -> Figure:
     """A walk so far: the merging map (N+M, P) with the cursor, and below it the ``path`` in words.
 
     A second panel shows ``probabilities`` (A,) of the agent's policy and its ``value``, or at the end the
     ``scores`` (task -> metric in [0, 1]), if there are any.
     """
-    n_places, two_panels = merging_map.shape[1], probabilities is not None or scores is not None
-    width = 3.2 + max(2.4, 0.5 * n_places) + 2.9 * two_panels
+    ratios = [max(2.4, 0.5 * merging_map.shape[1])]
+    if probabilities is not None or scores is not None:
+        ratios.append(2.4)
+    width = sum(ratios) + (3.2 if len(ratios) == 1 else 3.7)
     figure = Figure(figsize=(width, 1.1 + 0.29 * len(actions)), layout="constrained")
-    ratios = [max(2.4, 0.5 * n_places), 2.4] if two_panels else [1]
-    axes = figure.subplots(1, len(ratios), width_ratios=ratios, squeeze=False)[0]
-    draw_map(axes[0], merging_map, actions, first, stacks, cursor)
-    axes[0].set_title("merging map", fontsize=10)
+    left, *others = figure.subplots(1, len(ratios), width_ratios=ratios, squeeze=False)[0]
+    draw_map(left, merging_map, actions, first, stacks, cursor)
+    left.set_title("merging map", fontsize=10)
     if scores is not None:
-        _score_bars(axes[1], list(scores), [list(scores.values())], [""])
+        _score_bars(others[0], {"": scores})
     elif probabilities is not None:
-        y = np.arange(len(actions))
-        axes[1].barh(y, probabilities, color=COLOURS[2], ec="black", lw=0.6, hatch="//")
-        for a, p in enumerate(probabilities):
-            note = f"{p:.2f}" if legal is None or legal[a] else f"{p:.2f} illegal"
-            axes[1].text(p + 0.02, a, note, va="center", fontsize=8)
-        axes[1].spines[["top", "right"]].set_visible(False)
-        axes[1].set_xlim(0, 1.3)
-        axes[1].set_xticks([0, 0.5, 1], ["0", "0.5", "1"], fontsize=8)
-        axes[1].set_yticks(y, [""] * len(actions))
-        axes[1].set_ylim(len(actions) - 0.5, -0.5)
-        axes[1].set_title(
-            "the agent's policy" + ("" if value is None else f"; value {value:+.2f}"), fontsize=10
-        )
-        axes[1].set_xlabel("probability", fontsize=9)
+        (right,) = others
+        bars = right.barh(actions, probabilities, color=COLOURS[2], ec="black", lw=0.6, hatch="//")
+        notes = [
+            f"{p:.2f}{'' if ok else ' illegal'}" for p, ok in zip(probabilities, legal, strict=True)
+        ]
+        right.bar_label(bars, notes, fontsize=8, padding=3)
+        right.spines[["top", "right"]].set_visible(False)
+        right.set(xlim=(0, 1.3), ylim=(len(actions) - 0.5, -0.5))
+        right.set_xticks([0, 0.5, 1], ["0", "0.5", "1"], fontsize=8)
+        right.tick_params("y", labelleft=False)
+        title = "the agent's policy" + ("" if value is None else f"; value {value:+.2f}")
+        right.set_title(title, fontsize=10)
+        right.set_xlabel("probability", fontsize=9)
     words = "path: " + (" → ".join(path) or "no layer yet")
     figure.supxlabel(fill(words, int(12 * width)), fontsize=9, x=0.01, ha="left")
     return figure
 
 
-def _score_bars(
-    axes: Any, tasks: Sequence[str], scores: Sequence[Sequence[float]], labels: Sequence[str]
-) -> None:
-    """Horizontal bars of each task's score in percent and of their mean; one colour, hatch per path."""
-    names, height = [*tasks, "mean"], 0.8 / len(scores)
-    for i, (values, label) in enumerate(zip(scores, labels, strict=True)):
-        percent = 100 * np.array([*values, np.mean(values)])
+def _score_bars(axes: Any, scores: Mapping[str, Mapping[str, float]]) -> None:
+    """Bars of each task's score in percent and of their mean; one colour and hatch per label."""
+    height, names = 0.8 / len(scores), [*next(iter(scores.values())), "mean"]
+    for i, (label, by_task) in enumerate(scores.items()):
+        values = list(by_task.values())
         y = np.arange(len(names)) + (i - (len(scores) - 1) / 2) * height
-        axes.barh(
-            y, percent, height, color=COLOURS[(2, 1)[i]], ec="black", lw=0.6, label=label,
-            hatch=("//", "..")[i],
-        )  # fmt: skip
-        for at, value in zip(y, percent, strict=True):
-            axes.text(value + 1, at, f"{value:.1f}", va="center", fontsize=8)
+        look = {"color": COLOURS[(2, 1)[i]], "hatch": ("//", "..")[i], "ec": "black", "lw": 0.6}
+        bars = axes.barh(y, 100 * np.array([*values, np.mean(values)]), height, label=label, **look)
+        axes.bar_label(bars, fmt="%.1f", fontsize=8, padding=3)
     axes.set_yticks(range(len(names)), names, fontsize=9)
     axes.set_ylim(len(names) - 0.5, -0.5)
     axes.spines[["top", "right"]].set_visible(False)
@@ -330,21 +334,24 @@ def paths_picture(
 
     ``scores``: label -> task -> metric in [0, 1], for at most two; ``caption`` says what they are.
     """
+    width, heights = 6.0 if paths else 7.0, []
     paths = [(label, with_stem(path)) for label, path in paths]
-    sizes = [_path_size([path], sources, n_layers) for _, path in paths]  # (width, height) each
-    tasks = list(next(iter(scores.values()), {}))
-    heights = [height + 0.3 for _, height in sizes]
+    for label, path in paths:
+        rows, boxes = -(-len(path) // BOXES), min(max(len(path), n_layers), BOXES)
+        width = max(width, 0.8 * boxes + 3, 0.45 * n_layers + 3)
+        heights.append(1.0 + 0.25 * len(sources) + 0.7 * rows + 0.3 * bool(label))
     if scores:
-        heights.append(0.8 + 0.24 * len(scores) * (len(tasks) + 1))
-    width = max((w for w, _ in sizes), default=7.0)
+        n_tasks = len(next(iter(scores.values())))
+        heights.append(0.8 + 0.24 * len(scores) * (n_tasks + 1))
     figure = Figure(figsize=(width, sum(heights)), layout="constrained")
     parts = figure.subfigures(len(heights), 1, height_ratios=heights, squeeze=False)[:, 0]
     for part, (label, path) in zip(parts, paths, strict=False):
-        part.suptitle(label, fontsize=11, fontweight="bold", x=0.01, ha="left")
+        if label:
+            part.suptitle(label, fontsize=11, fontweight="bold", x=0.01, ha="left")
         _draw_path(part, path, sources, n_layers, stacks)
     if scores:
         axes = parts[-1].subplots()
-        _score_bars(axes, tasks, [list(s.values()) for s in scores.values()], list(scores))
+        _score_bars(axes, scores)
         axes.set_title(caption, fontsize=10)
         if len(scores) > 1:
             axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
@@ -360,51 +367,44 @@ def replay_picture(
     first: int,
     stacks: Sequence[range],
     agent_stacks: Sequence[range],
-    title: str = "the policy that acted: mean probability",
-    width: int = 50,
+    title: str,
 ) -> Figure:
     """A search at one episode: all rewards, the agent's policy under a ``title``, the episode's map.
 
     rewards: (T,) raw, in [0, 1]; policy: (P, A), NaN at places never visited; merging_map: (N+M, P').
     The policy's places are those of ``agent_stacks``: blocks, where those of ``stacks`` are sublayers.
     """
-    n_places = len(policy)
-    figure = Figure(
-        figsize=(3.5 + max(5.0, 0.75 * n_places), 3.1 + 0.25 * len(actions)), layout="constrained"
-    )
-    grid = figure.add_gridspec(2, 2, height_ratios=[1.8, 0.8 + 0.25 * len(actions)])
-    top, left, right = (figure.add_subplot(g) for g in (grid[0, :], grid[1, 0], grid[1, 1]))
+    size = (3.5 + max(5.0, 0.75 * len(policy)), 3.1 + 0.25 * len(actions))
+    figure = Figure(figsize=size, layout="constrained")
+    ratios = [1.8, 0.8 + 0.25 * len(actions)]
+    axes: Any = figure.subplot_mosaic("TT;LR", height_ratios=ratios)
+    top, left, right = axes.values()
     percent = 100 * rewards
     top.plot(percent, ".", ms=3, color="0.45", label="raw reward of an episode (Eq. 7)")
-    top.plot(
-        moving_average(percent, width), color=COLOURS[5], lw=2, label=f"mean of the last {width}"
-    )
+    top.plot(moving_average(percent, 50), color=COLOURS[5], lw=2, label="mean of the last 50")
     top.axvline(episode, color="black", ls="--", lw=1)
-    top.plot(
-        [episode], percent[[episode]], "D", ms=9, mfc=COLOURS[1], mec="black", label="this episode"
-    )
-    top.set_xlabel("episode", fontsize=9)
-    top.set_ylabel("mean score, %", fontsize=9)
-    top.tick_params(labelsize=8)
+    look = {"ms": 9, "mfc": COLOURS[1], "mec": "black", "label": "this episode"}
+    top.plot([episode], percent[[episode]], "D", **look)
+    tidy(top, "", "episode", "mean score, %")
     top.margins(x=0.02)
-    top.grid(alpha=0.3)
     top.legend(fontsize=8, loc="lower right", ncols=3, bbox_to_anchor=(1, 1), frameon=False)
-    left.imshow(policy.T, cmap=COUNTS, vmin=0, vmax=1, aspect="auto")
-    for (a, x), p in np.ndenumerate(policy.T):
-        if p >= 0.1:  # False where NaN
-            left.text(x, a, f"{p:.1f}", ha="center", va="center", fontsize=8, color=on_cell(p))
+    heat_map(
+        left,
+        np.nan_to_num(policy.T),
+        actions,
+        (),
+        lambda p: f"{p:.1f}" if p >= 0.1 else "",
+        fontsize=8,
+    )
     for x in np.flatnonzero(np.isnan(policy).all(1)).tolist():
-        left.add_patch(
-            Rectangle((x - 0.5, -0.5), 1, len(actions), fc="white", ec="0.4", hatch="xx", lw=0)
-        )
+        hatched: dict[str, Any] = {"fc": "white", "ec": "0.4", "hatch": "xx", "lw": 0}
+        left.add_patch(Rectangle((x - 0.5, -0.5), 1, len(actions), **hatched))
         y = (len(actions) - 1) / 2
-        box = {"fc": "white", "ec": "none", "pad": 1}
-        left.text(x, y, "not visited", rotation=90, ha="center", va="center", fontsize=8, bbox=box)
-    _places(left, first, n_places, agent_stacks)
-    left.set_yticks(range(len(actions)), list(map(short_name, actions)), fontsize=9)
+        left.text(x, y, "not visited", rotation=90, fontsize=8, bbox=ON_WHITE, **MIDDLE)
+    _name_places(left, first, len(policy), agent_stacks)
     left.set_title(title, fontsize=10)
     draw_map(right, merging_map, actions, first, stacks)
-    right.set_yticks(range(len(actions)), [""] * len(actions))
+    right.tick_params("y", labelleft=False)
     right.set_title(f"merging map of episode {episode}", fontsize=10)
     if tuple(stacks) != tuple(agent_stacks):
         left.set_xlabel("block", fontsize=9)
@@ -418,10 +418,3 @@ def short_name(source: str) -> str:
     name, _, options = source.partition(":")
     leads = [o.partition("=")[2] for o in options.split(",") if o.startswith("expert=")]
     return f"{name} → {leads[0]}" if leads else source
-
-
-def _label(step: Step) -> str:
-    """A step's source in a few short lines."""
-    if step.scales:
-        return "scales\n" + "/".join(f"{s:.2f}".replace("0.", ".") for s in step.scales)
-    return short_name(step.source).partition(":")[0].replace("_", "\n")

@@ -8,11 +8,10 @@ from typing import Any
 import numpy as np
 import torch
 from matplotlib import colormaps
-from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from rmm_lab.figures.paths import COLOURS, COUNTS, on_cell, panels, tidy, with_stem
+from rmm_lab.figures.paths import COLOURS, MIDDLE, draw_box, heat_map, panels, tidy, with_stem
 from rmm_lab.operators import parse_operator
 from rmm_lab.reward import Path, Step
 
@@ -51,15 +50,9 @@ def amounts_picture(groups: Mapping[str, Mapping[str, np.ndarray]]) -> Figure:
     figure, grid = panels(len(groups), 2, 4.75, 1.9)
     for axes, (group, experts) in zip(grid, groups.items(), strict=True):
         values = np.stack(list(experts.values()))  # (N, 1 + L)
-        axes.imshow(values, cmap=COUNTS, vmin=0, vmax=1, aspect="auto")
-        for (y, x), value in np.ndenumerate(values):
-            if not np.isnan(value):
-                text = f"{value:.1f}".replace("0.", ".")
-                look = {"ha": "center", "va": "center", "color": on_cell(value)}
-                axes.text(x, y, text, fontsize=8, **look)
+        places = ["stem", *range(values.shape[1] - 1)]
+        heat_map(axes, values, list(experts), places, "{:.1f}".format)
         axes.set_title(group, fontsize=10)
-        axes.set_xticks(range(values.shape[1]), ["stem", *range(values.shape[1] - 1)], fontsize=9)
-        axes.set_yticks(range(len(experts)), list(experts), fontsize=9)
         axes.set_xlabel("layer", fontsize=9)
     return figure
 
@@ -111,38 +104,26 @@ def gain_picture(gains: Mapping[str, np.ndarray], half: Mapping[str, float]) -> 
 
 def t5_picture(n_encoder: int, n_decoder: int) -> Figure:
     """A T5 as boxes: two stacks of blocks with their layer numbers, and in grey what is the stem."""
-    figure = Figure(figsize=(9.5, 3.4), layout="constrained")
-    axes = figure.subplots()
-
-    def box(x: float, y: float, text: str, colour: Any, hatch: str = "") -> None:
-        place = Rectangle((x, y), 0.9, 0.75, fc=(*to_rgb(colour), 0.35), ec="black", hatch=hatch)
-        axes.add_patch(place)
-        plain = {"facecolor": "white", "edgecolor": "none", "pad": 1, "alpha": 0.85}
-        axes.text(x + 0.45, y + 0.37, text, ha="center", va="center", fontsize=9, bbox=plain)
-
-    deepest = max(n_encoder, n_decoder)
-    rows = (
-        ("encoder", 2.0, n_encoder, 0, COLOURS[5]),
-        ("decoder", 0.0, n_decoder, n_encoder, COLOURS[1]),
-    )
-    for stack, y, depth, first, colour in rows:
-        box(0, y, "shared\nembeddings", "0.6", "//")
-        box(1.2, y, "position\nbias", "0.6", "//")
+    figure, (axes,) = panels(1, 1, 9.5, 3.4)
+    deepest, stem = max(n_encoder, n_decoder), ("0.6", "//")
+    for stack, y, depth, first, colour in (
+        ("encoder", 2.4, n_encoder, 0, COLOURS[5]),
+        ("decoder", 0.4, n_decoder, n_encoder, COLOURS[1]),
+    ):
+        draw_box(axes, 0.45, y, 0.9, "shared\nembeddings", stem)
+        draw_box(axes, 1.65, y, 0.9, "position\nbias", stem)
         for k in range(depth):
-            box(2.4 + k, y, f"{stack[:3]} {k}\nlayer {first + k}", colour)
-        box(2.6 + deepest, y, "final\nnorm", "0.6", "//")
-        axes.text(-0.2, y + 0.37, stack, ha="right", va="center", fontsize=10, fontweight="bold")
+            draw_box(axes, 2.85 + k, y, 0.9, f"{stack[:3]} {k}\nlayer {first + k}", (colour, ""))
+        draw_box(axes, 3.05 + deepest, y, 0.9, "final\nnorm", stem)
+        axes.text(-0.2, y, stack, ha="right", va="center", fontsize=10, fontweight="bold")
     out = 3.05 + deepest
-    axes.annotate("", (2.4, 1.2), (out, 1.2), arrowprops={"arrowstyle": "-", "lw": 1.5})
-    axes.plot([out, out], [2.0, 1.2], color="black", lw=1.5)
+    axes.plot([out, out, 2.4], [2.0, 1.2, 1.2], color="black", lw=1.5)
+    arrow = {"arrowstyle": "->", "lw": 1.5}
     for k in range(n_decoder):
-        axes.annotate(
-            "", (2.85 + k, 0.75), (2.85 + k, 1.2), arrowprops={"arrowstyle": "->", "lw": 1.5}
-        )
+        axes.annotate("", (2.85 + k, 0.78), (2.85 + k, 1.2), arrowprops=arrow)
     axes.text(2.4, 1.3, "every decoder block reads the encoder's last tokens", fontsize=9)
-    box(4.0 + deepest, 0, "choice's\nlog-prob.", "0.6", "//")
-    axes.set_xlim(-1.3, 5.1 + deepest)
-    axes.set_ylim(-0.2, 3.0)
+    draw_box(axes, 4.45 + deepest, 0.4, 0.9, "choice's\nlog-prob.", stem)
+    axes.set(xlim=(-1.3, 5.1 + deepest), ylim=(-0.2, 3.0))
     axes.set_axis_off()
     return figure
 
@@ -186,19 +167,17 @@ def tokens_picture(
     ``tokens``: C lists of at most T; log_probs: (C, T); ``right``: the number of the right choice.
     """
     C, T = log_probs.shape
-    figure = Figure(figsize=(1.6 + 1.0 * T, 0.9 + 0.62 * C), layout="constrained")
-    axes = figure.subplots()
+    figure, (axes,) = panels(1, 1, 1.6 + 1.0 * T, 0.9 + 0.62 * C)
     low = min(-1.0, *(log_probs[c, t] for c in range(C) for t in range(len(tokens[c]))))
-    for c in range(C):
-        for t in range(T):
-            if t >= len(tokens[c]):
-                axes.add_patch(Rectangle((t, c), 0.94, 0.9, fc="white", ec="0.5", hatch="xx"))
-                continue
-            share = float(1 - log_probs[c, t] / low)
-            axes.add_patch(Rectangle((t, c), 0.94, 0.9, fc=colormaps["cividis"](share), ec="black"))
-            text = f"{tokens[c][t]}\n{round(float(log_probs[c, t]), 2) + 0.0:.2f}"
-            colour = "black" if share > 0.5 else "white"
-            axes.text(t + 0.47, c + 0.45, text, ha="center", va="center", fontsize=9, color=colour)
+    for c, t in np.ndindex(C, T):
+        if t >= len(tokens[c]):
+            axes.add_patch(Rectangle((t, c), 0.94, 0.9, fc="white", ec="0.5", hatch="xx"))
+            continue
+        share = float(1 - log_probs[c, t] / low)
+        axes.add_patch(Rectangle((t, c), 0.94, 0.9, fc=colormaps["cividis"](share), ec="black"))
+        text = f"{tokens[c][t]}\n{round(float(log_probs[c, t]), 2) + 0.0:.2f}"
+        colour = "black" if share > 0.5 else "white"
+        axes.text(t + 0.47, c + 0.45, text, fontsize=9, color=colour, **MIDDLE)
     names = [f"choice {c}" + (" (right)" if c == right else "") for c in range(C)]
     axes.set_yticks(np.arange(C) + 0.45, names, fontsize=9)
     axes.set_xticks(np.arange(T) + 0.47, [f"t = {t + 1}" for t in range(T)], fontsize=9)

@@ -12,7 +12,7 @@ from matplotlib.patches import Rectangle
 from scipy.special import stdtrit
 
 from rmm_lab.errors import InputError
-from rmm_lab.figures.paths import COLOURS, HATCHES, moving_average, panels, tidy
+from rmm_lab.figures.paths import COLOURS, HATCHES, heat_map, moving_average, panels, tidy
 from rmm_lab.reward import Path
 
 # ------------------------------------------------------------------------------------ statistics
@@ -31,7 +31,18 @@ def t_interval(values: Sequence[float] | np.ndarray) -> tuple[float, float]:
 Rows = Sequence[Mapping[str, Any]]  # a table; a DataFrame will do as well
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 TONES = (5, 1, 3, 6, 7, 2, 0)  # of COLOURS, for up to seven lines; black last
+ABOVE: dict[str, Any] = {"fontsize": 9, "loc": "outside upper center"}  # legends
+BESIDE: dict[str, Any] = {
+    "fontsize": 9,
+    "loc": "center left",
+    "bbox_to_anchor": (1, 0.5),
+}
 LINES = ("-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1, 1, 1)), (0, (1, 3)))
+
+
+def line_look(i: int) -> dict[str, Any]:
+    """Colour, marker and line style of line i; seven differ in all three."""
+    return {"color": COLOURS[TONES[i % 7]], "marker": MARKERS[i % 7], "ls": LINES[i % 7], "ms": 5}
 
 
 def diagnostics_picture(
@@ -47,19 +58,15 @@ def diagnostics_picture(
         every = [row[key] for rows in runs.values() for row in rows]
         far = key == "approx_kl" and (max(every) > 1 or min(every) < 1e-3)
         for i, (label, rows) in enumerate(runs.items()):
-            y = np.array([row[key] for row in rows])
-            if far:
-                y = np.maximum(y, 1e-5)
-            look = {"color": COLOURS[TONES[i % 7]], "marker": MARKERS[i % 7], "ms": 5}
-            axes.plot(np.arange(1, len(y) + 1), y, ls=LINES[i % 7], lw=1.4, label=label, **look)
+            y = np.array([max(row[key], 1e-5) if far else row[key] for row in rows])
+            axes.plot(np.arange(1, len(y) + 1), y, lw=1.4, label=label, **line_look(i))
         if far:
             axes.set_yscale("log")
         elif min(every) >= 0:
             axes.set_ylim(-0.03 * max(every), 1.1 * max(every))
         tidy(axes, title, "update")
     if len(runs) > 1:
-        lines, labels = grid[0].get_legend_handles_labels()
-        figure.legend(lines, labels, fontsize=10, ncols=len(runs), loc="outside upper center")
+        figure.legend(*grid[0].get_legend_handles_labels(), ncols=len(runs), **ABOVE)
     return figure
 
 
@@ -73,15 +80,14 @@ def spread_picture(
     n_columns = min(n_columns, len(groups))
     width, most = 4.7 if n_columns > 1 else 7.0, max(map(len, groups.values()))
     figure, grid = panels(len(groups), n_columns, width, 1.0 + 0.42 * most, sharex=n_columns == 1)
+    bar = {"fmt": "|", "ms": 10, "mew": 2, "color": "black", "capsize": 4}
     for axes, (group, methods) in zip(grid, groups.items(), strict=True):
         for y, values in enumerate(methods.values()):
             v, colour = np.asarray(values, float), COLOURS[TONES[y % 7]]
             at = y + np.linspace(-0.24, 0.04, len(v))  # equal scores stay visible
             axes.plot(v, at, MARKERS[y % 7], ms=7, mfc="none", mec=colour, mew=1.4)
             sd = v.std(ddof=1) if len(v) > 1 else 0.0
-            axes.errorbar(
-                v.mean(), y + 0.28, xerr=sd, fmt="|", ms=10, mew=2, color="black", capsize=4
-            )
+            axes.errorbar(v.mean(), y + 0.28, xerr=sd, **bar)
         axes.set_yticks(range(len(methods)), [f"{m} ({len(v)})" for m, v in methods.items()])
         axes.set_ylim(len(methods) - 0.4, -0.6)
         tidy(axes, group, xlabel, grid="x")
@@ -98,13 +104,11 @@ def searches_picture(rows: Rows) -> Figure:
     for axes, (group, runs) in zip(grid, groups, strict=True):
         for i, (method, curve) in enumerate(runs.groupby("method", sort=False)):
             over = curve.groupby("evaluations")["reward_split"]
-            mean, colour = over.mean(), COLOURS[TONES[i % 7]]
-            axes.fill_between(mean.index, over.min(), over.max(), color=colour, alpha=0.12)
-            look = {"marker": MARKERS[i % 7], "ms": 5, "markevery": max(1, len(mean) // 8)}
-            axes.plot(mean.index, mean, ls=LINES[i % 7], color=colour, label=method, **look)
+            mean, look = over.mean(), line_look(i) | {"markevery": max(1, len(over) // 8)}
+            axes.fill_between(mean.index, over.min(), over.max(), color=look["color"], alpha=0.12)
+            axes.plot(mean.index, mean, label=method, **look)
         tidy(axes, group, "evaluations", "reward split, %")
-    lines, labels = grid[0].get_legend_handles_labels()
-    figure.legend(lines, labels, fontsize=9, ncols=4, loc="outside upper center")
+    figure.legend(*grid[0].get_legend_handles_labels(), ncols=4, **ABOVE)
     return figure
 
 
@@ -120,9 +124,8 @@ def settled(rows: Rows, within: float = 1.0) -> dict[tuple[str, str], tuple[floa
     for key, curve in means.groupby(level=["group", "method"], sort=False):
         mean = curve.droplevel(["group", "method"]).sort_index()  # evaluations -> mean over seeds
         end = float(mean.iloc[-1])
-        low = mean.index[mean < end - within]
-        first = mean.index[mean.index > low.max()][0] if len(low) else mean.index[0]
-        ends[key] = (end, int(first))
+        near = (mean >= end - within)[::-1].cummin()[::-1]  # from here on to the end
+        ends[key] = (end, int(near.idxmax()))
     return ends
 
 
@@ -168,17 +171,10 @@ def dar_curve_picture(rows: Rows, window: int = 100) -> Figure:
         x, paid, raw = part["episode"], part["dar_reward"], part["raw_reward"]
         if scale:
             axes.plot(x, raw, ".", ms=3, color="0.6", label="raw reward (Eq. 7)")
-        look = {"lw": 0.8, "color": COLOURS[5], "marker": "+", "ms": 4}
-        axes.plot(
-            x, paid, label="paid: DAR reward (Eq. 10)" if scale else "paid: raw reward", **look
-        )
-        axes.plot(
-            x,
-            moving_average(raw.to_numpy(), 50),
-            color=COLOURS[6],
-            lw=2,
-            label="raw, mean of the last 50",
-        )
+        label = "paid: DAR reward (Eq. 10)" if scale else "paid: raw reward"
+        axes.plot(x, paid, "-+", lw=0.8, ms=4, color=COLOURS[5], label=label)
+        recent = moving_average(raw, 50)
+        axes.plot(x, recent, color=COLOURS[6], lw=2, label="raw, mean of the last 50")
         for start in range(0, len(x), window):
             label = "" if scale or start else "a new window begins"
             axes.axvline(start, color="black", ls=":", lw=0.8, label=label)
@@ -193,29 +189,23 @@ def dar_curve_picture(rows: Rows, window: int = 100) -> Figure:
 # ---- notebook 04
 
 
-def examples(
-    tasks: Sequence[Any], split: str = "train", means: Mapping[str, int] | None = None
-) -> Figure:
-    """One image of each class: a row for each task, the class's name above. tasks: N ``tasks.Task``.
+def examples(tasks: Sequence[Any], means: Mapping[str, int] | None = None) -> Figure:
+    """One training image of each class: a row for each task, the class's name above.
 
-    ``means``: task -> n adds a row below that of the task: the mean of the first n images of each class.
+    tasks: N ``tasks.Task``. ``means``: task -> n adds a row below that of the task: the mean of the first
+    n images of each class.
     """
-    averaged = means or {}
-    shown = []  # (task, how many images)
-    for task in tasks:
-        shown += [(task, 1)] + ([(task, averaged[task.name])] if task.name in averaged else [])
+    shown = [(task, n) for task in tasks for n in (1, (means or {}).get(task.name)) if n]
     width = max(len(task.classes) for task in tasks)
-    figure = Figure(figsize=(1.5 * width, 1.7 * len(shown)), layout="constrained")
-    rows = figure.subplots(len(shown), width, squeeze=False)
-    for row, (task, n) in zip(rows, shown, strict=True):
-        data = task.split(split)
-        for c, axes in enumerate(row):
-            axes.set_axis_off()
-            if c < len(task.classes):
-                some = data.images[data.labels == c][:n, 0].float().mean(0)
-                axes.imshow(some, cmap="gray", vmin=0, vmax=255)
-                title = f"{task.name}: {task.classes[c]}" + (f",\nmean of {n}" if n > 1 else "")
-                axes.set_title(title, fontsize=9)
+    figure, grid = panels(width * len(shown), width, 1.5, 1.7)
+    for (row, column), axes in zip(np.ndindex(len(shown), width), grid, strict=True):
+        (task, n), data = shown[row], shown[row][0].split("train")
+        axes.set_axis_off()
+        if column < len(task.classes):
+            some = data.images[data.labels == column][:n, 0].float().mean(0)
+            axes.imshow(some, cmap="gray", vmin=0, vmax=255)
+            title = f"{task.name}: {task.classes[column]}" + (f",\nmean of {n}" if n > 1 else "")
+            axes.set_title(title, fontsize=9)
     return figure
 
 
@@ -225,21 +215,17 @@ def sorted_rewards(rewards: np.ndarray, marks: Mapping[str, int], top: int | Non
     rewards: (P,) in [0, 1], in any order; marks: name -> position in ``rewards``; top: draw these many.
     """
     order = np.argsort(-rewards, kind="stable")
-    shown = order[:top]
-    rank = {int(p): i + 1 for i, p in enumerate(order)}
+    best = 100 * rewards[order[:top]]
     figure, (axes,) = panels(1, 1, 7.5, 3.6)
-    axes.plot(
-        range(1, len(shown) + 1), 100 * rewards[shown], ".-", ms=4, lw=0.8, color="0.5",
-        label=f"the {len(shown)} best of {len(rewards)} paths" if top else f"all {len(rewards)} paths",
-    )  # fmt: skip
+    label = f"the {len(best)} best of {len(rewards)} paths" if top else f"all {len(rewards)} paths"
+    axes.plot(range(1, len(best) + 1), best, ".-", ms=4, lw=0.8, color="0.5", label=label)
     for i, (name, p) in enumerate(marks.items()):
-        axes.plot(
-            rank[p], 100 * rewards[p], "oD^vsP*X"[i % 8], ms=max(6, 14 - 2 * i), mec="black",
-            color=COLOURS[1 + i % 7],
-            label=f"{name}: rank {rank[p]}, {100 * rewards[p]:.1f} %", ls="none",
-        )  # fmt: skip
+        rank, percent = 1 + order.tolist().index(p), 100 * rewards[p]
+        look = {"ls": "none", "ms": max(6, 14 - 2 * i), "mec": "black", "color": COLOURS[1 + i % 7]}
+        label = f"{name}: rank {rank}, {percent:.1f} %"
+        axes.plot(rank, percent, MARKERS[i % 7], label=label, **look)
     tidy(axes, "", "rank (1 is the best)", "reward, %")
-    axes.legend(fontsize=9, loc="center left", bbox_to_anchor=(1, 0.5))
+    axes.legend(**BESIDE)
     return figure
 
 
@@ -253,22 +239,15 @@ def neighbours(path: Path, sources: Sequence[str]) -> list[list[Path]]:
 
 def one_place(rewards: np.ndarray, path: Path, sources: Sequence[str]) -> Figure:
     """Rewards (T, N+M) of a path's ``neighbours`` as a heat map; the path's sources have a frame."""
-    figure = Figure(figsize=(1.6 + 1.3 * len(path), 1.3 + 0.5 * len(sources)), layout="constrained")
-    axes = figure.subplots()
-    percent = 100 * rewards.T  # (N+M, T)
-    image = axes.imshow(percent, cmap="cividis", aspect="auto")
-    middle = (percent.min() + percent.max()) / 2
-    for (a, i), value in np.ndenumerate(percent):
-        taken = path[i].source == sources[a]
-        text = f"{value:.1f}" + (" ◆" if taken else "")
-        axes.text(
-            i, a, text, ha="center", va="center", color="black" if value > middle else "white"
-        )
-        if taken:
-            frame = Rectangle((i - 0.47, a - 0.47), 0.94, 0.94, fill=False, ec=COLOURS[1], lw=3)
-            axes.add_patch(frame)
-    axes.set_xticks(range(len(path)), [str(step.layer) for step in path])
-    axes.set_yticks(range(len(sources)), sources)
+    figure, (axes,) = panels(1, 1, 1.6 + 1.3 * len(path), 1.3 + 0.5 * len(sources))
+    percent, layers = 100 * rewards.T, [step.layer for step in path]
+    image = heat_map(
+        axes, percent, sources, layers, "{:.1f}".format, percent.min(), percent.max(), "cividis"
+    )
+    for i, step in enumerate(path):
+        a = list(sources).index(step.source)
+        frame = Rectangle((i - 0.47, a - 0.47), 0.94, 0.94, fill=False, ec=COLOURS[1], lw=3)
+        axes.add_patch(frame)
     axes.set_xlabel("layer whose source is changed")
     figure.colorbar(image, ax=axes, label="reward, %")
     return figure
@@ -277,38 +256,39 @@ def one_place(rewards: np.ndarray, path: Path, sources: Sequence[str]) -> Figure
 def subset_strip(values: Mapping[str, tuple[np.ndarray, float]]) -> Figure:
     """Rewards on data subsets as points, and on all data as a bar. name -> ((S,) rewards, reward)."""
     figure, (axes,) = panels(1, 1, 7, 0.5 * len(values), more=1.1)
+    points, bar = {"mfc": "none", "mec": COLOURS[5]}, {"ms": 26, "mew": 3, "color": COLOURS[6]}
     for i, (rewards, whole) in enumerate(values.values()):
         label = ("one subset of 10 %", "all examples") if i == 0 else (None, None)
-        axes.plot(
-            100 * rewards, np.full(len(rewards), i), "o", mfc="none", mec=COLOURS[5], label=label[0]
-        )
-        axes.plot([100 * whole], [i], "|", ms=26, mew=3, color=COLOURS[6], label=label[1])
+        axes.plot(100 * rewards, np.full(len(rewards), i), "o", label=label[0], **points)
+        axes.plot([100 * whole], [i], "|", label=label[1], **bar)
     axes.set_yticks(range(len(values)), list(values))
     axes.set_ylim(len(values) - 0.4, -0.6)
     tidy(axes, "", "reward, %", grid="x")
-    axes.legend(
-        fontsize=9, loc="center left", bbox_to_anchor=(1, 0.5), markerscale=0.5, labelspacing=1
-    )
+    axes.legend(markerscale=0.5, labelspacing=1, **BESIDE)
     return figure
 
 
 # ---- notebook 05
 
 
-def histograms(samples: Mapping[str, np.ndarray], label: str, at: Mapping[str, float]) -> Figure:
+def histograms(samples: Mapping[str, np.ndarray], xlabel: str, at: Mapping[str, float]) -> Figure:
     """Histograms of some samples (n,) on the same bins; ``at``: name -> where a line marks a value."""
     figure, (axes,) = panels(1, 1, 7.5, 3.2)
     values = np.concatenate(list(samples.values()))
     bins: list[float] = np.linspace(values.min(), values.max(), 30).tolist()
     for i, (name, sample) in enumerate(samples.items()):
-        axes.hist(
-            sample, bins, color=COLOURS[(1, 5, 3)[i % 3]], alpha=0.6, ec="black", lw=0.4,
-            hatch=HATCHES[1 + i], label=f"{name}: deviation {sample.std():.3f}",
-        )  # fmt: skip
+        look = {
+            "color": COLOURS[(1, 5, 3)[i % 3]],
+            "hatch": HATCHES[1 + i],
+            "ec": "black",
+            "lw": 0.4,
+        }
+        label = f"{name}: deviation {sample.std():.3f}"
+        axes.hist(sample, bins, alpha=0.6, label=label, **look)
     for name, x in at.items():
         axes.axvline(x, color="black", ls="--", label=f"{name}: {x:.3f}")
-    tidy(axes, "", label, "number of estimates", grid="y")
-    axes.legend(fontsize=9, loc="center left", bbox_to_anchor=(1, 0.5))
+    tidy(axes, "", xlabel, "number of estimates", grid="y")
+    axes.legend(**BESIDE)
     return figure
 
 
@@ -316,12 +296,10 @@ def curves(lines: Mapping[str, Sequence[float]], x: str, y: str) -> Figure:
     """Some curves over the updates, each with its marker and line style."""
     figure, (axes,) = panels(1, 1, 7.5, 3.4)
     for i, (name, values) in enumerate(lines.items()):
-        axes.plot(
-            values, marker="oD^vsP*X"[i % 8], ls=("-", "--", ":", "-.")[i % 4], lw=1.8, ms=5,
-            markevery=max(1, len(values) // 12), color=COLOURS[TONES[i % 7]], label=name,
-        )  # fmt: skip
+        look = line_look(i) | {"markevery": max(1, len(values) // 12)}
+        axes.plot(values, lw=1.8, label=name, **look)
     tidy(axes, "", x, y)
-    axes.legend(fontsize=9, loc="center left", bbox_to_anchor=(1, 0.5))
+    axes.legend(**BESIDE)
     return figure
 
 

@@ -8,9 +8,11 @@ import re
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from answers import function_of
 from matplotlib.patches import Rectangle
+from matplotlib.text import Annotation
 
 from rmm_lab.course import checks
 from rmm_lab.course import notebooks as course
@@ -129,11 +131,9 @@ def test_the_names_of_the_table_exist() -> None:
 # ------------------------------------------------------------------------------------------ the picture
 
 
-def test_the_walk_stands_where_its_steps_are() -> None:
-    path = parse_path("b@0 mean@1 a@1")
-    assert pictures.walk_order(path, ("a", "b", "mean")) == [(1, 0), (2, 1), (0, 1)]
+def test_a_source_that_has_no_column_is_refused() -> None:
     with pytest.raises(InputError, match="expected one of a, b"):
-        pictures.walk_order(path, ("a", "b"))
+        pictures.rmm_picture(parse_path("b@0 mean@1 a@1"), ("a", "b"), (), 2)
 
 
 def test_the_picture_has_a_box_for_each_layer_and_each_step() -> None:
@@ -143,6 +143,8 @@ def test_the_picture_has_a_box_for_each_layer_and_each_step() -> None:
     texts = [t.get_text() for t in axes.texts]
     stack = [t for t in texts if re.fullmatch(r"\w+, layer \d", t)]
     assert stack == ["a, layer 0", "mean, layer 1", "b, layer 2"]  # in running order, upwards
+    ends = [(t.xyann, t.xy) for t in axes.texts if isinstance(t, Annotation)][:2]
+    np.testing.assert_allclose(ends, [[(0, 0.34), (3.2, 0.66)], [(3.2, 1.34), (1.6, 1.66)]])
     assert min(t.get_fontsize() for t in axes.texts) >= 8
 
 

@@ -271,4 +271,11 @@ def test_pictures_show_what_they_are_given():
     own = {"a": np.array([0.25, np.nan, 1.0]), "b": np.array([-0.1, 0.0, 0.6])}
     figure = pictures.amounts_picture({"a+b": own})
     shown = {text.get_position(): text.get_text() for text in figure.axes[0].texts}
-    assert shown == {(0, 0): ".2", (2, 0): "1.0", (0, 1): "-.1", (1, 1): ".0", (2, 1): ".6"}
+    assert shown == {
+        (0, 0): "0.2",
+        (1, 0): "–",
+        (2, 0): "1.0",
+        (0, 1): "-0.1",
+        (1, 1): "0.0",
+        (2, 1): "0.6",
+    }
