@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 
 from data import pretraining
 from rmm_lab.errors import InputError, run_command
@@ -21,9 +24,33 @@ from rmm_lab.families.shipped import (
     base_of,
     model_folder,
 )
-from rmm_lab.tasks import image_task, small_texts, text_task
-from rmm_lab.tasks.files import SPLITS
+from rmm_lab.tasks import image_task, small_images, small_texts, text_task
+from rmm_lab.tasks.files import SPLITS, write_file
 from rmm_lab.zoo.training import fine_tune
+
+
+def write_sheet(name: str, split: str) -> Path:
+    """Draw a split and store it as a 4-bit grey PNG under ``data/sets``."""
+    per_class = image_task.SMALL[name][1][SPLITS.index(split)]
+    images = small_images.render(name, split, per_class)  # (classes * per_class, 1, 28, 28)
+    size = small_images.SIZE
+    rows = images.view(-1, per_class, size, size).permute(0, 2, 1, 3)
+    sheet = rows.reshape(-1, per_class * size).numpy()  # (classes * 28, per_class * 28)
+    picture = Image.fromarray(sheet // 17, mode="P")
+    picture.putpalette([17 * i for i in range(16) for _ in "rgb"])
+    file = image_task.sheet_file(name, split)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    picture.save(file, bits=4, optimize=True)
+    return file
+
+
+def write_rows(name: str, split: str) -> Path:
+    """Make a split and store it as jsonl under ``data/sets``."""
+    file = text_task.rows_file(name, split)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    rows = small_texts.rows(name, split, text_task.SIZES[split])
+    write_file(file, "".join(json.dumps(row) + "\n" for row in rows))
+    return file
 
 
 @dataclass
@@ -69,11 +96,11 @@ class Build:
         if "sets" in wanted:
             for name in image_task.SMALL:
                 for split in SPLITS if name == "digits" else ("reward", "test"):
-                    print(f"set: {image_task.write_sheet(name, split)}")
+                    print(f"set: {write_sheet(name, split)}")
         if "text-sets" in wanted:
             for name in small_texts.TASKS:
                 for split in ("reward", "test"):
-                    print(f"set: {text_task.write_rows(name, split)}")
+                    print(f"set: {write_rows(name, split)}")
         for name, like in ((BASE, pretraining.SMALL_VIT), (TINY_BASE, pretraining.NARROW_VIT)):
             if name in wanted:
                 config, weights = pretraining.pretrain_vit(

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from data import stories
 from rmm_lab.families import t5, vit
 from rmm_lab.families.checkpoint import Checkpoint
 from rmm_lab.families.parts import Weights
@@ -110,7 +111,7 @@ def small_tokenizer(folder: Path) -> None:
     lines = [
         text
         for _ in range(20_000)
-        for text in (small_texts.story(rng), *small_texts.drill(rng), *small_texts.retell(rng))
+        for text in (stories.story(rng), *stories.drill(rng), *stories.retell(rng))
     ]
     for name in small_texts.TASKS:
         for row in small_texts.rows(name, "train", 2_000):
@@ -176,9 +177,7 @@ def pretrain_t5(folder: Path, *, steps: int, seed: int) -> tuple[dict[str, Any],
     arguments = {k: v for k, v in config.items() if k != "model_type"}
     model = T5ForConditionalGeneration(T5Config(**arguments, attn_implementation="eager"))
     fmt = TextFormat(tokenizer, config["n_positions"], 0, 1, 0)
-    weights = _learn(
-        model, fmt, small_texts.drill, small_texts.retell, steps, seed, "base of the T5s"
-    )
+    weights = _learn(model, fmt, stories.drill, stories.retell, steps, seed, "base of the T5s")
     return config, weights
 
 
@@ -192,10 +191,10 @@ def rehearse_t5(base: Checkpoint, *, steps: int, seed: int) -> Weights:
     model = t5.T5(base.config).assemble(parts.stem, list(enumerate(parts.layers)), {})
 
     def short(rng: random.Random) -> tuple[str, str]:
-        return small_texts.recall(rng, least=2) if rng.random() < 0.9 else small_texts.drill(rng)
+        return stories.recall(rng, least=2) if rng.random() < 0.9 else stories.drill(rng)
 
     def long(rng: random.Random) -> tuple[str, str]:
-        return small_texts.retell(rng, least=2)
+        return stories.retell(rng, least=2)
 
     return _learn(model, t5.input_format(base), short, long, steps, seed, "rehearsal")
 
@@ -213,7 +212,7 @@ def _learn(
     rng = random.Random(seed)
 
     def either(rng: random.Random) -> tuple[str, str]:
-        return corrupt(small_texts.story(rng), rng) if rng.random() < 0.5 else long(rng)
+        return corrupt(stories.story(rng), rng) if rng.random() < 0.5 else long(rng)
 
     def losses(generator: torch.Generator) -> list[Tensor]:
         out = []

@@ -111,7 +111,7 @@ class LayerPool:
     def split(self, weights: Weights) -> Parts:
         """A model's weights by owner, in layers of this pool's unit."""
         parts = self.base.family.split(weights)
-        return parts if self.unit == "block" else divide(parts, self.base.family.sublayers)
+        return parts if self.unit == "block" else divide(parts, self.base.family.sublayer)
 
     @property
     def architecture(self) -> Any:

@@ -9,7 +9,7 @@ from collections import Counter
 
 import pytest
 
-from data import pretraining
+from data import pretraining, stories
 from rmm_lab.tasks import small_texts as grammar
 from rmm_lab.tasks import text_task as texts
 from rmm_lab.tasks.small_texts import TASKS
@@ -112,7 +112,7 @@ def test_swaps_keeps_the_roles():
 
 def test_endings_follow_the_sign():
     signs = {}
-    for _, good_sign, bad_sign, _, good, bad in grammar._STORIES:
+    for _, good_sign, bad_sign, _, good, bad in grammar.STORIES:
         signs |= dict.fromkeys(good_sign, good) | dict.fromkeys(bad_sign, bad)
     for row in ROWS["endings"]:
         story = row["input"]
@@ -180,8 +180,8 @@ def test_no_pretraining_text_asks_what_a_task_asks():
     rng = random.Random(1)
     said = set()
     for _ in range(20_000):
-        said.add(grammar.story(rng))
-        said |= {grammar.drill(rng)[0], grammar.retell(rng)[0]}
+        said.add(stories.story(rng))
+        said |= {stories.drill(rng)[0], stories.retell(rng)[0]}
     asked = [row["input"] for rows in ROWS.values() for row in rows]
     bare = {text.partition(" : ")[2] for text in asked}  # without "question :", "fill :", ...
     assert not said & (set(asked) | bare)
@@ -190,7 +190,7 @@ def test_no_pretraining_text_asks_what_a_task_asks():
 def test_span_corruption_puts_every_word_into_one_of_both():
     rng = random.Random(2)
     for _ in range(300):
-        text = grammar.story(rng)
+        text = stories.story(rng)
         source, target = pretraining.corrupt(text, rng)
         gaps: dict[str, list[str]] = {}
         for word in target.split():

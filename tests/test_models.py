@@ -23,8 +23,9 @@ from rmm_lab.errors import InputError
 from rmm_lab.families import checkpoint as models
 from rmm_lab.families import class_token, vit
 from rmm_lab.families.checkpoint import read_checkpoint, resolve, write_checkpoint
+from rmm_lab.families.parts import join
 from rmm_lab.families.vit import ViT, split
-from rmm_lab.families.vit_run import join
+from rmm_lab.families.vit_run import head_slices
 
 VARIANTS = {
     "class token": {},
@@ -103,7 +104,7 @@ def test_every_parameter_has_exactly_one_owner(variant):
 def test_join_undoes_split(variant):
     weights = timm_model(variant).state_dict()
     parts = split(weights)
-    again = join(parts.stem, parts.layers, parts.head)
+    again = join(parts.stem, {"blocks": parts.layers}, parts.head)
     assert again.keys() == weights.keys()
     assert all(again[name] is weights[name] for name in weights)
 
@@ -122,7 +123,7 @@ def test_layers_are_in_numerical_order_whatever_the_order_of_the_file(n, random)
         assert all(tensor is weights[f"blocks.{k}.{name}"] for name, tensor in layer.items())
     assert parts.stem.keys() == {"head_norm.weight", "norm.weight", "blocks_norm.bias"}
     assert parts.head.keys() == {"weight", "bias"}
-    assert join(parts.stem, parts.layers, parts.head) == weights  # the same objects
+    assert join(parts.stem, {"blocks": parts.layers}, parts.head) == weights  # the same objects
 
 
 def test_a_gap_between_layers_is_refused():
@@ -291,7 +292,7 @@ def test_the_assembled_logits_hold_each_tasks_slice(variant):
         name: {"weight": torch.randn(n, 16, generator=g), "bias": torch.randn(n, generator=g)}
         for name, n in sizes.items()
     }
-    assert vit.head_slices(heads) == {"a": (0, 2), "b": (2, 6), "c": (6, 9)}
+    assert head_slices(heads) == {"a": (0, 2), "b": (2, 6), "c": (6, 9)}
     whole = ViT(config_of(variant)).assemble(parts.stem, list(enumerate(parts.layers)), heads)
     with torch.no_grad():
         logits = whole(x)

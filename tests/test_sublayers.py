@@ -41,7 +41,7 @@ def test_any_order_of_sublayers_runs_as_timms_modules_do(variant, path, depth):
     model, x = timm_model(variant), images(1)
     family = ViT(config_of(variant), "sublayer")
     assert family.n_layers == 6
-    own = parts.divide(vit.split(model.state_dict()), vit.sublayers)
+    own = parts.divide(vit.split(model.state_dict()), vit.sublayer)
     with torch.no_grad():
         blocks, model.blocks = list(model.blocks), nn.Sequential()
         norm, model.norm = model.norm, nn.Identity()
@@ -70,7 +70,7 @@ def test_any_order_of_sublayers_runs_as_timms_modules_do(variant, path, depth):
 def test_every_tensor_of_a_block_is_in_one_sublayer_in_running_order():
     weights = timm_model("layer scale").state_dict()
     whole = vit.split(weights)
-    own = parts.divide(whole, vit.sublayers)
+    own = parts.divide(whole, vit.sublayer)
     assert own.stacks == (range(6),)
     assert (own.stem, own.head) == (whole.stem, whole.head)
     for k, block in enumerate(whole.layers):
@@ -82,10 +82,11 @@ def test_every_tensor_of_a_block_is_in_one_sublayer_in_running_order():
 
 
 def test_blocks_of_another_kind_are_refused_as_sublayers():
-    with pytest.raises(InputError, match=r"found 'gate.weight' in a block.*--unit block"):
-        vit.sublayers({"attn.qkv.weight": torch.zeros(1), "gate.weight": torch.zeros(1)})
-    with pytest.raises(InputError, match=r"found 'gate.weight'.*--unit block"):
-        t5.sublayers({"layer.0.layer_norm.weight": torch.zeros(1), "gate.weight": torch.zeros(1)})
+    for family, known in ((vit, "attn.qkv.weight"), (t5, "layer.0.layer_norm.weight")):
+        block = {known: torch.zeros(1), "gate.weight": torch.zeros(1)}
+        whole = parts.Parts({}, [block], {}, (range(1),))
+        with pytest.raises(InputError, match=r"found 'gate.weight' in a block.*--unit block"):
+            parts.divide(whole, family.sublayer)
     norm_after = TINY | {"architecture": "vit_base_patch16_rpn_224"}
     with pytest.raises(InputError, match=r"expected blocks of attention and MLP.*--unit block"):
         ViT(norm_after, "sublayer")
@@ -126,7 +127,7 @@ def test_any_order_of_a_t5s_sublayers_runs_as_transformers_does(variant, path, e
     expected = zeroed(model, encoder, decoder)
     config, weights = model.config.to_dict(), t5.once("m", dict(model.state_dict()))
     family = t5.T5(config, "sublayer")
-    own = parts.divide(t5.split(weights), t5.sublayers)
+    own = parts.divide(t5.split(weights), t5.sublayer)
     assert family.n_layers == 10
     assert own.stacks == (range(4), range(4, 10))
     whole = family.assemble(own.stem, [(k, own.layers[k]) for k in path], {})
@@ -147,7 +148,7 @@ def layers_of(own, path):
 def test_a_sublayer_of_the_encoder_behind_the_decoder_is_refused():
     model = hf_model()
     family = t5.T5(model.config.to_dict(), "sublayer")
-    own = parts.divide(t5.split(t5.once("m", model.state_dict())), t5.sublayers)
+    own = parts.divide(t5.split(t5.once("m", model.state_dict())), t5.sublayer)
     with pytest.raises(InputError, match="before decoder blocks"):
         family.assemble(own.stem, [(k, own.layers[k]) for k in (0, 5, 1)], {})
     with pytest.raises(InputError, match="before decoder blocks"):

@@ -34,6 +34,7 @@ from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, T5ForConditionalG
 from rmm_lab.errors import InputError
 from rmm_lab.families import t5, t5_run
 from rmm_lab.families.checkpoint import read_checkpoint
+from rmm_lab.families.parts import join
 from rmm_lab.layers import LayerPool
 from rmm_lab.path import LayerPath
 from rmm_lab.reward import Step, parse_path
@@ -110,7 +111,8 @@ def test_join_undoes_split(variant):
     weights = t5.once("m", dict(model.state_dict()))
     parts = t5.split(weights)
     e = model.config.num_layers
-    again = t5_run.join(parts.stem, parts.layers[:e], parts.layers[e:])
+    stacks = {"encoder.block": parts.layers[:e], "decoder.block": parts.layers[e:]}
+    again = join(parts.stem, stacks)
     assert again.keys() == weights.keys()
     assert all(again[name] is weights[name] for name in weights)
 

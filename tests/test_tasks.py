@@ -17,6 +17,7 @@ from timm.data import create_transform, resolve_data_config
 from torchvision import transforms
 from torchvision.datasets import ImageFolder
 
+from data.build import write_sheet
 from rmm_lab.errors import InputError
 from rmm_lab.tasks import image_task as tasks
 from rmm_lab.tasks import small_images as render
@@ -155,7 +156,7 @@ def test_write_sheet_stores_what_is_read(shipped, monkeypatch, tmp_path):
     monkeypatch.setenv("RMM_LAB_DATA", str(tmp_path))
     with pytest.raises(InputError, match="textures-reward"):
         Task("textures", GREY).split("reward")
-    file = tasks.write_sheet("textures", "reward")
+    file = write_sheet("textures", "reward")
     assert file == tmp_path / "sets" / "textures-reward.png"
     assert torch.equal(
         Task("textures", GREY).split("reward").images, shipped["textures"].split("reward").images

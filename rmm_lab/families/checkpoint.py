@@ -21,7 +21,7 @@ from torch import Tensor
 
 from rmm_lab.errors import InputError
 from rmm_lab.families import t5, vit
-from rmm_lab.families.parts import Weights, outside_head
+from rmm_lab.families.parts import Weights, outside_head, shapes_of
 from rmm_lab.families.protocol import Architecture, Family, Model
 from rmm_lab.tasks.files import write_file
 
@@ -56,9 +56,6 @@ def architecture(config: Mapping[str, Any], unit: str = "block") -> Architecture
     return family_of("config.json", config).architecture(config, unit)
 
 
-# --------------------------------------------------------------------------- reading and writing
-
-
 def resolve(source: str | Path) -> Path:
     """The local folder behind a source: a folder, ``local-dir:FOLDER`` or ``hf-hub:OWNER/NAME``.
 
@@ -89,27 +86,24 @@ def _from_hub(source: str) -> Path:
     from huggingface_hub import HfApi, snapshot_download
 
     files = [*_FILES, *(name for family in FAMILIES.values() for name in family.FILES)]
-    commit = revision or None
+    which: dict[str, Any] = {"revision": revision or None, "allow_patterns": files}
     try:
         try:
-            folder = snapshot_download(
-                repository, revision=commit, allow_patterns=files, local_files_only=True
-            )
-            if not _is_whole(Path(folder)):  # another program may have cached a part of it
-                raise FileNotFoundError(folder)
-        except OSError:  # not in the cache (yet)
+            folder = str(snapshot_download(repository, **which, local_files_only=True))
+            cached = _is_whole(Path(folder))  # another program may have cached a part of it
+        except OSError:
+            cached = False
+        if not cached:
             # One cheap question first: snapshot_download itself retries for minutes without a network.
-            HfApi().model_info(repository, revision=commit, timeout=2)
-            folder = snapshot_download(repository, revision=commit, allow_patterns=files)
-        return resolve(folder)
-    except InputError:
-        raise
+            HfApi().model_info(repository, revision=which["revision"], timeout=2)
+            folder = str(snapshot_download(repository, **which))
     except Exception as error:  # whatever the network stack raises, the user needs one sentence
         raise InputError(
             f"model {source!r}: expected the hub or a copy in its cache, found neither "
             f"({type(error).__name__}); download config.json and model.safetensors of {repository} (and a "
             "T5's tokenizer) elsewhere, put them in a folder and name that folder instead"
         ) from error
+    return resolve(folder)
 
 
 def _is_whole(folder: Path) -> bool:
@@ -197,28 +191,24 @@ def write_checkpoint(
 def check_same_architecture(base: Checkpoint, experts: Sequence[Checkpoint]) -> None:
     """Raise InputError, naming the first difference, unless experts equal the base up to the head."""
     signature = base.family.signature(base.config)
-    shapes = {k: tuple(v.shape) for k, v in outside_head(base.weights).items()}
+    shapes = shapes_of(outside_head(base.weights))
     for expert in experts:
-
-        def refuse(expected: str, found: str, source: str = expert.source) -> InputError:
-            return InputError(
-                f"expert {source!r}: expected {expected}, found {found}; merge only models "
-                "fine-tuned from one base"
-            )
-
+        others = shapes_of(outside_head(expert.weights))
+        odd = next((n for n in shapes | others if shapes.get(n) != others.get(n)), "")
         if expert.family is not base.family:
-            raise refuse(f"{base.family.NAME} as base {base.source!r}", expert.family.NAME)
-        others = {k: tuple(v.shape) for k, v in outside_head(expert.weights).items()}
-        for name, shape in shapes.items():
-            if others.get(name) != shape:
-                raise refuse(
-                    f"tensor {name!r} of shape {shape} as in base {base.source!r}",
-                    str(others.get(name, "no such tensor")),
-                )
-        if extra := sorted(set(others) - set(base.weights)):
-            raise refuse(
-                f"the tensors of base {base.source!r}",
-                f"{extra[0]!r} of shape {others[extra[0]]} besides",
-            )
-        if (other := expert.family.signature(expert.config)) != signature:
-            raise refuse(f"the architecture {signature} of base {base.source!r}", str(other))
+            expected, found = f"{base.family.NAME} as base {base.source!r}", expert.family.NAME
+        elif odd in shapes:
+            expected = f"tensor {odd!r} of shape {shapes[odd]} as in base {base.source!r}"
+            found = str(others.get(odd, "no such tensor"))
+        elif odd:
+            expected = f"the tensors of base {base.source!r}"
+            found = f"{odd!r} of shape {others[odd]} besides"
+        elif (other := expert.family.signature(expert.config)) != signature:
+            expected = f"the architecture {signature} of base {base.source!r}"
+            found = str(other)
+        else:
+            continue
+        raise InputError(
+            f"expert {expert.source!r}: expected {expected}, found {found}; merge only models "
+            "fine-tuned from one base"
+        )

@@ -115,13 +115,9 @@ class Family(Protocol):
 
     NAME: str  # what messages call a model of it, such as ``a T5``
     DATA: str  # what its tasks are made of, and the option that names them: images or texts
-    FILES: tuple[
-        str, ...
-    ]  # further files of a model's folder, such as its tokenizer; an export copies them
+    FILES: tuple[str, ...]  # further files of a model's folder, such as its tokenizer
     NEEDED: tuple[str, ...]  # those of which a download must hold at least one; may be empty
     BASE_SETTING: str  # how the base is scored, for the result table
-
-    # ------------------------------------------------------------------------ weights by owner
 
     def owns(self, config: Config) -> bool:
         """Whether a config.json describes a model of this family."""
@@ -135,8 +131,8 @@ class Family(Protocol):
     def split(self, weights: Mapping[str, Tensor]) -> Parts:
         """Canonical weights by owner: stem, layers, head."""
 
-    def sublayers(self, block: Weights) -> list[Weights]:
-        """A block's weights by sublayer, in running order, names unchanged."""
+    def sublayer(self, name: str) -> int | None:
+        """In which of a block's sublayers a tensor of this name is, in running order; None: in none."""
 
     def signature(self, config: Config) -> tuple[str, dict[str, Any]]:
         """What two models must share that shapes do not show."""
@@ -148,8 +144,6 @@ class Family(Protocol):
 
     def architecture(self, config: Config, unit: str = "block") -> Architecture:
         """What runs such models. unit: whether a layer is a ``block`` or a ``sublayer``."""
-
-    # ----------------------------------------------------------------------------------- tasks
 
     def make_tasks(
         self,

@@ -7,6 +7,8 @@ tied, and the relative position biases of both stacks. transformers stores these
 every block of the stack uses them: a skipped or repeated block 0 must not lose or double them.
 
 A T5 has no head for a task: a choice is scored by its log-probability, so nothing is set apart.
+
+What has no docstring here does what ``Family`` says of it.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from rmm_lab.errors import InputError
+from rmm_lab.families import parts
 from rmm_lab.families.parts import Parts, Weights
 from rmm_lab.families.protocol import Config, Model, Trainable, TrivialRow
 from rmm_lab.families.t5_run import BIAS, STACKS, T5, bare, is_scaled
@@ -32,8 +35,6 @@ FILES: tuple[str, ...] = (
     *("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
 )
 BASE_SETTING = "as pretrained"
-_LAYER = re.compile(r"(encoder|decoder)\.block\.(\d+)\.(.+)")
-_SUBLAYER = re.compile(r"layer\.(\d+)\.")
 # In the files of the first T5s, and used by no model: cross-attention has no positions.
 _UNUSED = "decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight"
 # Arguments that change how weights are used, with transformers' defaults; shapes do not show them.
@@ -53,9 +54,6 @@ _WHOLE = (
     *("num_layers", "num_decoder_layers", "d_model", "d_kv", "num_heads", "vocab_size"),
     *("n_positions", "pad_token_id", "decoder_start_token_id"),
 )
-
-
-# ------------------------------------------------------------------------------- taking a T5 apart
 
 
 def once(source: str, weights: Mapping[str, Tensor]) -> Weights:
@@ -88,7 +86,6 @@ def once(source: str, weights: Mapping[str, Tensor]) -> Weights:
 
 
 def owns(config: Config) -> bool:
-    """Whether a config.json is a T5's."""
     return config.get("model_type") == "t5"
 
 
@@ -101,7 +98,7 @@ def canonical(source: str, config: Config, weights: Weights) -> Weights:
                 f"{config[key]!r}; save the model with transformers again"
             )
     out = once(source, weights)
-    counts = [len({m[2] for n in out if (m := _LAYER.fullmatch(n)) and m[1] == s}) for s in STACKS]
+    counts = [len({n.split(".")[2] for n in out if n.startswith(f"{s}.block.")}) for s in STACKS]
     if not 0 <= (start := _start(config)) < len(out["shared.weight"]):
         raise InputError(
             f"model {source!r}: expected 'decoder_start_token_id' in its config.json to be one of its "
@@ -109,61 +106,27 @@ def canonical(source: str, config: Config, weights: Weights) -> Weights:
         )
     layers = config.get("num_layers", 6)
     said = [layers, config.get("num_decoder_layers") or layers]
-    if counts != said:
+    if counts != said or 0 in counts:
         raise InputError(
-            f"model {source!r}: expected {said[0]} encoder and {said[1]} decoder blocks as its "
-            f"config.json says, found weights of {counts[0]} and {counts[1]}; save it again"
+            f"model {source!r}: expected {said[0]} encoder and {said[1]} decoder blocks as its config.json "
+            f"says, at least one each, found weights of {counts[0]} and {counts[1]}; save it again"
         )
-    if 0 in counts:
-        raise InputError(
-            f"model {source!r}: expected at least one block in the encoder and in the decoder, found "
-            f"{counts[0]} and {counts[1]}; there is nothing to choose from an empty stack"
-        )
-    for stack in STACKS:
-        if f"{stack}.block.0.{BIAS}" not in out:
-            raise InputError(
-                f"model {source!r}: expected the relative position bias of the {stack} in tensor "
-                f"'{stack}.block.0.{BIAS}', found none; save the model with transformers again"
-            )
     return out
 
 
 def split(weights: Mapping[str, Tensor]) -> Parts:
-    """Canonical weights of a T5 by owner: stem, encoder blocks, decoder blocks; no head."""
-    stem: Weights = {}
-    blocks: dict[str, dict[int, Weights]] = {name: {} for name in STACKS}
-    for name, tensor in weights.items():
-        match = _LAYER.fullmatch(name)
-        if match is None or match[3] == BIAS:
-            stem[name] = tensor
-        else:
-            blocks[match[1]].setdefault(int(match[2]), {})[match[3]] = tensor
-    for stack, found in blocks.items():
-        if sorted(found) != list(range(len(found))):
-            raise InputError(
-                f"expected layers {stack}.block.0 to {len(found) - 1}, found {sorted(found)}"
-            )
-    n = len(blocks["encoder"])
-    layers = [blocks[stack][k] for stack in STACKS for k in range(len(blocks[stack]))]
-    return Parts(stem, layers, {}, (range(n), range(n, len(layers))))
+    """Stem, encoder blocks, decoder blocks; no head."""
+    return parts.split(weights, [f"{stack}.block" for stack in STACKS], shared=BIAS)
 
 
-def sublayers(block: Weights) -> list[Weights]:
-    """A block's weights by sublayer, names unchanged: self-attention, (cross-attention,) feed-forward."""
-    found: dict[int, Weights] = {}
-    for name, tensor in block.items():
-        match = _SUBLAYER.match(name)
-        if match is None:
-            raise InputError(
-                f"expected the sublayers layer.0, layer.1, ... in a block of a T5, found {name!r}; merge "
-                "whole blocks: --unit block"
-            )
-        found.setdefault(int(match[1]), {})[name] = tensor
-    return [found[i] for i in sorted(found)]
+def sublayer(name: str) -> int | None:
+    """Self-attention, (cross-attention,) feed-forward."""
+    match = re.match(r"layer\.(\d+)\.", name)
+    return int(match[1]) if match else None
 
 
 def signature(config: Config) -> tuple[str, dict[str, Any]]:
-    """What shapes do not show: number and size of the heads, activation, buckets, special tokens."""
+    """With the number and size of the heads, activation, buckets and special tokens."""
     args = {key: config.get(key, default) for key, default in _ARGS.items()}
     # transformers obeys dense_act_fn, which it writes itself, before feed_forward_proj.
     name = str(args["feed_forward_proj"])
@@ -187,7 +150,6 @@ def _start(config: Config) -> int:
 
 
 def architecture(config: Config, unit: str = "block") -> T5:
-    """What runs and rebuilds T5s with this config.json."""
     return T5(config, unit)
 
 
@@ -203,7 +165,6 @@ def input_format(model: Model) -> TextFormat:
 def make_tasks(
     base: Model, sources: Sequence[str], *, metric: str = "auto", normalise_length: bool = False
 ) -> list[TextTask]:
-    """One ``TextTask`` for each source, tokenised as the base takes it."""
     fmt = input_format(base)
     return [TextTask(s, fmt, metric=metric, normalise_length=normalise_length) for s in sources]
 
@@ -232,8 +193,7 @@ def trivial_rows(tasks: Sequence[Any]) -> list[TrivialRow]:
         TrivialRow(
             "most frequent answer",
             "of the reward split, always; chance where rows have their own choices",
-            tuple(score for score, _ in always),
-            tuple(accuracy for _, accuracy in always),
+            *zip(*always, strict=True),
         ),
     ]
 
@@ -242,16 +202,16 @@ def trainable(
     base: Model, tasks: Sequence[TextTask], *, seed: int, batch_size: int, augment: bool
 ) -> Trainable:
     """A T5 with the base's weights; it learns to write the right choice's text."""
-    parts = split(base.weights)
+    own = split(base.weights)
     torch.manual_seed(seed)  # dropout, where the base's config asks for it
-    model = T5(base.config).assemble(parts.stem, list(enumerate(parts.layers)), {})
+    model = T5(base.config).assemble(own.stem, list(enumerate(own.layers)), {})
 
     def losses(generator: torch.Generator) -> list[Tensor]:
         out = []
         for task in tasks:
             data = task.split("train")
-            n = batch_size // len(tasks)
-            rows = torch.randint(len(data), (n,), generator=generator).tolist()
+            shape = (batch_size // len(tasks),)
+            rows = torch.randint(len(data), shape, generator=generator).tolist()
             targets = [data.choices[i][int(data.labels[i])] for i in rows]
             out.append(text_loss(model, task.format, [data.inputs[i] for i in rows], targets))
         return out

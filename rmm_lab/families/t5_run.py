@@ -8,19 +8,24 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import pairwise
+from itertools import chain, pairwise
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from rmm_lab.errors import InputError
-from rmm_lab.families.parts import Shapes, Weights, begins, fill, gather
+from rmm_lab.families.parts import Place, Shapes, Weights, begins, fill, gather, join, shapes_of
 from rmm_lab.families.protocol import Config
 from rmm_lab.tasks.text_task import TextBatch
 
 BIAS = "layer.0.SelfAttention.relative_attention_bias.weight"
 STACKS = ("encoder", "decoder")
+_FILE_NAMES = {  # of the stem's tensors
+    "shared.weight": "shared.weight",
+    **{f"{stack}_bias.weight": f"{stack}.block.0.{BIAS}" for stack in STACKS},
+    **{f"{stack}_norm.weight": f"{stack}.final_layer_norm.weight" for stack in STACKS},
+}
 LOGITS = 2**18  # logits that are held at once: 1 MiB, what fits a core's cache
 
 
@@ -41,12 +46,6 @@ class State:
     bias: Tensor
     hidden: Tensor
     decoded: Tensor | None = None
-
-    @property
-    def tensors(self) -> list[Tensor]:
-        """All that it holds, its batch too; what several states share is in each list."""
-        tensors = (self.encoded, self.bias, self.hidden, self.decoded, *self.batch)
-        return [tensor for tensor in tensors if tensor is not None]
 
 
 class T5Stem(nn.Module):
@@ -92,8 +91,7 @@ class Sublayer(nn.Module):
 class T5:
     """Runs and rebuilds the T5s of one architecture piece by piece.
 
-    ``embed`` -> ``apply`` for each layer of a path -> ``logits`` equals transformers' own forward pass
-    without a cache. What goes from one to the next is a ``State``.
+    An ``Architecture``, equal to transformers' own forward pass without a cache; the state is a ``State``.
 
     Args:
         config: transformers' config.json of any model of the architecture.
@@ -111,68 +109,59 @@ class T5:
                 "config.json of a T5: expected an activation that transformers knows, found "
                 f"{hf.dense_act_fn!r}; save the model with transformers again"
             )
-        depths = (hf.num_layers, hf.num_decoder_layers)
         self.scale = hf.d_model**-0.5 if is_scaled(config) else 1.0
+        blocks: dict[str, list[Any]] = {}  # of each stack
         with torch.device("meta"):  # shapes only
-            self._blocks = []
-            for decoder in (False, True):
-                hf.is_decoder = decoder
-                self._blocks.append(T5Block(hf, has_relative_attention_bias=False, layer_idx=0))
+            for stack, depth in zip(STACKS, (hf.num_layers, hf.num_decoder_layers), strict=True):
+                hf.is_decoder = stack == "decoder"
+                block = T5Block(hf, has_relative_attention_bias=False, layer_idx=0)
+                blocks[f"{stack}.block"] = [block] * depth
             self._stem = T5Stem(hf)
-        self.shapes: Shapes = {
-            _file_name(k): tuple(v.shape) for k, v in self._stem.state_dict().items()
-        }
-        for depth, block, name in zip(depths, self._blocks, STACKS, strict=True):
-            for j in range(depth):
-                for key, tensor in block.state_dict().items():
-                    self.shapes[f"{name}.block.{j}.{key}"] = tuple(tensor.shape)
-        each: list[list[Any]] = [[block] for block in self._blocks]  # a block's layers, by stack
-        if unit == "sublayer":
-            each = [[Sublayer(b, i) for i in range(len(b.layer))] for b in self._blocks]
-        self._layers = [
-            layer for n, layers in zip(depths, each, strict=True) for layer in layers * n
-        ]
-        self._kinds = [
-            i for n, layers in zip(depths, each, strict=True) for i in [*range(len(layers))] * n
-        ]
-        self.n_layers, self._border = len(self._layers), depths[0] * len(each[0])
+        stem = {_FILE_NAMES[name]: tensor for name, tensor in self._stem.state_dict().items()}
+        states = {stack: [block.state_dict() for block in all_] for stack, all_ in blocks.items()}
+        self.shapes = shapes_of(join(stem, states))
         self.optional: Shapes = {"lm_head.weight": (hf.vocab_size, hf.d_model)}
+        self._places: list[Place] = [
+            (i, block)
+            for block in chain(*blocks.values())
+            for i in range(1 if unit == "block" else len(block.layer))
+        ]
+        self._layers: list[Any] = [
+            block if unit == "block" else Sublayer(block, i) for i, block in self._places
+        ]
+        self.n_layers = len(self._layers)
+        self._border = sum(not layer.is_decoder for layer in self._layers)
 
     def stem(self, weights: Weights) -> nn.Module:
-        """Everything outside the blocks as a module."""
-        weights = dict(weights)
-        head = weights.pop("lm_head.weight", None)
-        names = {_file_name(name): name for name in self._stem.state_dict()}
-        stem = fill(self._stem, {names[key]: value for key, value in weights.items()})
-        if head is not None:
+        there = {own: weights[name] for own, name in _FILE_NAMES.items() if name in weights}
+        stem = fill(self._stem, there)
+        if (head := weights.get("lm_head.weight")) is not None:
             rows, width = head.shape
             shape = nn.Linear(width, rows, bias=False, device="meta")
             stem.lm_head = fill(shape, {"weight": head})
         return stem
 
     def layer(self, k: int, weights: Weights) -> nn.Module:
-        """Layer k, of the encoder or the decoder, as a module that holds ``weights`` without copying."""
         return fill(self._layers[k], weights)
 
     @staticmethod
     def place(batch: TextBatch, device: torch.device | str, dtype: torch.dtype) -> TextBatch:
-        """A batch on the layers' device; tokens have no precision."""
+        """Tokens have no precision."""
         return TextBatch(*(tensor.to(device) for tensor in batch))
 
     @staticmethod
     def tensors(state: State) -> list[Tensor]:
-        """All memory that a state holds."""
-        return state.tensors
+        """Its batch too; what several states share is in each list."""
+        tensors = (state.encoded, state.bias, state.hidden, state.decoded, *state.batch)
+        return [tensor for tensor in tensors if tensor is not None]
 
     def widest(self, state: State) -> int:
-        """Numbers per example in the largest tensor of a layer."""
         s, (_, c, t) = state.batch.ids.shape[1], state.batch.choices.shape
         hidden, heads = self._hf.d_ff, self._hf.num_heads
         return max(heads * s * s, s * hidden, c * t * hidden, heads * c * t * max(s, t))
 
     @staticmethod
     def embed(stem: Any, batch: TextBatch) -> State:
-        """A batch -> the encoder's first tokens."""
         encoded = stem.shared(batch.ids)  # (n, S) -> (n, S, width)
         bias = stem.positions(batch.ids.shape[1], decoder=False)  # (1, heads, S, S)
         low = torch.finfo(encoded.dtype).min
@@ -233,10 +222,10 @@ class T5:
     def assemble(
         self, stem: Weights, layers: Sequence[tuple[int, Weights]], heads: Mapping[str, Weights]
     ) -> nn.Module:
-        """A real T5ForConditionalGeneration; every block is a copy.
+        """A real T5ForConditionalGeneration.
 
-        layers: (number in the base, weights) in running order; InputError for a layer of the encoder behind
-        one of the decoder. Sublayers are joined to blocks again, with zeros for those that a block lacks.
+        InputError for a layer of the encoder behind one of the decoder. Sublayers are joined to blocks again,
+        with zeros for those that a block lacks.
         """
         from transformers import T5ForConditionalGeneration
 
@@ -247,15 +236,14 @@ class T5:
                 f"layer path: expected encoder blocks (0 to {border - 1}) before decoder blocks, found "
                 f"the order {numbers}; take path.json of a run with these models"
             )
-        stacks = ([x for x in layers if x[0] < border], [x for x in layers if x[0] >= border])
-        blocks = [[weights for _, weights in stack] for stack in stacks]
-        if self.unit == "sublayer":
-            shapes = [
-                {k: tuple(v.shape) for k, v in block.state_dict().items()} for block in self._blocks
-            ]
-            of_layer = [shapes[k >= border] for k in range(self.n_layers)]
-            blocks = [gather(stack, self._kinds, of_layer) for stack in stacks]
-        weights = join(stem, *blocks)
+        blocks: dict[str, list[Weights]] = {}
+        for stack in STACKS:
+            part = [(k, w) for k, w in layers if (k >= border) == (stack == "decoder")]
+            whole = [w for _, w in part] if self.unit == "block" else gather(part, self._places)
+            blocks[f"{stack}.block"] = whole
+            if not whole:  # neither a place nor a use for its position bias
+                stem = {n: t for n, t in stem.items() if n != f"{stack}.block.0.{BIAS}"}
+        weights = join(stem, blocks)
         config = hf_config(self.merged_config(numbers, heads, {}))
         model = T5ForConditionalGeneration(config)
         if "lm_head.weight" in weights:
@@ -272,34 +260,16 @@ class T5:
     def merged_config(
         self, numbers: Sequence[int], heads: Mapping[str, Weights], labels: Mapping[str, Sequence]
     ) -> dict[str, Any]:
-        """config.json of an assembled model: the base's with the depths of both stacks."""
-        border = self._border
+        """The base's with the depths of both stacks."""
         config = bare(self.config)
-        stacks = [[k for k in numbers if k < border], [k for k in numbers if k >= border]]
-        if self.unit == "sublayer":  # those that begin a block, in place of all
-            stacks = [
-                [k for k, new in zip(s, begins(s, self._kinds), strict=True) if new] for s in stacks
-            ]
-        config["num_layers"], config["num_decoder_layers"] = map(len, stacks)
+        config["num_layers"], config["num_decoder_layers"] = (
+            sum(begins([k for k in numbers if (k >= self._border) == decoder], self._places))
+            for decoder in (False, True)
+        )
         if config["num_decoder_layers"] > config["num_layers"]:
             # generate makes its cache as deep as the encoder (transformers 5): IndexError.
             config["use_cache"] = False
         return config | {"architectures": ["T5ForConditionalGeneration"], "model_type": "t5"}
-
-
-def join(stem: Weights, encoder: Sequence[Weights], decoder: Sequence[Weights]) -> Weights:
-    """The inverse of ``t5.split``: names as transformers has them, blocks renumbered in the order given.
-
-    A stack without blocks has neither a place nor a use for its position bias.
-    """
-    weights = {k: v for k, v in stem.items() if not k.endswith(BIAS)}
-    for stack, layers in zip(STACKS, (encoder, decoder), strict=True):
-        for k, layer in enumerate(layers):
-            if k == 0:
-                name = f"{stack}.block.0.{BIAS}"
-                weights[name] = stem[name]
-            weights |= {f"{stack}.block.{k}.{name}": tensor for name, tensor in layer.items()}
-    return weights
 
 
 def attend(attention: Any, tokens: Tensor, memory: Tensor, bias: Tensor) -> Tensor:
@@ -333,16 +303,6 @@ def _begin_decoder(state: State) -> State:
         bias=stem.positions(t, decoder=True) + future,  # (1, heads, T, T)
         decoded=stem.shared(state.batch.shifted),  # (n, C, T) -> (n, C, T, width)
     )
-
-
-def _file_name(name: str) -> str:
-    """A stem's tensor as the file has it."""
-    return {
-        "encoder_bias.weight": f"encoder.block.0.{BIAS}",
-        "decoder_bias.weight": f"decoder.block.0.{BIAS}",
-        "encoder_norm.weight": "encoder.final_layer_norm.weight",
-        "decoder_norm.weight": "decoder.final_layer_norm.weight",
-    }.get(name, name)
 
 
 def bare(config: Config) -> dict[str, Any]:

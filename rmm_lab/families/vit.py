@@ -6,11 +6,13 @@ A checkpoint's weights fall into three kinds, by name:
 * ``blocks.k.*``: block k, the layer that the agent chooses (f_i^l of the paper), or its two sublayers,
   attention and MLP, one by one;
 * all the rest, the *stem*: patch and position embeddings, class token, final norm.
+
+What has no docstring here does what ``Family`` says of it.
 """
 
 from __future__ import annotations
 
-import re
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -18,10 +20,10 @@ import torch
 from torch import Tensor, nn
 
 from rmm_lab.errors import InputError
+from rmm_lab.families import parts
 from rmm_lab.families.parts import Parts, Weights, outside_head
 from rmm_lab.families.protocol import Config, Model, Trainable, TrivialRow
-from rmm_lab.families.vit_run import SUBLAYERS, ViT, create, model_config
-from rmm_lab.families.vit_run import head_slices as head_slices  # for those who look for it here
+from rmm_lab.families.vit_run import SUBLAYERS, ViT, create, joint_config, model_config
 from rmm_lab.tasks.image_folder import InputFormat
 from rmm_lab.tasks.image_task import Task
 from rmm_lab.tasks.small_images import distort
@@ -31,7 +33,6 @@ DATA = "images"
 FILES: tuple[str, ...] = ()
 NEEDED: tuple[str, ...] = ()
 BASE_SETTING = "with the experts' heads"
-_LAYER = re.compile(r"blocks\.(\d+)\.(.+)")
 # Arguments of timm's ViT that change no tensor outside the head, or nothing at evaluation.
 _FREE_ARGS = {
     *("num_classes", "drop_rate", "pos_drop_rate", "patch_drop_rate", "proj_drop_rate"),
@@ -39,11 +40,7 @@ _FREE_ARGS = {
 }
 
 
-# ------------------------------------------------------------------------------ taking a ViT apart
-
-
 def owns(config: Config) -> bool:
-    """Whether a config.json is timm's."""
     return "architecture" in config
 
 
@@ -59,7 +56,10 @@ def canonical(source: str, config: Config, weights: Weights) -> Weights:
                 f"model {source!r}: expected {key!r} in its config.json to be {what}, found "
                 f"{config[key]!r}; save the model with timm again"
             )
-    if not any(_LAYER.match(name) for name in weights) or "patch_embed.proj.weight" not in weights:
+    if (
+        not any(n.startswith("blocks.0.") for n in weights)
+        or "patch_embed.proj.weight" not in weights
+    ):
         raise InputError(
             f"model {source!r}: expected a timm VisionTransformer (patch_embed, blocks.0, ...), found "
             f"architecture {config['architecture']!r} with other weights; other families are not "
@@ -74,36 +74,12 @@ def once(source: str, weights: Mapping[str, Tensor]) -> Weights:
 
 
 def split(weights: Mapping[str, Tensor]) -> Parts:
-    """Weights of a timm ViT by owner: stem, L layers, head."""
-    stem: Weights = {}
-    head: Weights = {}
-    layers: dict[int, Weights] = {}
-    for name, tensor in weights.items():
-        if match := _LAYER.fullmatch(name):
-            layers.setdefault(int(match[1]), {})[match[2]] = tensor
-        elif name.startswith("head."):
-            head[name.removeprefix("head.")] = tensor
-        else:
-            stem[name] = tensor
-    if sorted(layers) != list(range(len(layers))):
-        raise InputError(
-            f"expected layers blocks.0 to blocks.{len(layers) - 1}, found {layers.keys()}"
-        )
-    return Parts(stem, [layers[k] for k in range(len(layers))], head, (range(len(layers)),))
+    return parts.split(weights, ("blocks",))
 
 
-def sublayers(block: Weights) -> list[Weights]:
-    """A block's weights by sublayer: attention, then MLP, names unchanged."""
-    out: list[Weights] = [{} for _ in SUBLAYERS]
-    for name, tensor in block.items():
-        owner = [i for i, names in enumerate(SUBLAYERS) if name.partition(".")[0] in names]
-        if not owner:
-            raise InputError(
-                f"expected blocks of attention and MLP, each with a norm before it, found {name!r} in a "
-                "block; merge whole blocks: --unit block"
-            )
-        out[owner[0]][name] = tensor
-    return out
+def sublayer(name: str) -> int | None:
+    """0 for an attention, 1 for an MLP, with the norm before it."""
+    return next((i for i, names in enumerate(SUBLAYERS) if name.partition(".")[0] in names), None)
 
 
 def signature(config: Config) -> tuple[str, dict[str, Any]]:
@@ -113,7 +89,6 @@ def signature(config: Config) -> tuple[str, dict[str, Any]]:
 
 
 def check_head(name: str, source: str, num_classes: int, head: Weights, stem: Weights) -> None:
-    """Raise InputError unless an expert has a classifier of the shape that its config says."""
     if "weight" not in head:
         raise InputError(
             f"expert {name!r}: expected a classification head (head.weight), found none; fine-tune it "
@@ -129,7 +104,6 @@ def check_head(name: str, source: str, num_classes: int, head: Weights, stem: We
 
 
 def architecture(config: Config, unit: str = "block") -> ViT:
-    """What runs and rebuilds ViTs with this config.json."""
     return ViT(config, unit)
 
 
@@ -145,12 +119,10 @@ def make_tasks(
 
 
 def check_task(expert: Model, task: Task) -> None:
-    """Raise InputError unless the classes of an expert's head are the task's."""
     task.check_head(expert.source, expert.num_classes, expert.label_names)
 
 
 def check_inputs(base: Model, expert: Model) -> None:
-    """Raise InputError unless an expert's images are normalised as the base's are."""
     ours, theirs = InputFormat.of(base.config), InputFormat.of(expert.config)
     if (theirs.mean, theirs.std) != (ours.mean, ours.std):
         raise InputError(
@@ -185,8 +157,7 @@ def trainable(
     augment: turn images by at most 8 degrees, scale them by a tenth, shift them by at most 7 %. That is
     safe for digits, letters and signs; flips are not.
     """
-    stops = torch.tensor([len(task.classes) for task in tasks]).cumsum(0).tolist()
-    slices = [slice(i, j) for i, j in zip([0, *stops], stops, strict=False)]
+    stops = list(itertools.accumulate(len(task.classes) for task in tasks))
     torch.manual_seed(seed)  # timm initialises the new head from the global generator
     model = create(base.config, depth=None, num_classes=stops[-1])
     missing, unexpected = model.load_state_dict(outside_head(base.weights), strict=False)
@@ -198,7 +169,7 @@ def trainable(
 
     def losses(generator: torch.Generator) -> list[Tensor]:
         out, device = [], next(model.parameters()).device
-        for task, part in zip(tasks, slices, strict=True):
+        for task, stop in zip(tasks, stops, strict=True):
             data = task.split("train")
             rows = torch.randint(len(data), (batch_size // len(tasks),), generator=generator)
             images = task.format.normalise(data.images[rows])
@@ -207,18 +178,16 @@ def trainable(
                 images = low + distort(
                     images - low, generator, degrees=8, scale=(0.9, 1.1), shift=0.07
                 )
-            logits = model(images.to(device))[:, part]
+            logits = model(images.to(device))[:, stop - len(task.classes) : stop]
             out.append(class_loss(logits, data.labels[rows].to(device)))
         return out
 
     def result() -> tuple[dict[str, Any], Weights]:
-        config = model_config(base.config, depth=None, num_classes=stops[-1])
-        if len(tasks) == 1:
-            config["label_names"] = list(tasks[0].classes)
+        if len(tasks) > 1:
+            config = joint_config(base.config, None, {task.name: task.classes for task in tasks})
         else:
-            config["label_names"] = [f"{task.name}/{c}" for task in tasks for c in task.classes]
-            heads = {t.name: [p.start, p.stop] for t, p in zip(tasks, slices, strict=True)}
-            config["rmm_lab"] = {"heads": heads}
+            config = model_config(base.config, depth=None, num_classes=stops[-1])
+            config["label_names"] = list(tasks[0].classes)
         return config, dict(model.state_dict())
 
     return Trainable(model, losses, result)

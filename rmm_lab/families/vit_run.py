@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 
 from rmm_lab.errors import InputError
 from rmm_lab.families.class_token import class_attention, class_token, pools_token
-from rmm_lab.families.parts import Shapes, Weights, begins, fill, gather
+from rmm_lab.families.parts import Place, Shapes, Weights, begins, fill, gather, join, shapes_of
 from rmm_lab.families.protocol import Config
 
 # The modules of a pre-norm block's sublayers: norm, function, scale.
@@ -21,8 +22,7 @@ SUBLAYERS = (("norm1", "attn", "ls1"), ("norm2", "mlp", "ls2"))
 class ViT:
     """Runs and rebuilds the ViTs of one architecture piece by piece.
 
-    ``embed`` -> ``apply`` for each layer of a path -> ``logits`` equals timm's own forward pass. What
-    goes from one to the next is a Tensor of tokens (n, tokens, width).
+    An ``Architecture``: batches are images, the state is a Tensor of tokens (n, tokens, width).
 
     Args:
         config: timm's config.json of any model of the architecture.
@@ -33,45 +33,35 @@ class ViT:
         self.config, self.unit = dict(config), unit
         self.optional: Shapes = {}
         model = create(config, depth=None, num_classes=0)
-        self.shapes: Shapes = {k: tuple(v.shape) for k, v in model.state_dict().items()}
+        self.shapes = shapes_of(model.state_dict())
         if unit == "sublayer":
             _check_sublayers(config["architecture"], model)
         self._pools_token = pools_token(model)
         model = model.to("meta")  # shapes only: every number comes from a checkpoint
-        self._blocks = list(model.blocks)
-        self._layers: list[Any] = self._blocks
-        if unit == "sublayer":
-            self._layers = [Sublayer(block, names) for block in self._blocks for names in SUBLAYERS]
+        numbers = range(1 if unit == "block" else len(SUBLAYERS))
+        self._places: list[Place] = [(i, block) for block in model.blocks for i in numbers]
+        self._layers = [b if unit == "block" else Sublayer(b, i) for i, b in self._places]
         self.n_layers = len(self._layers)
         model.blocks = nn.Sequential()
         self._trunk = model
 
-    @property
-    def _kinds(self) -> list[int]:
-        """What each sublayer is: 0 for an attention, 1 for an MLP."""
-        return [i for _ in self._blocks for i in range(len(SUBLAYERS))]
-
     def stem(self, weights: Weights) -> nn.Module:
-        """Everything outside the layers and the head as a module."""
         return Stem(fill(self._trunk, weights))
 
     def layer(self, k: int, weights: Weights) -> nn.Module:
-        """Layer k as a module that holds ``weights`` without copying them."""
         return fill(self._layers[k], weights)
 
     @staticmethod
     def place(batch: Tensor, device: torch.device | str, dtype: torch.dtype) -> Tensor:
-        """Images on the layers' device and in their precision."""
         return batch.to(device, dtype)
 
     @staticmethod
     def tensors(state: Tensor) -> list[Tensor]:
-        """All memory that a state holds."""
         return [state]
 
     def widest(self, state: Tensor) -> int:
-        """Numbers per example in the largest tensor of a layer, usually the hidden one of the MLP."""
-        block: Any = self._blocks[0]
+        """Usually the hidden tensor of the MLP."""
+        block = self._places[0][1]
         outs = [m.out_features for m in block.modules() if isinstance(m, nn.Linear)]
         return state.shape[1] * max(outs, default=state.shape[2])
 
@@ -82,11 +72,10 @@ class ViT:
 
     @staticmethod
     def apply(layer: nn.Module, state: Tensor) -> Tensor:
-        """One layer: tokens (n, tokens, width) -> tokens (n, tokens, width)."""
         return layer(state)
 
     def apply_last(self, layer: nn.Module, state: Tensor) -> Tensor:
-        """The last layer of a path: what ``logits`` needs of it, (n, 1 or all tokens, width)."""
+        """(n, 1 or all tokens, width): only the class token where ``logits`` needs no other."""
         if not self._pools_token:
             return layer(state)
         if isinstance(layer, Sublayer):
@@ -104,17 +93,13 @@ class ViT:
     ) -> nn.Module:
         """A real timm model of depth ``len(layers)`` whose classifier holds all heads, one after another.
 
-        layers: (number in the base, weights) in running order; the number does not matter to a ViT.
         Sublayers are joined to blocks again, with zeros for a missing attention or MLP. A task's logits are
         a slice of the model's: see ``head_slices``.
         """
         total = sum(len(h["weight"]) for h in heads.values())
         blocks = [weights for _, weights in layers]
         if self.unit == "sublayer":
-            shapes = [
-                {k: tuple(v.shape) for k, v in block.state_dict().items()} for block in self._blocks
-            ]
-            blocks = gather(layers, self._kinds, [s for s in shapes for _ in SUBLAYERS])
+            blocks = gather(layers, self._places)
         model = create(self.config, depth=len(blocks), num_classes=total)
         head = {
             "weight": torch.cat([h["weight"] for h in heads.values()]),
@@ -122,28 +107,14 @@ class ViT:
                 [h.get("bias", torch.zeros(len(h["weight"]))) for h in heads.values()]
             ),
         }
-        model.load_state_dict(join(stem, blocks, head))
+        model.load_state_dict(join(stem, {"blocks": blocks}, head))
         return model.eval()
 
     def merged_config(
         self, numbers: Sequence[int], heads: Mapping[str, Weights], labels: Mapping[str, Sequence]
     ) -> dict[str, Any]:
-        """config.json of an assembled model: its depth, all classes as ``task/class``, heads' slices."""
-        slices = head_slices(heads)
-        total = sum(stop - start for start, stop in slices.values())
-        depth = len(numbers) if self.unit == "block" else sum(begins(numbers, self._kinds))
-        config = model_config(self.config, depth=depth, num_classes=total)
-        config["label_names"] = [f"{name}/{label}" for name in heads for label in labels[name]]
-        config["rmm_lab"] = {"heads": {name: list(part) for name, part in slices.items()}}
-        return config
-
-
-def join(stem: Weights, layers: Sequence[Weights], head: Weights) -> Weights:
-    """The inverse of ``vit.split``: names as timm has them, layers renumbered in the order given."""
-    weights = dict(stem)
-    for k, layer in enumerate(layers):
-        weights |= {f"blocks.{k}.{name}": tensor for name, tensor in layer.items()}
-    return weights | {f"head.{name}": tensor for name, tensor in head.items()}
+        depth = sum(begins(numbers, self._places))
+        return joint_config(self.config, depth, {name: labels[name] for name in heads})
 
 
 class Stem(nn.Module):
@@ -159,11 +130,11 @@ class Stem(nn.Module):
 class Sublayer(nn.Module):
     """Attention or MLP of a pre-norm block, with the residual: x + scale(function(norm(x)))."""
 
-    def __init__(self, block: nn.Module, names: tuple[str, str, str]) -> None:
+    def __init__(self, block: nn.Module, number: int) -> None:
         super().__init__()
-        for name in names:
+        self.names, self.mixes = SUBLAYERS[number], number == 0
+        for name in self.names:
             setattr(self, name, getattr(block, name))
-        self.names, self.mixes = names, "attn" in names
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Tokens (n, tokens, width) -> tokens (n, tokens, width)."""
@@ -179,9 +150,7 @@ def _check_sublayers(architecture: str, model: Any) -> None:
         if fits:
             tokens = torch.randn(2, 5, model.embed_dim, generator=generator)
             with torch.inference_mode():
-                out = tokens
-                for names in SUBLAYERS:
-                    out = Sublayer(block, names)(out)
+                out = Sublayer(block, 1)(Sublayer(block, 0)(tokens))
                 fits = torch.allclose(out, block(tokens), rtol=1e-4, atol=1e-5)
         if not fits:
             raise InputError(
@@ -192,11 +161,27 @@ def _check_sublayers(architecture: str, model: Any) -> None:
 
 def head_slices(heads: Mapping[str, Weights]) -> dict[str, tuple[int, int]]:
     """First and last + 1 of each task's logits in the assembled model's."""
-    slices, start = {}, 0
-    for name, head in heads.items():
-        slices[name] = (start, start + len(head["weight"]))
-        start = slices[name][1]
-    return slices
+    return _slices({name: len(head["weight"]) for name, head in heads.items()})
+
+
+def _slices(sizes: Mapping[str, int]) -> dict[str, tuple[int, int]]:
+    stops = itertools.accumulate(sizes.values())
+    return {name: (stop - n, stop) for (name, n), stop in zip(sizes.items(), stops, strict=True)}
+
+
+def joint_config(
+    config: Config, depth: int | None, classes: Mapping[str, Sequence]
+) -> dict[str, Any]:
+    """config.json of a ViT with the heads of several tasks: all classes as ``task/class``, and slices.
+
+    classes: task -> the names of its classes. depth: None for that of ``config``.
+    """
+    names = [f"{task}/{label}" for task, labels in classes.items() for label in labels]
+    slices = _slices({task: len(labels) for task, labels in classes.items()})
+    return model_config(config, depth=depth, num_classes=len(names)) | {
+        "label_names": names,
+        "rmm_lab": {"heads": {task: list(part) for task, part in slices.items()}},
+    }
 
 
 def model_config(config: Config, *, depth: int | None, num_classes: int) -> dict[str, Any]:

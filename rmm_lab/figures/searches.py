@@ -268,13 +268,13 @@ def subset_strip(values: Mapping[str, tuple[np.ndarray, float]]) -> Figure:
     figure, (axes,) = panels(1, 1, 7, 0.5 * len(values), more=1.1)
     points, bar = {"mfc": "none", "mec": COLOURS[5]}, {"ms": 26, "mew": 3, "color": COLOURS[6]}
     for i, (rewards, whole) in enumerate(values.values()):
-        label = ("one subset of 10 %", "all examples") if i == 0 else (None, None)
-        axes.plot(100 * rewards, np.full(len(rewards), i), "o", label=label[0], **points)
-        axes.plot([100 * whole], [i], "|", label=label[1], **bar)
+        axes.plot(100 * rewards, np.full(len(rewards), i), "o", **points)
+        axes.plot([100 * whole], [i], "|", **bar)
     axes.set_yticks(range(len(values)), list(values))
     axes.set_ylim(len(values) - 0.4, -0.6)
     tidy(axes, "", "reward, %", grid="x")
-    axes.legend(markerscale=0.5, labelspacing=1, **BESIDE)
+    names = ["one subset of 10 %", "all examples"]
+    axes.legend(names, markerscale=0.5, labelspacing=1, **BESIDE)
     return figure
 
 
@@ -284,8 +284,7 @@ def subset_strip(values: Mapping[str, tuple[np.ndarray, float]]) -> Figure:
 def histograms(samples: Mapping[str, np.ndarray], xlabel: str, at: Mapping[str, float]) -> Figure:
     """Histograms of some samples (n,) on the same bins; ``at``: name -> where a line marks a value."""
     figure, (axes,) = panels(1, 1, 7.5, 3.2)
-    values = np.concatenate(list(samples.values()))
-    bins: list[float] = np.linspace(values.min(), values.max(), 30).tolist()
+    bins = np.histogram_bin_edges(np.concatenate(list(samples.values())), 29).tolist()
     for i, (name, sample) in enumerate(samples.items()):
         look = {
             "color": COLOURS[(1, 5, 3)[i % 3]],

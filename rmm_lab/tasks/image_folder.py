@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import functools
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from rmm_lab.tasks.files import SPLIT_SEED, SPLITS, draw
 KEPT_MB = 1024  # a split that is larger when decoded is decoded batch by batch instead
 Picture = Path | bytes  # a picture's file, or the file's content
 Listing = dict[str, list[tuple[Picture, int]]]  # split -> its pictures with their class numbers
+_REWARD = ("reward", "val", "valid", "validation")  # names of the reward split's folder
 _SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".ppm", ".tif", ".tiff"}
 
 
@@ -81,7 +83,7 @@ class Pictures:
     def __init__(self, pictures: Sequence[Picture], input_format: InputFormat) -> None:
         self._pictures, self._format = list(pictures), input_format
         for picture in self._pictures:
-            with _open(picture):  # reads the size and mode alone
+            with _opened(picture):  # reads the size and mode alone
                 pass
 
     def __len__(self) -> int:
@@ -94,13 +96,10 @@ class Pictures:
             return _decode(self._pictures[int(chosen)], self._format)
         # An array, since a tensor of inference mode could not be filled by threads without it.
         out = np.empty((len(chosen), *self._format.shape), np.uint8)
-
-        def fill(i: int) -> None:
-            out[i] = _decode(self._pictures[chosen[i]], self._format).numpy()
-
         with ThreadPoolExecutor(torch.get_num_threads()) as threads:
-            for _ in threads.map(fill, range(len(chosen))):
-                pass
+            decoded = threads.map(lambda i: _decode(self._pictures[i], self._format), chosen)
+            for i, picture in enumerate(decoded):
+                out[i] = picture.numpy()
         return torch.from_numpy(out)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -117,27 +116,22 @@ def read(pictures: Sequence[Picture], input_format: InputFormat) -> Tensor | Pic
 
 def _decode(picture: Picture, fmt: InputFormat) -> Tensor:
     """One picture resized and cropped as timm does at evaluation, without normalising: (C, H, W)."""
-    with _open(picture) as opened:
-        try:
-            return _transform(fmt)(opened.convert("L" if fmt.shape[0] == 1 else "RGB"))
-        except (OSError, ValueError, SyntaxError) as error:
-            raise _broken(picture, error) from error
+    with _opened(picture) as opened:
+        return _transform(fmt)(opened.convert("L" if fmt.shape[0] == 1 else "RGB"))
 
 
-def _open(picture: Picture) -> Any:
+@contextmanager
+def _opened(picture: Picture) -> Iterator[Any]:
     from PIL import Image
 
     try:
-        return Image.open(picture if isinstance(picture, Path) else io.BytesIO(picture))
+        with Image.open(picture if isinstance(picture, Path) else io.BytesIO(picture)) as opened:
+            yield opened
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise _broken(picture, error) from error
-
-
-def _broken(picture: Picture, error: Exception) -> InputError:
-    what = picture if isinstance(picture, Path) else f"one of {len(picture)} bytes"
-    return InputError(
-        f"images: expected a readable picture, but {what} is broken ({error}); replace or remove it"
-    )
+        what = picture if isinstance(picture, Path) else f"one of {len(picture)} bytes"
+        raise InputError(
+            f"images: expected a readable picture, but {what} is broken ({error}); replace or remove it"
+        ) from error
 
 
 @functools.cache
@@ -174,13 +168,14 @@ def list_folder(
             f"images {str(root)!r}: expected {expected}, found no such folder; check the spelling"
         )
     found = _subfolders(root)
-    aliases = {"val": "reward", "valid": "reward", "validation": "reward"}
-    parts = {aliases.get(k, k): v for k, v in found.items() if aliases.get(k, k) in SPLITS}
-    if len(parts) < sum(aliases.get(k, k) in SPLITS for k in found):
+    several = [name for name in found if name in _REWARD]
+    if len(several) > 1:
         raise InputError(
             f"images {str(root)!r}: expected one folder for the reward split, found several of "
-            f"{', '.join(k for k in found if aliases.get(k, k) == 'reward')}; keep one of them"
+            f"{', '.join(several)}; keep one of them"
         )
+    parts = {"reward" if name in _REWARD else name: path for name, path in found.items()}
+    parts = {name: path for name, path in parts.items() if name in SPLITS}
     if "train" in parts and "test" not in parts and "reward" in parts:
         parts["test"] = parts.pop("reward")  # the held-out part is reported, not searched
     if parts and not {"train", "test"} <= set(parts):

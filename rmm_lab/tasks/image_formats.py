@@ -6,7 +6,6 @@ fixed seed, is ``reward``, and the rest ``train``. What is read is checked first
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,15 +18,15 @@ from rmm_lab.tasks.files import content
 from rmm_lab.tasks.image_folder import Listing, Picture
 
 PARTS = ("train", "test")  # the official splits
-# Class names, and for each official split its pictures with their class numbers.
-Official = tuple[list[str], dict[str, list[tuple[Picture, int]]]]
+Official = tuple[list[str], Listing]  # class names, and the pictures of the official splits
+Refuse = Callable[[str, str], NoReturn]  # what was expected, what was found -> InputError
 
 
 @dataclass(frozen=True)
 class ImageFormat:
     """An official image set: how to read a folder of it, and where it comes from."""
 
-    read: Callable[[Path, str, ImageFormat], Official]  # folder, how its errors begin, itself
+    read: Callable[[Path, ImageFormat, Refuse], Official]
     fetch: str  # what to fetch from where, and what the folder then holds
     hub: str | None = None  # data set with parquet files of pictures and labels
     label: str = "label"  # its column of class numbers
@@ -36,31 +35,25 @@ class ImageFormat:
 # --------------------------------------------------------------- CIFAR-10 and CIFAR-100: parquet
 
 
-def _read_cifar(folder: Path, thing: str, form: ImageFormat) -> Official:
+def _read_cifar(folder: Path, form: ImageFormat, refuse: Refuse) -> Official:
     """Parquet files as on the hub, or an ImageFolder tree; the Python version's pickles are not read."""
     files = {part: _below(folder, f"{part}*.parquet") for part in PARTS}
     if all(files.values()):
-        paths = {part: list(map(str, there)) for part, there in files.items()}
+        from datasets import load_dataset
+
         try:
-            from datasets import load_dataset
-        except ImportError as error:
-            raise InputError(
-                f"{thing}: expected the optional library datasets, which reads parquet, found none; "
-                "install it with pip install -e '.[hub]'"
-            ) from error
-        try:
-            data = load_dataset("parquet", data_files=paths)
+            data = load_dataset("parquet", data_files={p: [*map(str, f)] for p, f in files.items()})
         except Exception as error:  # datasets and pyarrow raise many kinds
             found = f"broken ones ({type(error).__name__})"
-            _refuse(thing, f"parquet files that can be read in {folder}", found, form)
-        return _table(data, form, thing)
+            refuse(f"parquet files that can be read in {folder}", found)
+        return _table(data, form, refuse)
     if all((folder / part).is_dir() for part in PARTS):
         classes, listing = images.list_folder(folder)
         # One official train split again: ``load`` draws the fifth of it.
         train = sorted(listing["train"] + listing["reward"], key=lambda pair: str(pair[0]))
         return classes, {"train": train, "test": listing["test"]}
-    _refuse(thing, f"train*.parquet and test*.parquet, or train/CLASS/ and test/CLASS/, in {folder}",
-            content(folder), form)  # fmt: skip
+    wanted = "train*.parquet and test*.parquet, or train/CLASS/ and test/CLASS/"
+    refuse(f"{wanted}, in {folder}", content(folder))
 
 
 def _below(folder: Path, pattern: str) -> list[Path]:
@@ -69,19 +62,19 @@ def _below(folder: Path, pattern: str) -> list[Path]:
     return [p for p in found if not any(n.startswith(".") for n in p.relative_to(folder).parts)]
 
 
-def _table(data: Any, form: ImageFormat, thing: str) -> Official:
+def _table(data: Any, form: ImageFormat, refuse: Refuse) -> Official:
     """The pictures of a data set of the library datasets, still encoded, and its classes' names."""
     from datasets import Image
 
-    parts: dict[str, list[tuple[Picture, int]]] = {}
+    parts: Listing = {}
     for part in PARTS:
         if part not in data:
-            _refuse(thing, f"the splits {' and '.join(PARTS)}", ", ".join(data), form)
+            refuse(f"the splits {' and '.join(PARTS)}", ", ".join(data))
         rows = data[part]
         columns = dict(rows.features)
         image = next((c for c in ("img", "image") if c in columns), None)
         if image is None or form.label not in columns:
-            _refuse(thing, f"columns img (or image) and {form.label}", ", ".join(columns), form)
+            refuse(f"columns img (or image) and {form.label}", ", ".join(columns))
         encoded = rows.cast_column(image, Image(decode=False))[image]
         pictures = (row["bytes"] or Path(row["path"]) for row in encoded)
         labels = (-1 if label is None else int(label) for label in rows[form.label])
@@ -95,40 +88,36 @@ def _table(data: Any, form: ImageFormat, thing: str) -> Official:
 # ------------------------------------------------------------------------------------- CUB-200-2011
 
 
-def _read_cub(folder: Path, thing: str, form: ImageFormat) -> Official:
+def _read_cub(folder: Path, form: ImageFormat, refuse: Refuse) -> Official:
     """The official folder: four lists by picture number, and ``images``."""
     needed = ("classes.txt", "images.txt", "image_class_labels.txt", "train_test_split.txt")
     root = _inner(folder, "CUB_200_2011", needed[1])
     missing = [n for n in (*needed, "images") if not (root / n).exists()]
     if missing:
-        _refuse(thing, f"{', '.join(missing)} in {root}", content(root), form)
-    classes, files, labels, is_train = (_numbered(root / name, thing, form) for name in needed)
+        refuse(f"{', '.join(missing)} in {root}", content(root))
+    classes, files, labels, is_train = (_numbered(root / name, refuse) for name in needed)
     for name, column in zip(needed[2:], (labels, is_train), strict=True):
         if column.keys() != files.keys():
             odd = min(column.keys() ^ files.keys(), key=int)
-            _refuse(
-                thing, f"the same pictures in images.txt and {name}", f"number {odd} in one", form
-            )
+            refuse(f"the same pictures in images.txt and {name}", f"number {odd} in one")
     order = sorted(classes, key=int)
-    parts: dict[str, list[tuple[Picture, int]]] = {part: [] for part in PARTS}
+    parts: Listing = {part: [] for part in PARTS}
     for number, file in files.items():
         if labels[number] not in classes or is_train[number] not in ("0", "1"):
             found = f"class {labels[number]}, split {is_train[number]} for picture {number}"
-            _refuse(thing, "a class of classes.txt and a split of 0 or 1", found, form)
+            refuse("a class of classes.txt and a split of 0 or 1", found)
         part = "train" if is_train[number] == "1" else "test"
         parts[part].append((root / "images" / file, order.index(labels[number])))
     return [classes[number] for number in order], parts
 
 
-def _numbered(file: Path, thing: str, form: ImageFormat) -> dict[str, str]:
+def _numbered(file: Path, refuse: Refuse) -> dict[str, str]:
     """Lines of a number and a text."""
     out = {}
-    for line in file.read_text("utf-8", errors="replace").splitlines():
+    for line in filter(str.strip, file.read_text("utf-8", errors="replace").splitlines()):
         number, _, text = line.strip().partition(" ")
-        if not number:
-            continue
         if not number.isdecimal() or not text or number in out:
-            _refuse(thing, f"lines of a new number and a text in {file}", repr(line), form)
+            refuse(f"lines of a new number and a text in {file}", repr(line))
         out[number] = text.strip()
     return out
 
@@ -136,24 +125,24 @@ def _numbered(file: Path, thing: str, form: ImageFormat) -> dict[str, str]:
 # ------------------------------------------------------------------------------------ Stanford Dogs
 
 
-def _read_dogs(folder: Path, thing: str, form: ImageFormat) -> Official:
+def _read_dogs(folder: Path, form: ImageFormat, refuse: Refuse) -> Official:
     """``Images/nNUMBER-BREED/*.jpg``, and the official lists, in ``lists`` or next to ``Images``."""
     root = _inner(folder, "StanfordDogs", "Images")
     if not (root / "Images").is_dir():
-        _refuse(thing, f"the folder Images (of images.tar) in {root}", content(root), form)
-    parts: dict[str, list[tuple[Picture, int]]] = {}
+        refuse(f"the folder Images (of images.tar) in {root}", content(root))
+    parts: Listing = {}
     names: dict[int, str] = {}
     for part in PARTS:
         places = [root / "lists" / f"{part}_list.mat", root / f"{part}_list.mat"]
         file = next((p for p in places if p.is_file()), None)
         if file is None:
-            _refuse(thing, f"lists/{part}_list.mat (of lists.tar) in {root}", content(root), form)
-        rows = _matlab(file, thing)
+            refuse(f"lists/{part}_list.mat (of lists.tar) in {root}", content(root))
+        rows = _matlab(file, refuse)
         for name, label in rows:
             breed = name.partition("/")[0]
             if names.setdefault(label, breed) != breed:
                 found = f"{names[label]} and {breed} as number {label}"
-                _refuse(thing, f"one breed for each number in {file}", found, form)
+                refuse(f"one breed for each number in {file}", found)
         parts[part] = [(root / "Images" / name, label) for name, label in rows]
     order = sorted(names)
     numbered = {
@@ -162,25 +151,18 @@ def _read_dogs(folder: Path, thing: str, form: ImageFormat) -> Official:
     return [names[label] for label in order], numbered
 
 
-def _matlab(file: Path, thing: str) -> list[tuple[str, int]]:
+def _matlab(file: Path, refuse: Refuse) -> list[tuple[str, int]]:
     """``file_list`` and ``labels`` of an official MATLAB file."""
-    try:
-        from scipy.io import loadmat
-    except ImportError as error:
-        raise InputError(
-            f"{thing}: expected the optional library scipy, which reads {file.name}, found none; "
-            "install it with pip install -e '.[hub]'"
-        ) from error
+    from scipy.io import loadmat
+
     try:
         content = loadmat(file, variable_names=["file_list", "labels"])
         names = [str(cell.item()) for cell in content["file_list"].ravel()]
         labels = [int(label) for label in content["labels"].ravel()]
         return list(zip(names, labels, strict=True))
     except Exception as error:  # scipy raises what a broken file makes it stumble over
-        raise InputError(
-            f"{thing}: expected file_list and labels in {file}, found a file that cannot be read so "
-            f"({type(error).__name__}: {error}); unpack lists.tar again"
-        ) from error
+        found = f"a file that cannot be read so ({type(error).__name__}: {error})"
+        refuse(f"file_list and labels in {file}", found)
 
 
 # ---------------------------------------------------------------------------------- what is common
@@ -235,29 +217,45 @@ def load(source: str) -> tuple[str, list[str], Listing]:
         raise InputError(
             f"{thing}: expected a folder or hf-hub after the colon, found nothing; name one"
         )
+
+    def refuse(expected: str, found: str) -> NoReturn:
+        raise InputError(f"{thing}: expected {expected}, found {found}; {form.fetch}")
+
     if hub.is_hub(rest):
-        classes, parts = _from_hub(form, name, rest, thing)
+        data = _from_hub(form, name, rest, thing)
+        classes, parts = _table(data, form, refuse)
+    elif (folder := Path(rest).expanduser()).is_dir():
+        try:
+            classes, parts = form.read(folder, form, refuse)
+        except ImportError as error:
+            raise InputError(
+                f"{thing}: expected the optional library {str(error.name).partition('.')[0]}, which reads "
+                "such a folder, found none; install it with pip install -e '.[hub]'"
+            ) from error
     else:
-        folder = Path(rest).expanduser()
-        if not folder.is_dir():
-            _refuse(thing, f"a folder {rest}", "none", form)
-        classes, parts = form.read(folder, thing, form)
+        refuse(f"a folder {rest}", "none")
     if len(classes) < 2:
-        _refuse(thing, "at least 2 classes", str(len(classes)), form)
-    _check_files(parts, thing, form)
+        refuse("at least 2 classes", str(len(classes)))
     piles: list[dict[str, list[Picture]]] = [{part: [] for part in PARTS} for _ in classes]
+    seen: set[Path] = set()
     for part, pairs in parts.items():
         for picture, label in pairs:
             if not 0 <= label < len(classes):
-                _refuse(thing, f"class numbers from 0 to {len(classes) - 1}", str(label), form)
+                refuse(f"class numbers from 0 to {len(classes) - 1}", str(label))
+            if isinstance(picture, Path):
+                if picture in seen:
+                    refuse("each picture once in the lists", f"{picture} twice")
+                if not picture.is_file():
+                    refuse(f"the picture {picture}", "no such file")
+                seen.add(picture)
             piles[label][part].append(picture)
     for pile, c in zip(piles, classes, strict=True):
         if not pile["test"]:
-            _refuse(thing, f"pictures of each class in test, {c!r} too", "none", form)
+            refuse(f"pictures of each class in test, {c!r} too", "none")
     return name, classes, images.split(piles, classes, thing)
 
 
-def _from_hub(form: ImageFormat, name: str, rest: str, thing: str) -> Official:
+def _from_hub(form: ImageFormat, name: str, rest: str, thing: str) -> Any:
     repository, revision = hub.parse(rest, form.hub or "")
     remedy = f"make a folder, {form.fetch}, and give {name}:FOLDER"
     if not repository:
@@ -265,28 +263,9 @@ def _from_hub(form: ImageFormat, name: str, rest: str, thing: str) -> Official:
             f"{thing}: expected a data set that its makers keep on the hub, found none for {name}; {remedy}, "
             f"or name a copy, {name}:hf-hub:OWNER/NAME"
         )
-    data = hub.load(repository, None, revision, thing=thing, remedy=remedy)
-    return _table(data, form, thing)
-
-
-def _check_files(
-    parts: dict[str, list[tuple[Picture, int]]], thing: str, form: ImageFormat
-) -> None:
-    """Every file is there once, and in one split only."""
-    seen: set[Path] = set()
-    for picture, _ in itertools.chain(*parts.values()):
-        if isinstance(picture, Path):
-            if picture in seen:
-                _refuse(thing, "each picture once in the lists", f"{picture} twice", form)
-            seen.add(picture)
-            if not picture.is_file():
-                _refuse(thing, f"the picture {picture}", "no such file", form)
+    return hub.load(repository, None, revision, thing=thing, remedy=remedy)
 
 
 def _inner(folder: Path, name: str, mark: str) -> Path:
     """The folder itself, or the one of the archive's name in it, whichever has what marks it."""
     return folder / name if not (folder / mark).exists() and (folder / name).is_dir() else folder
-
-
-def _refuse(thing: str, expected: str, found: str, form: ImageFormat) -> NoReturn:
-    raise InputError(f"{thing}: expected {expected}, found {found}; {form.fetch}")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import zip_longest
 from pathlib import Path
 
 import numpy as np
@@ -23,13 +24,12 @@ from rmm_lab.tasks.image_folder import InputFormat, Listing, Pictures
 from rmm_lab.tasks.metrics import mean_of
 
 HALVES = ("first", "second")  # of a set's classes: NAME:first and NAME:second
-_TEXTURE_NAMES = list(render.TEXTURES)
 # name -> (class names, images per class in train, reward, test)
 SMALL: dict[str, tuple[list[str], tuple[int, int, int]]] = {
     "digits": (list("0123456789"), (54, 60, 60)),
     "letters": (list(render.LETTERS), (150, 48, 77)),
     "symbols": (list(render.SYMBOLS), (150, 50, 83)),
-    "textures": (_TEXTURE_NAMES, (250, 75, 125)),
+    "textures": (list(render.TEXTURES), (250, 75, 125)),
 }
 
 
@@ -106,9 +106,8 @@ class Task:
                 labels = torch.arange(len(self.classes)).repeat_interleave(per_class)
                 self._splits[name] = Split(_fit(pixels, self.format), labels)
             else:
-                files = self._files[name]
-                labels = torch.tensor([label for _, label in files])
-                self._splits[name] = Split(images.read([f for f, _ in files], self.format), labels)
+                files, numbers = zip(*self._files[name], strict=True)
+                self._splits[name] = Split(images.read(files, self.format), torch.tensor(numbers))
         return self._splits[name]
 
     def batch(self, name: str, rows: np.ndarray | slice) -> Tensor:
@@ -126,18 +125,14 @@ class Task:
                 f"expert {source!r}: expected a head of {len(self.classes)} classes as in images "
                 f"{self.source!r}, found {num_classes}; give experts and images in the same order"
             )
-        if label_names is not None and list(label_names) != self.classes:
-            if len(label_names) != len(self.classes):
+        names = self.classes if label_names is None else label_names
+        for i, (want, have) in enumerate(zip_longest(self.classes, names)):
+            if want != have:
                 raise InputError(
-                    f"expert {source!r}: expected {len(self.classes)} label_names in its config.json as "
-                    f"in images {self.source!r}, found {len(label_names)}; correct them"
+                    f"expert {source!r}: expected class {i} to be {want!r} as in images {self.source!r}, "
+                    f"found {have!r}; give experts and images in the same order, or correct label_names in "
+                    "its config.json"
                 )
-            first = next(i for i, c in enumerate(self.classes) if label_names[i] != c)
-            raise InputError(
-                f"expert {source!r}: expected class {first} to be {self.classes[first]!r} as in images "
-                f"{self.source!r}, found {label_names[first]!r}; give experts and images in the same "
-                "order, or correct label_names in its config.json"
-            )
 
 
 def _halved(source: str) -> tuple[str, str]:
@@ -163,22 +158,6 @@ def _half(source: str, half: str, n: int) -> range:
 def sheet_file(name: str, split: str) -> Path:
     """The PNG sheet of a split: a row for each class, a column for each of its images."""
     return data_folder() / "sets" / f"{name}-{split}.png"
-
-
-def write_sheet(name: str, split: str) -> Path:
-    """Draw a split and store it as a 4-bit grey PNG under ``data/sets``."""
-    from PIL import Image
-
-    per_class = SMALL[name][1][SPLITS.index(split)]
-    images = render.render(name, split, per_class)  # (classes * per_class, 1, 28, 28)
-    rows = images.view(-1, per_class, render.SIZE, render.SIZE).permute(0, 2, 1, 3)
-    sheet = rows.reshape(-1, per_class * render.SIZE).numpy()  # (classes * 28, per_class * 28)
-    picture = Image.fromarray(sheet // 17, mode="P")
-    picture.putpalette([17 * i for i in range(16) for _ in "rgb"])
-    file = sheet_file(name, split)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    picture.save(file, bits=4, optimize=True)
-    return file
 
 
 def _small(name: str, split: str, kept: range) -> tuple[Tensor, int]:

@@ -1,9 +1,7 @@
 """How the small language tasks are made: a seeded grammar, one task modelled on each of the paper's.
 
 Every example is a row ``{"input": text, "choices": [texts], "label": number of the right choice}``.
-Its text decides its split, so that no input is in two splits. ``story`` writes the text that the small T5
-is pretrained on, and ``drill`` its short exercises; both describe the same world in other words than the
-tasks use.
+Its text decides its split, so that no input is in two splits.
 """
 
 from __future__ import annotations
@@ -37,20 +35,13 @@ HOMES = _words("wood lake barn cave field house hill river garden tree")
 FOODS = _words("fish corn grass nuts milk bread fruit seeds eggs meat")
 MONTHS = _words("january march april june july august october december")
 # Opposites as comparatives: (more, less).
-OPPOSITES = (
-    ("hotter", "colder"),
-    ("bigger", "smaller"),
-    ("heavier", "lighter"),
-    ("faster", "slower"),
-    ("older", "younger"),
-    ("stronger", "weaker"),
-    ("higher", "lower"),
-    ("longer", "shorter"),
-    ("louder", "quieter"),
-    ("wetter", "drier"),
-    ("thicker", "thinner"),
-    ("brighter", "darker"),
+_MORE = _words(
+    "hotter bigger heavier faster older stronger higher longer louder wetter thicker brighter"
 )
+_LESS = _words(
+    "colder smaller lighter slower younger weaker lower shorter quieter drier thinner darker"
+)
+OPPOSITES = tuple(zip(_MORE, _LESS, strict=True))
 OPPOSITE = dict(OPPOSITES) | {less: more for more, less in OPPOSITES}
 STUFF = _words(
     "fire stone river wheel tree engine star cloud road wall tower bridge tunnel motor drill wave cable "
@@ -61,12 +52,7 @@ PLACES = ("in the park", "at home", "at noon", "by the lake", "at school", "on t
 DEEDS = _words("chased helped pushed called hugged followed painted pulled kissed warned")
 
 
-def _two(rng: random.Random, words: list[str]) -> tuple[str, str]:
-    a, b = rng.sample(words, 2)
-    return a, b
-
-
-def _holdings(rng: random.Random, n: int) -> tuple[list[str], list[str], list[str], list[str]]:
+def holdings(rng: random.Random, n: int) -> tuple[list[str], list[str], list[str], list[str]]:
     """n people, their things and the things' colours, and two facts on each, person by person."""
     people, things, colours = (rng.sample(w, n) for w in (NAMES, THINGS, COLOURS))
     facts = [
@@ -77,24 +63,25 @@ def _holdings(rng: random.Random, n: int) -> tuple[list[str], list[str], list[st
     return people, things, colours, facts
 
 
+def _shuffled(rng: random.Random, text: str, choices: list[str], right: str) -> Row:
+    rng.shuffle(choices)
+    return {"input": text, "choices": choices, "label": choices.index(right)}
+
+
 # ------------------------------------------------------------------------------- the seven tasks
 
 
 def colours(rng: random.Random) -> Row:
     """After QASC: two facts must be joined, one of eight choices. Chance 12.5 %."""
-    people, things, hues, facts = _holdings(rng, 3)
-    right = (things[0], hues[0])
-    pairs = [(t, c) for t in things for c in hues]
-    pairs.remove(rng.choice([p for p in pairs if p != right]))  # nine pairs, eight choices
-    rng.shuffle(pairs)
-    return {
-        "input": f"question : what has {people[0]} ? facts : {' '.join(facts)}",
-        "choices": [f"a {thing} painted {colour}" for thing, colour in pairs],
-        "label": pairs.index(right),
-    }
+    people, things, hues, facts = holdings(rng, 3)
+    choices = [f"a {thing} painted {colour}" for thing in things for colour in hues]
+    right = choices[0]
+    choices.remove(rng.choice(choices[1:]))  # nine pairs, eight choices
+    text = f"question : what has {people[0]} ? facts : {' '.join(facts)}"
+    return _shuffled(rng, text, choices, right)
 
 
-_ASK = {
+ASK = {
     "home": ("where does the {a} live ?", "the {a} lives in the {v} .", HOMES),
     "food": ("what does the {a} eat ?", "the {a} eats {v} .", FOODS),
     "fear": ("whom does the {a} fear ?", "the {a} fears the {v} .", ANIMALS),
@@ -104,18 +91,16 @@ _ASK = {
 
 def answers(rng: random.Random) -> Row:
     """After WikiQA: does the sentence answer the question? 78 % do not. Chance 50 %, balanced."""
-    kind, other = _two(rng, list(_ASK))
-    animal, second = _two(rng, ANIMALS)
+    kind, other = rng.sample(list(ASK), 2)
+    animal, second = rng.sample(ANIMALS, 2)
+    told, about = kind, animal
     right = rng.random() < 0.25
     if not right:  # the wrong animal, the wrong matter, or both
-        case = rng.randrange(3)
-        told, about = (kind, second) if case == 0 else (other, animal if case == 1 else second)
-    else:
-        told, about = kind, animal
-    value = rng.choice([v for v in _ASK[told][2] if v not in (animal, second)])
+        told, about = ((kind, second), (other, animal), (other, second))[rng.randrange(3)]
+    value = rng.choice([v for v in ASK[told][2] if v not in (animal, second)])
     return {
-        "input": f"question : {_ASK[kind][0].format(a=animal)} "
-        f"sentence : {rng.choice(SEASONS)}{_ASK[told][1].format(a=about, v=value)}",
+        "input": f"question : {ASK[kind][0].format(a=animal)} "
+        f"sentence : {rng.choice(SEASONS)}{ASK[told][1].format(a=about, v=value)}",
         "choices": ["no", "yes"],
         "label": int(right),
     }
@@ -126,40 +111,23 @@ def antonyms(rng: random.Random) -> Row:
     cause, effect = (rng.choice(pair) for pair in rng.sample(OPPOSITES, 2))
     thing = rng.choice(STUFF)
     same = rng.random() < 0.5
-    case = cause if same else OPPOSITE[cause]
-    choices = [effect, OPPOSITE[effect]]
-    rng.shuffle(choices)
-    return {
-        "input": f"rule : the {cause} the {thing} the {effect} it gets . "
-        f"now : the {thing} is {case} , so it gets",
-        "choices": choices,
-        "label": choices.index(effect if same else OPPOSITE[effect]),
-    }
-
-
-def _deed(rng: random.Random, doer: str, deed: str, other: str) -> str:
-    """The deed in the active or in the passive voice."""
-    return rng.choice([f"{doer} {deed} {other}", f"{other} was {deed} by {doer}"])
+    case, right = (cause, effect) if same else (OPPOSITE[cause], OPPOSITE[effect])
+    text = f"rule : the {cause} the {thing} the {effect} it gets . now : the {thing} is {case} , so it gets"
+    return _shuffled(rng, text, [effect, OPPOSITE[effect]], right)
 
 
 def swaps(rng: random.Random) -> Row:
     """After PAWS: two sentences of the same words, one of which says the same. Chance 50 %."""
-    (a, b), deed, place = _two(rng, NAMES), rng.choice(DEEDS), rng.choice(PLACES)
+    (a, b), deed, place = rng.sample(NAMES, 2), rng.choice(DEEDS), rng.choice(PLACES)
     active, passive = f"{a} {deed} {b}", f"{b} was {deed} by {a}"
     swapped = {active: f"{a} was {deed} by {b}", passive: f"{b} {deed} {a}"}
     given = rng.choice([active, passive])
-    other = passive if given == active else active
-    choices = [f"{place} {other}", f"{place} {swapped[given]}"]
-    rng.shuffle(choices)
-    return {
-        "input": f"paraphrase : {given} {place} .",
-        "choices": choices,
-        "label": choices.index(f"{place} {other}"),
-    }
+    right, wrong = f"{place} {passive if given == active else active}", f"{place} {swapped[given]}"
+    return _shuffled(rng, f"paraphrase : {given} {place} .", [right, wrong], right)
 
 
 # Story -> (setting, good sign, bad sign, filler, good ending, bad ending); {p} a person, {s} he or she.
-_STORIES: tuple[tuple[list[str], ...], ...] = (
+STORIES: tuple[tuple[list[str], ...], ...] = (
     (
         ["{p} was to run a race .", "there was a race in the town and {p} ran ."],
         ["{s} had trained every day .", "{s} was very fast that year ."],
@@ -229,7 +197,7 @@ _STORIES: tuple[tuple[list[str], ...], ...] = (
 
 def endings(rng: random.Random) -> Row:
     """After Story Cloze: four sentences, then the right one of two endings. Chance 50 %."""
-    setting, good_sign, bad_sign, filler, good, bad = rng.choice(_STORIES)
+    setting, good_sign, bad_sign, filler, good, bad = rng.choice(STORIES)
     man = rng.random() < 0.5
     person, pronoun = rng.choice(MEN if man else WOMEN), "he" if man else "she"
     happy = rng.random() < 0.5
@@ -240,14 +208,14 @@ def endings(rng: random.Random) -> Row:
     order = rng.sample([0, 1], 2)
     fill = {"p": person, "s": pronoun}
     return {
-        "input": "story : " + " ".join(line.format(**fill) for line in lines) + " ending :",
+        "input": f"story : {' '.join(lines)} ending :".format(**fill),
         "choices": [choices[i].format(**fill) for i in order],
         "label": order.index(int(not happy)),
     }
 
 
 # (sentence with {a}, {b} and {w}; the word that points at a; the word that points at b)
-_FITS = (
+FITS = (
     ("the {a} does not fit into the {b} because the _ is too {w} .", "big", "small"),
     ("the {a} does not stand on the {b} because the _ is too {w} .", "wide", "narrow"),
     ("the {a} breaks the {b} because the _ is too {w} .", "heavy", "weak"),
@@ -262,20 +230,14 @@ _FITS = (
 
 def fitting(rng: random.Random) -> Row:
     """After Winogrande: which of two things fills the gap? Chance 50 %."""
-    text, points_at_a, points_at_b = rng.choice(_FITS)
-    a, b = _two(rng, THINGS)
-    first = rng.random() < 0.5
-    choices = [a, b]
-    rng.shuffle(choices)
-    return {
-        "input": "fill : " + text.format(a=a, b=b, w=points_at_a if first else points_at_b),
-        "choices": choices,
-        "label": choices.index(a if first else b),
-    }
+    text, points_at_a, points_at_b = rng.choice(FITS)
+    a, b = rng.sample(THINGS, 2)
+    right, word = (a, points_at_a) if rng.random() < 0.5 else (b, points_at_b)
+    return _shuffled(rng, "fill : " + text.format(a=a, b=b, w=word), [a, b], right)
 
 
 # (deed, reason that is about the first person, reason that is about the second)
-_REASONS = (
+REASONS = (
     ("thanked", "felt grateful", "had been kind"),
     ("feared", "was shy", "was cruel"),
     ("envied", "had little", "had won"),
@@ -296,28 +258,18 @@ _REASONS = (
 def pronouns(rng: random.Random) -> Row:
     """After WSC: whom does the pronoun mean? Chance 50 %."""
     man = rng.random() < 0.5
-    a, b = _two(rng, MEN if man else WOMEN)
+    a, b = rng.sample(MEN if man else WOMEN, 2)
     pronoun = "he" if man else "she"
-    deed, about_a, about_b = rng.choice(_REASONS)
-    first = rng.random() < 0.5
-    reason = about_a if first else about_b
-    choices = [a, b]
-    rng.shuffle(choices)
-    return {
-        "input": f"text : {rng.choice(TIMES)}{a} {deed} {b} because {pronoun} {reason} . {pronoun} means",
-        "choices": choices,
-        "label": choices.index(a if first else b),
-    }
+    deed, about_a, about_b = rng.choice(REASONS)
+    right, reason = (a, about_a) if rng.random() < 0.5 else (b, about_b)
+    row = _shuffled(
+        rng, f"{a} {deed} {b} because {pronoun} {reason} . {pronoun} means", [a, b], right
+    )
+    return row | {"input": f"text : {rng.choice(TIMES)}{row['input']}"}
 
 
 TASKS: dict[str, Callable[[random.Random], Row]] = {
-    "colours": colours,
-    "answers": answers,
-    "antonyms": antonyms,
-    "swaps": swaps,
-    "endings": endings,
-    "fitting": fitting,
-    "pronouns": pronouns,
+    task.__name__: task for task in (colours, answers, antonyms, swaps, endings, fitting, pronouns)
 }
 
 
@@ -341,91 +293,3 @@ def rows(task: str, split: str, n: int) -> list[Row]:
             if len(seen) == n:
                 return list(seen.values())
     raise ValueError(f"{task}: expected {n} inputs of the {split} split, found {len(seen)} only")
-
-
-# ------------------------------------------------------------------------------- pretraining text
-
-
-def story(rng: random.Random) -> str:
-    """A few sentences of the world that the tasks ask about, for span corruption."""
-    kind = rng.randrange(7)
-    if kind == 0:
-        people, things, hues, facts = _holdings(rng, 2)
-        i = rng.randrange(2)
-        return f"{' '.join(facts)} so the {things[i]} of {people[i]} is {hues[i]} ."
-    if kind == 1:
-        animal = rng.choice(ANIMALS)
-        told = rng.sample(list(_ASK), 2)
-        lines = [
-            _ASK[k][1].format(a=animal, v=rng.choice([v for v in _ASK[k][2] if v != animal]))
-            for k in told
-        ]
-        return f"{' '.join(lines)} {lines[0]}"
-    if kind == 2:
-        more, less = rng.choice(OPPOSITES)
-        a, b = _two(rng, STUFF)
-        return f"if the {a} is {more} than the {b} , then the {b} is {less} than the {a} ."
-    if kind == 3:
-        (a, b), deed = _two(rng, NAMES), rng.choice(DEEDS)
-        return f"{a} {deed} {b} , that is , {b} was {deed} by {a} ."
-    if kind == 4:
-        setting, good_sign, bad_sign, filler, good, bad = rng.choice(_STORIES)
-        man = rng.random() < 0.5
-        fill = {"p": rng.choice(MEN if man else WOMEN), "s": "he" if man else "she"}
-        sign, end = rng.choice([(good_sign, good), (bad_sign, bad)])
-        lines = [rng.choice(part) for part in (setting, sign, filler, end)]
-        return " ".join(lines).format(**fill)
-    if kind == 5:
-        text, points_at_a, points_at_b = rng.choice(_FITS)
-        a, b = _two(rng, THINGS)
-        word, gap = rng.choice([(points_at_a, a), (points_at_b, b)])
-        return text.replace("_", gap).format(a=a, b=b, w=word)
-    man = rng.random() < 0.5
-    a, b = _two(rng, MEN if man else WOMEN)
-    deed, about_a, about_b = rng.choice(_REASONS)
-    reason = rng.choice([f"{a} {about_a}", f"{b} {about_b}"])
-    return f"{a} {deed} {b} because {reason} ."
-
-
-def retell(rng: random.Random, least: int = 1) -> tuple[str, str]:
-    """A longer exercise, (input, target): what ``least`` to 3 people have and what colour it is."""
-    n = rng.randrange(least, 4)
-    people, things, hues, facts = _holdings(rng, n)
-    order = rng.sample(range(n), n)
-    asked = " , ".join(people[i] for i in order)
-    told = " , ".join(f"{things[i]} {hues[i]}" for i in order)
-    return f"{' '.join(facts)} tell of {asked} .", told
-
-
-def recall(rng: random.Random, least: int = 1) -> tuple[str, str]:
-    """``least`` to 3 pairs of a person and a thing; whose thing is asked: (input, target)."""
-    n = rng.randrange(least, 4)
-    people, things = rng.sample(NAMES, n), rng.sample(THINGS, n)
-    i = rng.randrange(n)
-    pairs = " , ".join(f"{p} {t}" for p, t in zip(people, things, strict=True))
-    return f"pairs : {pairs} . now {people[i]} .", things[i]
-
-
-def drill(rng: random.Random) -> tuple[str, str]:
-    """One short exercise, (input, target): find, recall, opposites, who did what, who felt so."""
-    kind = rng.choice(("find", "find", "recall", "recall", "recall", "opposite", "deed", "reason"))
-    if kind == "find":
-        words = rng.choice([NAMES, THINGS, COLOURS])
-        listed = rng.sample(words, rng.randrange(1, 5))
-        there = rng.random() < 0.5
-        word = rng.choice(listed if there else [w for w in words if w not in listed])
-        return f"list : {' '.join(listed)} . is there {word} ?", "there" if there else "none"
-    if kind == "recall":
-        return recall(rng)
-    if kind == "opposite":
-        word = rng.choice(list(OPPOSITE))
-        return f"opposite of {word} ?", OPPOSITE[word]
-    if kind == "deed":
-        (a, b), deed = _two(rng, NAMES), rng.choice(DEEDS)
-        text = _deed(rng, a, deed, b)
-        return (f"{text} . who {deed} ?", a) if rng.random() < 0.5 else (f"{text} . whom ?", b)
-    man = rng.random() < 0.5
-    a, b = _two(rng, MEN if man else WOMEN)
-    deed, about_a, about_b = rng.choice(_REASONS)
-    who, reason = rng.choice([(a, about_a), (b, about_b)])
-    return f"{a} {deed} {b} . one of them {reason} . who ?", who

@@ -16,8 +16,6 @@ from rmm_lab.tasks import hub
 from rmm_lab.tasks.files import content, format_of
 from rmm_lab.tasks.text_rows import Quoting, Row, checked, read, short, split, wrong
 
-# ------------------------------------------------------------------------------------ the prompts
-
 # What a model reads in each official task, and what it chooses from; OWN: the record's answers.
 NO_YES, OWN = ("no", "yes"), ()
 PROMPTS: dict[str, tuple[str, tuple[str, ...]]] = {
@@ -264,14 +262,12 @@ def load(source: str) -> dict[str, list[Row]]:
         formats = ", ".join(FORMATS)
         expected = f"a folder or file of rows, or FORMAT:PATH with one of the formats {formats}"
         raise wrong(thing, expected, "no such file or folder", "check the spelling")
-    files = {n: path / f"{n}.jsonl" for n in ("train", *_VALIDATION, "test")}
-    files = {n: file for n, file in files.items() if file.is_file()}
-    several = [file.name for n, file in files.items() if n in _VALIDATION]
+    files = [f for n in ("train", *_VALIDATION, "test") if (f := path / f"{n}.jsonl").is_file()]
+    several = [file.name for file in files if file.stem in _VALIDATION]
     if len(several) > 1:
         found = f"several of {', '.join(several)}"
         raise wrong(thing, "one file for the reward split", found, "keep one of them")
-    parts = {"validation" if n in _VALIDATION else n: read(file) for n, file in files.items()}
-    return split(parts, thing)
+    return split({"validation" if f.name in several else f.stem: read(f) for f in files}, thing)
 
 
 def _from_files(form: Format, path: Path, thing: str) -> dict[str, list[Row]]:
@@ -281,13 +277,12 @@ def _from_files(form: Format, path: Path, thing: str) -> dict[str, list[Row]]:
         remedy = f"check the spelling, or get {_names(form)} from {form.source}"
         raise wrong(thing, "a folder or file", f"no {path}", remedy)
     for folder in (path, path / form.folder):
-        files = {
-            part: [folder / name for name in names if (folder / name).is_file()]
-            for part, names in form.files.items()
-        }
-        if any(files.values()):
-            found = {part: there[0] for part, there in files.items() if there}
-            return {part: read(file, form.convert, form.quoting) for part, file in found.items()}
+        found: dict[str, list[Row]] = {}
+        for part, names in form.files.items():
+            if file := next((f for n in names if (f := folder / n).is_file()), None):
+                found[part] = read(file, form.convert, form.quoting)
+        if found:
+            return found
     remedy = f"put them there (from {form.source})"
     raise wrong(thing, f"the labelled files {_names(form)} in {path}", content(path), remedy)
 

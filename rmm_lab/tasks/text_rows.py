@@ -133,31 +133,29 @@ def check(row: Row, where: str) -> Row:
     return {"input": text, "choices": choices, "label": label}
 
 
-# -------------------------------------------------------------------------------------- splitting
-
-
 def split(parts: dict[str, list[Row]], thing: str) -> dict[str, list[Row]]:
-    """Three splits from those that a source has, called train, validation and test."""
-    if len(parts) == 1 and "test" not in parts:
-        return _deal(next(iter(parts.values())), {"train": 3, "reward": 1, "test": 1}, thing)
-    if "train" not in parts:
-        found = " and ".join(parts) or "neither"
-        raise wrong(thing, "the splits train and test", found, "add the missing file")
+    """Three splits from those that a source has, called train, validation and test.
+
+    Rows are dealt out by their inputs; every split gets at least one.
+    """
     if len(parts) == 3:
         return {"train": parts["train"], "reward": parts["validation"], "test": parts["test"]}
-    held_out = parts["test"] if "test" in parts else parts["validation"]  # reported, not searched
-    return _deal(parts["train"], {"train": 4, "reward": 1}, thing) | {"test": held_out}
-
-
-def _deal(rows: list[Row], shares: dict[str, int], thing: str) -> dict[str, list[Row]]:
-    """Deal rows out by their inputs in the given proportions; every split gets at least one."""
+    held_out, shares = {}, {"train": 3, "reward": 1, "test": 1}
+    if len(parts) == 1 and "test" not in parts:
+        (rows,) = parts.values()
+    elif "train" not in parts:
+        found = " and ".join(parts) or "neither"
+        raise wrong(thing, "the splits train and test", found, "add the missing file")
+    else:
+        rows, shares = parts["train"], {"train": 4, "reward": 1}
+        held_out = {"test": parts.get("test") or parts["validation"]}  # reported, not searched
     inputs = sorted({row["input"] for row in rows})
     if len(inputs) < len(shares):
         expected = f"at least {len(shares)} different inputs, for {', '.join(shares)}"
         raise wrong(thing, expected, str(len(inputs)), "add rows or provide the splits")
-    parts = draw(len(inputs), shares, np.random.default_rng(SPLIT_SEED))
-    owner = {inputs[i]: name for name, numbers in parts.items() for i in numbers}
-    return {name: [row for row in rows if owner[row["input"]] == name] for name in shares}
+    dealt = draw(len(inputs), shares, np.random.default_rng(SPLIT_SEED))
+    owner = {inputs[i]: name for name, numbers in dealt.items() for i in numbers}
+    return {name: [r for r in rows if owner[r["input"]] == name] for name in shares} | held_out
 
 
 def majority(rows: Sequence[Row]) -> tuple[int, float]:

@@ -18,11 +18,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rmm_lab.errors import InputError
+from rmm_lab.errors import InputError, one_sentence
 from rmm_lab.tasks import small_texts as grammar
 from rmm_lab.tasks import text_formats as formats
 from rmm_lab.tasks import text_rows
-from rmm_lab.tasks.files import SPLITS, data_folder, write_file
+from rmm_lab.tasks.files import SPLITS, data_folder
 from rmm_lab.tasks.metrics import mean_of
 
 # Rows of the small tasks in reward and test; the train split is made when something asks for it.
@@ -94,39 +94,29 @@ class TextFormat:
 
 def _read_tokenizer(source: str, folder: Path) -> tuple[Any, dict[str, Any]]:
     """A Rust tokenizer without padding and truncation, and tokenizer_config.json."""
-    settings: dict[str, Any] = {}
+    if not any((folder / name).is_file() for name in ("tokenizer.json", "spiece.model")):
+        raise InputError(
+            f"model {source!r}: expected its tokenizer (tokenizer.json or spiece.model) in {folder}, found "
+            "none; save it there with tokenizer.save_pretrained"
+        )
+    file, remedy = folder / "tokenizer_config.json", "save it again with tokenizer.save_pretrained"
     try:
-        if (folder / "tokenizer_config.json").is_file():
-            settings = json.loads((folder / "tokenizer_config.json").read_text("utf-8"))
-            if not isinstance(settings, dict):
-                raise TypeError(f"tokenizer_config.json holds a {type(settings).__name__}")
+        settings = json.loads(file.read_text("utf-8")) if file.is_file() else {}
+        if not isinstance(settings, dict):
+            raise TypeError(f"{file.name} holds a {type(settings).__name__}")
         if (folder / "tokenizer.json").is_file():
             from tokenizers import Tokenizer
 
             tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-        elif (folder / "spiece.model").is_file():
+        else:
             from transformers import AutoTokenizer
 
-            try:
-                tokenizer = AutoTokenizer.from_pretrained(str(folder)).backend_tokenizer
-            except Exception as error:
-                raise InputError(
-                    f"model {source!r}: expected tokenizer.json in {folder}, found spiece.model "
-                    f"alone, which cannot be read here ({type(error).__name__}); pip install "
-                    "sentencepiece protobuf, or put the model's tokenizer.json there"
-                ) from error
-        else:
-            raise InputError(
-                f"model {source!r}: expected its tokenizer (tokenizer.json or spiece.model) "
-                f"in {folder}, found none; save it there with tokenizer.save_pretrained"
-            )
-    except InputError:
-        raise
+            remedy = "pip install sentencepiece protobuf, or put the model's tokenizer.json there"
+            tokenizer = AutoTokenizer.from_pretrained(str(folder)).backend_tokenizer
     except Exception as error:  # tokenizers raises bare Exceptions
         raise InputError(
-            f"model {source!r}: expected a tokenizer that can be read in {folder}, found a "
-            f"broken one ({type(error).__name__}: {error}); save it again with "
-            "tokenizer.save_pretrained"
+            f"model {source!r}: expected a tokenizer that can be read in {folder}, found a broken one "
+            f"({type(error).__name__}: {one_sentence(error)}); {remedy}"
         ) from error
     tokenizer.no_padding()
     tokenizer.no_truncation()
@@ -212,8 +202,6 @@ class TextTask:
             self.name = head if hub else re.sub(r"\.(jsonl|tsv|csv)$", "", name)
             self._rows = formats.load(source)
 
-    # --------------------------------------------------------------------------------- what is asked
-
     def rows(self, name: str) -> list[dict[str, Any]]:
         """A split as ``input``, ``choices``, ``label``."""
         if name not in SPLITS:
@@ -264,20 +252,18 @@ class TextTask:
         shifted = torch.cat([start, choices[..., :-1]], -1)  # (n, C, T)
         return TextBatch(ids, mask, choices, shifted, shares.float())
 
-    # ----------------------------------------------------------------------------------- how it is scored
-
     @cached_property
     def metric(self) -> str:
         """``accuracy`` or ``balanced``."""
-        if self._asked_metric == "accuracy":
-            return "accuracy"
-        skewed = self.answers is not None and text_rows.majority(self.rows("reward"))[1] >= SKEWED
         if self._asked_metric == "balanced" and self.answers is None:
             raise InputError(
                 f"texts {self.source!r}: expected the same choices in every row, which the balanced "
                 "metric needs, found different ones; use --metric accuracy"
             )
-        return "balanced" if skewed or self._asked_metric == "balanced" else "accuracy"
+        if self._asked_metric != "auto":
+            return self._asked_metric
+        skewed = self.answers is not None and text_rows.majority(self.rows("reward"))[1] >= SKEWED
+        return "balanced" if skewed else "accuracy"
 
     @cached_property
     def answers(self) -> list[str] | None:
@@ -318,15 +304,6 @@ def train_size(name: str) -> int:
 def rows_file(name: str, split: str) -> Path:
     """The jsonl of a split that ships."""
     return data_folder() / "sets" / f"{name}-{split}.jsonl"
-
-
-def write_rows(name: str, split: str) -> Path:
-    """Make a split and store it as jsonl under ``data/sets``."""
-    file = rows_file(name, split)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    lines = [json.dumps(row) for row in grammar.rows(name, split, SIZES[split])]
-    write_file(file, ("\n".join(lines) + "\n").encode())
-    return file
 
 
 def _small(name: str, split: str) -> list[dict[str, Any]]:

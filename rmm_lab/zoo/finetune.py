@@ -91,12 +91,10 @@ class Finetune:
     def _check(self, sources: tuple[str, ...]) -> None:
         """Raise InputError for options out of range, before anything is read."""
         positive: Range = ("more than 0", lambda value: value > 0)
+        given: Range = ("the model to fine-tune, a folder or hub name", bool)
         threads: Range = ("0 or more", lambda value: value >= 0)
-        check_values(self, {"steps learning_rate batch_size": positive, "threads": threads})
-        if not self.base:
-            raise InputError(
-                "--base: expected the model to fine-tune, found none; name its folder or hub name"
-            )
+        ranges = {"steps learning_rate batch_size": positive, "threads": threads, "base": given}
+        check_values(self, ranges)
         if not sources or (self.images and self.texts):
             raise InputError(
                 f"--images: expected at least one folder, or --texts for a T5, found "
@@ -109,7 +107,5 @@ class Finetune:
             )
         out = self.out
         if out is None or out.is_file() or (out.exists() and any(out.iterdir())):
-            kind = (
-                "none" if out is None else f"a file: {out}" if out.is_file() else f"files in {out}"
-            )
-            raise InputError(f"--out: expected an empty or new folder, found {kind}; name one")
+            found = "none" if out is None else f"something in {out}"
+            raise InputError(f"--out: expected an empty or new folder, found {found}; name one")
