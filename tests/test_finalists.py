@@ -7,7 +7,7 @@ import pytest
 
 from rmm_lab.errors import InputError
 from rmm_lab.reward import parse_path
-from rmm_lab.search.finalists import candidates_of, rank, shortlist
+from rmm_lab.search.finalists import candidates, legal, rank, shortlist
 
 
 def test_the_shortlist_shrinks_means_towards_the_mean_of_all():
@@ -24,18 +24,22 @@ def test_equal_paths_come_in_alphabetical_order():
     assert shortlist([("b", 0.5), ("a", 0.5), ("c", 0.5)], 2) == ["a", "b"]
 
 
-def rows(*scored):
-    return [{"path": p, "raw_reward": r, "penalised": int(r < 0)} for p, r in scored]
+def test_illegal_episodes_are_left_out():
+    log = (("a@0", 0.2, 0), ("c@0", -0.1, 1))
+    rows = [{"path": p, "raw_reward": r, "penalised": i} for p, r, i in log]
+    assert legal(rows) == [("a@0", 0.2)]
 
 
-def test_candidates_are_answers_then_the_best_legal_paths():
-    episodes = rows(("a@0", 0.2), ("b@0", 0.9), ("c@0", -0.1), ("d@0", 0.4))
-    a, b, d, m = (parse_path(f"{name}@0") for name in "abdm")
-    assert candidates_of(episodes, [], 9) == {b: "best", d: "best", a: "best"}
-    assert candidates_of(episodes, [m], 2) == {m: "scales", b: "best"}
-    assert list(candidates_of(episodes, [m, d], 3)) == [m, d, b]
-    assert candidates_of(episodes, [d], 9)[d] == "scales"  # once, as what it was first
-    assert candidates_of(episodes, [], 0) == {}
+def test_candidates_are_answers_then_the_best_of_what_was_scored():
+    scored = [("a@0", 0.2), ("b@0", 0.9), ("c@0", 0.6), ("d@0", 0.4)]
+    a, b, c, d, m, n, o = (parse_path(f"{name}@0") for name in "abcdmno")
+    assert candidates(scored, 9) == {b: "best", c: "best", d: "best", a: "best"}
+    assert candidates(scored, 2, [m]) == {m: "scales", b: "best"}
+    assert list(candidates(scored, 3, [m, d])) == [m, d, b]
+    assert candidates(scored, 9, [d])[d] == "scales"  # once, as what it was first
+    assert list(candidates(scored, 4, [m, b, m, n, o])) == [m, b, n, c]  # three quarters
+    assert list(candidates(scored, 10, [m, b, n, o])) == [m, b, n, o, c, d, a]
+    assert candidates(scored, 0, [m]) == {}
 
 
 class Table:

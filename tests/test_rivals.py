@@ -335,16 +335,6 @@ def test_the_order_starts_at_the_better_expert():
 # ------------------------------------------------------------------------------------------ the curve
 
 
-def test_finalists_are_the_answers_of_a_search_and_the_best_of_what_was_scored():
-    scored = [("a@0", 0.2), ("b@0", 0.9), ("c@0", 0.6), ("d@0", 0.4)]
-    assert rivals.finalists(scored, 3) == ["b@0", "c@0", "d@0"]
-    answered = rivals.Scored(scored, ["m@0", "b@0", "n@0", "o@0"])
-    assert answered == scored
-    assert rivals.finalists(answered, 4) == ["m@0", "b@0", "n@0", "c@0"]  # three quarters
-    assert rivals.finalists(answered, 10) == ["m@0", "b@0", "n@0", "o@0", "c@0", "d@0", "a@0"]
-    assert rivals.finalists(rivals.Scored(scored, []), 2) == ["b@0", "c@0"]
-
-
 def test_the_curve_shows_the_best_path_so_far_on_all_data():
     scorer = Landscape()
     best = "ties@-1 a@0 b@1 ties@2 b@3"

@@ -499,6 +499,8 @@ def test_table_iv_by_hand():
     assert line(ours, "Average", "default preset − itself at 100 %") == ["", "−2.0 ± 0.0"]
     assert line(ours, "Average", "by likelihood − default preset at 100 %") == ["", "+1.0 ± 0.0"]
     assert line(ours, "seconds", "paper's preset") == ["1000", "100"]
+    # Without 100 % there is nothing to compare with.
+    assert "itself at" not in page("table-IV", found[found["data_fraction"] < 1])
     assert line(ours, "times faster", "paper's preset") == ["1.0", "10.0"]
     assert line(papers, "Average", "RMM w/o DAR") == ["73.86", "72.97", "73.27"]
     assert line(papers, "times faster", "RMM") == ["1.0", "10.4", "96.5"]
@@ -550,12 +552,9 @@ def test_intervals_are_scipys():
 
 def test_figures_hold_what_the_rows_say(few):
     figure = page_figures.DRAW["table-I"](few)
-    panels = [axes for part in figure.subfigs for axes in part.axes]
-    assert [axes.get_title() for axes in panels] == ["a", "b", "Average"]
-    marks = [x.get_xdata()[0] for x in panels[0].lines if x.get_marker() == "D"]
-    assert marks == [69.0]
-    smallest = min(t.get_fontsize() for t in figure.findobj(lambda a: hasattr(a, "get_fontsize")))
-    assert smallest >= 8
+    assert [axes.get_title() for axes in figure.axes[:3]] == ["S: a", "S: b", "S: Average"]
+    marks = [list(x.get_xdata()) for x in figure.axes[0].lines if x.get_marker() == "D"]
+    assert marks == [[68, 70]]  # each seed's
     curve = pd.DataFrame(
         {
             "dar": dar,
@@ -569,10 +568,11 @@ def test_figures_hold_what_the_rows_say(few):
         for e in range(60)
     )
     rewards = page_figures.DRAW["fig-3"](curve)
-    assert [axes.get_title(loc="left") for axes in rewards.axes] == ["without DAR", "with DAR"]
+    titles = [axes.get_title(loc="left") for axes in rewards.axes]
+    assert titles == ["without DAR", "with DAR, λ = 0.8"]
     paid = [x for x in rewards.axes[1].lines if x.get_label().startswith("paid")]
     assert paid[0].get_ydata()[59] == pytest.approx(50 + 59 * 0.2)
-    own = next(x for x in rewards.axes[0].lines if x.get_label() == "mean of the last 50")
+    own = next(x for x in rewards.axes[0].lines if "mean of the last 50" in x.get_label())
     assert own.get_ydata()[59] == pytest.approx(48 + np.mean(range(10, 60)))  # both have seed 2
     with pytest.raises(InputError, match="expected a seed with DAR and without, found none"):
         page_figures.DRAW["fig-3"](curve[curve["seed"] != 2])

@@ -286,17 +286,14 @@ class TrainingReplay(View):
         figure.set_layout_engine("none")  # reuse the first frame's layout: a third of the time less
         for axes, box in zip(figure.axes, self._boxes, strict=True):
             axes.set_position(box)
-        words = "No policy acted." if mean is None else self.likeliest(policy)
+        likeliest, kind = [], "layer" if stacks == pool.stacks else "block"
+        for k, row in enumerate(policy, run.first):
+            best = "never visited" if np.isnan(row).any() else names[row.argmax()]
+            likeliest.append(f"{plots.place_name(k, stacks).replace('layer', kind)} {best}")
+        words = f"Most probable actions: {', '.join(likeliest)}."
+        if mean is None:
+            words = "No policy acted."
         return figure, f"Search at {self.sentence()}. {words}"
-
-    def likeliest(self, policy: np.ndarray) -> str:
-        """The most probable action at each place, in words. policy: (P, A)."""
-        out, stacks = [], self.run.agent_stacks
-        kind = "layer" if stacks == self.run.problem.pool.stacks else "block"
-        for k, row in enumerate(policy, self.run.first):
-            best = "never visited" if np.isnan(row).any() else self.run.action_names[row.argmax()]
-            out.append(f"{plots.place_name(k, stacks).replace('layer', kind)} {best}")
-        return f"Most probable actions: {', '.join(out)}."
 
 
 class ResultsTable(View):

@@ -25,25 +25,21 @@ import numpy as np
 import pandas as pd
 import psutil
 import torch
+from tqdm import tqdm
 
 from rmm_lab.engine.cache import free_bytes
 from rmm_lab.errors import InputError
-from rmm_lab.evidence.rows import (
-    BEST_EXPERT,
-    METHODS,
-    STOCHASTIC,
-    kind_of,
-    read_csv,
-    write_csv,
-)
-from rmm_lab.reward import parse_path, path_text
+from rmm_lab.evidence.rows import BEST_EXPERT, METHODS, STOCHASTIC, kind_of, read_csv
+from rmm_lab.reward import Path as Steps
+from rmm_lab.reward import path_text
 from rmm_lab.search import rivals, uniform
 from rmm_lab.search.config import Config, configure, describe
+from rmm_lab.search.finalists import candidates, legal, rank
 from rmm_lab.search.pipeline import Result, make_scorer, train
 from rmm_lab.search.problem import Problem, problem_of
+from rmm_lab.tasks.files import write_file
 
-Rows = list[dict[str, Any]]
-Measured = dict[str, Rows]  # table -> rows; the last table is the job's own
+Measured = dict[str, list[dict[str, Any]]]  # table -> rows; the last table is the job's own
 
 # The columns that say what was measured.
 METHOD_KEY = ("group", "size", "seed", "method")
@@ -129,21 +125,22 @@ class Store:
         if key == list(METHOD_KEY):
             rows = _under_every_seed(rows)
         self.folder.mkdir(parents=True, exist_ok=True)
-        write_csv(file, rows.sort_values(key, key=self._rank, kind="stable"))
+        rows = rows.sort_values(key, key=self._rank, kind="stable")
+        write_file(file, rows.to_csv(index=False))
 
     def _rank(self, column: pd.Series) -> pd.Series:
         if column.name == "method":  # experts stay in the order in which they were measured
             column = column.mask(kind_of(column) == "expert", BEST_EXPERT)
-        known = [*self.order.get(str(column.name), ORDER.get(str(column.name), ()))]
-        values = [*known, *sorted(set(column) - set(known))]
+        known = (ORDER | dict(self.order)).get(str(column.name), ())
+        values = dict.fromkeys([*known, *sorted(set(column))])
         return column.map({value: i for i, value in enumerate(values)})
 
 
 def _search_of(config: Any) -> dict[str, Any]:
     """The options that all searches of one mean share."""
-    options = {name: value for part in config.stored().values() for name, value in part.items()}
     elsewhere = ("seed", "device", "experts", "base", "images", "texts", "multi_task")
-    return {name: value for name, value in options.items() if name not in elsewhere}
+    options = (option for part in config.stored().values() for option in part.items())
+    return {name: value for name, value in options if name not in elsewhere}
 
 
 def _under_every_seed(rows: pd.DataFrame) -> pd.DataFrame:
@@ -157,10 +154,8 @@ def _under_every_seed(rows: pd.DataFrame) -> pd.DataFrame:
 def commit() -> str:
     """The commit that measures, with a + where files differ from it; empty outside a repository."""
     command = ["git", "describe", "--always", "--dirty=+", "--exclude=*"]
-    done = subprocess.run(
-        command, capture_output=True, text=True, cwd=Path(__file__).parent, check=False
-    )
-    return done.stdout.strip()
+    here = Path(__file__).parent
+    return subprocess.run(command, capture_output=True, text=True, cwd=here).stdout.strip()
 
 
 # ---------------------------------------------------------------------------------- what is measured
@@ -168,9 +163,7 @@ def commit() -> str:
 
 def load(config: Config) -> Problem:
     """What the config names, as ``train`` loads it, to be scored on its device."""
-    problem = problem_of(config.problem)
-    problem.device = config.run.device
-    return problem
+    return replace(problem_of(config.problem), device=config.run.device)
 
 
 def cells(problem: Problem, row: uniform.Row) -> dict[str, Any]:
@@ -181,10 +174,16 @@ def cells(problem: Problem, row: uniform.Row) -> dict[str, Any]:
     return out | {"by_task": by_task, "reward_split": np.nan, "path": "", "seconds": np.nan}
 
 
-def chosen(problem: Problem, name: str, setting: str, path: str, reward: float) -> dict[str, Any]:
-    """The row of a search's path: its score on the test split; ``reward`` in [0, 1] on the reward split."""
-    row = uniform.path_row(problem, name, setting, parse_path(path))
-    return cells(problem, row) | {"reward_split": round(100 * reward, 2), "path": path}
+def chosen(job: Job, problem: Problem, start: float, path: Steps, reward: float) -> dict[str, Any]:
+    """The row of a search's path: its score on the test split; ``reward`` in [0, 1] on the reward split.
+
+    ``start``: when the search began; its seconds end here.
+    """
+    seconds, name = round(time.perf_counter() - start, 1), job.key.get("method", "RMM")
+    what = "evaluations" if name in rivals.SEARCHES else "episodes"
+    row = uniform.path_row(problem, name, f"{job.config.run.episodes} {what}", path)
+    found = {"reward_split": round(100 * reward, 2), "path": path_text(path), "seconds": seconds}
+    return cells(problem, row) | found
 
 
 def uniform_merges(job: Job) -> Measured:
@@ -205,10 +204,7 @@ def _rmm(job: Job, problem: Problem) -> tuple[dict[str, Any], Result]:
         task.split("reward")
     start = time.perf_counter()
     result = train(job.config, problem, table=False)
-    seconds = round(time.perf_counter() - start, 1)
-    name, setting = job.key.get("method", "RMM"), f"{job.config.run.episodes} episodes"
-    row = chosen(problem, name, setting, path_text(result.path.path), result.reward)
-    return row | {"seconds": seconds}, result
+    return chosen(job, problem, start, result.path.path, result.reward), result
 
 
 def rmm(job: Job) -> Measured:
@@ -232,15 +228,14 @@ def search(job: Job) -> Measured:
     scorer = make_scorer(problem, job.config)
     if method == "RMM":
         row, result = _rmm(job, problem)
-        scored = [(e["path"], e["raw_reward"]) for e in result.episodes if not e["penalised"]]
+        scored = legal(result.episodes)
     else:
         start = time.perf_counter()
         scored = rivals.SEARCHES[method](scorer, run.episodes, run.seed)
-        best = rivals.finalists(scored, run.finalists)
-        reward, path = max((rivals.whole(scorer, path), path) for path in best)
-        seconds = round(time.perf_counter() - start, 1)
-        row = chosen(problem, method, f"{run.episodes} evaluations", path, reward)
-        row["seconds"] = seconds
+        ranked = rank(scorer, candidates(scored, run.finalists, scored.answers))
+        # Of equal ones the last by name, as in the rows that ship.
+        best = max(ranked, key=lambda r: (r["reward"], path_text(r["path"])))
+        row = chosen(job, problem, start, best["path"], best["reward"])
     curve = list(rivals.curve_of(scorer, scored))
     curve[-1]["reward_split"] = row["reward_split"]  # what is chosen in the end
     scorer.close()
@@ -251,12 +246,11 @@ def measure(job: Job) -> dict[str, pd.DataFrame]:
     """The rows of a job, each with its key and its config."""
     out = {}
     for name, rows in job.measure(job).items():
-        last = {"episodes": job.config.run.episodes, "config": json.dumps(describe(job.config))}
-        if name != job.table:
-            del last["config"]  # that of the row in the job's own table
         key = {k: v for k, v in job.key.items() if k in KEYS[name]}
-        table = pd.DataFrame(rows).assign(**key, **last)
-        out[name] = table[[*KEYS[name], *table.columns.drop(list(KEYS[name]))]]
+        table = pd.DataFrame(rows).assign(**key, episodes=job.config.run.episodes)
+        if name == job.table:
+            table["config"] = json.dumps(describe(job.config))
+        out[name] = table[list(dict.fromkeys([*KEYS[name], *table]))]
     return out
 
 
@@ -265,48 +259,34 @@ def measure(job: Job) -> dict[str, pd.DataFrame]:
 
 def measure_all(jobs: Sequence[Job], store: Store, processes: int, threads: int = 1) -> None:
     """Measure in several processes at once; the rows of each job are stored as soon as it ends."""
-    start = time.perf_counter()
     commit()  # that of the code which runs, whatever is committed meanwhile
-    jobs = [_at(job, threads=threads, quiet=True) for job in jobs]
+    processes = min(processes, len(jobs))
+    options: dict[str, Any] = {"threads": threads, "quiet": True}
+    if processes > 1:
+        # Or each would take a quarter of the memory, and twice where a search and its curve are scored.
+        options["cache_mb"] = free_bytes(jobs[0].config.run.device) / 2**20 / 4 / processes
+    jobs = [replace(job, config=configure(job.config, **options)) for job in jobs]
     with closing(_measured(jobs, processes, threads)) as results:
-        for n, (job, tables) in enumerate(results, 1):
-            for (
-                name,
-                rows,
-            ) in tables.items():  # the curve first: the table's row says that all is there
+        for job, tables in tqdm(results, total=len(jobs), unit="job"):
+            for name, rows in tables.items():  # the curve first: the row says that all is there
                 store.add(name, rows.assign(commit=commit()))
-            left = (time.perf_counter() - start) / n * (len(jobs) - n)
             key = " ".join(f"{k}={v}" for k, v in job.key.items())
             row = tables[job.table].iloc[-1]
-            print(
-                f"{time.strftime('%H:%M:%S')} {job.table} {key}: {row['method']} {row['mean']:.2f} % of the "
-                f"test split; {n} of {len(jobs)} jobs"
-                + (f", about {left / 60:.1f} min left" if n < len(jobs) else ""),
-                flush=True,
-            )
-
-
-def _at(job: Job, **options: Any) -> Job:
-    return replace(job, config=configure(job.config, **options))
+            score = f"{row['method']} {row['mean']:.2f} % of the test split"
+            tqdm.write(f"{time.strftime('%H:%M:%S')} {job.table} {key}: {score}")
 
 
 def _measured(
     jobs: Sequence[Job], processes: int, threads: int
 ) -> Generator[tuple[Job, dict[str, pd.DataFrame]]]:
     """Each job with its rows, in the order in which they end."""
-    if processes == 1 or len(jobs) < 2:
+    if processes < 2:
         torch.set_num_threads(threads)
-        for job in jobs:
-            yield job, measure(job)
+        yield from ((job, measure(job)) for job in jobs)
         return
-    # Or each would take a quarter of the memory, and twice where a search and its curve are scored.
-    share = free_bytes(jobs[0].config.run.device) / 2**20 / 4 / processes
-    jobs = [_at(job, cache_mb=share) for job in jobs]
     spawn = multiprocessing.get_context("spawn")
     before = set(psutil.Process().children())
-    with ProcessPoolExecutor(
-        processes, mp_context=spawn, initializer=_start, initargs=(threads,)
-    ) as pool:
+    with ProcessPoolExecutor(processes, spawn, _start, (threads,)) as pool:
         futures = {}
         try:
             for job in jobs:  # each may start a process: stopped here too, none is waited for

@@ -12,6 +12,7 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import pandas as pd
 from pandas import DataFrame
@@ -53,26 +54,27 @@ def _seeds(rows: DataFrame, *key: str) -> str:
 # Scores of methods are a frame with the index (method, seed) and a column for each group, or each task.
 
 
-def _scores(rows: DataFrame, values: DataFrame) -> DataFrame:
-    """``values``, which has the index of ``rows``, by (method, seed), in the order of METHODS.
+def _sections(
+    rows: DataFrame, by: str, scores: Callable[[DataFrame], DataFrame]
+) -> dict[str, DataFrame]:
+    """Each value of ``by`` -> ``scores`` of its rows by (method, seed), in the order of METHODS.
 
     Of the experts, each used for all tasks, the one with the best mean on the test split counts: a bound,
     no fair opponent.
     """
     alone = rows[kind_of(rows["method"]) == "expert"]
-    best = alone.loc[alone.groupby(["group", "seed"])["mean"].idxmax()].assign(method=BEST_EXPERT)
-    rows = pd.concat([rows.drop(alone.index), best])[["method", "seed"]]
-    scores = rows.join(values).groupby(["method", "seed"]).first()
-    return scores.reindex(METHODS.index.intersection(rows["method"]), level="method")
+    best = alone.loc[alone.groupby(["group", "size", "seed"])["mean"].idxmax()]
+    rows = pd.concat([rows.drop(alone.index), best.assign(method=BEST_EXPERT)])
+    groups = rows.set_index(["method", "seed"]).groupby(by, sort=False)
+    order = METHODS.index.intersection(rows["method"])
+    return {str(name): scores(own).reindex(order, level="method") for name, own in groups}
 
 
 def by_size(rows: DataFrame) -> dict[str, DataFrame]:
     """Size of the models -> scores of each group."""
-    out = {}
-    for size, own in rows.groupby("size", sort=False):
-        groups = {g: own["mean"].where(own["group"] == g) for g in own["group"].unique()}
-        out[str(size)] = _scores(own, DataFrame(groups))
-    return out
+    return _sections(
+        rows, "size", lambda own: own.set_index("group", append=True)["mean"].unstack(sort=False)
+    )
 
 
 def by_half(rows: DataFrame) -> dict[str, DataFrame]:
@@ -88,16 +90,15 @@ def pair_of(rows: DataFrame) -> DataFrame:
 
 def by_task(rows: DataFrame) -> dict[str, DataFrame]:
     """The only group -> scores of its tasks, and their mean."""
-    values = task_scores(rows).assign(Average=rows["mean"]) if len(rows) else rows
-    return {str(group): _scores(own, values) for group, own in rows.groupby("group")}
+    return _sections(rows, "group", lambda own: task_scores(own).assign(Average=own["mean"]))
 
 
-def methods_table(scores: DataFrame, compared: Sequence[str]) -> DataFrame:
+def methods_table(scores: DataFrame, compared: str = "") -> DataFrame:
     """A row for each method, then the best uniform merge of each seed, and what each search gains over it.
 
-    The best merge is that on the test split, the hardest to beat. ``compared``: the columns with a gain.
-    Where they are tasks of one merged model, only the average has one: a merge may be good at one task
-    because it lost the other.
+    The best merge is that on the test split, the hardest to beat. ``compared``: the only column with a gain,
+    if it is not all. Where they are tasks of one merged model, only the average has one: a merge may be good
+    at one task because it lost the other.
     """
     lines = {
         method: own.agg(spread, plus_minus=method in STOCHASTIC)
@@ -107,19 +108,14 @@ def methods_table(scores: DataFrame, compared: Sequence[str]) -> DataFrame:
     lines[BEST] = best.agg(spread)
     for method in [name for name in KINDS["search"] if name in lines]:
         gain = (scores.loc[method] - best).agg(interval)
-        lines[GAIN.format(method)] = gain.where(gain.index.isin(compared), "")
+        lines[GAIN.format(method)] = gain.where(gain.index.str.contains(compared), "")
     return DataFrame(lines).T.rename_axis("method")
 
 
 def show_methods(
-    rows: DataFrame,
-    sections: Callable[[DataFrame], dict[str, DataFrame]],
-    compared: Sequence[str] = (),
+    rows: DataFrame, sections: Callable[[DataFrame], dict[str, DataFrame]], compared: str = ""
 ) -> str:
-    """Tables I to III and other groups; empty where there are no such rows.
-
-    ``compared``: see ``methods_table``; by default all columns.
-    """
+    """Tables I to III and other groups; empty where there are no such rows."""
     of = sections(rows)
     searches = rows[kind_of(rows["method"]) == "search"]
     if not of or searches.empty:
@@ -136,13 +132,8 @@ def show_methods(
         "paths are scored on all of it to choose one.\n"
     )
     for heading, scores in of.items():
-        text += f"\n## {heading}\n\n{markdown(methods_table(scores, compared or list(scores)))}"
+        text += f"\n## {heading}\n\n{markdown(methods_table(scores, compared))}"
     return text
-
-
-def show_pair(rows: DataFrame) -> str:
-    """Table II."""
-    return show_methods(pair_of(rows), by_task, ["Average"])
 
 
 # -------------------------------------------------------------- Table IV, searches, the ablation
@@ -179,10 +170,10 @@ def dar_scores(rows: DataFrame) -> DataFrame:
     keys = zip(rows["preset"], rows["reward"], rows["dar"] > 0, strict=True)
     rows = rows.assign(setting=[SETTINGS[key] for key in keys])
     metrics = task_scores(rows).assign(Average=rows["mean"])
-    key = ["setting", "seed", "data_fraction"]
-    long = rows[key].join(metrics).melt(key, var_name="metric")
-    out = long.pivot(index=["metric", "setting", "seed"], columns="data_fraction", values="value")
+    at = [rows[name] for name in ("setting", "seed", "data_fraction")]
+    out = metrics.set_index(at).rename_axis(columns="metric").stack().unstack("data_fraction")
     out = out.sort_index(axis=1, ascending=False).rename(columns=_percent)
+    out = out.reorder_levels(["metric", "setting", "seed"]).sort_index()
     settings = [s for s in SETTINGS.values() if s in set(rows["setting"])]
     return out.reindex(list(metrics), level="metric").reindex(settings, level="setting")
 
@@ -191,13 +182,10 @@ def dar_table(rows: DataFrame) -> DataFrame:
     """Means of each metric and setting, then the averages' differences at the shares below 100 %, as text."""
     scores = dar_scores(rows)
     table = scores.groupby(["metric", "setting"], sort=False).agg(spread)
+    average = scores.loc["Average"]
     for name, *settings, at_full in DAR_GAINS:
-        average = scores.loc["Average"]
         one, other = (average.query("setting == @s").droplevel("setting") for s in settings)
-        if at_full:
-            gain = one.sub(other.reindex(columns=[FULL])[FULL], axis=0)
-        else:
-            gain = one - other
+        gain = one.sub(other.get(FULL, float("nan")), axis=0) if at_full else one - other
         gain = gain.agg(interval).where(gain.columns != FULL, "")
         if gain.any():
             table.loc[("Average", name), :] = gain
@@ -223,28 +211,39 @@ def show_dar(rows: DataFrame) -> str:
     )
 
 
-def less(rows: DataFrame, column: str, reference: str) -> DataFrame:
-    """Both splits' scores less those at the same group and seed where ``column`` is ``reference``."""
+UNCHANGED = "default preset"  # what the ablation's differences are to
+SEARCHES = {
+    "seeds": ("seed", "nunique"),
+    "reward split, %": ("reward_split", spread),
+    "test split, %": ("mean", spread),
+    "RMM − it, reward": ("reference − reward_split", interval),
+    "RMM − it, test": ("reference − mean", interval),
+    "seconds": ("seconds", lambda seconds: f"{seconds.mean():.0f}"),
+}
+ABLATION = {
+    "reward split, %": ("reward_split", spread),
+    "difference": ("reward_split − reference", interval),
+    "test split, %": ("mean", spread),
+    "seeds": ("seed", "nunique"),
+}
+
+
+def compared(rows: DataFrame, by: str, reference: str, columns: dict[str, Any]) -> DataFrame:
+    """By problem and ``by``: ``columns``, heading -> (column, how to aggregate it), as text.
+
+    There are more columns to aggregate: what each split's score is above, and below, that at the same group
+    and seed where ``by`` is ``reference``.
+    """
     splits, key = ["reward_split", "mean"], ["group", "seed"]
-    base = rows[rows[column] == reference].set_index(key)[splits]
-    return (rows[splits] - rows[key].join(base, on=key)[splits]).mask(rows[column] == reference)
+    base = rows[rows[by] == reference].set_index(key)[splits]
+    gain = (rows[splits] - rows[key].join(base, on=key)[splits]).mask(rows[by] == reference)
+    rows = rows.join(gain.add_suffix(" − reference")).join((-gain).add_prefix("reference − "))
+    table = rows.groupby(["group", by], sort=False).agg(**columns)
+    return table.rename_axis(["problem", "search" if by == "method" else by])
 
 
-def searches_table(rows: DataFrame) -> DataFrame:
-    """By problem and search: the final choice on both splits, and what RMM has over it, as text."""
-    rows = rows.join(-less(rows, "method", "RMM").rename(columns="less {}".format))
-    groups = rows.groupby(["group", "method"], sort=False)
-    table = DataFrame(
-        {
-            "seeds": groups["seed"].nunique(),
-            "reward split, %": groups["reward_split"].agg(spread),
-            "test split, %": groups["mean"].agg(spread),
-            "RMM − it, reward": groups["less reward_split"].agg(interval),
-            "RMM − it, test": groups["less mean"].agg(interval),
-            "seconds": groups["seconds"].mean().map("{:.0f}".format),
-        }
-    )
-    return table.rename_axis(["problem", "search"])
+searches_table = partial(compared, by="method", reference="RMM", columns=SEARCHES)
+agent_table = partial(compared, by="setting", reference=UNCHANGED, columns=ABLATION)
 
 
 def show_searches(rows: DataFrame, curve: DataFrame) -> str:
@@ -260,24 +259,6 @@ def show_searches(rows: DataFrame, curve: DataFrame) -> str:
         "95 % interval. Seconds are of searches that ran beside other work.\n\n"
         + markdown(searches_table(rows).loc[order])
     )
-
-
-UNCHANGED = "default preset"  # what the ablation's differences are to
-
-
-def agent_table(rows: DataFrame) -> DataFrame:
-    """By problem and setting: scores on both splits and the difference to the default preset, as text."""
-    rows = rows.join(less(rows, "setting", UNCHANGED).rename(columns="over {}".format))
-    groups = rows.groupby(["group", "setting"], sort=False)
-    table = DataFrame(
-        {
-            "reward split, %": groups["reward_split"].agg(spread),
-            "difference": groups["over reward_split"].agg(interval),
-            "test split, %": groups["mean"].agg(spread),
-            "seeds": groups["seed"].nunique(),
-        }
-    )
-    return table.rename_axis(["problem", "setting"])
 
 
 def show_agent(rows: DataFrame) -> str:
@@ -312,16 +293,11 @@ def papers_tables(rows: DataFrame) -> str:
     text = "\n## Paper (Han et al. 2025), other models and data\n" if len(rows) else ""
     for model, own in rows.groupby("model", sort=False):
         parts = own["column"].str.rpartition(" at ")
-        digits = [1 if metric == "times faster" else 2 for metric in parts[0]]
-        own = own.assign(
-            metric=parts[0],
-            column=parts[2],
-            value=[f"{v:.{n}f}" for v, n in zip(own["value"], digits, strict=True)],
-        )
+        digits = parts[0].eq("times faster").map({True: 1, False: 2})
+        value = [f"{v:.{n}f}" for v, n in zip(own["value"], digits, strict=True)]
+        own = own.assign(metric=parts[0], column=parts[2], value=value)
         index = ["metric", "method"] if own["metric"].any() else ["method"]
-        table = own.pivot(index=index, columns="column", values="value")[own["column"].unique()]
-        for name in index:
-            table = table.reindex(own[name].unique(), level=name if len(index) > 1 else None)
+        table = own.set_index([*index, "column"])["value"].unstack(sort=False)
         text += f"\n{model}:\n\n{markdown(table)}"
     return text
 
@@ -329,9 +305,15 @@ def papers_tables(rows: DataFrame) -> str:
 _HALVES = partial(show_methods, sections=by_half)
 _GROUPS = partial(show_methods, sections=by_size)
 _SEARCHES = ("searches", "searches-curve")
+
+
+def _pair(rows: DataFrame) -> str:
+    return show_methods(pair_of(rows), by_task, "Average")
+
+
 PAGES = {
     "table-I": Page(("halves",), "Table I: halves of each set, merged in pairs", _HALVES, "I"),
-    "table-II": Page(("vision",), "Table II: two sets that differ more", show_pair, "II"),
+    "table-II": Page(("vision",), "Table II: two sets that differ more", _pair, "II"),
     "groups": Page(("vision",), "Groups of sets: Table II's methods", _GROUPS),
     "table-III": Page(("language",), "Table III: language tasks", _GROUPS, "III"),
     "table-IV": Page(("dar",), "Table IV: share of the data, DAR or not", show_dar, "IV"),
@@ -349,7 +331,7 @@ SHORT = ["fine-tuned", "multi-task", BEST, "RMM", GAIN.format("RMM")]
 def groups(read: Read) -> str:
     """What merging loses in each group of experts, and what RMM wins back."""
     tables = [
-        methods_table(scores, list(scores)).loc[SHORT].T.assign(seeds=scores.loc["RMM"].count())
+        methods_table(scores).loc[SHORT].T.assign(seeds=scores.loc["RMM"].count())
         for name in ("vision", "language")
         for scores in by_size(read(name)).values()
     ]
@@ -360,7 +342,7 @@ def groups(read: Read) -> str:
 def halves(read: Read) -> str:
     """Table I in short."""
     of = by_half(read("halves")).items()
-    tables = {size: methods_table(scores, list(scores)).loc[SHORT] for size, scores in of}
+    tables = {size: methods_table(scores).loc[SHORT] for size, scores in of}
     return markdown(pd.concat(tables, names=["models", "method"]))
 
 
@@ -413,7 +395,7 @@ def _one_seed(rows: DataFrame) -> str:
 
 def demo(read: Read) -> str:
     """All methods on the demo's pair, seed 1."""
-    return _one_seed(read("vision").query("group == 'digits+textures' and seed == 1"))
+    return _one_seed(read("demo/vision").query("seed == 1"))
 
 
 def language(read: Read) -> str:

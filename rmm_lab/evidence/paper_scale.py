@@ -23,7 +23,7 @@ from typing import Any, Literal
 import torch
 
 from rmm_lab.engine.scorer import check_device
-from rmm_lab.errors import InputError, check_values
+from rmm_lab.errors import InputError, Range, check_values
 from rmm_lab.families.checkpoint import read_checkpoint, write_checkpoint
 from rmm_lab.tasks import image_formats, text_formats
 from rmm_lab.tasks.files import write_file
@@ -90,16 +90,13 @@ class PaperScale:
 
     def groups(self) -> dict[str, list[Group]]:
         """Each table's experts, as folders that ``prepare`` fills."""
-        sources = self._sources()
         halves = [
-            self._group(name, size, sources, [f"{source}:{half}" for half in HALVES])
+            self._group(name, size, [f"{source}:{half}" for half in HALVES])
             for size in VITS
             for name, source in IMAGES.items()
         ]
-        pair = [self._group("CUB+Dogs", "ViT-B/16", sources, PAIR)]
-        language = [
-            self._group(name, size, sources, names) for size in T5S for name, names in TEXTS.items()
-        ]
+        pair = [self._group("CUB+Dogs", "ViT-B/16", PAIR)]
+        language = [self._group(n, size, sets) for size in T5S for n, sets in TEXTS.items()]
         return {"I": halves, "II": pair, "III": language, "IV": pair, "fig3": pair}
 
     def _sources(self) -> dict[str, str]:
@@ -115,12 +112,12 @@ class PaperScale:
             sources[name] = source
         return sources
 
-    def _group(self, name: str, size: str, sources: dict[str, str], sets: Sequence[str]) -> Group:
+    def _group(self, name: str, size: str, sets: Sequence[str]) -> Group:
         kind = "texts" if size in T5S else "images"
         folder = self.checkpoints / size.replace("/", "-")
         names = [s.replace(":", "-") for s in sets]
         options: dict[str, Any] = {
-            "base": sources[size],
+            "base": self._sources()[size],
             "experts": tuple(str(folder / n) for n in names),
             kind: tuple(self._place(s) for s in sets),
             "multi_task": str(folder / "+".join(names)),
@@ -143,13 +140,10 @@ class PaperScale:
 
         Raises InputError for the first that is missing, with what to fetch and where to put it.
         """
-        numbers = "steps text_steps batch_size text_batch_size"
-        rates = "learning_rate text_learning_rate"
-        ranges = {
-            numbers: ("at least 1", lambda v: v >= 1),
-            rates: ("more than 0", lambda v: v > 0),
-        }
-        check_values(self, ranges)
+        whole: Range = ("at least 1", lambda v: v >= 1)
+        rates: Range = ("more than 0", lambda v: v > 0)
+        numbers = {"steps text_steps batch_size text_batch_size": whole}
+        check_values(self, numbers | {"learning_rate text_learning_rate": rates})
         if self.sets_folder is not None and not self.sets_folder.is_dir():
             raise InputError(
                 f"--sets-folder: expected a folder, found none at {self.sets_folder}; name the one that "
@@ -170,14 +164,7 @@ class PaperScale:
             self._make(group, Path(group.options["multi_task"]), group.places, device)
 
     def _look_for(self, place: str) -> None:
-        name, _, rest = place.partition(":")
-        if name in text_formats.FORMATS and rest != "hf-hub" and not Path(rest).is_dir():
-            form = text_formats.FORMATS[name]
-            files = " and ".join(names[0] for names in form.files.values())
-            raise InputError(
-                f"language task {name}: expected a folder {rest} with {files}, found none; get them "
-                f"from {form.source}"
-            )
+        name = place.partition(":")[0]
         try:
             (image_formats if name in image_formats.FORMATS else text_formats).load(place)
         except InputError as error:
@@ -208,9 +195,8 @@ class PaperScale:
         print(f"{time.strftime('%H:%M:%S')} fine-tuning {folder}", flush=True)
         tasks = base.family.make_tasks(base, places)
         label = f"{group.size} {'+'.join(task.name for task in tasks)}"
-        config, weights = training.fine_tune(
-            base, tasks, seed=0, label=label, device=device, **settings
-        )
+        settings |= {"seed": 0, "label": label, "device": device}
+        config, weights = training.fine_tune(base, tasks, **settings)
         write_checkpoint(folder, config, weights, beside=base.folder)
         write_file(record, json.dumps(made, indent=2) + "\n")
 

@@ -1,4 +1,4 @@
-"""The rows of the result tables: how a CSV file is read and written, what its methods are, statistics.
+"""The rows of the result tables: how a CSV file is read, what its methods are, statistics.
 
 A table is a DataFrame with a row for each method and seed. Scores are in %: ``mean`` and ``by_task`` on the
 test split, ``reward_split`` on the split that chose the path.
@@ -8,11 +8,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
-from scipy.special import stdtrit
 
-from rmm_lab.tasks.files import write_file
+from rmm_lab.figures.searches import t_interval
 
 # The columns that hold numbers. All others are text, even where a name looks like a number: a group called
 # 007, the commit 12e4567.
@@ -49,11 +47,6 @@ def read_csv(file: Path) -> pd.DataFrame:
     return table.replace({name: {"": "nan"} for name in numbers}).astype(numbers)
 
 
-def write_csv(file: Path, rows: pd.DataFrame) -> None:
-    """Write a table; the file is replaced as a whole."""
-    write_file(file, rows.to_csv(index=False))
-
-
 def kind_of(methods: pd.Series) -> pd.Series:
     """Each method's kind: bound, uniform, search, rival, or expert."""
     return methods.map(METHODS).fillna("expert")
@@ -63,7 +56,7 @@ def task_scores(rows: pd.DataFrame) -> pd.DataFrame:
     """Each row's score of each task, from ``by_task``: the same index, a column for each task."""
     parts = rows["by_task"].str.split().explode().str.rsplit("=", n=1, expand=True)
     parts = parts.set_index(0, append=True)[1].astype(float)
-    return parts.unstack()[parts.index.unique(1)].rename_axis(columns=None)
+    return parts.unstack()[parts.index.unique(-1)].rename_axis(columns=None)
 
 
 def spread(values: pd.Series, plus_minus: bool = True) -> str:
@@ -77,10 +70,10 @@ def spread(values: pd.Series, plus_minus: bool = True) -> str:
 def interval(differences: pd.Series) -> str:
     """``+1.2 ± 0.3``: the mean of paired differences and its 95 % interval; one difference has none.
 
-    The half width is ``t sd / sqrt(n)`` with the sample deviation and Student's t, since n is small.
+    Student's t, since n is small: see ``t_interval``.
     """
     v = differences.dropna()
     if v.empty:
         return ""
-    half = stdtrit(len(v) - 1, 0.975) * v.std() / np.sqrt(len(v))
-    return f"{v.mean():+.1f}".replace("-", "−") + (f" ± {half:.1f}" if len(v) > 1 else "")
+    half = f" ± {t_interval(v)[1]:.1f}" if len(v) > 1 else ""
+    return f"{v.mean():+.1f}".replace("-", "−") + half

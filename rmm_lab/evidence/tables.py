@@ -77,17 +77,10 @@ AGENT: dict[str, dict[str, Any] | None] = {
     "agent preset": {"preset": "agent"},
     "paper preset": {"preset": "paper"},
 }
-ON_TEXTS = (
-    "default preset",
-    "likelihood as the reward",
-    "agent preset",
-)  # whose searches take minutes
+# Those of them that are measured on texts, whose searches take minutes.
+ON_TEXTS = ("default preset", "likelihood as the reward", "agent preset")
 LABELS = {"default": "RMM", "paper": "RMM, paper's preset"}
-ORDER = {
-    "group": (*SETS, *VISION, *LANGUAGE),
-    "size": tuple(SIZES),
-    "setting": tuple(AGENT),
-}
+ORDER = {"group": (*SETS, *VISION, *LANGUAGE), "size": tuple(SIZES), "setting": tuple(AGENT)}
 Groups = Mapping[str, Sequence[Group]]  # table -> its groups of experts
 
 
@@ -100,12 +93,10 @@ def kit_groups() -> Groups:
         for size, prefix in SIZES.items()
         for name in SETS
     ]
-    pair = vision[:1]
-    return {
-        **{"I": halves, "II": pair, "III": language, "IV": pair, "fig3": pair},
-        **{"groups": vision[1:], "searches": [*pair, vision[3], *language]},
-        "agent": [*pair, language[0]],
-    }
+    pair, agent = vision[:1], [vision[0], language[0]]
+    papers = {"I": halves, "II": pair, "III": language, "IV": pair, "fig3": pair}
+    searches = [*pair, vision[3], *language]
+    return papers | {"groups": vision[1:], "searches": searches, "agent": agent}
 
 
 @dataclass
@@ -113,7 +104,7 @@ class Command:
     """Measure a table, or go on with it, and write its page and figure."""
 
     table: Literal["I", "II", "III", "IV", "fig3", "searches", "groups", "agent", "all", "show"]
-    """Which one: see above."""
+    """Which one; the list above says what each holds."""
     scale: Literal["kit", "paper"] = "kit"
     """kit: the models that ship, on a CPU; paper: the paper's models and sets."""
     seeds: tuple[int, ...] = (1, 2, 3, 4, 5)
@@ -148,13 +139,13 @@ class Command:
             names = ALL if self.table == "all" else (self.table,)
             groups = self._groups(names)
             if self.scale == "paper":
-                wanted = {id(g): g for own in groups.values() for g in own}
-                self.paper.prepare(list(wanted.values()), self.device, self.threads)
+                wanted = [group for own in groups.values() for group in own]
+                self.paper.prepare(wanted, self.device, self.threads)
             store = Store(out, ORDER)
             jobs = [job for name in names for job in self.jobs_of(name, groups[name], store)]
-            once = {(j.table, *j.key.values()): j for j in jobs}  # fig3 is a part of IV
-            print(f"{len(once)} jobs to measure into {out}", flush=True)
-            measure.measure_all(list(once.values()), store, self.jobs, self.threads)
+            jobs = list({(j.table, *j.key.values()): j for j in jobs}.values())  # IV holds fig3
+            print(f"{len(jobs)} jobs to measure into {out}", flush=True)
+            measure.measure_all(jobs, store, self.jobs, self.threads)
         written = [*write_pages(out), *write_excerpts(out)]
         if self.table == "show" and not any(out.glob("*.csv")):
             raise InputError(
@@ -177,27 +168,28 @@ class Command:
             raise InputError(
                 f"--only: expected some of {', '.join(sorted(known))}, found {unknown.pop()!r}; correct it"
             )
-        wanted = (
-            set(self.only) - shares
-        )  # a share alone means all groups of Table IV, and nothing else
-        everywhere = [*names] if not self.only else ["IV"] if not wanted else []
+        # A share alone means all groups of Table IV, and nothing else.
+        wanted = set(self.only) - shares
+        everywhere = names if not self.only else ("IV",) if not wanted else ()
         return {
             name: [g for g in of[name] if g.name in wanted or name in everywhere] for name in names
         }
 
     def jobs_of(self, name: str, groups: Sequence[Group], store: Store) -> Iterator[Job]:
         """What is not in the files yet."""
-        make = {"searches": self._rivals, "agent": self._agent}.get(name, self._dar)
+        make = {"searches": self._rivals, "agent": self._agent, "IV": self._dar, "fig3": self._dar}
         for group in groups:
             if name in METHOD_TABLES:
                 yield from self._methods(METHOD_TABLES[name], group, store)
                 continue
-            for job in (j for s in self.seeds for j in make(name, group, self._options(group, s))):
-                done = store.has(job.table, job.key, job.config)
-                if job.measure is measure.rmm_curve:
-                    done = done and store.has("dar-curve", {k: job.key[k] for k in ("dar", "seed")})
-                if not done:
-                    yield job
+            for seed in self.seeds:
+                for job in make[name](name, group, self._options(group, seed)):
+                    done = store.has(job.table, job.key, job.config)
+                    if job.measure is measure.rmm_curve:
+                        curve = {"dar": job.key["dar"], "seed": seed}
+                        done = done and store.has("dar-curve", curve)
+                    if not done:
+                        yield job
 
     def _options(self, group: Group, seed: int) -> dict[str, Any]:
         run = {"episodes": self.episodes, "device": self.device, "precision": self.precision}
@@ -256,13 +248,9 @@ class Command:
 # ------------------------------------------------------------------------------- reading and showing
 
 
-def _root() -> Path:
-    return data_folder().parent
-
-
 def read(name: str) -> pd.DataFrame:
     """A table that ships, by its file's name without ``.csv``; InputError where there is none."""
-    file = _root() / "results" / f"{name}.csv"
+    file = data_folder().parent / "results" / f"{name}.csv"
     if not file.is_file():
         raise InputError(
             f"table {name!r}: expected {file}, found none; take a checkout of the repository, or measure "
@@ -292,9 +280,10 @@ def write_pages(folder: Path) -> Iterator[Path]:
 
 def write_excerpts(folder: Path) -> Iterator[Path]:
     """Bring the excerpts in README.md and docs/ up to date, where the folder is the results that ship."""
-    if folder.resolve() != (_root() / "results").resolve():
+    root = data_folder().parent
+    if folder.resolve() != (root / "results").resolve():
         return
-    for file in (_root() / "README.md", *sorted((_root() / "docs").glob("*.md"))):
+    for file in (root / "README.md", *sorted((root / "docs").glob("*.md"))):
         old = file.read_text("utf-8")
         if (new := pages.fill(old, read)) != old:
             write_file(file, new)
@@ -303,4 +292,5 @@ def write_excerpts(folder: Path) -> Iterator[Path]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line; returns the exit code: 0, 2 for bad input, 130 after Ctrl-C."""
-    return run_command(Command, "python -m rmm_lab tables", argv, "the same command goes on")
+    prog, stopped = "python -m rmm_lab tables", "the same command goes on"
+    return run_command(Command, prog, argv, stopped, description=__doc__)

@@ -57,6 +57,9 @@ def amounts_picture(groups: Mapping[str, Mapping[str, np.ndarray]]) -> Figure:
     return figure
 
 
+BOUNDS = ("chance", "most frequent answer", "base", "fine-tuned", "multi-task")
+
+
 def seeds_picture(scores: Mapping[str, Mapping[str, np.ndarray]]) -> Figure:
     """Every seed's score as an open mark, one panel per group, one line per method.
 
@@ -68,7 +71,7 @@ def seeds_picture(scores: Mapping[str, Mapping[str, np.ndarray]]) -> Figure:
     for axes, (group, by_method) in zip(grid, scores.items(), strict=True):
         for method, values in by_method.items():
             marker, colour = "o", COLOURS[1]
-            if method in ("base", "fine-tuned", "multi-task") or "expert" in method:
+            if method in BOUNDS or "expert" in method:
                 marker, colour = "s", "0.35"
             elif method.startswith("RMM"):
                 marker, colour = "D", COLOURS[3]
@@ -78,7 +81,7 @@ def seeds_picture(scores: Mapping[str, Mapping[str, np.ndarray]]) -> Figure:
             axes.plot(values, y, marker, ms=7, mfc="none", mec=colour, mew=1.4)
         axes.set_yticks(range(len(methods)), methods)
         axes.set_ylim(len(methods) - 0.5, -0.5)
-        tidy(axes, group, "mean over tasks, test split, %")
+        tidy(axes, group, "score on the test split, %")
     return figure
 
 

@@ -94,21 +94,28 @@ def spread_picture(
     return figure
 
 
-def searches_picture(rows: Rows) -> Figure:
+def searches_picture(rows: Rows, test: Mapping[Any, str] | None = None) -> Figure:
     """The path that would be chosen, scored on all data, over evaluations: mean and range over seeds.
 
-    ``rows``: those of ``results/searches-curve.csv``; a panel for each group.
+    ``rows``: those of ``results/searches-curve.csv``; a panel for each group. ``test``: (group, method) ->
+    the test score of the final choice, shown beside each name.
     """
     groups = pd.DataFrame(rows).groupby("group", sort=False)
-    figure, grid = panels(len(groups), min(2, len(groups)), 5, 2.7, more=0.4)
+    shape = (min(2, len(groups)), 5, 2.7) if test is None else (1, 8, 3.1)
+    figure, grid = panels(len(groups), *shape, more=0.4)
     for axes, (group, runs) in zip(grid, groups, strict=True):
         for i, (method, curve) in enumerate(runs.groupby("method", sort=False)):
             over = curve.groupby("evaluations")["reward_split"]
             mean, look = over.mean(), line_look(i) | {"markevery": max(1, len(over) // 8)}
             axes.fill_between(mean.index, over.min(), over.max(), color=look["color"], alpha=0.12)
-            axes.plot(mean.index, mean, label=method, **look)
+            label = method if test is None else f"{method}: {test[group, method]}"
+            axes.plot(mean.index, mean, label=label, **look)
         tidy(axes, group, "evaluations", "reward split, %")
-    figure.legend(*grid[0].get_legend_handles_labels(), ncols=4, **ABOVE)
+        if test is not None:
+            title = {"title": "test split at the end, %", "title_fontsize": 8, "frameon": False}
+            axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5), **title)
+    if test is None:
+        figure.legend(*grid[0].get_legend_handles_labels(), ncols=4, **ABOVE)
     return figure
 
 
@@ -167,21 +174,24 @@ def dar_curve_picture(rows: Rows, window: int = 100) -> Figure:
     """
     searches = pd.DataFrame(rows).groupby("dar")
     figure, grid = panels(len(searches), 1, 8, 2.2, more=0.6, sharex=True, sharey=True)
+    means = {scale: moving_average(part["raw_reward"], 50) for scale, part in searches}
     for axes, (scale, part) in zip(grid, searches, strict=True):
-        x, paid, raw = part["episode"], part["dar_reward"], part["raw_reward"]
+        x = part["episode"]
         if scale:
-            axes.plot(x, raw, ".", ms=3, color="0.6", label="raw reward (Eq. 7)")
-        label = "paid: DAR reward (Eq. 10)" if scale else "paid: raw reward"
-        axes.plot(x, paid, "-+", lw=0.8, ms=4, color=COLOURS[5], label=label)
-        recent = moving_average(raw, 50)
-        axes.plot(x, recent, color=COLOURS[6], lw=2, label="raw, mean of the last 50")
+            axes.plot(x, part["raw_reward"], ".", ms=3, color="0.6", label="raw (Eq. 7)")
+        label = "paid: DAR (Eq. 10)" if scale else "paid: raw (Eq. 7)"
+        axes.plot(x, part["dar_reward"], "-+", lw=0.8, ms=4, color=COLOURS[5], label=label)
+        axes.plot(x, means[scale], color=COLOURS[6], lw=2, label="raw, mean of the last 50")
+        for other in means.keys() - {scale}:
+            axes.plot(x, means[other], color="black", lw=1, ls="--", label="the other's mean")
         for start in range(0, len(x), window):
             label = "" if scale or start else "a new window begins"
             axes.axvline(start, color="black", ls=":", lw=0.8, label=label)
         tidy(axes, ylabel="reward, %", grid="y")
         title = f"with DAR, λ = {scale:g}" if scale else "without DAR"
         axes.set_title(title, fontsize=10, loc="left")
-        axes.legend(fontsize=8, loc="lower right", bbox_to_anchor=(1, 1), ncols=3, frameon=False)
+        place = {"loc": "lower right", "bbox_to_anchor": (1, 1), "frameon": False}
+        axes.legend(fontsize=8, ncols=4, columnspacing=1, **place)
     grid[-1].set_xlabel("episode", fontsize=9)
     return figure
 
@@ -258,13 +268,13 @@ def subset_strip(values: Mapping[str, tuple[np.ndarray, float]]) -> Figure:
     figure, (axes,) = panels(1, 1, 7, 0.5 * len(values), more=1.1)
     points, bar = {"mfc": "none", "mec": COLOURS[5]}, {"ms": 26, "mew": 3, "color": COLOURS[6]}
     for i, (rewards, whole) in enumerate(values.values()):
-        label = ("one subset of 10 %", "all examples") if i == 0 else (None, None)
-        axes.plot(100 * rewards, np.full(len(rewards), i), "o", label=label[0], **points)
-        axes.plot([100 * whole], [i], "|", label=label[1], **bar)
+        axes.plot(100 * rewards, np.full(len(rewards), i), "o", **points)
+        axes.plot([100 * whole], [i], "|", **bar)
     axes.set_yticks(range(len(values)), list(values))
     axes.set_ylim(len(values) - 0.4, -0.6)
     tidy(axes, "", "reward, %", grid="x")
-    axes.legend(markerscale=0.5, labelspacing=1, **BESIDE)
+    names = ["one subset of 10 %", "all examples"]
+    axes.legend(names, markerscale=0.5, labelspacing=1, **BESIDE)
     return figure
 
 
@@ -274,8 +284,7 @@ def subset_strip(values: Mapping[str, tuple[np.ndarray, float]]) -> Figure:
 def histograms(samples: Mapping[str, np.ndarray], xlabel: str, at: Mapping[str, float]) -> Figure:
     """Histograms of some samples (n,) on the same bins; ``at``: name -> where a line marks a value."""
     figure, (axes,) = panels(1, 1, 7.5, 3.2)
-    values = np.concatenate(list(samples.values()))
-    bins: list[float] = np.linspace(values.min(), values.max(), 30).tolist()
+    bins = np.histogram_bin_edges(np.concatenate(list(samples.values())), 29).tolist()
     for i, (name, sample) in enumerate(samples.items()):
         look = {
             "color": COLOURS[(1, 5, 3)[i % 3]],

@@ -2,13 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from rmm_lab.errors import InputError
 from rmm_lab.reward import Path, parse_path, path_text, reward
+
+
+def rewards(scorer: Any, wanted: Sequence[tuple[Path, int | None]]) -> list[float]:
+    """The reward in [0, 1] of each path on its subset, None for the whole split, by all workers at once."""
+    if hasattr(scorer, "prefetch"):  # a scorer by formula has no workers
+        scorer.prefetch(wanted)
+    return [reward(scorer.score(path, subset)) for path, subset in wanted]
+
+
+def legal(episodes: Iterable[Mapping[str, Any]]) -> list[tuple[str, float]]:
+    """(path as text, reward) of a log's legal episodes."""
+    return [(e["path"], e["raw_reward"]) for e in episodes if not e["penalised"]]
 
 
 def shortlist(scored: Iterable[tuple[str, float]], n: int) -> list[str]:
@@ -25,19 +37,17 @@ def shortlist(scored: Iterable[tuple[str, float]], n: int) -> list[str]:
     return sorted(seen, key=lambda p: (-(sum(seen[p]) + 2 * prior) / (len(seen[p]) + 2), p))[:n]
 
 
-def candidates_of(
-    episodes: Iterable[Mapping[str, Any]], answers: Iterable[Path], n: int
+def candidates(
+    scored: Iterable[tuple[str, float]], n: int, answers: Iterable[Path] = ()
 ) -> dict[Path, str]:
-    """Up to n paths to choose from: ``answers`` (the means of CMA-ES) first, then the shortlist.
+    """Up to n paths to choose from: a search's ``answers``, such as CMA-ES's means, then the shortlist.
 
-    Returns path -> how it came about, ``scales`` or ``best``.
+    Answers take at most three quarters of the places. Returns path -> how it came about, ``scales`` or
+    ``best``.
     """
-    found = dict.fromkeys(answers, "scales")
-    legal = [(e["path"], e["raw_reward"]) for e in episodes if not e["penalised"]]
-    for text in shortlist(legal, n):
-        if len(found) < n:
-            found.setdefault(parse_path(text), "best")
-    return found
+    own = list(dict.fromkeys(answers))[: n - n // 4]
+    found = dict.fromkeys([*own, *map(parse_path, shortlist(scored, n))])
+    return {path: "scales" if path in own else "best" for path in list(found)[:n]}
 
 
 def rank(scorer: Any, candidates: Mapping[Path, str]) -> list[dict[str, Any]]:
@@ -50,10 +60,9 @@ def rank(scorer: Any, candidates: Mapping[Path, str]) -> list[dict[str, Any]]:
             "search: expected at least one legal episode, found none; raise --episodes or use "
             "--mask-actions"
         )
-    if hasattr(scorer, "prefetch"):
-        scorer.prefetch([(path, None) for path in candidates])
+    values = rewards(scorer, [(path, None) for path in candidates])
     rows = [
-        {"path": path, "found": how, "reward": reward(scorer.score(path, None))}
-        for path, how in candidates.items()
+        {"path": path, "found": how, "reward": value}
+        for (path, how), value in zip(candidates.items(), values, strict=True)
     ]
     return sorted(rows, key=lambda r: (-r["reward"], len(r["path"]), path_text(r["path"])))

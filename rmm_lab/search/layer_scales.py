@@ -18,7 +18,7 @@ import torch
 
 from rmm_lab.layers import LayerPool
 from rmm_lab.reward import Path, Step, parse_path, places_of
-from rmm_lab.search.finalists import shortlist
+from rmm_lab.search.finalists import legal, shortlist
 
 BOUNDS = (-0.2, 1.5)  # of a scale: 0 is the base, 1 the expert
 SIGMA = 0.2  # CMA-ES's first step
@@ -135,11 +135,7 @@ def start_of(scorer: Any, episodes: Sequence[Mapping[str, Any]]) -> Path:
     Where no legal episode did: the first expert, everywhere.
     """
     places = list(places_of(scorer))
-    whole = [
-        (e["path"], e["raw_reward"])
-        for e in episodes
-        if not e["penalised"] and [step.layer for step in parse_path(e["path"])] == places
-    ]
+    whole = [s for s in legal(episodes) if [step.layer for step in parse_path(s[0])] == places]
     best = shortlist(whole, 1)
     return parse_path(best[0]) if best else tuple(Step(scorer.sources[0], k) for k in places)
 

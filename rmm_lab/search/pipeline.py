@@ -31,7 +31,7 @@ from rmm_lab.reward import Path as Steps
 from rmm_lab.reward import Step, path_text, places_of, reward
 from rmm_lab.search import report
 from rmm_lab.search.config import Config, read_config
-from rmm_lab.search.finalists import candidates_of, rank
+from rmm_lab.search.finalists import candidates, legal, rank
 from rmm_lab.search.layer_scales import evolution_of, path_of_scales
 from rmm_lab.search.problem import Problem, problem_of
 from rmm_lab.search.run_folder import (
@@ -301,14 +301,14 @@ def choose(search: Search) -> list[Row]:
         evolution = evolution_of(search.scorer, search.episodes, run.seed)
         means = evolution.answers(run.finalists - run.finalists // 4)
         answers = [path_of_scales(x, places_of(search.scorer)) for x in means]
-    candidates = candidates_of(search.episodes, answers, run.finalists)
+    found = candidates(legal(search.episodes), run.finalists, answers)
     masked, options = search.config.agent.mask_actions, {"subset": None}
     greedy = ppo.play(search.env, search.agent, None, masked=masked, options=options)
     if not greedy.info["penalised"]:
-        candidates[search.expand(greedy.info["path"])] = "greedy"
-    if not candidates:  # no finalists were asked for, and the greedy rollout is illegal
-        candidates = candidates_of(search.episodes, (), 1)
-    return rank(search.scorer, candidates)
+        found[search.expand(greedy.info["path"])] = "greedy"
+    if not found:  # no finalists were asked for, and the greedy rollout is illegal
+        found = candidates(legal(search.episodes), 1)
+    return rank(search.scorer, found)
 
 
 # ----------------------------------------------------------------------------------------- the whole

@@ -47,9 +47,8 @@ def cost(scorer: Any) -> str:
 
 def evaluate_on_test(path: LayerPath, problem: Problem, episodes: int) -> list[Row]:
     """The rows of the result table: all that a search is compared with, and its path, on the test split."""
-    rows = list(uniform.rows(problem))
-    rows.append(uniform.path_row(problem, "RMM", f"{episodes} episodes", path.path))
-    return rows
+    row = uniform.path_row(problem, "RMM", f"{episodes} episodes", path.path)
+    return [*uniform.rows(problem), row]
 
 
 def frame(rows: Sequence[Row], tasks: Sequence[Any]) -> Any:

@@ -8,8 +8,7 @@
     CMA-ES, order        which experts' layers run, in a row     Akiba et al. 2024, data-flow space
 
 Each begins with the uniform path of every source, which any user has, on the first subset; they count. All
-score on the subsets of the reward split, which come in turn, and give (path as text, reward in [0, 1]) of
-each evaluation in order. The same seed gives the same search.
+score on the subsets of the reward split, which come in turn. The same seed gives the same search.
 
 The first four choose among the agent's sources at each place, without skip and back: paths with them are
 worse on average.
@@ -17,31 +16,18 @@ worse on average.
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import cache
+from itertools import cycle, repeat
 from typing import Any
 
 import numpy as np
 
 from rmm_lab.errors import InputError
-from rmm_lab.reward import Path, Step, parse_path, path_text, places_of, reward
-from rmm_lab.search.finalists import shortlist
+from rmm_lab.reward import Path, Step, parse_path, path_text, places_of
+from rmm_lab.search.finalists import rewards, shortlist
 from rmm_lab.search.layer_scales import BOUNDS, SEEDS, Evolution, path_of_scales
 
-
-class Scored(list[tuple[str, float]]):
-    """(path as text, reward in [0, 1]) of each evaluation, in order; ``answers``: what a search arrived at.
-
-    These are paths as text, the best first, that need not have been scored.
-    """
-
-    def __init__(self, scored: Sequence[tuple[str, float]], answers: Sequence[str]) -> None:
-        super().__init__(scored)
-        self.answers = answers
-
-
-# (scorer, evaluations, seed) -> (path as text, reward in [0, 1]) of each evaluation, in order.
-Search = Callable[[Any, int, int], list[tuple[str, float]]]
 GROUP = 20  # evaluations that share a data subset, as the agent's episodes of one update do
 STARTUP = 40  # evaluations before TPE models anything, the uniform paths among them
 ANSWERS = 20  # means of CMA-ES over scales that may be chosen from
@@ -51,7 +37,7 @@ REPEATS = 2  # how often a path of CMA-ES, order, can take each expert's layer
 MEAN = 0.25  # of a layer's number at the start of CMA-ES, order: above 0 it runs, below not
 
 
-# --------------------------------------------------------------------------------- paths and places
+# ------------------------------------------------------------------------------ paths and their scores
 
 
 def uniform_paths(scorer: Any) -> list[Path]:
@@ -65,67 +51,65 @@ def random_path(scorer: Any, rng: np.random.Generator) -> Path:
     return tuple(Step(sources[rng.integers(len(sources))], k) for k in places_of(scorer))
 
 
-def _score(scorer: Any, paths: Sequence[Path], subset: int) -> list[tuple[str, float]]:
-    """(path as text, reward) of each, by all workers at once."""
-    prefetch(scorer, [(path, subset) for path in paths])
-    return [(path_text(path), reward(scorer.score(path, subset))) for path in paths]
+class Scored(list[tuple[str, float]]):
+    """(path as text, reward in [0, 1]) of each evaluation in order, the uniform paths first.
+
+    ``answers``: what a search arrived at, the best first; these need not have been scored. ``left``: what
+    is left of the budget of ``evaluations``.
+    """
+
+    def __init__(self, scorer: Any, evaluations: int) -> None:
+        super().__init__()
+        self.scorer, self.left = scorer, evaluations
+        self.answers: list[Path] = []
+        self.score(uniform_paths(scorer), repeat(0))
+
+    def score(self, paths: Sequence[Path], subsets: Iterable[int]) -> list[float]:
+        """The rewards of paths, each on its subset, as far as the budget goes."""
+        wanted = list(zip(paths[: self.left], subsets, strict=False))
+        values = rewards(self.scorer, wanted)
+        self.extend(zip((path_text(path) for path, _ in wanted), values, strict=True))
+        self.left -= len(values)
+        return values
 
 
-def prefetch(scorer: Any, wanted: Sequence[tuple[Path, int | None]]) -> None:
-    """Let several workers score what will be asked for; a scorer by formula needs no such thing."""
-    if hasattr(scorer, "prefetch"):
-        scorer.prefetch(wanted)
-
-
-def _start(scorer: Any, evaluations: int) -> list[tuple[str, float]]:
-    """The uniform paths, as far as the budget goes, on the first subset."""
-    return _score(scorer, uniform_paths(scorer)[:evaluations], 0)
+Search = Callable[[Any, int, int], Scored]  # of a scorer, the number of evaluations, and a seed
 
 
 # ---------------------------------------------------------------------------------- plain searches
 
 
-def random_search(scorer: Any, evaluations: int, seed: int) -> list[tuple[str, float]]:
+def random_search(scorer: Any, evaluations: int, seed: int) -> Scored:
     """The uniform paths, then paths with a source drawn uniformly at each place; subsets come in turn."""
-    rng = np.random.default_rng(seed)
-    out = _start(scorer, evaluations)
-    n = scorer.n_subsets
-    drawn = [(random_path(scorer, rng), i % n) for i in range(evaluations - len(out))]
-    prefetch(scorer, drawn)
-    for path, subset in drawn:
-        out += _score(scorer, [path], subset)
+    rng, out = np.random.default_rng(seed), Scored(scorer, evaluations)
+    drawn = [random_path(scorer, rng) for _ in range(out.left)]
+    out.score(drawn, cycle(range(scorer.n_subsets)))
     return out
 
 
-def coordinate_ascent(scorer: Any, evaluations: int, seed: int) -> list[tuple[str, float]]:
+def coordinate_ascent(scorer: Any, evaluations: int, seed: int) -> Scored:
     """Improve the best uniform path one place at a time; go on from a random path when nothing helps.
 
     A sweep visits all places in random order on one data subset, so that like is compared with like, and
     takes at each the best of all sources. After a sweep without a change comes a fresh start; each sweep
     takes the next subset.
     """
-    rng = np.random.default_rng(seed)
-    out = _start(scorer, evaluations)
-    if not out:
-        return out
-    best, text = max((value, text) for text, value in out)
+    rng, out = np.random.default_rng(seed), Scored(scorer, evaluations)
+    best, text = max(((value, text) for text, value in out), default=(0.0, ""))
     path, sweep, changed = parse_path(text), 0, True
-    while len(out) < evaluations:
+    while out.left:
         subset = sweep % scorer.n_subsets
         if sweep:  # in the first one the path has been scored on this subset
             path = path if changed else random_path(scorer, rng)
-            out += _score(scorer, [path], subset)
-            best = out[-1][1]
+            [best] = out.score([path], [subset])
         sweep, changed = sweep + 1, False
         for place in rng.permutation(len(path)):
             others = [
                 (*path[:place], step, *path[place + 1 :])
                 for source in rng.permutation(len(scorer.sources))
                 if (step := Step(scorer.sources[source], path[place].layer)) != path[place]
-            ][: max(0, evaluations - len(out))]
-            scored = _score(scorer, others, subset)
-            out += scored
-            for other, (_, value) in zip(others, scored, strict=True):
+            ]
+            for other, value in zip(others, out.score(others, repeat(subset)), strict=False):
                 if value > best:
                     best, path, changed = value, other, True
     return out
@@ -134,87 +118,67 @@ def coordinate_ascent(scorer: Any, evaluations: int, seed: int) -> list[tuple[st
 # ------------------------------------------------------------------------------- searches of Optuna
 
 
-def tpe(scorer: Any, evaluations: int, seed: int) -> list[tuple[str, float]]:
+def tpe(scorer: Any, evaluations: int, seed: int) -> Scored:
     """Tree-structured Parzen estimator, Optuna's: sources that were frequent in good paths come again.
 
     ``STARTUP`` evaluations (the uniform paths, then random ones) come first. Twenty evaluations in a row
     share a subset. Source: Bergstra et al. 2011, "Algorithms for Hyper-Parameter Optimization", Sec. 4.
     """
-    optuna = _need("optuna")
-    sampler = optuna.samplers.TPESampler(
-        seed=seed % SEEDS, n_startup_trials=STARTUP, multivariate=True
-    )
-    return _by_optuna(scorer, evaluations, sampler, 1)
+    options = {"n_startup_trials": STARTUP, "multivariate": True}
+    return _by_optuna(scorer, evaluations, seed, 1, "TPESampler", options)
 
 
-def nsga2(scorer: Any, evaluations: int, seed: int) -> list[tuple[str, float]]:
+def nsga2(scorer: Any, evaluations: int, seed: int) -> Scored:
     """NSGA-II, Optuna's: 20 paths a generation, crossed and mutated; one generation on one subset.
 
     It has one objective, the mean reward, although it could have one for each task: the final choice is by
     the mean, and a budget of 35 generations is not to be spent on the rest of a Pareto front.
     Source: Deb et al. 2002, "A Fast and Elitist Multiobjective Genetic Algorithm: NSGA-II".
     """
-    optuna = _need("optuna")
-    sampler = optuna.samplers.NSGAIISampler(seed=seed % SEEDS, population_size=GROUP)
-    return _by_optuna(scorer, evaluations, sampler, GROUP)
+    options = {"population_size": GROUP}
+    return _by_optuna(scorer, evaluations, seed, GROUP, "NSGAIISampler", options)
 
 
-def _by_optuna(scorer: Any, evaluations: int, sampler: Any, batch: int) -> list[tuple[str, float]]:
+def _by_optuna(
+    scorer: Any, evaluations: int, seed: int, batch: int, sampler: str, options: dict[str, Any]
+) -> Scored:
     """A study of one categorical choice for each place, ``batch`` paths asked for at a time."""
-    import optuna
-
+    try:
+        import optuna
+    except ImportError as error:
+        raise InputError(
+            f"search: expected the library optuna, found none ({error}); install it with "
+            "pip install -e '.[search]'"
+        ) from error
     one = optuna.distributions.CategoricalDistribution(range(len(scorer.sources)))
     choices: dict[str, Any] = {str(k): one for k in places_of(scorer)}
-    with _quiet(optuna):
-        study = optuna.create_study(direction="maximize", sampler=sampler)
-        start = uniform_paths(scorer)
-        numbers = {source: a for a, source in enumerate(scorer.sources)}
-        for path in start:
-            study.enqueue_trial({str(step.layer): numbers[step.source] for step in path})
-        out: list[tuple[str, float]] = []
-        while (n := min(batch, evaluations - len(out))) > 0:
+    out, verbosity = Scored(scorer, evaluations), optuna.logging.get_verbosity()
+    optuna.logging.set_verbosity(optuna.logging.WARNING)  # without its news of each study
+    try:
+        draws = getattr(optuna.samplers, sampler)(seed=seed % SEEDS, **options)
+        study = optuna.create_study(direction="maximize", sampler=draws)
+        for number, (_, value) in enumerate(out):  # the uniform paths
+            study.enqueue_trial(dict.fromkeys(choices, number))
+            study.tell(study.ask(choices), value)
+        while out.left:
+            n = min(batch - len(out) % batch, out.left)
             trials = [study.ask(choices) for _ in range(n)]
             paths = [
                 tuple(Step(scorer.sources[t.params[key]], int(key)) for key in choices)
                 for t in trials
             ]
-            # The first subset at least for the start.
-            subset = len(out) // GROUP % scorer.n_subsets if len(out) >= len(start) else 0
-            scored = _score(scorer, paths, subset)
-            for trial, (_, value) in zip(trials, scored, strict=True):
+            subset = len(out) // GROUP % scorer.n_subsets
+            for trial, value in zip(trials, out.score(paths, repeat(subset)), strict=True):
                 study.tell(trial, value)
-            out += scored
-    return out
-
-
-@contextlib.contextmanager
-def _quiet(optuna: Any) -> Iterator[None]:
-    """Optuna without its news of each study, and as it was afterwards."""
-    before = optuna.logging.get_verbosity()
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
-    try:
-        yield
     finally:
-        optuna.logging.set_verbosity(before)
-
-
-def _need(name: str) -> Any:
-    """A library of the extra ``search``, or an InputError that says how to get it."""
-    import importlib
-
-    try:
-        return importlib.import_module(name)
-    except ImportError as error:
-        raise InputError(
-            f"search: expected the library {name}, found none ({error}); install it with "
-            "pip install -e '.[search]'"
-        ) from error
+        optuna.logging.set_verbosity(verbosity)
+    return out
 
 
 # ------------------------------------------------------------------------------------------ CMA-ES
 
 
-def cmaes_scales(scorer: Any, evaluations: int, seed: int) -> list[tuple[str, float]]:
+def cmaes_scales(scorer: Any, evaluations: int, seed: int) -> Scored:
     """CMA-ES over a scale for each place and expert: models between and beyond the experts.
 
     After the uniform paths come ``SCALES``, one for all experts and places; the best of these and of the
@@ -222,28 +186,24 @@ def cmaes_scales(scorer: Any, evaluations: int, seed: int) -> list[tuple[str, fl
     Source: Akiba et al. 2024, "Evolutionary Optimization of Model Merging Recipes", parameter space; they
     evolve TIES' densities beside the weights.
     """
+    places, n = places_of(scorer), scorer.n_models
 
     def path_of(scales: np.ndarray) -> Path:
-        return path_of_scales(scales, places_of(scorer))
+        return path_of_scales(scales, places)
 
-    n, size = scorer.n_models, scorer.n_models * len(places_of(scorer))
-    out = _start(scorer, evaluations)
+    out = Scored(scorer, evaluations)
     # An expert is a scale of 1 for itself and of 0 for the others.
-    known = [(value, np.tile(np.eye(n)[i], size // n)) for i, (_, value) in enumerate(out[:n])]
-    for scale in SCALES[: evaluations - len(out)]:
-        scales = np.full(size, scale)
-        out += _score(scorer, [path_of(scales)], 0)
-        known.append((out[-1][1], scales))
-    if len(out) == evaluations:
-        return out
-    mean = max(known, key=lambda pair: pair[0])[1]
-    evolution = Evolution(mean, BOUNDS, seed)
-    out = _evolve(scorer, out, evaluations, evolution, path_of)
-    answers = dict.fromkeys(path_text(path_of(x)) for x in evolution.answers(ANSWERS))
-    return Scored(out, list(answers))
+    known = [(value, np.tile(np.eye(n)[i], len(places))) for i, (_, value) in enumerate(out[:n])]
+    tried = [np.full(n * len(places), scale) for scale in SCALES]
+    known += zip(out.score(list(map(path_of, tried)), repeat(0)), tried, strict=False)
+    if out.left:
+        evolution = Evolution(max(known, key=lambda pair: pair[0])[1], BOUNDS, seed)
+        _evolve(out, evolution, path_of)
+        out.answers = list(dict.fromkeys(map(path_of, evolution.answers(ANSWERS))))
+    return out
 
 
-def cmaes_order(scorer: Any, evaluations: int, seed: int) -> list[tuple[str, float]]:
+def cmaes_order(scorer: Any, evaluations: int, seed: int) -> Scored:
     """CMA-ES over which layers of the experts run, in a fixed order: unmerged layers in a new sequence.
 
     All layers of the first expert stand in a row, then those of the next, and all of that ``REPEATS`` times:
@@ -256,8 +216,8 @@ def cmaes_order(scorer: Any, evaluations: int, seed: int) -> list[tuple[str, flo
     Up to ``LAST`` evaluations at the end, each on another subset, go to the mean that it arrived at. A mean
     of means, as of scales, would be no answer: between two orders lies a third, of other layers.
     """
-    out = _start(scorer, evaluations)
-    if len(out) == evaluations:
+    out = Scored(scorer, evaluations)
+    if not out.left:
         return out
     best = int(np.argmax([value for _, value in out[: scorer.n_models]]))
     mean = np.full((REPEATS, scorer.n_models, scorer.n_layers), -MEAN)
@@ -267,11 +227,10 @@ def cmaes_order(scorer: Any, evaluations: int, seed: int) -> list[tuple[str, flo
         return path_of_order(scorer, numbers)
 
     evolution = Evolution(mean.ravel(), None, seed)
-    last = min(LAST, scorer.n_subsets, (evaluations - len(out)) // 10)
-    out = _evolve(scorer, out, evaluations - last, evolution, path_of)
-    for i in range(last):
-        subset = (evolution.generation + 1 + i) % scorer.n_subsets
-        out += _score(scorer, [path_of(evolution.latest)], subset)
+    last = min(LAST, scorer.n_subsets, out.left // 10)
+    _evolve(out, evolution, path_of, last)
+    subsets = ((evolution.generation + 1 + i) % scorer.n_subsets for i in range(last))
+    out.score([path_of(evolution.latest)] * last, subsets)
     return out
 
 
@@ -288,25 +247,17 @@ def path_of_order(scorer: Any, numbers: np.ndarray) -> Path:
 
 
 def _evolve(
-    scorer: Any,
-    out: Sequence[tuple[str, float]],
-    evaluations: int,
-    evolution: Evolution,
-    path_of: Callable[[np.ndarray], Path],
-) -> list[tuple[str, float]]:
-    """CMA-ES until all evaluations are spent; a generation shares a subset.
+    out: Scored, evolution: Evolution, path_of: Callable[[np.ndarray], Path], keep: int = 0
+) -> None:
+    """CMA-ES until ``keep`` evaluations are left; a generation shares a subset.
 
     The library cmaes, which Optuna's own CMA-ES is built on: here a generation is asked for as a whole, its
     start is a vector, and nothing is kept of older trials.
     """
-    out = list(out)
-    while (left := evaluations - len(out)) > 0:
-        asked = evolution.ask(left)
-        paths = [path_of(x) for x in asked]
-        scored = _score(scorer, paths, evolution.generation % scorer.n_subsets)
-        out += scored
-        evolution.tell(asked, [value for _, value in scored])
-    return out
+    while out.left > keep:
+        asked = evolution.ask(out.left - keep)
+        subset = evolution.generation % out.scorer.n_subsets
+        evolution.tell(asked, out.score(list(map(path_of, asked)), repeat(subset)))
 
 
 SEARCHES: dict[str, Search] = {
@@ -324,17 +275,7 @@ SEARCHES: dict[str, Search] = {
 
 def whole(scorer: Any, text: str) -> float:
     """The reward in [0, 1] of a path, given as text, on the whole reward split."""
-    return reward(scorer.score(parse_path(text), None))
-
-
-def finalists(scored: Sequence[tuple[str, float]], n: int) -> list[str]:
-    """The n paths, as text, that are scored on the whole reward split to choose one.
-
-    Three quarters are a search's own answers, where it has such, as with RMM's scales; the others are those
-    with the best scores, see ``shortlist``.
-    """
-    own = list(scored.answers[: n - n // 4]) if isinstance(scored, Scored) else []
-    return [*own, *(text for text in shortlist(scored, n) if text not in own)][:n]
+    return rewards(scorer, [(parse_path(text), None)])[0]
 
 
 def curve_of(
@@ -345,9 +286,7 @@ def curve_of(
     Yields ``evaluations`` and ``reward_split`` in %; the path is the first of the ``shortlist``. These scores
     serve the plot, and no search sees them; a path that is chosen several times is scored once.
     """
-    seen: dict[str, float] = {}
+    worth = cache(lambda text: whole(scorer, text))
     for n in sorted({*range(every, len(scored), every), len(scored)}):
-        best = shortlist(scored[:n], 1)[0]
-        if best not in seen:
-            seen[best] = whole(scorer, best)
-        yield {"evaluations": n, "reward_split": round(100 * seen[best], 2)}
+        [best] = shortlist(scored[:n], 1)
+        yield {"evaluations": n, "reward_split": round(100 * worth(best), 2)}

@@ -1,7 +1,7 @@
 """What RMM is compared with: the base, the experts, multi-task training, uniform merges.
 
 Scales and densities of the uniform merges are chosen on the reward split; the test split is only
-reported. Other searches under the same number of evaluations are in ``searches``.
+reported. Other searches under the same number of evaluations are in ``rivals``.
 """
 
 from __future__ import annotations
@@ -107,23 +107,19 @@ def rows(problem: Problem) -> Iterator[Row]:
 
 def uniform_rows(problem: Problem, names: Collection[str]) -> Iterator[Row]:
     """The uniform merges of these names, such as ``DARE``: as published, then tuned on the reward split."""
-
-    def merge(name: str, setting: str, source: str) -> Row:
-        return path_row(problem, name, setting, uniform_path(problem, source))
-
-    for name, setting in AS_GIVEN.items():
-        if name in names:
-            yield merge(name, f"{setting} as published", setting)
+    merges: list[tuple[str, tuple[str, ...], str]]
+    merges = [(name, (setting,), "{} as published") for name, setting in AS_GIVEN.items()]
     for name, settings in GRIDS.items():
-        if name not in names:
-            continue
-        best = tune(problem, settings)
         if len(settings) == 1:
-            yield merge(name, best, best)
+            merges.append((name, settings, "{}"))
         else:
-            setting = f"{best}, best of {len(settings)} on the reward split"
-            yield merge(f"{name}, tuned", setting, best)
-        problem.pool.forget(settings)
+            told = f"{{}}, best of {len(settings)} on the reward split"
+            merges.append((f"{name}, tuned", settings, told))
+    for name, settings, told in merges:
+        if name.removesuffix(", tuned") in names:
+            best = tune(problem, settings)
+            yield path_row(problem, name, told.format(best), uniform_path(problem, best))
+            problem.pool.forget(settings)
 
 
 def _joint(problem: Problem) -> list[Tensor]:
@@ -133,9 +129,8 @@ def _joint(problem: Problem) -> list[Tensor]:
     parts = problem.pool.split(joint.weights)
     stem = architecture.stem(parts.stem)
     layers = [architecture.layer(k, weights) for k, weights in enumerate(parts.layers)]
-    found = []
-    for task in problem.tasks:
-        head = joint.family.task_head(joint, task)
-        device = problem.device
-        found.append(predict(architecture, stem, layers, head, task, "test", device=device))
-    return found
+    heads = [joint.family.task_head(joint, task) for task in problem.tasks]
+    return [
+        predict(architecture, stem, layers, head, task, "test", device=problem.device)
+        for head, task in zip(heads, problem.tasks, strict=True)
+    ]

@@ -274,7 +274,8 @@ def _from_files(form: Format, path: Path, thing: str) -> dict[str, list[Row]]:
     if path.is_file():
         return {"train": read(path, form.convert, form.quoting)}
     if not path.is_dir():
-        raise wrong(thing, "a folder or file", f"no {path}", "check the spelling")
+        remedy = f"check the spelling, or get {_names(form)} from {form.source}"
+        raise wrong(thing, "a folder or file", f"no {path}", remedy)
     for folder in (path, path / form.folder):
         found: dict[str, list[Row]] = {}
         for part, names in form.files.items():
