@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -115,6 +116,15 @@ def test_join_undoes_split(variant):
     again = join(parts.stem, stacks)
     assert again.keys() == weights.keys()
     assert all(again[name] is weights[name] for name in weights)
+
+
+@pytest.mark.parametrize("stack", ["encoder", "decoder"])
+def test_a_stack_without_its_position_bias_is_not_assembled(t5s, stack):
+    base = read_checkpoint(t5s["t5"][1][0])
+    bias = f"{stack}.block.0.{t5_run.BIAS}"
+    parts = t5.split({name: t for name, t in base.weights.items() if name != bias})
+    with pytest.raises(InputError, match=re.escape(bias)):
+        t5.T5(base.config).assemble(parts.stem, list(enumerate(parts.layers)), {})
 
 
 def test_layers_are_in_numerical_order_whatever_the_order_of_the_file():

@@ -250,10 +250,10 @@ class T5:
             model.lm_head.weight = nn.Parameter(weights["lm_head.weight"].clone())
         result = model.load_state_dict(weights, strict=False)
         tied = {"encoder.embed_tokens.weight", "decoder.embed_tokens.weight", "lm_head.weight"}
-        if result.unexpected_keys or not set(result.missing_keys) <= tied:
+        odd = result.unexpected_keys + [name for name in result.missing_keys if name not in tied]
+        if odd:
             raise InputError(
-                f"expected the weights that config.json describes, found "
-                f"{(result.unexpected_keys + result.missing_keys)[0]!r} out of place"
+                f"expected the weights that config.json describes, found {odd[0]!r} out of place"
             )
         return model.eval().requires_grad_(False)
 
