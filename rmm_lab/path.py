@@ -12,7 +12,7 @@ from rmm_lab.errors import InputError
 from rmm_lab.families.checkpoint import Checkpoint, read_checkpoint, write_checkpoint
 from rmm_lab.families.shipped import locate
 from rmm_lab.layers import LayerPool
-from rmm_lab.reward import Path, Step
+from rmm_lab.reward import Path, Step, split_stem
 
 SCHEMA = "rmm_lab/layer-path/1"
 _OLD_SCALES = "task_arithmetic:scale="  # older files have a step's scales in its source
@@ -42,7 +42,7 @@ class Origin:
 class LayerPath:
     """F_M = F*_1 o F*_2 o ... o F*_T (Eq. 6) with everything needed to build it again.
 
-    ``stem``: the step at layer -1, the source of all weights outside layers and heads. ``steps``: the
+    ``stem``: the step at place -1, the source of all weights outside layers and heads. ``steps``: the
     other steps, in the order in which the layers run. ``seed``, ``scope`` and ``unit``: those of the pool,
     so that random operators draw the same masks.
     """
@@ -58,11 +58,11 @@ class LayerPath:
 
     @classmethod
     def of(cls, pool: LayerPool, path: Sequence[Step], stem: str = "base") -> LayerPath:
-        """A path through a pool; ``stem`` is its stem's source unless it starts with one, at layer -1."""
-        steps = [Step(source, int(k), *scales) for source, k, *scales in path]
-        first = steps.pop(0) if steps and steps[0].layer == -1 else Step(stem, -1)
+        """A path through a pool; ``stem`` is its stem's source unless it starts with one, at place -1."""
+        whole = tuple(Step(source, int(k), *scales) for source, k, *scales in path)
+        first, steps = split_stem(whole, stem)
         return cls(
-            steps=tuple(steps),
+            steps=steps,
             base=Origin.of("base", pool.base),
             experts=tuple(
                 Origin.of(name, e) for name, e in zip(pool.names, pool.experts, strict=True)

@@ -22,7 +22,7 @@ class Step(NamedTuple):
     """One step of a path.
 
     ``source``: an expert's name, an operator's specification such as ``ties:density=0.3``, or ``base``.
-    ``layer``: k, or -1 for the *stem*, the weights outside layers and heads. ``scales``: with the source
+    ``layer``: its place, k, or -1 for the *stem*, the weights outside layers and heads. ``scales``: with the source
     ``task_arithmetic``, one scale per expert; else empty.
     """
 
@@ -57,6 +57,12 @@ def parse_path(text: str) -> Path:
     return tuple(steps)
 
 
+def split_stem(path: Path, default: str = "base") -> tuple[Step, Path]:
+    """The stem and the layers of a path; one that does not start at place -1 has the stem of ``default``."""
+    has_stem = path[:1] and path[0].layer == -1
+    return (path[0], path[1:]) if has_stem else (Step(default, -1), path)
+
+
 class PathScorer(Protocol):
     """What scores paths, as the environment needs it; ``engine.scorer.Scorer`` is one."""
 
@@ -66,7 +72,7 @@ class PathScorer(Protocol):
     stacks: Sequence[range]  # layers that may follow each other: one stack for a ViT, two for a T5
     n_subsets: int  # of the reward split
     task_names: list[str]
-    chooses_stem: bool  # whether a path may start with a step at layer -1
+    chooses_stem: bool  # whether a path may start with a step at place -1
 
     def score(self, path: Path, subset: int | None = None) -> np.ndarray:
         """Each task's metric on a subset, or on all examples for None: (N,) in [0, 1]."""
@@ -151,13 +157,8 @@ def predict(
 def predict_all(
     pool: Any, tasks: Sequence[Task], path: Path, split: str, device: str = "cpu"
 ) -> list[Tensor]:
-    """Each task's answers (n,) by a path through a ``LayerPool``, with the task's own head.
-
-    The stem is the path's first step if that is at layer -1, else the base's.
-    """
-    first, steps = (
-        (path[0], path[1:]) if path[:1] and path[0].layer < 0 else (Step("base", -1), path)
-    )
+    """Each task's answers (n,) by a path through a ``LayerPool``, with the task's own head."""
+    first, steps = split_stem(path)
     stem, layers = pool.stem(first.source, first.scales), [pool.layer(*step) for step in steps]
     return [
         predict(pool.architecture, stem, layers, pool.heads[name], task, split, device=device)

@@ -25,7 +25,7 @@ from rmm_lab.families import vit_run as vit_family
 from rmm_lab.families.checkpoint import read_checkpoint
 from rmm_lab.layers import LayerPool
 from rmm_lab.path import SCHEMA, LayerPath, Origin
-from rmm_lab.reward import Step
+from rmm_lab.reward import Step, split_stem
 
 OPERATORS = ("weight_average", "ties", "dare")
 PATHS = {
@@ -140,6 +140,14 @@ def test_a_paths_stem_is_its_first_step_or_the_one_named(pool):
         assert (made.stem, made.steps) == (Step("two", -1), steps)
         assert made.path == (Step("two", -1), *steps)
     assert LayerPath.of(pool, steps).stem == Step("base", -1)
+
+
+def test_the_stem_is_split_from_the_layers():
+    stem, layers = Step("ties", -1, (0.3, 0.5)), (Step("one", 0), Step("two", 1))
+    assert split_stem((stem, *layers), "one") == (stem, layers)
+    assert split_stem(layers, "one") == (Step("one", -1), layers)
+    assert split_stem((stem,)) == (stem, ())
+    assert split_stem(()) == (Step("base", -1), ())
 
 
 def test_json_names_everything_that_is_needed(pool, tiny):

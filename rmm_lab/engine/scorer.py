@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from rmm_lab.engine.cache import Cache, free_bytes
 from rmm_lab.errors import InputError
 from rmm_lab.layers import LayerPool
-from rmm_lab.reward import Path, Step, Task, partition
+from rmm_lab.reward import Path, Step, Task, partition, split_stem
 from rmm_lab.tasks.metrics import REWARDS, likelihood, mean_of
 
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -86,7 +86,7 @@ class Scorer:
         fraction: share of each task's examples per episode, in (0, 1]; there are
             ``round(1 / fraction)`` subsets, which together use every example once.
         stem: where the weights outside the layers come from: ``base``, an expert, an operator, or
-            ``agent``: then a path may start with a step at layer -1, and without one takes the base's.
+            ``agent``: then a path may start with a step at place -1, and without one takes the base's.
         seed: of the partition.
         cache_mb: budget for activations, in MiB; 0 keeps none, None takes a quarter of free memory.
         batch_size: examples that go through a layer at once; None: as many as suit the CPU's cache.
@@ -178,12 +178,6 @@ class Scorer:
         vars(self).update(state)
         self._lock = threading.Lock()
 
-    def _split(self, path: Path) -> tuple[Step, int]:
-        """The stem of a path, and the index in the path of its first layer."""
-        if path and path[0].layer < 0:
-            return path[0], 1
-        return Step(self.stem, -1), 0
-
     def _is_passing(self, path: Path) -> bool:
         """Whether a path has a step whose layer is merged, used and forgotten."""
         return any(step.scales or step.source not in self._kept for step in path)
@@ -197,7 +191,7 @@ class Scorer:
         """
         self.evaluations += 1
         examples = sum(len(self.rows(i, subset)) for i in range(self.n_models))
-        self.work_asked += examples * (len(path) - self._split(path)[1])
+        self.work_asked += examples * len(split_stem(path)[1])
         self.prefetch([(path, subset)])
         return self._seen[path, subset].copy()
 
@@ -326,8 +320,9 @@ class Scorer:
 
     def _logits(self, subset: int | None, j: int, path: Path) -> tuple[Tensor, int]:
         """Logits (n, answers) from the longest beginning that is kept, and the number of layers run."""
-        first, start = self._split(path)
+        first, steps = split_stem(path, self.stem)
         stem, architecture = self._module(first), self.architecture
+        start = len(path) - len(steps)  # the index of the first layer
         # The last layer is never kept: it may compute only what the head needs.
         known, state = max(start, len(path) - 1), None
         while known >= start and (state := self.cache.get((subset, j, path[:known]))) is None:
