@@ -1,6 +1,6 @@
 """What can be chosen at each layer: ``LayerPool`` holds every source's layers, merged when first asked for.
 
-A *source* is an expert (its own layer) or a merging operator (its merge of all experts' layers). Position -1
+A *source* is an expert (its own layer) or a merging operator (its merge of all experts' layers). Place -1
 is the *stem*, all weights outside layers and heads: one more group of weights that an operator can merge.
 """
 
@@ -17,7 +17,7 @@ from rmm_lab.errors import InputError
 from rmm_lab.families.checkpoint import Checkpoint, architecture, check_same_architecture
 from rmm_lab.families.parts import UNITS, Parts, Weights, divide, outside_head, refill
 from rmm_lab.operators import RANDOM, OperatorSpec, expand_operators, parse_operator
-from rmm_lab.reward import Step, parse_path
+from rmm_lab.reward import Step, parse_path, split_stem
 
 SCOPES = ("layer", "tensor", "global")
 SCALED = "task_arithmetic"  # the source that takes a step's scales
@@ -95,8 +95,9 @@ class LayerPool:
     def _forget_all(self) -> None:
         self._architecture: Any = None
         self._weights: dict[Step, Weights] = {}
-        self._modules: dict[Step, nn.Module] = {}  # layers, and stems as layer -1
-        self._spare: dict[int, list[nn.Module]] = {}  # of forgotten layers: filling beats making
+        self._modules: dict[Step, nn.Module] = {}  # layers, and stems at place -1
+        # Modules to refill, by layer: faster than building new ones.
+        self._spare: dict[int, list[nn.Module]] = {}
         self._global: dict[tuple[str, Scales], tuple[Tensor, ...]] = {}
 
     def __getstate__(self) -> dict[str, Any]:
@@ -133,7 +134,7 @@ class LayerPool:
     # ------------------------------------------------------------------------------------- layers
 
     def weights(self, source: str, k: int, scales: Scales = ()) -> Weights:
-        """Layer k of a source, name -> tensor: F* of Eq. 3 (an expert's) or Eq. 4 (an operator's).
+        """Place k of a source, name -> tensor: F* of Eq. 3 (an expert's) or Eq. 4 (an operator's).
 
         source: ``base``, an expert's name, or any operator, whether an action of the pool or not.
         scales: with ``task_arithmetic``, one for each expert.
@@ -186,10 +187,9 @@ class LayerPool:
     def assemble(self, path: Iterable[Step], stem: str = "base") -> nn.Module:
         """The real timm or transformers model of a path; a ViT's classifier holds all tasks' heads.
 
-        stem: where the stem comes from, unless the path starts with a step at layer -1.
+        stem: where the stem comes from, unless the path starts with a step at place -1.
         """
-        steps = [Step(*step) for step in path]
-        first = steps.pop(0) if steps and steps[0].layer == -1 else Step(stem, -1)
+        first, steps = split_stem(tuple(Step(*step) for step in path), stem)
         for step in steps:
             if not 0 <= step.layer < self.n_layers:
                 raise InputError(
@@ -204,13 +204,11 @@ class LayerPool:
     def _operator(self, source: str, scales: Scales = ()) -> OperatorSpec:
         """The operator of a step, which need not be an action of the pool."""
         if scales and source != SCALED:
-            raise InputError(
-                f"scales: expected with {SCALED}, found with {source!r}; leave them out"
-            )
+            raise InputError(f"scales: expected with {SCALED}, found with {source!r}; omit them")
         try:
             if scales:
                 return OperatorSpec(source, SCALED, (("scale", scales),))
-            return self.operators.get(source) or parse_operator(source)
+            return self.operators.get(source) or parse_operator(source, self.n_models)
         except InputError as error:
             raise InputError(
                 f"source {source!r}: expected base, an expert ({', '.join(self.names)}) or an "
@@ -219,27 +217,27 @@ class LayerPool:
 
     def _merge(self, step: Step) -> Weights:
         source, k, scales = step
-        merge, groups = self._operator(source, scales), list(self._parts.values())
+        operator, groups = self._operator(source, scales), list(self._parts.values())
         base, *experts = (_group(parts, k) for parts in groups)
         if self.scope == "layer":
             stack = torch.stack([_flat(e) for e in experts])  # (N, D)
-            return _unflat(merge(_flat(base), stack, self._mask(source, k)), base)
+            return _unflat(operator(_flat(base), stack, self._mask(source, k)), base)
         if self.scope == "tensor":
             generator = self._mask(source, k)
             return {
-                name: merge(tensor, torch.stack([e[name] for e in experts]), generator)
+                name: operator(tensor, torch.stack([e[name] for e in experts]), generator)
                 for name, tensor in base.items()
             }
         if (source, scales) not in self._global:  # the whole model once, cut into stem and layers
             places = range(-1, self.n_layers)
             whole, *others = (torch.cat([_flat(_group(p, j)) for j in places]) for p in groups)
-            merged = merge(whole, torch.stack(others), self._mask(source, -1))  # (N, D) -> (D,)
+            merged = operator(whole, torch.stack(others), self._mask(source, -1))  # (N, D) -> (D,)
             sizes = [len(_flat(_group(groups[0], j))) for j in places]
             self._global[source, scales] = merged.split(sizes)
         return _unflat(self._global[source, scales][k + 1], base)
 
     def _mask(self, source: str, k: int) -> torch.Generator | None:
-        """The generator of a random operator's masks in layer k, from the pool's seed."""
+        """The generator of a random operator's masks at place k, from the pool's seed."""
         spec = self._operator(source)
         if spec.function not in RANDOM:
             return None

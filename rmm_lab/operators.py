@@ -16,6 +16,8 @@ flattened layer, as in Eq. 4, unless told otherwise. NaN stays visible in the re
 and options raise InputError.
 """
 
+from __future__ import annotations
+
 import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -65,21 +67,21 @@ def elect_sign(deltas: Tensor) -> Tensor:
     return deltas.sum(dim=0).sign()  # (N, *shape) -> (*shape)
 
 
-def disjoint_merge(deltas: Tensor, sign: Tensor, how: str = "mean") -> Tensor:
+def disjoint_merge(deltas: Tensor, sign: Tensor, merge: str = "mean") -> Tensor:
     """Merge the experts that agree with the elected sign (Yadav et al. 2023, Alg. 1, step 3).
 
-    deltas: (N, *shape) task vectors; sign: (*shape) in {-1, 0, 1}; how: "mean" over the nonzero entries that
-    agree (the TIES paper's disjoint mean), or their "sum". Returns (*shape), 0 where no expert agrees.
+    deltas: (N, *shape) task vectors; sign: (*shape) in {-1, 0, 1}; merge: "mean" over the nonzero entries
+    that agree (the TIES paper's disjoint mean), or their "sum". Returns (*shape), 0 where none agrees.
     """
     _check_stack("deltas", deltas, sign.shape)
-    _check_options(merge=how)
+    _check_options(merge=merge)
 
-    def merge(deltas: Tensor, sign: Tensor) -> Tensor:  # (N, n), (n,) -> (n,)
+    def merge_block(deltas: Tensor, sign: Tensor) -> Tensor:  # (N, n), (n,) -> (n,)
         agrees = deltas * sign > 0  # (N, n), False where either one is 0
         total = (deltas * agrees).sum(dim=0)  # (N, n) -> (n,)
-        return total if how == "sum" else total / agrees.sum(dim=0).clamp(min=1)
+        return total if merge == "sum" else total / agrees.sum(dim=0).clamp(min=1)
 
-    return _in_blocks(merge, deltas, sign)
+    return _in_blocks(merge_block, deltas, sign)
 
 
 def drop_and_rescale(deltas: Tensor, drop_rate: float, generator: Rng = None) -> Tensor:
@@ -96,8 +98,8 @@ def drop_and_rescale(deltas: Tensor, drop_rate: float, generator: Rng = None) ->
         return deltas.clone()
     if not isinstance(generator, torch.Generator):
         raise InputError(
-            "A random operator needs a seeded generator so that the tested model is the searched "
-            f"one, but generator is {generator!r}: pass torch.Generator().manual_seed(seed)."
+            "generator: expected a seeded one, so that the tested model is the searched one, found "
+            f"{generator!r}; pass torch.Generator().manual_seed(seed)"
         )
     device = generator.device
     keep = torch.empty(deltas.numel(), dtype=torch.bool, device=device)  # (N * numel,)
@@ -134,10 +136,8 @@ def weighted_average(
     expert: which one leads, a whole number from 1 to N; share in [0, 1]; scale: finite.
     """
     deltas = task_vectors(base, experts)
-    _check_options(expert=expert, share=share)
     n = len(deltas)
-    if expert > n:
-        raise InputError(f"Option expert must be 1 to {n}, but is {expert:g}: change expert.")
+    _check_for(n, expert=expert, share=share)
     weights = deltas.new_full((n,), (1 - share) / max(1, n - 1))
     weights[int(expert) - 1] = share if n > 1 else 1.0
     return _add(base, torch.tensordot(weights, deltas, dims=1), scale)  # (N, *shape) -> (*shape)
@@ -153,13 +153,7 @@ def task_arithmetic(
     deltas = task_vectors(base, experts)
     if not isinstance(scale, tuple):
         return _add(base, deltas.sum(dim=0), scale)  # (N, *shape) -> (*shape)
-    for one in scale:
-        _check_options(scale=one)
-    if len(scale) != len(deltas):
-        raise InputError(
-            f"Option scale must be one number, or one for each of {len(deltas)} experts, but is "
-            f"{_text(scale)!r}: give {len(deltas)}."
-        )
+    _check_for(len(deltas), scale=scale)
     weights = deltas.new_tensor(scale)
     return _add(base, torch.tensordot(weights, deltas, dims=1), 1.0)  # (N, *shape) -> (*shape)
 
@@ -220,7 +214,135 @@ OPERATORS: dict[str, Callable[..., Tensor]] = {
 }
 RANDOM = frozenset({"dare", "dare_ties"})  # these need a seeded generator
 
-# ---------------------------------------------------------------- inside the steps
+# ---------------------------------------------------------------- operators as text
+
+
+@dataclass(frozen=True)
+class OperatorSpec:
+    """An operator with its options; ``parse_operator(spec.name) == spec``."""
+
+    name: str  # normalised text, such as "ties:density=0.3,scale=1"
+    function: str  # key of OPERATORS
+    options: tuple[tuple[str, Option], ...] = ()  # sorted by key
+
+    @classmethod
+    def of(cls, function: str, options: Mapping[str, Option], n: int | None = None) -> OperatorSpec:
+        """The spec of a function with options, checked for n experts, or for any number of them."""
+        _check_for(n, **options)
+        ordered = tuple(sorted(options.items()))
+        text = ",".join(f"{key}={_text(value)}" for key, value in ordered)
+        return cls(f"{function}:{text}" if text else function, function, ordered)
+
+    def __call__(self, base: Tensor, experts: Tensor, generator: Rng = None) -> Tensor:
+        """Apply it to base: (*shape) and experts: (N, *shape); returns (*shape)."""
+        return OPERATORS[self.function](base, experts, generator=generator, **dict(self.options))
+
+
+def parse_operator(text: str, n: int | None = None) -> OperatorSpec:
+    """Read text such as "ties", "ties:density=0.3,scale=1" or "task_arithmetic:scale=0.3/0.6".
+
+    The last has a scale for each expert. Options not given keep their defaults. n: experts they must fit.
+    """
+    function, colon, rest = (part.strip() for part in text.partition(":"))
+    if function not in OPERATORS:
+        raise InputError(f"operator {text!r}: expected one of {', '.join(OPERATORS)}; correct it")
+    known = [key for key in inspect.signature(OPERATORS[function]).parameters if key in _OPTIONS]
+    options: dict[str, Option] = {}
+    for item in rest.split(",") if colon else []:
+        key, _, value = (part.strip() for part in item.partition("="))
+        if key not in known or key in options:
+            allowed = f"key=value once each, out of {', '.join(known)}" if known else "no option"
+            found = f"{key!r} twice" if key in options else repr(key)
+            raise InputError(f"operator {text!r}: expected {allowed}, found {found}; correct it")
+        each = (function, key) == ("task_arithmetic", "scale") and "/" in value
+        try:
+            options[key] = tuple(map(float, value.split("/"))) if each else float(value)
+        except ValueError:
+            options[key] = value  # right for merge; OperatorSpec.of refuses it for a number
+    return OperatorSpec.of(function, options, n)
+
+
+def expand_operators(specs: Sequence[str], n: int) -> list[str]:
+    """Specifications as ``parse_operator`` names them, for n experts.
+
+    A ``weighted_average`` that names no expert stands for n operators, each with another one in the lead.
+    """
+    names = []
+    for spec in map(parse_operator, specs):
+        options = dict(spec.options)
+        leads = spec.function == "weighted_average" and "expert" not in options
+        each = [options | {"expert": float(i + 1)} for i in range(n)] if leads else [options]
+        names += [OperatorSpec.of(spec.function, one, n).name for one in each]
+    return names
+
+
+def _text(value: Option) -> str:
+    """%g, with more digits only where %g would name another number; several with / between them."""
+    if isinstance(value, str):
+        return value
+    if isinstance(value, tuple):
+        return "/".join(map(_text, value))
+    return f"{value:g}" if float(f"{value:g}") == value else repr(value)
+
+
+# ---------------------------------------------------------------- checks and dtypes
+
+_OPTIONS: dict[str, tuple[str, Callable[[float], bool]]] = {
+    "density": ("a number in (0, 1]", lambda value: 0 < value <= 1),
+    "drop_rate": ("a number in [0, 1)", lambda value: 0 <= value < 1),
+    "scale": ("a finite number", math.isfinite),
+    "expert": ("a whole number from 1", lambda value: value >= 1 and float(value).is_integer()),
+    "share": ("a number in [0, 1]", lambda value: 0 <= value <= 1),
+    "merge": ("'mean' or 'sum'", lambda value: value in ("mean", "sum")),
+}
+
+
+def _check_options(**options: Option) -> None:
+    for key, value in options.items():
+        expected, is_valid = _OPTIONS[key]
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        if (key != "merge" and not is_number) or not is_valid(value):  # type: ignore[arg-type]
+            raise InputError(f"option {key}: expected {expected}, found {value!r}; correct it")
+
+
+def _check_for(n: int | None, **options: Option) -> None:
+    """InputError unless the options are valid and fit n experts; None: any number of them."""
+    for key, value in options.items():
+        each = value if isinstance(value, tuple) else (value,)
+        for one in each:
+            _check_options(**{key: one})
+        if n is not None and key == "expert" and float(each[0]) > n:
+            raise InputError(f"option expert: expected 1 to {n}, found {each[0]:g}; correct it")
+        if n is not None and each is value and len(each) != n:
+            raise InputError(f"scales: expected one for each of {n} experts, found {len(each)}")
+
+
+def _check_stack(name: str, stack: Tensor, shape: torch.Size | None = None) -> None:
+    fits = stack.dim() > 0 and stack.numel() > 0 and shape in (None, stack.shape[1:])
+    if not (fits and stack.is_floating_point()):
+        one = "any shape" if shape is None else f"shape {tuple(shape)}"
+        raise InputError(
+            f"{name}: expected N >= 1 floating tensors of {one} stacked on axis 0, found shape "
+            f"{tuple(stack.shape)} and {stack.dtype}; use torch.stack([expert_1, ...]).float()"
+        )
+
+
+def _checked(base: Tensor, experts: Tensor) -> tuple[Tensor, Tensor]:
+    """Both inputs in the dtype to compute in: float32, or float64 if one of them is."""
+    if not base.is_floating_point():
+        raise InputError(f"base: expected a floating tensor, found {base.dtype}; use base.float()")
+    _check_stack("experts", experts, base.shape)
+    dtype = torch.promote_types(torch.promote_types(base.dtype, experts.dtype), torch.float32)
+    return base.to(dtype), experts.to(dtype)
+
+
+def _add(base: Tensor, merged: Tensor, scale: float) -> Tensor:
+    """``base + scale * merged``, both (*shape), in the dtype of base: every paper's last step."""
+    _check_options(scale=scale)
+    return (scale * merged).add_(base.to(merged.dtype)).to(base.dtype)
+
+
+# ---------------------------------------------------------------- speed
 
 
 def _largest(delta: Tensor, density: float) -> Tensor:
@@ -241,8 +363,8 @@ def _largest(delta: Tensor, density: float) -> Tensor:
     return keep.reshape(delta.shape)
 
 
-def _in_blocks(merge: Callable[[Tensor, Tensor], Tensor], deltas: Tensor, sign: Tensor) -> Tensor:
-    """``merge(deltas, sign)`` of an entry-by-entry function, a block at a time (on a GPU all at once).
+def _in_blocks(step: Callable[[Tensor, Tensor], Tensor], deltas: Tensor, sign: Tensor) -> Tensor:
+    """``step(deltas, sign)`` of an entry-by-entry function, a block at a time (on a GPU all at once).
 
     deltas: (N, *shape), sign: (*shape). Returns (*shape).
     """
@@ -251,128 +373,5 @@ def _in_blocks(merge: Callable[[Tensor, Tensor], Tensor], deltas: Tensor, sign: 
     ends = range(BLOCK, sign.numel() - BLOCK + 1, BLOCK) if sign.device.type == "cpu" else ()
     columns = deltas.reshape(len(deltas), -1).tensor_split(tuple(ends), dim=1)  # (N, n) each
     signs = sign.reshape(-1).tensor_split(tuple(ends))  # (n,) each
-    return torch.cat([merge(*block) for block in zip(columns, signs, strict=True)]).reshape(
-        sign.shape
-    )
-
-
-# ---------------------------------------------------------------- operators as text
-
-
-@dataclass(frozen=True)
-class OperatorSpec:
-    """An operator with its options; ``parse_operator(spec.name) == spec``."""
-
-    name: str  # normalised text, such as "ties:density=0.3,scale=1"
-    function: str  # key of OPERATORS
-    options: tuple[tuple[str, Option], ...] = ()  # sorted by key
-
-    @classmethod
-    def of(cls, function: str, options: Mapping[str, Option]) -> "OperatorSpec":
-        """The spec of a function with options, once they are checked."""
-        for key, value in options.items():
-            for one in value if isinstance(value, tuple) else (value,):
-                _check_options(**{key: one})
-        ordered = tuple(sorted(options.items()))
-        text = ",".join(f"{key}={_text(value)}" for key, value in ordered)
-        return cls(f"{function}:{text}" if text else function, function, ordered)
-
-    def __call__(self, base: Tensor, experts: Tensor, generator: Rng = None) -> Tensor:
-        """Apply it to base: (*shape) and experts: (N, *shape); returns (*shape)."""
-        return OPERATORS[self.function](base, experts, generator=generator, **dict(self.options))
-
-
-def parse_operator(text: str) -> OperatorSpec:
-    """Read text such as "ties", "ties:density=0.3,scale=1" or "task_arithmetic:scale=0.3/0.6".
-
-    The last one has a scale for each expert. Options that are not given keep the function's defaults.
-    """
-    function, colon, rest = (part.strip() for part in text.partition(":"))
-    if function not in OPERATORS:
-        raise InputError(
-            f"Unknown operator {function!r} in {text!r}: choose one of {', '.join(OPERATORS)}."
-        )
-    known = [key for key in inspect.signature(OPERATORS[function]).parameters if key in _OPTIONS]
-    options: dict[str, Option] = {}
-    for item in rest.split(",") if colon else []:
-        key, _, value = (part.strip() for part in item.partition("="))
-        if key not in known or key in options:
-            problem = "Repeated" if key in options else "Unknown"
-            raise InputError(
-                f"{problem} option {key!r} in {text!r}: write {function}:key=value,... with each "
-                f"key at most once, out of {', '.join(known) or 'none, it takes no option'}."
-            )
-        each = (function, key) == ("task_arithmetic", "scale") and "/" in value
-        try:
-            options[key] = tuple(map(float, value.split("/"))) if each else float(value)
-        except ValueError:
-            options[key] = value  # right for merge; OperatorSpec.of refuses it for a number
-    return OperatorSpec.of(function, options)
-
-
-def expand_operators(specs: Sequence[str], n: int) -> list[str]:
-    """Specifications as ``parse_operator`` names them, for n experts.
-
-    A ``weighted_average`` that names no expert stands for n operators, each with another one in the lead.
-    """
-    names = []
-    for spec in map(parse_operator, specs):
-        options = dict(spec.options)
-        leads = spec.function == "weighted_average" and "expert" not in options
-        each = [options | {"expert": float(i + 1)} for i in range(n)] if leads else [options]
-        names += [OperatorSpec.of(spec.function, one).name for one in each]
-    return names
-
-
-def _text(value: Option) -> str:
-    """%g, with more digits only where %g would name another number; several with / between them."""
-    if isinstance(value, str):
-        return value
-    if isinstance(value, tuple):
-        return "/".join(map(_text, value))
-    return f"{value:g}" if float(f"{value:g}") == value else repr(value)
-
-
-# ---------------------------------------------------------------- checks and dtypes
-
-_OPTIONS: dict[str, tuple[str, Callable[[float], bool]]] = {
-    "density": ("a number in (0, 1]", lambda value: 0 < value <= 1),
-    "drop_rate": ("a number in [0, 1)", lambda value: 0 <= value < 1),
-    "scale": ("a finite number", math.isfinite),
-    "expert": ("a whole number from 1", lambda value: value >= 1 and value == int(value)),
-    "share": ("a number in [0, 1]", lambda value: 0 <= value <= 1),
-    "merge": ("'mean' or 'sum'", lambda value: value in ("mean", "sum")),
-}
-
-
-def _check_options(**options: Option) -> None:
-    for key, value in options.items():
-        expected, is_valid = _OPTIONS[key]
-        is_number = isinstance(value, int | float) and not isinstance(value, bool)
-        if (key != "merge" and not is_number) or not is_valid(value):  # type: ignore[arg-type]
-            raise InputError(f"Option {key} must be {expected}, but is {value!r}: give another.")
-
-
-def _check_stack(name: str, stack: Tensor, shape: torch.Size | None = None) -> None:
-    fits = stack.dim() > 0 and stack.numel() > 0 and shape in (None, stack.shape[1:])
-    if not (fits and stack.is_floating_point()):
-        one = "any shape" if shape is None else f"shape {tuple(shape)}"
-        raise InputError(
-            f"{name} must be N >= 1 floating tensors of {one} stacked on axis 0, but has shape "
-            f"{tuple(stack.shape)} and {stack.dtype}: use torch.stack([expert_1, ...]).float()."
-        )
-
-
-def _checked(base: Tensor, experts: Tensor) -> tuple[Tensor, Tensor]:
-    """Both inputs in the dtype to compute in: float32, or float64 if one of them is."""
-    if not base.is_floating_point():
-        raise InputError(f"base must be floating, but is {base.dtype}: use base.float().")
-    _check_stack("experts", experts, base.shape)
-    dtype = torch.promote_types(torch.promote_types(base.dtype, experts.dtype), torch.float32)
-    return base.to(dtype), experts.to(dtype)
-
-
-def _add(base: Tensor, merged: Tensor, scale: float) -> Tensor:
-    """``base + scale * merged``, both (*shape), in the dtype of base: every paper's last step."""
-    _check_options(scale=scale)
-    return (scale * merged).add_(base.to(merged.dtype)).to(base.dtype)
+    merged = [step(*block) for block in zip(columns, signs, strict=True)]  # (n,) each
+    return torch.cat(merged).reshape(sign.shape)

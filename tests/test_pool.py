@@ -428,6 +428,28 @@ def test_what_is_wrong_is_refused(checkpoints, make):
         make().check_stem(stem)
 
 
+@pytest.mark.parametrize(
+    ("operator", "words"),
+    [
+        ("weighted_average:expert=3", "expert: expected 1 to 2, found 3"),
+        ("task_arithmetic:scale=0.1/0.2/0.3", "one for each of 2 experts, found 3"),
+    ],
+)
+def test_an_operator_for_another_number_of_experts_is_refused_before_it_merges(
+    make, operator, words
+):
+    with pytest.raises(InputError, match=words):
+        make((operator,))
+    with pytest.raises(InputError, match=words):
+        make().check_stem(operator)
+
+
+def test_an_unknown_stem_is_named_twice_at_most(make):
+    with pytest.raises(InputError, match="'nosuch'") as error:
+        make().check_stem("nosuch")
+    assert str(error.value).count("nosuch") <= 2
+
+
 def test_an_expert_without_a_head_is_refused(checkpoints):
     base, (one, two) = checkpoints
     bare = {k: v for k, v in two.weights.items() if not k.startswith("head.")}
