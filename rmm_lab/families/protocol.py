@@ -1,7 +1,7 @@
 """What a model family must offer. A family is a module, such as ``vit`` or ``t5``, that satisfies ``Family``.
 
-To add one, write such a module and name it in ``checkpoint.FAMILIES``; nothing else asks which family a
-model is of.
+To add one, write such a module and name it in ``checkpoint.FAMILIES``: the first there whose ``owns`` accepts
+a config.json gets the model. ``vit`` accepts every config of timm's, so another timm family goes before it.
 """
 
 from __future__ import annotations
@@ -120,7 +120,7 @@ class Family(Protocol):
     BASE_SETTING: str  # how the base is scored, for the result table
 
     def owns(self, config: Config) -> bool:
-        """Whether a config.json describes a model of this family."""
+        """Whether a config.json describes a model of this family; the first one in ``FAMILIES`` gets it."""
 
     def canonical(self, source: str, config: Config, weights: Weights) -> Weights:
         """The weights of a file, checked against config.json; InputError if they do not fit."""

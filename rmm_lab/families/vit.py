@@ -41,6 +41,7 @@ _FREE_ARGS = {
 
 
 def owns(config: Config) -> bool:
+    """Any model of timm's; ``canonical`` refuses those that are no ViT."""
     return "architecture" in config
 
 
