@@ -134,7 +134,7 @@ class LayerPool:
     # ------------------------------------------------------------------------------------- layers
 
     def weights(self, source: str, k: int, scales: Scales = ()) -> Weights:
-        """Place k of a source, name -> tensor: F* of Eq. 3 (an expert's) or Eq. 4 (an operator's).
+        """A source's weights at place k, name -> tensor: F* of Eq. 3 (an expert's) or Eq. 4 (an operator's).
 
         source: ``base``, an expert's name, or any operator, whether an action of the pool or not.
         scales: with ``task_arithmetic``, one for each expert.

@@ -22,8 +22,8 @@ class Step(NamedTuple):
     """One step of a path.
 
     ``source``: an expert's name, an operator's specification such as ``ties:density=0.3``, or ``base``.
-    ``layer``: its place, k, or -1 for the *stem*, the weights outside layers and heads. ``scales``: with the source
-    ``task_arithmetic``, one scale per expert; else empty.
+    ``layer``: its place, k, or -1 for the *stem*, the weights outside layers and heads. ``scales``: with the
+    source ``task_arithmetic``, one scale per expert; else empty.
     """
 
     source: str
