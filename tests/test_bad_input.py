@@ -702,6 +702,7 @@ def test_no_space_for_the_merged_model(own, finished, capsys, small_disk):
 HUB = "hf-hub:rmm-lab-tests/no-such-model"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["offline", "nobody listens", "nobody answers"])
 def test_hub(own, folder, how):
     """A firewall that answers nothing must not hold the user for minutes: ``python`` has a time limit."""

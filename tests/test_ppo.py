@@ -278,6 +278,7 @@ def run(*words, timeout=120):
     return subprocess.run(command, capture_output=True, text=True, timeout=timeout)
 
 
+@pytest.mark.slow
 def test_ppo_runs_alone_on_the_demos_pair():
     done = run("--env-id", "rmm_lab/Merging-v0", "--episodes", "20")
     assert done.returncode == 0, done.stderr
