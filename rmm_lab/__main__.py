@@ -1,4 +1,4 @@
-"""The command line: ``python -m rmm_lab [merge | finetune | tables] ...``; ``merge`` is the default word.
+"""The command line: ``python -m rmm_lab [merge | finetune | tables] ...``; ``merge`` is the default.
 
 python -m rmm_lab                                                  the demo: digits and textures
 python -m rmm_lab --experts qa                                     three T5s
@@ -10,6 +10,7 @@ python -m rmm_lab tables show                                      the paper's t
 
 from __future__ import annotations
 
+import shlex
 import sys
 import time
 from collections.abc import Sequence
@@ -30,7 +31,10 @@ PROG = "python -m rmm_lab"
 
 @dataclass(frozen=True)
 class Merge:
-    """Search a merged model, and report it on the test split."""
+    """Search a merged model, and report it on the test split.
+
+    The other commands are ``finetune``, which makes an expert, and ``tables``, which measures the paper's.
+    """
 
     problem: ProblemSpec
     agent: ppo.Args
@@ -54,19 +58,24 @@ class Merge:
             train(config)
         except KeyboardInterrupt:
             known = (folder / "config.json").is_file()
-            how = f"go on with: {PROG} merge --resume {folder}" if known else "nothing is written"
+            command = f"{PROG} merge --resume {shlex.quote(str(folder))}"
+            how = f"go on with: {command}" if known else "nothing is written"
             raise KeyboardInterrupt(how) from None
 
 
 def merge(words: Sequence[str]) -> int:
     """Run ``merge``. Defaults come from ``--preset``, or from the run that ``--resume`` names."""
-    early = {}
+    early = {}  # tyro wants to know the defaults before it parses
     for word, after in zip(words, [*words[1:], ""], strict=True):
         option, _, value = word.partition("=")
         early[option] = value or after
     try:
         config = PRESETS.get(early.get("--preset", ""), PRESETS["default"])
         if folder := early.get("--resume"):
+            if "--preset" in early:
+                raise InputError(
+                    "--preset: expected none beside --resume, which has its own options"
+                )
             config = read_config(RunFolder(Path(folder)).read_config(), folder)
     except InputError as error:
         print(f"\nerror: {one_sentence(error)}", file=sys.stderr)
@@ -86,6 +95,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         from rmm_lab.evidence.tables import main as tables
 
         return tables(words[1:])
+    if words and words[0] != "merge" and not words[0].startswith("-"):
+        print(f"error: expected merge, finetune or tables, found {words[0]!r}", file=sys.stderr)
+        return 2
     return merge(words[1:] if words[:1] == ["merge"] else words)
 
 

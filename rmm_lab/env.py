@@ -32,7 +32,7 @@ class MergingEnv(gym.Env[np.ndarray, np.int64]):
 
     With a scorer that ``chooses_stem`` the walk starts one place earlier, at k = -1: there a source
     gives the *stem* (all weights outside the layers and heads), and ``skip`` keeps the base's stem. The
-    map then has one more column, in front: read L + 1 for L below.
+    map and the observation then have L + 1 columns, the stem's in front.
 
     ## Observation space
     ``observation="map"``: the merging map s of Eq. 5, ``Box(0, max_steps, (N+M, L), float32)``:
@@ -312,15 +312,15 @@ class DynamicAverageReward(gym.Wrapper[np.ndarray, np.int64, np.ndarray, np.int6
         return observation, value, terminated, truncated, info
 
 
-def dar(reward: float, previous: float | None, t: int, t_max: int, dar_lambda: float) -> float:
-    """Eq. 10 for one episode; t / t_max counts as 1 from t_max on.
+def dar(raw: float, previous: float | None, t: int, t_max: int, dar_lambda: float) -> float:
+    """Eq. 10 for one episode; t / t_max counts as 1 from t_max on. ``raw``: the reward of Eq. 7.
 
     ``previous`` None (the start of a window) leaves the reward as it is.
     """
     if previous is None:
-        return reward
+        return raw
     weight = dar_lambda * min(t, t_max) / t_max
-    return weight * previous + (1 - weight) * reward
+    return weight * previous + (1 - weight) * raw
 
 
 # A function by name: the demo's pair is loaded from the wings, which this file does not import.

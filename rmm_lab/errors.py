@@ -10,17 +10,18 @@ from collections.abc import Callable, Sequence
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 
-class InputError(ValueError):
-    """The caller gave something unexpected; the message says what, and what to do."""
+class InputError(Exception):
+    """The caller gave something unexpected; the message says what, and what to do.
+
+    No ValueError, so that nothing on the way takes it for its own: tyro would put it into a box.
+    """
 
 
 def one_sentence(error: Exception) -> str:
     """An error as one sentence; a full disk says so."""
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         where = error.filename or "the run folder"
-        return (
-            f"{where}: expected space on the device, found none left; free some, then use --resume"
-        )
+        return f"{where}: expected space on the device, found none left; free some, then go on or try again"
     return " ".join(str(error).split())
 
 

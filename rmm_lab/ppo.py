@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from rmm_lab.errors import check_values, run_command
+from rmm_lab.errors import InputError, check_values, run_command
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Args:
     clip_coef: float = 0.2
     """Epsilon of the clipped objective, Eq. 8."""
     vf_coef: float = 0.5
-    """Weight of the critic's loss."""
+    """Weight of the critic's loss. Adam is blind to it as long as actor and critic share no weights."""
     ent_coef: float = 0.1
     """Weight of the entropy bonus at the start."""
     ent_coef_end: float = 0.02
@@ -142,7 +142,10 @@ def clipped_objective(ratio: Tensor, adv: Tensor, clip_coef: float) -> Tensor:
 
 
 class Episode(NamedTuple):
-    """One episode of T steps; ``info`` is the last one, ``infos`` are those that were acted on."""
+    """One episode of T steps; ``info`` is the last one, ``infos`` are those that were acted on.
+
+    ``policies`` and ``infos`` are not needed to learn: they serve those who look on.
+    """
 
     obs: list[Tensor]  # T of (D,)
     masks: list[Tensor]  # T of (A,) bool
@@ -218,7 +221,9 @@ def update(
 ) -> dict[str, float]:
     """Full-batch epochs of PPO on one rollout; ``progress`` in [0, 1] anneals the entropy bonus.
 
-    Returns the diagnostics: losses, entropy, approximate KL, clip fraction, explained variance, epochs.
+    Returns are normalised over the rollout, so that V need not learn their scale. Returns the
+    diagnostics: losses, entropy, approximate KL, clip fraction, explained variance, epochs; KL and clip
+    fraction are those before the last step.
     """
     returns = normalise(batch.returns)
     with torch.no_grad():
@@ -228,7 +233,7 @@ def update(
     spread = returns.var(correction=0)
     explained = float(1 - (returns - values).var(correction=0) / spread) if spread > 0 else 0.0
     kl, epoch = 0.0, 0
-    while epoch < args.update_epochs and (epoch == 0 or not args.target_kl or kl <= args.target_kl):
+    while epoch < args.update_epochs and (not args.target_kl or kl <= args.target_kl):
         epoch += 1
         all_log_probs = agent.log_probs(batch.obs, batch.masks)  # (B, A)
         log_probs = all_log_probs.gather(1, batch.actions[:, None]).squeeze(1)  # (B,)
@@ -306,12 +311,26 @@ class Main(Args):
     seed: int = 1
     """Seed of the agent's weights, its actions and the environment."""
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_values(self, {"episodes": ("at least 1", lambda v: v >= 1)})
+        check_values(self, {"seed": ("0 or more", lambda v: v >= 0)})
+
     def run(self) -> None:
         import gymnasium as gym
 
         import rmm_lab.env  # noqa: F401 - registers rmm_lab/Merging-v0
 
-        env: Any = gym.make(self.env_id)
+        try:
+            env: Any = gym.make(self.env_id)
+        except gym.error.Error as error:
+            raise InputError(f"--env-id: expected one of Gymnasium's, found {error}") from error
+        spaces = (env.action_space, env.observation_space)
+        if not all(map(isinstance, spaces, (gym.spaces.Discrete, gym.spaces.Box))):
+            raise InputError(
+                f"--env-id: expected discrete actions and observations in a Box, found {spaces} in "
+                f"{self.env_id!r}; choose another environment"
+            )
         env.reset(seed=self.seed)
         agent, optimiser = make_agent(env, self, self.seed)
         generator = torch.Generator().manual_seed(self.seed)

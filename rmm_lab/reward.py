@@ -23,7 +23,7 @@ class Step(NamedTuple):
 
     ``source``: an expert's name, an operator's specification such as ``ties:density=0.3``, or ``base``.
     ``layer``: its place, k, or -1 for the *stem*, the weights outside layers and heads. ``scales``: with the
-    source ``task_arithmetic``, one scale per expert; else empty.
+    source ``task_arithmetic``, one scale for each of N >= 2 experts; else empty.
     """
 
     source: str
@@ -31,12 +31,16 @@ class Step(NamedTuple):
     scales: tuple[float, ...] = ()
 
     def __str__(self) -> str:
-        scales = ":scale=" + "/".join(f"{s:g}" for s in self.scales) if self.scales else ""
+        texts = (f"{s:g}" if float(f"{s:g}") == s else repr(s) for s in self.scales)
+        scales = ":scale=" + "/".join(texts) if self.scales else ""
         return f"{self.source}{scales}@{self.layer}"
 
 
 Path = tuple[Step, ...]
-_STEP = re.compile(r"(?P<source>\S+?)(:scale=(?P<scales>[^\s/,@]+(/[^\s/,@]+)+))?@(?P<layer>-?\d+)")
+_NUMBER = r"-?\d+\.?\d*(?:e[+-]?\d+)?"
+_STEP = re.compile(
+    rf"(?P<source>\S+?)(:scale=(?P<scales>{_NUMBER}(/{_NUMBER})+))?@(?P<layer>-?\d+)"
+)
 
 
 def path_text(path: Path) -> str:

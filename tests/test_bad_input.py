@@ -487,7 +487,7 @@ def test_options(own, capsys, argv, words):
     [
         *(["--no-such-option", "1"], ["--episodes", "many"], ["--episodes", "1.5"]),
         *(["--scope", "block"], ["--observation", "everything"], ["--preset", "fast"]),
-        *(["--preset"], ["--resume"], ["stray"], ["finetune", "--no-such-option"]),
+        *(["--preset"], ["--resume"], ["finetune", "--no-such-option"]),
     ],
     ids=" ".join,
 )
@@ -498,6 +498,23 @@ def test_options_that_the_parser_refuses(capsys, argv):
     captured = capsys.readouterr()
     assert argv[-1].lstrip("-") in captured.err + captured.out or argv[0] in captured.err
     assert not listing()
+
+
+def test_an_unknown_command_is_named(capsys):
+    assert main(["finetun", "--base", "base"]) == 2
+    assert "expected merge, finetune or tables, found 'finetun'" in capsys.readouterr().err
+
+
+def test_a_preset_beside_resume_is_refused(tmp_path, capsys):
+    assert main(["--resume", str(tmp_path), "--preset", "paper"]) == 2
+    assert "--preset: expected none beside --resume" in capsys.readouterr().err
+
+
+def test_a_value_out_of_range_is_told_in_one_line(capsys):
+    assert main(["--episodes", "0"]) == 2
+    found = capsys.readouterr()
+    assert found.out == ""
+    assert found.err.strip() == "error: --episodes: expected at least 1, found 0; correct it"
 
 
 # ---------------------------------------------------------------------------------- run folders
@@ -688,6 +705,7 @@ def test_no_space_for_the_merged_model(own, finished, capsys, small_disk):
 HUB = "hf-hub:rmm-lab-tests/no-such-model"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["offline", "nobody listens", "nobody answers"])
 def test_hub(own, folder, how):
     """A firewall that answers nothing must not hold the user for minutes: ``python`` has a time limit."""

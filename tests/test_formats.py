@@ -805,6 +805,7 @@ def test_where_nothing_listens(tmp_path, library):
     assert message.endswith(f"; {INSTEAD}")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("library", ["fake", "real"])
 def test_a_network_that_swallows_everything_does_not_hold_the_user(tmp_path, library):
     with socket.create_server(("127.0.0.1", 0)) as server:

@@ -282,6 +282,7 @@ def is_glibc() -> bool:
     return sys.platform.startswith("linux") and hasattr(ctypes.CDLL(None), "gnu_get_libc_version")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not is_glibc(), reason="mallopt is glibc's")
 def test_freed_memory_is_used_again():
     """200 times 1 MiB are 51,200 pages of 4 KiB: asked for one by one, or hardly at all."""

@@ -305,6 +305,7 @@ def test_a_random_path_is_rebuilt_to_the_bit(pool, scope):
     assert (other[name] != expected[name]).float().mean() > 0.1  # the seed is what does it
 
 
+@pytest.mark.slow
 def test_another_process_draws_the_same_masks(pool):
     steps = [Step("dare", 1)]
     weights = pool.weights("dare", 1)["mlp.fc1.weight"]

@@ -201,6 +201,7 @@ def test_the_agent_ends_among_the_best_paths_of_a_table(seed):
     assert ranked.index(choose(search)[0]["path"]) < 0.05 * 511
 
 
+@pytest.mark.slow
 def test_the_agent_ends_among_the_best_paths_of_trained_models(trained):
     """The best 10 of 511."""
     pool = LayerPool(trained.pool.base, trained.pool.experts, trained.pool.names, ())

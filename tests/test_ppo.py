@@ -14,7 +14,7 @@ from torch.distributions import Categorical
 
 from rmm_lab import ppo
 from rmm_lab.env import MergingEnv
-from rmm_lab.errors import InputError
+from rmm_lab.errors import InputError, run_command
 from rmm_lab.ppo import Args
 from rmm_lab.reward import parse_path, path_text
 
@@ -278,6 +278,7 @@ def run(*words, timeout=120):
     return subprocess.run(command, capture_output=True, text=True, timeout=timeout)
 
 
+@pytest.mark.slow
 def test_ppo_runs_alone_on_the_demos_pair():
     done = run("--env-id", "rmm_lab/Merging-v0", "--episodes", "20")
     assert done.returncode == 0, done.stderr
@@ -288,3 +289,18 @@ def test_ppo_runs_alone_on_the_demos_pair():
     steps = parse_path(path.removeprefix("greedy path "))
     assert steps
     assert all(-1 <= step.layer < 6 for step in steps)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--episodes", "0"], "--episodes: expected at least 1, found 0"),
+        (["--seed", "-1"], "--seed: expected 0 or more, found -1"),
+        (["--env-id", "NoSuch-v0"], "--env-id: expected one of Gymnasium's, found"),
+        (["--env-id", "Pendulum-v1"], "--env-id: expected discrete actions"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_ppo_alone_refuses_in_a_sentence(capsys, words, message):
+    assert run_command(ppo.Main, "ppo", words) == 2
+    assert capsys.readouterr().err.startswith(f"\nerror: {message}")

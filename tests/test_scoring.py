@@ -181,6 +181,7 @@ SCALED = st.builds(
 STEM = st.lists(st.builds(Step, st.sampled_from(SOURCES), st.just(-1), st.just(())), max_size=1)
 
 
+@pytest.mark.slow
 @settings(
     max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )

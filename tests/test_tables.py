@@ -141,6 +141,7 @@ def test_settings_of_the_ablation_are_options():
 # ------------------------------------------------------------------------------- small measurements
 
 
+@pytest.mark.slow
 def test_a_table_of_methods_goes_on_where_it_was(small, tmp_path, capsys):
     once = {"episodes": 8, "out": tmp_path}
     Command("II", seeds=(1,), **once).run()
@@ -190,6 +191,7 @@ def check_again(row, problem) -> None:
     assert row["mean"] == pytest.approx(100 * again.mean, abs=0.01)
 
 
+@pytest.mark.slow
 def test_table_iv_and_fig_3(small, tmp_path):
     Command("IV", seeds=(1,), episodes=6, out=tmp_path).run()
     assert len(read(tmp_path, "dar")) == 10

@@ -23,6 +23,9 @@ from rmm_lab.tasks import text_task as texts
 from rmm_lab.tasks.image_task import SMALL, InputFormat, Task, data_folder
 from rmm_lab.zoo.finetune import Finetune
 
+pytestmark = pytest.mark.slow  # whole models on whole splits
+
+
 REAL = Path(__file__).parents[2] / "shared" / "data"
 
 
@@ -220,7 +223,6 @@ def test_each_t5_expert_is_25_points_above_chance_and_base(name):
     assert scores[name] >= scores[shipped.TEXT_BASE] + 0.25
 
 
-@pytest.mark.slow
 def test_uniform_merges_of_t5s_are_10_points_under_the_experts(language):
     """The gap that leaves room to search, with the settings that tuning finds best."""
     own = [baselines.uniform(language, n, "reward")[i] for i, n in enumerate(language.pool.names)]
@@ -237,7 +239,6 @@ def test_uniform_merges_of_t5s_are_10_points_under_the_experts(language):
     assert max(merges) < np.mean(own) - 0.10
 
 
-@pytest.mark.slow
 def test_the_multi_task_t5s_hold_every_task_of_their_group(language):
     rows = {r.name: r.scores for r in _rows_without_tuning(language)}
     assert min(rows["multi-task"]) >= 0.85
@@ -262,7 +263,6 @@ def test_the_small_t5_has_4_and_4_blocks_and_less_than_half_a_million_weights():
     assert 300_000 < sum(t.numel() for t in checkpoint.weights.values()) < 500_000
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(not REAL.is_dir(), reason=f"no real pictures in {REAL}")
 def test_real_pictures_from_fine_tuning_to_a_merged_model(tmp_path, capsys):
     """MNIST and CIFAR-10 as image folders: two experts by our own command, merged and reported."""

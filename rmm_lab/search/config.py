@@ -26,7 +26,7 @@ class RunArgs:
     seed: int = 1
     """Seed of the policy, the rollouts, the data subsets, CMA-ES, and the random operators' masks."""
     reward: Literal["metric", "likelihood"] = "metric"
-    """Of an episode: each task's metric (Eq. 7), or how likely its right answers are: less noisy."""
+    """What scores an episode: each task's metric (Eq. 7), or how likely its right answers are."""
     dar_lambda: float = 0.0
     """Lambda of the Dynamic Average Reward, Eq. 10, in [0, 1]; 0 switches it off."""
     observation: Literal["map", "map+cursor"] = "map+cursor"
@@ -61,15 +61,14 @@ class RunArgs:
     precision: Literal["float32", "bfloat16"] = "float32"
     """Precision of the models in the search; bfloat16 changes rewards a little. Tables use float32."""
     quiet: bool = False
-    """Print nothing while searching."""
+    """Print nothing."""
 
     def __post_init__(self) -> None:
-        optional = ("at least 1", lambda v: v is None or v >= 1)
         check_values(
             self,
             {
                 "episodes episodes_per_subset": ("at least 1", lambda v: v >= 1),
-                "max_steps max_depth": optional,
+                "max_steps max_depth": ("at least 1", lambda v: v >= 1),
                 "seed": SEED_RANGE,
                 "threads": ("0 to 1024", lambda v: 0 <= v <= 1024),
                 "data_fraction": ("at least 1e-6 and at most 1", lambda v: 1e-6 <= v <= 1),
@@ -180,7 +179,8 @@ def configure(preset: str | Config = "default", **options: Any) -> Config:
 def describe(config: Config) -> dict[str, Any]:
     """The inverse of ``configure``: the nearest preset, the seed, and the options that differ from it.
 
-    As JSON takes it; options that do not determine the result are left out.
+    As JSON takes it; options that do not determine the result are left out, and so is the seed of the
+    operators' masks: with ``configure`` it is the run's.
     """
 
     def flat(config: Config) -> dict[str, Any]:

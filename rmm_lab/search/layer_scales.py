@@ -21,9 +21,9 @@ from rmm_lab.reward import Path, Step, parse_path, places_of
 from rmm_lab.search.finalists import legal, shortlist
 
 BOUNDS = (-0.2, 1.5)  # of a scale: 0 is the base, 1 the expert
-SIGMA = 0.2  # CMA-ES's first step
+SIGMA = 0.2  # initial step size of CMA-ES
 MEANS = 10  # generations whose means are averaged at the end
-SEEDS = 2**32  # that the libraries take
+SEEDS = 2**32  # cmaes and Optuna take seeds below this
 
 
 def path_of_scales(scales: np.ndarray, places: Sequence[int]) -> Path:
@@ -58,7 +58,7 @@ def scales_of(pool: LayerPool, path: Path) -> np.ndarray:
 
 
 class Evolution:
-    """CMA-ES that begins again, from its first mean and with twice the population, where it has contracted.
+    """CMA-ES with restarts: once converged, it starts again from its first mean with twice the population.
 
     Args:
         mean: (D,) to start from. bounds: of each number, or None. seed: of the draws.
@@ -113,7 +113,7 @@ class Evolution:
         return [self._strategy.ask() for _ in range(min(most, self._strategy.population_size))]
 
     def tell(self, asked: Sequence[np.ndarray], rewards: Sequence[float]) -> None:
-        """The rewards of what was asked for; a part of a generation teaches nothing."""
+        """The rewards of what was asked for; a partial generation is ignored."""
         if len(asked) == self._strategy.population_size:
             self._strategy.tell([(x, -r) for x, r in zip(asked, rewards, strict=True)])
             self.runs[-1].append(self.mean.copy())

@@ -3,7 +3,7 @@
     for phase in (uniform_phase, agent_phase, scales_phase): phase(search)
 
 Each phase spends its share of the episodes and adds rows to the log, which saves them. The final path is
-chosen on the whole reward split; the test split is read once, at the end.
+chosen on the whole reward split; the test split is scored only after that.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import dataclasses
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import gymnasium as gym
 import torch
@@ -98,16 +98,24 @@ def make_env(view: Any, config: Config) -> Any:
         max_depth=run.max_depth,
         episodes_per_subset=run.episodes_per_subset,
     )
-    n_agent = shares(config, len(view.sources))[1]
+    n_agent = shares(config, len(view.sources)).agent
     return DynamicAverageReward(env, dar_lambda=run.dar_lambda, max_episodes=max(1, n_agent))
 
 
-def shares(config: Config, n_sources: int) -> tuple[int, int, int]:
-    """The episodes of each phase: uniform paths, agent, scales; ``run.episodes`` in all."""
+class Shares(NamedTuple):
+    """The episodes of each phase."""
+
+    uniform: int
+    agent: int
+    scales: int
+
+
+def shares(config: Config, n_sources: int) -> Shares:
+    """How the phases share ``run.episodes``."""
     run = config.run
     uniform = min(run.episodes, n_sources) if run.score_uniform_first else 0
     scales = round(run.cma_share * (run.episodes - uniform))
-    return uniform, run.episodes - uniform - scales, scales
+    return Shares(uniform, run.episodes - uniform - scales, scales)
 
 
 # --------------------------------------------------------------------------------------------- phases
@@ -208,25 +216,30 @@ class Search:
         """A path as the agent sees it, in layers of the scorer."""
         return self.view.expand(path) if self.view is not self.scorer else path
 
+    @property
+    def shares(self) -> Shares:
+        """The episodes of each phase."""
+        return shares(self.config, len(self.view.sources))
+
     def count(self, phase: str) -> int:
         """Episodes of a phase so far."""
         return sum(e["phase"] == phase for e in self.episodes)
 
 
 def uniform_phase(search: Search) -> Iterator[int]:
-    """The uniform path of each source, which any user has. They teach the agent nothing."""
-    n = shares(search.config, len(search.view.sources))[0] - search.count("uniform")
-    if n > 0:
+    """The uniform path of each source: the obvious baselines. The agent does not learn from them."""
+    n, done = search.shares.uniform, search.count("uniform")
+    if done < n:
         places = places_of(search.scorer)
         paths = [tuple(Step(s, k) for k in places) for s in search.scorer.sources]
-        search.score("uniform", paths[:n], 0)
-        yield n
+        search.score("uniform", paths[done:n], 0)
+        yield n - done
 
 
 def agent_phase(search: Search) -> Iterator[int]:
     """PPO on the merging environment."""
     args, env, agent = search.config.agent, search.env, search.agent
-    n_agent, done = shares(search.config, len(search.view.sources))[1], search.count("agent")
+    n_agent, done = search.shares.agent, search.count("agent")
     recorder = None
     if not getattr(search.scorer, "alone", True):  # several workers
         recorder = make_env(RecordingScorer(search.view), search.config)
@@ -266,7 +279,7 @@ def agent_phase(search: Search) -> Iterator[int]:
 
 def scales_phase(search: Search) -> Iterator[int]:
     """CMA-ES over a scale for each layer and expert, around the best path so far."""
-    n = shares(search.config, len(search.view.sources))[2] - search.count("scales")
+    n = search.shares.scales - search.count("scales")
     if n <= 0:
         return
     evolution = evolution_of(search.scorer, search.episodes, search.config.run.seed)

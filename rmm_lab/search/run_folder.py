@@ -16,6 +16,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import shlex
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -159,7 +160,7 @@ def check_new(path: Path) -> None:
     if path.exists() and any(path.iterdir()):
         raise InputError(
             f"--run-dir: expected a new or empty folder, found files in {path}; name another one, or "
-            f"go on with --resume {path}"
+            f"go on with --resume {shlex.quote(str(path))}"
         )
 
 

@@ -293,6 +293,7 @@ def test_the_agent_alone_never_found_colours():
     assert searches["reward_split"].max() < 62  # colours everywhere has 66 on that split
 
 
+@pytest.mark.slow
 def test_random_paths_teach_answers_and_hardly_colours():
     """The quiz's reason, on other random paths than the notebook's."""
     torch.set_num_threads(1)
