@@ -454,7 +454,7 @@ def test_table_i_by_hand(few):
     # 8 and 10: mean 9, half width 12.706 * sqrt(2) / sqrt(2). The average's gains are 4.5 and 5.5.
     assert line(text, "RMM − best uniform merge") == ["+9.0 ± 12.7", "+1.0 ± 0.0", "+5.0 ± 6.4"]
     assert "mean over seeds (2)" in text
-    assert "with the weight average 36 evaluations" in text
+    assert "7 settings of DARE, 35 evaluations of that whole split" in text
     assert "700 episodes, each on 1 % of the reward split; at most 11 paths" in text
 
 

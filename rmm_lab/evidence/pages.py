@@ -126,8 +126,8 @@ def show_methods(
         f"Test split, %: mean over seeds ({_seeds(searches, 'group', 'size', 'method')}), ± sample standard "
         "deviation where a method draws. Last: the gain over the best of the seven uniform merges *on the "
         "test split*, paired by seed, ± its 95 % interval. Tuned: the best on the reward split of "
-        f"{', '.join(f'{n} settings of {name}' for name, n in grids.items())}; with the weight average "
-        f"{1 + sum(grids.values())} evaluations of that whole split. RMM: {searches['episodes'].iloc[0]} "
+        f"{', '.join(f'{n} settings of {name}' for name, n in grids.items())}, "
+        f"{sum(grids.values())} evaluations of that whole split. RMM: {searches['episodes'].iloc[0]} "
         f"episodes, each on {100 * run.data_fraction:g} % of the reward split; at most {run.finalists + 1} "
         "paths are scored on all of it to choose one.\n"
     )

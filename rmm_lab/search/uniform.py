@@ -1,7 +1,7 @@
 """What RMM is compared with: the base, the experts, multi-task training, uniform merges.
 
 Scales and densities of the uniform merges are chosen on the reward split; the test split is only
-reported. Other searches under the same number of evaluations are in ``rivals``.
+reported. Other searches with the same number of evaluations are in ``rivals``.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ from rmm_lab.reward import Path, Step, evaluate, predict, predict_all
 from rmm_lab.search.problem import Problem
 
 SCALES = (0.2, 0.3, 0.4, 0.5, 0.6, 0.8, 1.0)
-# Each uniform merge with the settings it is tuned over: 36 evaluations of the reward split in all.
+# Each uniform merge with the settings it is tuned over: 35 evaluations of the reward split in all, since
+# the weight average has nothing to tune.
 GRIDS: dict[str, tuple[str, ...]] = {
     "weight average": ("weight_average",),
     "task arithmetic": tuple(f"task_arithmetic:scale={s:g}" for s in SCALES),
@@ -25,7 +26,7 @@ GRIDS: dict[str, tuple[str, ...]] = {
     ),
     "DARE": tuple(f"dare:scale={s:g}" for s in SCALES),
 }
-# The paper's: "the same hyper-parameter settings"; its code keeps 30 % in TIES and 66 % in DARE.
+# As in the paper, one setting for all tasks; the densities are those of its code (TIES 0.3, DARE 0.66).
 AS_GIVEN: dict[str, str] = {"task arithmetic": "task_arithmetic", "TIES": "ties", "DARE": "dare"}
 
 
