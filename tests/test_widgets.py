@@ -532,6 +532,14 @@ def test_the_table_takes_a_data_frame():
     assert "stem of op0" in alt(view.place)
 
 
+def test_a_table_without_any_path_has_no_picture_of_one():
+    rows = [{"method": m, "setting": "s", "scores": {"a": 0.25, "b": 0.5}} for m in ("one", "two")]
+    view = ResultsTable(rows)
+    assert view.paths == [None, None]
+    assert view.place.value == ""
+    assert "two" in view.status.value
+
+
 def test_sources_and_layers_of_the_problem_can_be_given():
     view = ResultsTable(ROWS, sources=SOURCES, n_layers=4, stacks=(range(3), range(3, 4)))
     view.choose("R<M>M")

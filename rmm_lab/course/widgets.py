@@ -316,7 +316,8 @@ class ResultsTable(View):
         frame = pd.DataFrame(rows, dtype=object)
         if frame.empty:
             raise InputError("rows: expected at least one method, found none; give some")
-        frame = frame.reindex(columns=["method", "setting", "scores", "path", "stem"])
+        columns = ["method", "setting", "scores", "path", "stem"]
+        frame = frame.reindex(columns=columns).astype(object)  # or a new column would hold NaN
         self.rows = frame.where(frame.notna(), None).to_dict("records")
         self.caption, self.stacks = caption, tuple(stacks)
         self.paths = [  # with the stem as the first step
