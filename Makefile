@@ -14,7 +14,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 # One thread per process: results do not depend on the machine, and two workers do not compete.
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
-# Each file's tests stay in one process, which makes their models once; slow files come early in the alphabet.
+# Tests that share a browser or a cluster stay in one process; the others go wherever there is room.
 TWO_WORKERS := -n 2 --dist loadgroup
 NOTEBOOKS := find notebooks -name '*.ipynb' -not -path '*/.ipynb_checkpoints/*'
 
