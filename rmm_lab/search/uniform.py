@@ -6,12 +6,15 @@ reported. Other searches with the same number of evaluations are in ``rivals``.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 from torch import Tensor
 
+from rmm_lab.families.parts import Weights
 from rmm_lab.reward import Path, Step, evaluate, predict, predict_all
 from rmm_lab.search.problem import Problem
 
@@ -36,12 +39,20 @@ class Row:
 
     ``scores``: each task's metric in [0, 1] on the test split. ``plain``: accuracy of the tasks whose
     metric is another, task -> [0, 1]; it is shown beside, and is no part of the mean.
+    ``sees``: what building and tuning saw of the train and reward splits: nothing, inputs, labels or
+    gradients; what is tuned on the reward split saw labels. ``evaluations``: merged models scored on the
+    reward split. ``seconds``: of building and tuning, nan if not measured. ``reward``: mean metric on the
+    whole reward split in [0, 1], nan if not scored.
     """
 
     name: str
     setting: str
     scores: tuple[float, ...]
     plain: dict[str, float] = field(default_factory=dict)
+    sees: str = "nothing"
+    evaluations: int = 0
+    seconds: float = math.nan
+    reward: float = math.nan
 
     @property
     def mean(self) -> float:
@@ -49,15 +60,15 @@ class Row:
         return float(np.mean(self.scores))
 
 
-def row(problem: Problem, name: str, setting: str, found: Sequence[Tensor]) -> Row:
-    """A line of the table from each task's answers on the test split, (n,) each."""
+def row(problem: Problem, name: str, setting: str, found: Sequence[Tensor], **more: Any) -> Row:
+    """A line of the table from each task's answers on the test split, (n,) each; more: fields of ``Row``."""
     scores, plain = [], {}
     for task, answer in zip(problem.tasks, found, strict=True):
         labels = task.split("test").labels
         scores.append(task.score(answer, labels))
         if task.metric != "accuracy":
             plain[task.name] = float((answer == labels).double().mean())
-    return Row(name, setting, tuple(scores), plain)
+    return Row(name, setting, tuple(scores), plain, **more)
 
 
 def path_row(problem: Problem, name: str, setting: str, path: Path) -> Row:
@@ -123,15 +134,35 @@ def uniform_rows(problem: Problem, names: Collection[str]) -> Iterator[Row]:
             problem.pool.forget(settings)
 
 
+def weights_row(
+    problem: Problem, name: str, setting: str, stem: Weights, layers: Sequence[Weights], **more: Any
+) -> Row:
+    """A line of the table for a merged model given as weights; each task by its own expert's head.
+
+    stem, layers: names -> tensors, as ``LayerPool.weights`` gives those of places -1 and 0 to L - 1. more:
+    further fields of ``Row``.
+    """
+    heads = [problem.pool.heads[expert] for expert in problem.pool.names]
+    return row(problem, name, setting, _answers(problem, stem, layers, heads), **more)
+
+
 def _joint(problem: Problem) -> list[Tensor]:
     """Each task's answers on the test split of the multi-task model; of a ViT, by the task's own head."""
-    joint, architecture = problem.multi_task, problem.pool.architecture
+    joint = problem.multi_task
     assert joint is not None
     parts = problem.pool.split(joint.weights)
-    stem = architecture.stem(parts.stem)
-    layers = [architecture.layer(k, weights) for k, weights in enumerate(parts.layers)]
     heads = [joint.family.task_head(joint, task) for task in problem.tasks]
+    return _answers(problem, parts.stem, parts.layers, heads)
+
+
+def _answers(
+    problem: Problem, stem: Weights, layers: Sequence[Weights], heads: Sequence[Weights]
+) -> list[Tensor]:
+    """Each task's answers (n,) on the test split of a model given as weights, with the task's head."""
+    architecture = problem.pool.architecture
+    outside = architecture.stem(stem)
+    modules = [architecture.layer(k, weights) for k, weights in enumerate(layers)]
     return [
-        predict(architecture, stem, layers, head, task, "test", device=problem.device)
+        predict(architecture, outside, modules, head, task, "test", device=problem.device)
         for head, task in zip(heads, problem.tasks, strict=True)
     ]
