@@ -3,8 +3,8 @@
     RegMean         W = (sum_i W_i G_i) (sum_i G_i)^-1                             Jin et al. 2023, Eq. 2
     least squares   W = argmin sum_i w_i mean |W x - y_i|^2 + rho |W - W_0|^2       Nasery et al. 2024, Eq. 5
 
-Both need no labels and no gradient, and both are closed forms of *Gram matrices*, which a model's inputs are
-streamed into: ``G_i = X_i' X_i / n_i``, the mean over n_i rows x of the inputs that task i gives to the layer.
+Both need no labels and no gradient. Both are closed forms of *Gram matrices*, which a model's inputs are
+streamed into: ``G_i = X_i' X_i / n_i``, the mean over n_i rows x of what task i feeds the layer.
 ``engine.calibration`` collects them, layer by layer. Here are the formulas alone.
 
 Shapes: N experts, D inputs of the layer (a bias is one more column of ones), O outputs, in that order. All is

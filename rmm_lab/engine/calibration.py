@@ -10,19 +10,29 @@ between layers are kept within a budget and computed again beyond it.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from rmm_lab import matching
+from rmm_lab.engine.activations import (
+    Mean,
+    as_rows,
+    linear_maps,
+    make_up,
+    parameter,
+    run,
+    stages,
+)
 from rmm_lab.engine.cache import Cache
 from rmm_lab.errors import InputError
 from rmm_lab.families.parts import Weights
-from rmm_lab.reward import Path, Step
+from rmm_lab.reward import Path
 
 BATCH = 32  # examples that go through a layer at a time
 BUDGET = 2**27  # bytes of states between layers
@@ -86,7 +96,7 @@ class Calibration:
     def __getstate__(self) -> dict[str, Any]:
         """With its inputs in place of the tasks, since another process may not have this split."""
         batches = {(i, j): self._batch(i, j) for i in range(len(self.rows)) for j in self._parts(i)}
-        computed = {"_cache": None, "_grams": {}, "_stages": {}}
+        computed: dict[str, Any] = {"_cache": None, "_grams": {}, "_stages": {}}
         return vars(self) | {"tasks": [], "_batches": batches} | computed
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -146,7 +156,9 @@ class Calibration:
         rows = self.rows[i][j * BATCH : (j + 1) * BATCH]
         return self.tasks[i].inputs(self.split, rows)
 
-    def _state(self, key: tuple, stem: Any, layers: Sequence[Any], arch: Any, i: int, j: int) -> Any:
+    def _state(
+        self, key: tuple, stem: Any, layers: Sequence[Any], arch: Any, i: int, j: int
+    ) -> Any:
         """The state of a part after ``layers``, from the longest beginning that is kept.
 
         key: names the stem, and each layer as one more entry.
@@ -179,11 +191,13 @@ class Calibration:
         uses a row. Norms, positions and all else are the anchor's.
 
         pool: the ``LayerPool``; prefix: the path before, its stem's step first. Options of least squares:
-        weights: one for each task; anchor: ``average``, ``regmean`` or a scale of task arithmetic; ridge: a
-        number, or ``auto``: for each map what does best on held-out inputs; readout: the share of a ViT's
-        class token among all tokens, 0 if all count alike, as published; residual: how much of what the merged
-        model's residual stream lacks against the expert's is made up for by the maps that write to it, from 0,
-        as published, to 1.
+
+        * weights: one for each task;
+        * anchor: ``average``, ``regmean``, or a scale of task arithmetic;
+        * ridge: a number, or ``auto``: for each map the one that does best on held-out inputs;
+        * readout: the class token's share among a ViT's tokens; 0: all count alike, as in PLeaS;
+        * residual: how much of what the merged residual stream lacks against the expert's the maps that
+          write to it make up for, from 0, as in PLeaS, to 1.
         """
         options = dict(operator.options)
         if operator.function == "regmean":
@@ -240,11 +254,11 @@ class Calibration:
             if (k, names[0]) not in self._grams:
                 grams = []
                 for i, expert in enumerate(experts):
-                    total = _Mean()
+                    total = Mean()
                     for j in self._parts(i):
                         state = self._expert_state(pool, i, j, k)
-                        x, _, _ = _run(arch, expert, state, names, outputs=False)
-                        rows, w = _rows(x, arch.row_weights(expert, names[0], state, 0.0))
+                        x, _, _ = run(arch, expert, state, names, outputs=False)
+                        rows, w = as_rows(x, arch.row_weights(expert, names[0], state, 0.0))
                         total.add(rows, rows, w)
                     grams.append(total.mean())
                 self._grams[k, names[0]] = torch.stack(grams)  # (N, D, D)
@@ -252,7 +266,7 @@ class Calibration:
             for name in names:
                 key = f"{name}.weight"
                 own = torch.stack([pool.weights(e, k)[key] for e in pool.names])  # (N, O, D)
-                with _named(f"regmean at layer {k}, {name}"):
+                with _at(f"regmean at layer {k}, {name}"):
                     out[key] = matching.regmean(gram, own, alpha=alpha).contiguous()
         return out
 
@@ -275,10 +289,10 @@ class Calibration:
         first = pool.stem(stem.source, stem.scales)
         writes = arch.writes(layer) if residual else {}
         folds = FOLDS if ridge == "auto" else 1
-        linear = dict(layer.named_modules())
+        linear = linear_maps(layer)
         for names in self._stages_of(pool, k):
             sums = {
-                name: [[(_Mean(), _Mean()) for _ in experts] for _ in range(folds)] for name in names
+                name: [[(Mean(), Mean()) for _ in experts] for _ in range(folds)] for name in names
             }  # name -> fold -> task -> sums of x x' and x y'
             with_bias = linear[names[0]].bias is not None
             for i, expert in enumerate(experts):
@@ -286,14 +300,14 @@ class Calibration:
                     state = self._state(prefix, first, before, arch, i, j)
                     theirs = self._expert_state(pool, i, j, k)
                     norm, scale = writes.get(names[0], ("", ""))
-                    x, _, stream = _run(arch, layer, state, names, norm, outputs=False)
-                    _, outputs, their_stream = _run(arch, expert, theirs, names, norm)
+                    x, _, stream = run(arch, layer, state, names, norm, outputs=False)
+                    _, outputs, their_stream = run(arch, expert, theirs, names, norm)
                     w = arch.row_weights(layer, names[0], state, readout)
-                    rows, w = _rows(x, w, ones=with_bias)
+                    rows, w = as_rows(x, w, ones=with_bias)
                     if norm:
                         [name] = names
                         lack = (their_stream - stream) * residual
-                        outputs[name] = _made_up(outputs[name], lack, layer, expert, scale, residual)
+                        outputs[name] = make_up(outputs[name], lack, layer, expert, scale, residual)
                     # Whole examples take turns in the folds.
                     n = len(self.rows[i][j * BATCH : (j + 1) * BATCH])
                     fold = ((torch.arange(n) + j * BATCH) % folds).repeat_interleave(len(rows) // n)
@@ -314,155 +328,35 @@ class Calibration:
                 start = anchor[f"{name}.weight"]
                 if with_bias:
                     start = torch.cat([start, anchor[f"{name}.bias"][:, None]], 1)  # (O, D + 1)
-                with _named(f"least squares at layer {k}, {name}"):
+                with _at(f"least squares at layer {k}, {name}"):
                     best = ridge
                     if isinstance(best, str):
                         best = matching.choose_ridge(xx, xy, weights=weights, anchor=start)
                     there = xx.diagonal(dim1=2, dim2=3).sum(2) > 0  # (K, N)
                     each = (there / there.sum(0).clamp(min=1))[:, :, None, None].double()
                     solved = matching.least_squares(
-                        (each * xx).sum(0), (each * xy).sum(0), weights=weights, ridge=best, anchor=start
+                        (each * xx).sum(0),
+                        (each * xy).sum(0),
+                        weights=weights,
+                        ridge=best,
+                        anchor=start,
                     )  # (O, D)
                 if with_bias:
-                    solved, linear[name].bias = solved[:, :-1], _parameter(solved[:, -1])
-                linear[name].weight = _parameter(solved)
+                    solved, linear[name].bias = solved[:, :-1], parameter(solved[:, -1])
+                linear[name].weight = parameter(solved)
         return {name: tensor.detach() for name, tensor in layer.state_dict().items()}
 
     def _stages_of(self, pool: Any, k: int) -> list[list[str]]:
-        """A layer's linear maps in running order, those together that take the same input."""
         if k not in self._stages:
-            seen: list[tuple[str, Tensor]] = []
-            layer = pool.layer(pool.names[0], k)
-            with _hooks(
-                module.register_forward_pre_hook(lambda _, x, name=name: seen.append((name, x[0])))
-                for name, module in _linear(layer)
-            ):
-                pool.architecture.apply(layer, self._expert_state(pool, 0, 0, k))
-            stages: list[list[str]] = []
-            last = None
-            for name, x in seen:
-                if x is last:
-                    stages[-1].append(name)
-                else:
-                    stages.append([name])
-                last = x
-            self._stages[k] = stages
+            layer, state = pool.layer(pool.names[0], k), self._expert_state(pool, 0, 0, k)
+            self._stages[k] = stages(lambda: pool.architecture.apply(layer, state), layer)
         return self._stages[k]
 
 
-# ------------------------------------------------------------------------------- one layer at work
-
-
-class _Mean:
-    """A weighted mean of products of rows, streamed: ``sum w x y' / sum w``."""
-
-    def __init__(self) -> None:
-        self.total: Any = 0.0
-        self.weight = 0.0
-        self.shape = (0, 0)
-
-    def add(self, x: Tensor, y: Tensor, w: Tensor) -> None:
-        """x: (n, D), y: (n, O), w: (n,)."""
-        self.total = self.total + ((x * w[:, None]).T @ y).double()  # (D, O)
-        self.weight += float(w.sum())
-
-    def mean(self) -> Tensor:
-        """(D, O) float64; 0 of no rows."""
-        return self.total / (self.weight or 1.0)
-
-
-class _Done(Exception):
-    """All that was wanted of a layer has run."""
-
-
-class _hooks:
-    """Hooks that are removed at the end, whatever happens."""
-
-    def __init__(self, handles: Iterator[Any]) -> None:
-        self.handles = list(handles)
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, *error: Any) -> None:
-        for handle in self.handles:
-            handle.remove()
-
-
-class _named:
-    """InputErrors of a block of code begin with where it is."""
-
-    def __init__(self, where: str) -> None:
-        self.where = where
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
-        if isinstance(error, InputError):
-            raise InputError(f"{self.where}: {error}") from error
-
-
-def _linear(layer: nn.Module) -> list[tuple[str, nn.Linear]]:
-    return [(name, m) for name, m in layer.named_modules() if isinstance(m, nn.Linear)]
-
-
-def _run(
-    arch: Any, layer: Any, state: Any, names: Sequence[str], norm: str = "", outputs: bool = True
-) -> tuple[Tensor, dict[str, Tensor], Tensor]:
-    """Run a layer as far as some linear maps: their common input, their outputs, what went into ``norm``."""
-    modules, found = dict(layer.named_modules()), {}
-    out: dict[str, Tensor] = {}
-
-    def before(_: Any, args: tuple) -> None:
-        found["x"] = args[0]
-        if not outputs:
-            raise _Done
-
-    def after(name: str) -> Callable[..., None]:
-        def hook(_: Any, args: tuple, y: Tensor) -> None:
-            out[name] = y
-            if name == names[-1]:
-                raise _Done
-
-        return hook
-
-    handles = [modules[names[0]].register_forward_pre_hook(before)]
-    if outputs:
-        handles += [modules[name].register_forward_hook(after(name)) for name in names]
-    if norm:
-        keep = modules[norm].register_forward_pre_hook(lambda _, x: found.update(stream=x[0]))
-        handles.append(keep)
-    with _hooks(iter(handles)):
-        try:
-            arch.apply(layer, state)
-        except _Done:
-            pass
-    return found["x"], out, found.get("stream", found["x"])
-
-
-def _rows(x: Tensor, w: Tensor | None, ones: bool = False) -> tuple[Tensor, Tensor]:
-    """Inputs (..., D) as rows (n, D), or (n, D + 1) with a column of ones, and their weights (n,)."""
-    rows = x.flatten(0, -2)
-    if ones:
-        rows = torch.cat([rows, rows.new_ones(len(rows), 1)], 1)
-    return rows, rows.new_ones(len(rows)) if w is None else w.to(rows.dtype)
-
-
-def _made_up(
-    y: Tensor, lack: Tensor, layer: Any, expert: Any, scale: str, residual: float
-) -> Tensor:
-    """What a map must put out so that the merged stream comes nearer to the expert's.
-
-    y: (..., O), the expert's outputs; lack: (..., O), the expert's stream less the merged one's before they
-    are added, times ``residual``. scale: the name of a layer scale behind the map, which each has its own of.
-    """
-    if not scale or not hasattr(dict(layer.named_modules())[scale], "gamma"):
-        return y + lack.view_as(y)
-    ours, theirs = (dict(m.named_modules())[scale].gamma for m in (layer, expert))  # (O,)
-    gap = lack.view_as(y) + residual * (theirs - ours) * y
-    return y + torch.where(ours.abs() > 1e-12, gap / ours, torch.zeros_like(gap))
-
-
-def _parameter(tensor: Tensor) -> nn.Parameter:
-    return nn.Parameter(tensor.contiguous(), requires_grad=False)
+@contextlib.contextmanager
+def _at(where: str) -> Iterator[None]:
+    """InputErrors say where they were raised."""
+    try:
+        yield
+    except InputError as error:
+        raise InputError(f"{where}: {error}") from error

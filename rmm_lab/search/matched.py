@@ -63,8 +63,8 @@ def tune_weights(
     """Weights of N tasks by a pattern search on a grid of ratios, the task that lacks most first.
 
     From equal weights: the weight of one task is multiplied by a factor, then divided by it, in the order
-    of what the tasks lack to their targets; the first change that raises the mean score is kept. A factor that
-    helps no task gives way to the next of ``FACTORS``. Source: Hooke & Jeeves 1961.
+    of what the tasks lack to their targets; the first change that raises the mean score is kept. A factor
+    that helps no task gives way to the next of ``FACTORS``. Source: Hooke & Jeeves 1961.
 
     score: weights, which add up to N -> (N,) scores. target: (N,). most: calls of ``score``. Returns all that
     was tried, in order.
@@ -94,7 +94,13 @@ def tune_weights(
 
 
 def _row(
-    problem: Problem, name: str, source: str, sees: str, evaluations: int, start: float, reward: float
+    problem: Problem,
+    name: str,
+    source: str,
+    sees: str,
+    evaluations: int,
+    start: float,
+    reward: float,
 ) -> Row:
     """A whole model of one source on the test split; the seconds end once its layers are there."""
     path, n = uniform.uniform_path(problem, source), problem.spec.calibration
@@ -106,6 +112,4 @@ def _row(
     setting = f"{source}, at most {n} inputs of each train split{tuned}"
     row = uniform.path_row(problem, name, setting, path)
     problem.pool.forget([source])
-    return Row(
-        name, setting, row.scores, row.plain, sees, evaluations, round(seconds, 2), reward
-    )
+    return Row(name, setting, row.scores, row.plain, sees, evaluations, round(seconds, 2), reward)

@@ -214,7 +214,8 @@ def problem_of(spec: ProblemSpec) -> Problem:
 def pool_of(path: LayerPath) -> LayerPool:
     """The pool that a path was made from, also where its layers were fitted to calibration inputs.
 
-    Reads the models and, if the path needs them, the inputs that it names; InputError where either has changed.
+    Reads the models and, if the path needs them, the inputs that it names; InputError where either has
+    changed.
     """
     pool = path.load_pool()
     if path.calibration is not None:
