@@ -64,8 +64,8 @@ class Calibration:
     ) -> None:
         if n < 1:
             raise InputError(
-                f"--calibration: expected 1 or more inputs per task for regmean and least_squares, found {n}; "
-                "give more, or choose other operators"
+                "--calibration: expected 1 or more inputs per task for regmean and least_squares, found "
+                f"{n}; give more, or choose other operators"
             )
         self.tasks, self.n, self.split, self.seed = list(tasks), n, split, seed
         self._rows = None if rows is None else list(rows)
