@@ -1,0 +1,43 @@
+"""All rows of a result table but RMM's, in their order."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from collections.abc import Collection, Iterator
+
+from rmm_lab.search import uniform
+from rmm_lab.search.problem import Problem
+from rmm_lab.search.uniform import GRIDS, Row
+
+PAPER = tuple(GRIDS)[:7]  # the paper's merges, as published and tuned
+FAST = tuple(name for name in GRIDS if name not in uniform.SLOW)
+
+
+def rows(
+    problem: Problem, *, gradients: bool = False, rules: Collection[str] = tuple(GRIDS)
+) -> Iterator[Row]:
+    """Models as they are, rules that see weights alone, that see inputs, and on request gradients.
+
+    Each is scored on the test split, its settings chosen on the reward split. ``rules``: which of those that
+    see weights alone.
+    """
+    yield from uniform.rows(problem, rules)
+    yield from part("matched", problem)
+    if gradients:
+        yield from part("gradients", problem, problem.spec.seed)
+
+
+def compared(problem: Problem, compare: str = "rules") -> Iterator[Row]:
+    """The rows beside RMM's in the table of a search; ``compare`` as in ``RunArgs``."""
+    if compare == "paper":
+        return uniform.rows(problem, PAPER)
+    return rows(problem, gradients=compare == "all", rules=GRIDS if compare == "all" else FAST)
+
+
+def part(name: str, *args: object) -> Iterator[Row]:
+    # FIXME until both are there
+    if importlib.util.find_spec(f"rmm_lab.search.{name}") is None:
+        return iter(())
+    found: Iterator[Row] = importlib.import_module(f"rmm_lab.search.{name}").rows(*args)
+    return found
