@@ -194,7 +194,12 @@ def test_a_table_has_all_rows_in_order(problem):
     ("compare", "there", "absent"),
     [
         ("paper", ("TIES, tuned",), (WEIGHTS, "TSV", "RegMean", "DOGE", "Fisher")),
-        ("rules", (WEIGHTS, "TSV", "RegMean", "least squares, weighted"), ("DOGE", "Fisher")),
+        ("few", (WEIGHTS, "TSV", "RegMean", "least squares, weighted"), ("PCB", "DOGE", "Fisher")),
+        (
+            "rules",
+            (WEIGHTS, "TSV", "PCB", "RegMean", "least squares, weighted"),
+            ("DOGE", "Fisher"),
+        ),
     ],
 )
 def test_what_a_search_is_compared_with(problem, compare, there, absent):

@@ -46,8 +46,8 @@ class RunArgs:
     finalists: int = 10
     """Best paths, besides the greedy one, that are scored on the whole reward split at the end."""
 
-    compare: Literal["paper", "rules", "all"] = "rules"
-    """Rows of the result table: the paper's merges, all by rule, or also those that take minutes."""
+    compare: Literal["paper", "few", "rules", "all"] = "few"
+    """Rows of the table: the paper's merges; with few better ones; with all by rule; with all by gradient."""
     run_dir: Path | None = None
     """New folder for the results; the command line makes runs/merge-DATE-TIME by default."""
     resume: Path | None = None

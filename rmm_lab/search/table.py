@@ -11,7 +11,13 @@ from rmm_lab.search.problem import Problem
 from rmm_lab.search.uniform import GRIDS, Row
 
 PAPER = tuple(GRIDS)[:7]  # the paper's merges, as published and tuned
-FAST = tuple(name for name in GRIDS if name not in uniform.SLOW)
+# How many rules that see weights alone a single search shows: each costs evaluations of whole splits.
+RULES: dict[str, Collection[str]] = {
+    "paper": PAPER,
+    "few": (*PAPER, uniform.WEIGHTS, "TSV", "Iso-C", "WUDI", "LiNeS"),
+    "rules": tuple(name for name in GRIDS if name not in uniform.SLOW),
+    "all": tuple(GRIDS),
+}
 
 
 def rows(
@@ -28,11 +34,11 @@ def rows(
         yield from part("gradients", problem, problem.spec.seed)
 
 
-def compared(problem: Problem, compare: str = "rules") -> Iterator[Row]:
+def compared(problem: Problem, compare: str) -> Iterator[Row]:
     """The rows beside RMM's in the table of a search; ``compare`` as in ``RunArgs``."""
     if compare == "paper":
         return uniform.rows(problem, PAPER)
-    return rows(problem, gradients=compare == "all", rules=GRIDS if compare == "all" else FAST)
+    return rows(problem, gradients=compare == "all", rules=RULES[compare])
 
 
 def part(name: str, *args: object) -> Iterator[Row]:
