@@ -16,7 +16,14 @@ from torch import Tensor, nn
 from rmm_lab.errors import InputError
 from rmm_lab.families.checkpoint import Checkpoint, architecture, check_same_architecture
 from rmm_lab.families.parts import UNITS, Parts, Weights, divide, outside_head, refill
-from rmm_lab.operators import RANDOM, OperatorSpec, expand_operators, parse_operator
+from rmm_lab.operators import (
+    RANDOM,
+    SCOPE,
+    OperatorSpec,
+    expand_operators,
+    parse_operator,
+    weight_average,
+)
 from rmm_lab.reward import Step, parse_path, split_stem
 
 SCOPES = ("layer", "tensor", "global")
@@ -35,7 +42,8 @@ class LayerPool:
         operators: M specifications such as ``ties`` or ``task_arithmetic:scale=0.5``; a
             ``weighted_average`` without ``expert`` stands for N of them, one leading with each expert.
         scope: what an operator sees at once, which matters where it trims. ``layer``: the flattened layer,
-            as in Eq. 4; ``tensor``: each tensor alone; ``global``: the whole model.
+            as in Eq. 4; ``tensor``: each tensor alone; ``global``: the whole model. An operator with a scope
+            of its own (``operators.SCOPE``) keeps it: matrices, with all else averaged, or tensors.
         seed: of the random operators' masks. Each operator and layer has its own generator, so a mask does
             not depend on what was asked for before.
         unit: what a layer is: a ``block``, as in the paper, or a ``sublayer``, the attention or MLP of one.
@@ -219,13 +227,20 @@ class LayerPool:
         source, k, scales = step
         operator, groups = self._operator(source, scales), list(self._parts.values())
         base, *experts = (_group(parts, k) for parts in groups)
-        if self.scope == "layer":
+        scope = SCOPE[operator.function]
+        if scope == "matrix":
+            return {
+                name: self._by_matrix(operator, name, [p[name] for p in (base, *experts)])
+                for name in base
+            }
+        scope = self.scope if scope == "pool" else scope
+        if scope == "layer":
             stack = torch.stack([_flat(e) for e in experts])  # (N, D)
             return _unflat(operator(_flat(base), stack, self._mask(source, k)), base)
-        if self.scope == "tensor":
-            generator = self._mask(source, k)
+        if scope == "tensor":
+            generator, depth = self._mask(source, k), (k + 1) / self.n_layers
             return {
-                name: operator(tensor, torch.stack([e[name] for e in experts]), generator)
+                name: operator(tensor, torch.stack([e[name] for e in experts]), generator, depth)
                 for name, tensor in base.items()
             }
         if (source, scales) not in self._global:  # the whole model once, cut into stem and layers
@@ -235,6 +250,15 @@ class LayerPool:
             sizes = [len(_flat(_group(groups[0], j))) for j in places]
             self._global[source, scales] = merged.split(sizes)
         return _unflat(self._global[source, scales][k + 1], base)
+
+    def _by_matrix(self, operator: OperatorSpec, name: str, tensors: Sequence[Tensor]) -> Tensor:
+        """One tensor of the base and the experts merged as whole matrices; no matrix: averaged."""
+        base, stack = tensors[0], torch.stack(list(tensors[1:]))
+        if base.dim() != 2:
+            return weight_average(base, stack)
+        n = self.base.family.fused(name)
+        parts = zip(base.tensor_split(n), stack.tensor_split(n, dim=1), strict=True)
+        return torch.cat([operator(*part) for part in parts])
 
     def _mask(self, source: str, k: int) -> torch.Generator | None:
         """The generator of a random operator's masks at place k, from the pool's seed."""

@@ -138,6 +138,9 @@ class Family(Protocol):
     def sublayer(self, name: str) -> int | None:
         """In which of a block's sublayers a tensor of this name is, in running order; None: in none."""
 
+    def fused(self, name: str) -> int:
+        """How many matrices a tensor of this name holds one below the other, in rows: 1 for most."""
+
     def signature(self, config: Config) -> tuple[str, dict[str, Any]]:
         """What two models must share that shapes do not show."""
 

@@ -125,6 +125,11 @@ def sublayer(name: str) -> int | None:
     return int(match[1]) if match else None
 
 
+def fused(name: str) -> int:
+    """1: queries, keys and values have a matrix each."""
+    return 1
+
+
 def signature(config: Config) -> tuple[str, dict[str, Any]]:
     """With the number and size of the heads, activation, buckets and special tokens."""
     args = {key: config.get(key, default) for key, default in _ARGS.items()}

@@ -83,6 +83,11 @@ def sublayer(name: str) -> int | None:
     return next((i for i, names in enumerate(SUBLAYERS) if name.partition(".")[0] in names), None)
 
 
+def fused(name: str) -> int:
+    """3 for the projections to queries, keys and values, 1 for all others."""
+    return 3 if ".attn.qkv." in f".{name}" else 1
+
+
 def signature(config: Config) -> tuple[str, dict[str, Any]]:
     """What shapes do not show: the architecture's name and arguments such as the number of heads."""
     args = config.get("model_args") or {}

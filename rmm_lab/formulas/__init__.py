@@ -1,0 +1,1 @@
+"""Operators of the literature, with the checks and steps that all operators share."""
