@@ -39,7 +39,7 @@ from rmm_lab.evidence.rows import (
 )
 from rmm_lab.reward import Path as Steps
 from rmm_lab.reward import path_text
-from rmm_lab.search import rivals, table, uniform
+from rmm_lab.search import gradients, rivals, table, uniform
 from rmm_lab.search.config import Config, configure, describe
 from rmm_lab.search.finalists import candidates, legal, rank
 from rmm_lab.search.pipeline import Result, make_scorer, train
@@ -225,7 +225,7 @@ def matched_rules(job: Job) -> Measured:
 def by_gradient(job: Job) -> Measured:
     """The merges that use gradients."""
     problem = load(job.config)
-    found = table.part("gradients", problem, job.config.run.seed)
+    found = gradients.rows(problem, job.config.run.seed)
     return {job.table: [cells(problem, row) for row in found]}
 
 

@@ -6,6 +6,7 @@ import importlib
 import importlib.util
 from collections.abc import Collection, Iterator
 
+from rmm_lab.search import gradients as by_gradient
 from rmm_lab.search import uniform
 from rmm_lab.search.problem import Problem
 from rmm_lab.search.uniform import GRIDS, Row
@@ -31,7 +32,7 @@ def rows(
     yield from uniform.rows(problem, rules)
     yield from part("matched", problem)
     if gradients:
-        yield from part("gradients", problem, problem.spec.seed)
+        yield from by_gradient.rows(problem, problem.spec.seed)
 
 
 def compared(problem: Problem, compare: str) -> Iterator[Row]:

@@ -17,6 +17,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from torch import Tensor
 
+from rmm_lab.families.parts import Weights
 from rmm_lab.reward import Path, Step, evaluate, predict, predict_all
 from rmm_lab.search.problem import Problem
 
@@ -228,21 +229,10 @@ def tune_metrics(problem: Problem) -> Choice:
 TUNED: dict[str, Callable[[Problem], Choice]] = {WEIGHTS: tune_weights, METRICS: tune_metrics}
 
 
-def _known(name: str) -> bool:
-    from rmm_lab.operators import OPERATORS
-
-    first = (
-        GRIDS[name] or {WEIGHTS: ("task_arithmetic",), METRICS: ("metrics_weighted_average",)}[name]
-    )[0]
-    return first.partition(":")[0] in OPERATORS
-
-
 def rule_rows(problem: Problem, names: Collection[str] = tuple(GRIDS)) -> Iterator[Row]:
     """The merges by rule of these rows, on the test split, each tuned on the reward split before."""
     for name in GRIDS:
         if name not in names or (name in OF_TWO and problem.pool.n_models != 2):
-            continue
-        if not _known(name):  # FIXME until the operators are there
             continue
         start = time.perf_counter()
         choice = TUNED[name](problem) if name in TUNED else tune(problem, GRIDS[name])
@@ -282,15 +272,34 @@ def rows(problem: Problem, names: Collection[str] = tuple(GRIDS)) -> Iterator[Ro
     yield from rule_rows(problem, names)
 
 
+def weights_row(
+    problem: Problem, name: str, setting: str, stem: Weights, layers: Sequence[Weights], **took: Any
+) -> Row:
+    """A line of the table for a merged model given as weights; each task by its own expert's head.
+
+    stem, layers: names -> tensors, as ``LayerPool.weights`` gives those of places -1 and 0 to L - 1.
+    """
+    heads = [problem.pool.heads[expert] for expert in problem.pool.names]
+    return row(problem, name, setting, _answers(problem, stem, layers, heads), **took)
+
+
 def _joint(problem: Problem) -> list[Tensor]:
     """Each task's answers on the test split of the multi-task model; of a ViT, by the task's own head."""
-    joint, architecture = problem.multi_task, problem.pool.architecture
+    joint = problem.multi_task
     assert joint is not None
     parts = problem.pool.split(joint.weights)
-    stem = architecture.stem(parts.stem)
-    layers = [architecture.layer(k, weights) for k, weights in enumerate(parts.layers)]
     heads = [joint.family.task_head(joint, task) for task in problem.tasks]
+    return _answers(problem, parts.stem, parts.layers, heads)
+
+
+def _answers(
+    problem: Problem, stem: Weights, layers: Sequence[Weights], heads: Sequence[Weights]
+) -> list[Tensor]:
+    """Each task's answers (n,) on the test split of a model given as weights, with the task's head."""
+    architecture = problem.pool.architecture
+    outside = architecture.stem(stem)
+    modules = [architecture.layer(k, weights) for k, weights in enumerate(layers)]
     return [
-        predict(architecture, stem, layers, head, task, "test", device=problem.device)
+        predict(architecture, outside, modules, head, task, "test", device=problem.device)
         for head, task in zip(heads, problem.tasks, strict=True)
     ]
