@@ -17,6 +17,7 @@ from rmm_lab.errors import InputError
 from rmm_lab.families.checkpoint import Checkpoint, architecture, check_same_architecture
 from rmm_lab.families.parts import UNITS, Parts, Weights, divide, outside_head, refill
 from rmm_lab.operators import (
+    MATCHED,
     RANDOM,
     SCOPE,
     OperatorSpec,
@@ -24,7 +25,7 @@ from rmm_lab.operators import (
     parse_operator,
     weight_average,
 )
-from rmm_lab.reward import Step, parse_path, split_stem
+from rmm_lab.reward import Path, Step, parse_path, split_stem
 
 SCOPES = ("layer", "tensor", "global")
 SCALED = "task_arithmetic"  # the source that takes a step's scales
@@ -98,12 +99,14 @@ class LayerPool:
         self.heads = {name: self._parts[name].head for name in self.names}
         self.n_layers, self.stacks = len(base_parts.layers), base_parts.stacks
         self.blocks = base_parts.blocks
+        # ``engine.calibration.Calibration``: what regmean and least_squares look at.
+        self.calibration: Any = None
         self._forget_all()
 
     def _forget_all(self) -> None:
         self._architecture: Any = None
-        self._weights: dict[Step, Weights] = {}
-        self._modules: dict[Step, nn.Module] = {}  # layers, and stems at place -1
+        self._weights: dict[tuple[Step, Path], Weights] = {}
+        self._modules: dict[tuple[Step, Path], nn.Module] = {}  # layers, and stems at place -1
         # Modules to refill, by layer: faster than building new ones.
         self._spare: dict[int, list[nn.Module]] = {}
         self._global: dict[tuple[str, Scales], tuple[Tensor, ...]] = {}
@@ -111,7 +114,10 @@ class LayerPool:
     def __getstate__(self) -> dict[str, Any]:
         """The models and options, without what can be computed from them."""
         computed = ("_architecture", "_weights", "_modules", "_spare", "_global")
-        return {key: value for key, value in vars(self).items() if key not in computed}
+        state = {key: value for key, value in vars(self).items() if key not in computed}
+        if not any(spec.function in MATCHED for spec in self.operators.values()):
+            state["calibration"] = None  # inputs that nobody looks at
+        return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
@@ -141,23 +147,36 @@ class LayerPool:
 
     # ------------------------------------------------------------------------------------- layers
 
-    def weights(self, source: str, k: int, scales: Scales = ()) -> Weights:
+    def depends_on_path(self, source: str) -> bool:
+        """Whether a source's layer is another one after another path: least squares alone."""
+        return source.partition(":")[0] == "least_squares"
+
+    def _key(self, step: Step, prefix: Path) -> tuple[Step, Path]:
+        """What a layer is kept under: what depends on no path is shared by all."""
+        depends = step.layer >= 0 and not step.scales and self.depends_on_path(step.source)
+        return step, prefix if depends else ()
+
+    def weights(self, source: str, k: int, scales: Scales = (), prefix: Path = ()) -> Weights:
         """A source's weights at place k, name -> tensor: F* of Eq. 3 (an expert's) or Eq. 4 (an operator's).
 
         source: ``base``, an expert's name, or any operator, whether an action of the pool or not.
         scales: with ``task_arithmetic``, one for each expert.
+        prefix: the path before, its stem's step first; only least squares asks for it.
         """
-        key = Step(source, k, scales)
+        step = Step(source, k, scales)
+        key = self._key(step, prefix)
         if key not in self._weights:
             own = self._parts.get(source)
-            self._weights[key] = self._merge(key) if own is None or scales else _group(own, k)
+            self._weights[key] = (
+                self._merge(step, prefix) if own is None or scales else _group(own, k)
+            )
         return self._weights[key]
 
-    def layer(self, source: str, k: int, scales: Scales = ()) -> nn.Module:
-        """Layer k of a source as a module; the same object at every call."""
-        key = Step(source, k, scales)
+    def layer(self, source: str, k: int, scales: Scales = (), prefix: Path = ()) -> nn.Module:
+        """Layer k of a source as a module; the same object at every call with the same prefix."""
+        key = self._key(Step(source, k, scales), prefix)
         if key not in self._modules:
-            weights = self.weights(*key)
+            weights = self.weights(source, k, scales, prefix)
             if spare := self._spare.get(k):
                 self._modules[key] = refill(spare.pop(), weights)
             else:
@@ -166,9 +185,9 @@ class LayerPool:
 
     def stem(self, source: str, scales: Scales = ()) -> nn.Module:
         """The stem of a source as a module; the same object at every call."""
-        key = Step(source, -1, scales)
+        key = self._key(Step(source, -1, scales), ())
         if key not in self._modules:
-            self._modules[key] = self.architecture.stem(self.weights(*key))
+            self._modules[key] = self.architecture.stem(self.weights(source, -1, scales))
         return self._modules[key]
 
     def check_stem(self, source: str) -> None:
@@ -182,12 +201,12 @@ class LayerPool:
         Do not use their modules any more: the pool fills them with the weights of the next layer.
         """
         pairs = {(s, ()) if isinstance(s, str) else (s.source, s.scales) for s in gone}
-        pairs -= {(source, ()) for source in self.sources}
-        for key in [key for key in self._modules if (key.source, key.scales) in pairs]:
-            module = self._modules.pop(key)
-            if key.layer >= 0:
-                self._spare.setdefault(key.layer, []).append(module.to("meta"))  # shapes alone
-        for key in [key for key in self._weights if (key.source, key.scales) in pairs]:
+        pairs -= {(s, ()) for s in self.sources if not self.depends_on_path(s)}
+        for key in [key for key in self._modules if key[0][::2] in pairs]:
+            module, place = self._modules.pop(key), key[0].layer
+            if place >= 0:
+                self._spare.setdefault(place, []).append(module.to("meta"))  # shapes alone
+        for key in [key for key in self._weights if key[0][::2] in pairs]:
             del self._weights[key]
         for pair in pairs:
             self._global.pop(pair, None)
@@ -204,7 +223,9 @@ class LayerPool:
                     f"layer path: expected layers 0 to {self.n_layers - 1}, found {str(step)!r}; take "
                     "path.json of a run with these models"
                 )
-        layers = [(step.layer, self.weights(*step)) for step in steps]
+        layers = [
+            (step.layer, self.weights(*step, (first, *steps[:i]))) for i, step in enumerate(steps)
+        ]
         return self.architecture.assemble(self.weights(*first), layers, self.heads)
 
     # ------------------------------------------------------------------------------ the operators
@@ -223,9 +244,16 @@ class LayerPool:
                 f"operator; {error}"
             ) from error
 
-    def _merge(self, step: Step) -> Weights:
+    def _merge(self, step: Step, prefix: Path) -> Weights:
         source, k, scales = step
         operator, groups = self._operator(source, scales), list(self._parts.values())
+        if operator.function in MATCHED:
+            if self.calibration is None:
+                raise InputError(
+                    f"source {source!r}: expected calibration inputs, found none; give --calibration N, or "
+                    "set the pool's calibration"
+                )
+            return self.calibration.merge(self, operator, k, prefix)
         base, *experts = (_group(parts, k) for parts in groups)
         scope = SCOPE[operator.function]
         if scope == "matrix":

@@ -34,43 +34,21 @@ from rmm_lab.formulas.averages import (
     metrics_weighted_average,
     model_stock,
     slerp,
+    weighted_average,
     widen,
 )
 from rmm_lab.formulas.checks import OPTIONS, Option, Rng, add, check_for, checked
-from rmm_lab.formulas.sparse import breadcrumbs, consensus, della, emr, magmax, pcb, sce
+from rmm_lab.formulas.sparse import breadcrumbs, consensus, dare_ties, della, emr, magmax, pcb, sce
 from rmm_lab.formulas.spectral import doge, iso_c, iso_cts, knots, star, tsv, wudi
 from rmm_lab.formulas.steps import disjoint_merge, drop_and_rescale, elect_sign, task_vectors, trim
 
-# ---------------------------------------------------------------- the six operators
+# ---------------------------------------------------------------- the paper's operators
 
 
 def weight_average(base: Tensor, experts: Tensor, *, generator: Rng = None) -> Tensor:
     """Mean of the experts, the uniform soup; ignores base and generator (Wortsman et al. 2022)."""
     average = checked(base, experts)[1].mean(dim=0)  # (N, *shape) -> (*shape)
     return average.to(base.dtype)
-
-
-def weighted_average(
-    base: Tensor,
-    experts: Tensor,
-    *,
-    expert: float = 1,
-    share: float = 0.75,
-    scale: float = 1.0,
-    generator: Rng = None,
-) -> Tensor:
-    """Task arithmetic with one expert in the lead; ignores generator (Ilharco et al. 2022, Sec. 2).
-
-    ``theta_base + scale * sum_i w_i delta_i`` with ``w = share`` for the leading expert and
-    ``(1 - share) / (N - 1)`` for every other; at scale 1 a weighted average of the experts.
-    expert: which one leads, a whole number from 1 to N; share in [0, 1]; scale: finite.
-    """
-    deltas = task_vectors(base, experts)
-    n = len(deltas)
-    check_for(n, expert=expert, share=share)
-    weights = deltas.new_full((n,), (1 - share) / max(1, n - 1))
-    weights[int(expert) - 1] = share if n > 1 else 1.0
-    return add(base, torch.tensordot(weights, deltas, dims=1), scale)  # (N, *shape) -> (*shape)
 
 
 def task_arithmetic(
@@ -121,23 +99,6 @@ def dare(
     return add(base, deltas.sum(dim=0), scale)  # (N, *shape) -> (*shape)
 
 
-def dare_ties(
-    base: Tensor,
-    experts: Tensor,
-    *,
-    drop_rate: float = 0.34,
-    scale: float = 1.0,
-    merge: str = "mean",
-    generator: Rng = None,
-) -> Tensor:
-    """DARE-TIES: TIES with DARE's random drop in place of the trim (Yu et al. 2024).
-
-    drop_rate in [0, 1); scale: finite; merge: "mean" or "sum"; generator: as for ``dare``.
-    """
-    deltas = drop_and_rescale(task_vectors(base, experts), drop_rate, generator)
-    return add(base, disjoint_merge(deltas, elect_sign(deltas), merge), scale)
-
-
 _Functions = tuple[Callable[..., Tensor], ...]
 _POOL: _Functions = (
     *(weight_average, weighted_average, task_arithmetic, ties, dare, dare_ties),
@@ -153,7 +114,10 @@ DEPTH = frozenset({"lines"})  # these need the layer's depth in [0, 1]
 # These match activations: a pool with calibration inputs computes them. Their options and defaults.
 MATCHED_OPTIONS: dict[str, dict[str, Option]] = {
     "regmean": {"alpha": 0.9},
-    "least_squares": {"ridge": "auto", "weights": (), "anchor": "average"},
+    "least_squares": {
+        **{"ridge": "auto", "weights": (), "anchor": "average"},
+        **{"readout": 0.5, "residual": 1.0},
+    },
 }
 MATCHED = frozenset(MATCHED_OPTIONS)
 # What an operator sees at once: what the pool's scope says; each matrix, other tensors averaged; each tensor.

@@ -12,6 +12,7 @@ from rmm_lab.errors import InputError
 from rmm_lab.families.checkpoint import Checkpoint, read_checkpoint, write_checkpoint
 from rmm_lab.families.shipped import locate
 from rmm_lab.layers import LayerPool
+from rmm_lab.operators import MATCHED
 from rmm_lab.reward import Path, Step, split_stem
 
 SCHEMA = "rmm_lab/layer-path/1"
@@ -44,7 +45,8 @@ class LayerPath:
 
     ``stem``: the step at place -1, the source of all weights outside layers and heads. ``steps``: the
     other steps, in the order in which the layers run. ``seed``, ``scope`` and ``unit``: those of the pool,
-    so that random operators draw the same masks.
+    so that random operators draw the same masks. ``calibration``: where a layer is ``regmean`` or
+    ``least_squares``, the inputs that it was fitted to, see ``engine.calibration.Calibration.record``.
     """
 
     steps: Path
@@ -55,13 +57,16 @@ class LayerPath:
     seed: int
     stem: Step
     unit: str = "block"
+    calibration: dict[str, Any] | None = None
 
     @classmethod
     def of(cls, pool: LayerPool, path: Sequence[Step], stem: str = "base") -> LayerPath:
         """A path through a pool; ``stem`` is its stem's source unless it starts with one, at place -1."""
         whole = tuple(Step(source, int(k), *scales) for source, k, *scales in path)
         first, steps = split_stem(whole, stem)
+        matched = any(s.source.partition(":")[0] in MATCHED for s in (first, *steps))
         return cls(
+            calibration=pool.calibration.record() if matched else None,
             steps=steps,
             base=Origin.of("base", pool.base),
             experts=tuple(
@@ -90,6 +95,8 @@ class LayerPath:
             for source, k, scales in self.steps
         ]
         data["stem"] = self.stem.source
+        if self.calibration is None:
+            del data["calibration"]
         if self.stem.scales:
             data["stem_scales"] = list(self.stem.scales)
         return json.dumps(data, indent=2, ensure_ascii=False) + "\n"
@@ -139,6 +146,8 @@ class LayerPath:
 
         A ViT's classifier holds the heads of all tasks one after another; ``rmm_lab.heads`` in the saved
         folder's config.json says which logits are whose. A T5's tokenizer is the base's.
+
+        pool: by default read anew; where layers were fitted to inputs, ``search.problem.pool_of(path)``.
         """
         return (pool or self.load_pool()).assemble(self.path)
 

@@ -163,7 +163,8 @@ def predict_all(
 ) -> list[Tensor]:
     """Each task's answers (n,) by a path through a ``LayerPool``, with the task's own head."""
     first, steps = split_stem(path)
-    stem, layers = pool.stem(first.source, first.scales), [pool.layer(*step) for step in steps]
+    stem = pool.stem(first.source, first.scales)
+    layers = [pool.layer(*step, prefix=(first, *steps[:i])) for i, step in enumerate(steps)]
     return [
         predict(pool.architecture, stem, layers, pool.heads[name], task, split, device=device)
         for name, task in zip(pool.names, tasks, strict=True)

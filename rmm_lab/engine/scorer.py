@@ -143,7 +143,8 @@ class Scorer:
         self.sources, self.n_models = pool.sources, pool.n_models
         self.task_names = [task.name for task in tasks]
         self.n_layers, self.chooses_stem = pool.n_layers, stem == "agent"
-        self._kept = {*self.sources, "base", self.stem}  # other sources are forgotten after use
+        kept = (*self.sources, "base", self.stem)  # other sources are forgotten after use
+        self._kept = {source for source in kept if not pool.depends_on_path(source)}
         self.stacks: Sequence[range] = pool.stacks
         self.blocks: Sequence[range] = pool.blocks
         self.n_subsets = max(1, round(1 / fraction))
@@ -153,7 +154,7 @@ class Scorer:
         self._parts: dict[int | None, list[tuple[int, np.ndarray]]] = {}
         budget = free_bytes(device) // 4 if cache_mb is None else int(cache_mb * 2**20)
         self.cache = Cache(budget)
-        self._moved: dict[Step, nn.Module] = {}
+        self._moved: dict[tuple[Step, Path], nn.Module] = {}
         self._heads = [
             {k: v.to(self.device, self.dtype) for k, v in pool.heads[name].items()}
             for name in pool.names
@@ -248,8 +249,8 @@ class Scorer:
         """Free the layers of operators that are no sources."""
         gone = {step for path in paths for step in path if self._is_passing((step,))}
         self.pool.forget(gone)
-        for step in gone:
-            self._moved.pop(step, None)
+        for key in [key for key in self._moved if key[0] in gone]:
+            del self._moved[key]
 
     def rows(self, i: int, subset: int | None) -> np.ndarray:
         """Row numbers of task i in a subset; all for None."""
@@ -332,7 +333,7 @@ class Scorer:
             state = architecture.embed(stem, self._batch(subset, j))
             self._keep((subset, j, path[:start]), state)
         for end in range(known + 1, len(path) + 1):
-            layer = self._module(path[end - 1])
+            layer = self._module(path[end - 1], (first, *path[start : end - 1]))
             if end == len(path):
                 state = architecture.apply_last(layer, state)
             else:
@@ -355,16 +356,17 @@ class Scorer:
             self.cache.put(key, batch, [batch] if isinstance(batch, Tensor) else batch)
         return batch
 
-    def _module(self, step: Step) -> nn.Module:
-        """A step's layer, or stem, on the device and in the precision of the scorer."""
+    def _module(self, step: Step, prefix: Path = ()) -> nn.Module:
+        """A step's layer after a path, or stem, on the device and in the precision of the scorer."""
         source, k, scales = step
         with self._lock:  # a layer is merged once, whoever asks first
-            module = self.pool.stem(source, scales) if k < 0 else self.pool.layer(*step)
+            module = self.pool.stem(source, scales) if k < 0 else self.pool.layer(*step, prefix)
             if self.device.type == "cpu" and self.dtype == torch.float32:
                 return module
-            if step not in self._moved:
-                self._moved[step] = copy.deepcopy(module).to(self.device, self.dtype)
-            return self._moved[step]
+            key = (step, prefix if source not in self._kept else ())
+            if key not in self._moved:
+                self._moved[key] = copy.deepcopy(module).to(self.device, self.dtype)
+            return self._moved[key]
 
 
 def _order(key: tuple[Path, int | None]) -> tuple[int, Path]:

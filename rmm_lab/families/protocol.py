@@ -78,6 +78,19 @@ class Architecture(Protocol):
     def tensors(self, state: Any) -> list[Tensor]:
         """All memory that a state holds."""
 
+    def writes(self, layer: Any) -> dict[str, tuple[str, str]]:
+        """The linear maps of a layer whose outputs are added to its residual stream: name -> the norm that
+        takes this stream in before, and a layer scale behind the map, or ``""``. Unknown: none."""
+
+    def row_weights(self, layer: Any, name: str, state: Any, readout: float) -> Tensor | None:
+        """How much each row of what linear map ``name`` takes in counts, (rows,): padding 0. None: all alike.
+
+        readout: the share that the token which the head reads has of each example, where there is one.
+        """
+
+    def embeddings(self, batch: Any) -> dict[str, Tensor]:
+        """How often a batch uses each row of the stem's embeddings: a tensor's name -> (rows,)."""
+
     def assemble(
         self, stem: Weights, layers: Sequence[tuple[int, Weights]], heads: Mapping[str, Weights]
     ) -> nn.Module:

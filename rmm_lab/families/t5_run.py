@@ -219,6 +219,25 @@ class T5:
         total = (torch.cat(parts) * state.batch.shares).sum(-1)  # (n, C)
         return total.masked_fill(state.batch.shares.sum(-1) == 0, -torch.inf)
 
+    def writes(self, layer: Any) -> dict[str, tuple[str, str]]:
+        ends = ("Attention.o", "DenseReluDense.wo")
+        names = (name for name, _ in layer.named_modules() if name.endswith(ends))
+        return {name: (f"{name.rsplit('.', 2)[0]}.layer_norm", "") for name in names}
+
+    def row_weights(self, layer: Any, name: str, state: State, readout: float) -> Tensor:
+        """Padding counts 0, all other tokens alike."""
+        from_encoder = name.endswith(("EncDecAttention.k", "EncDecAttention.v"))
+        if layer.is_decoder and not from_encoder:
+            return (state.batch.shares > 0).flatten().float()  # (n, C, T)
+        return state.batch.mask.flatten().float()  # (n, S)
+
+    def embeddings(self, batch: TextBatch) -> dict[str, Tensor]:
+        """Tokens that are read, written, and read again by the decoder; the table may be tied."""
+        there = batch.shares > 0
+        used = torch.cat([batch.ids[batch.mask], batch.shifted[there], batch.choices[there]])
+        n = torch.bincount(used.flatten(), minlength=self._hf.vocab_size)
+        return {"shared.weight": n.float()}
+
     def assemble(
         self, stem: Weights, layers: Sequence[tuple[int, Weights]], heads: Mapping[str, Weights]
     ) -> nn.Module:
@@ -280,13 +299,13 @@ def attend(attention: Any, tokens: Tensor, memory: Tensor, bias: Tensor) -> Tens
     """
     n, heads = len(tokens), attention.n_heads
     q, k, v = (  # (n, Q or K, width) -> (n, heads, Q or K, d_kv)
-        nn.functional.linear(x, part.weight).view(n, x.shape[1], heads, -1).transpose(1, 2)
+        part(x).view(n, x.shape[1], heads, -1).transpose(1, 2)
         for x, part in ((tokens, attention.q), (memory, attention.k), (memory, attention.v))
     )
     scores = q @ k.transpose(-1, -2)  # (n, heads, Q, K)
     scores += bias
     mixed = scores.float().softmax(-1).to(v.dtype) @ v  # (n, heads, Q, d_kv)
-    return nn.functional.linear(mixed.transpose(1, 2).flatten(2), attention.o.weight)
+    return attention.o(mixed.transpose(1, 2).flatten(2))
 
 
 def _begin_decoder(state: State) -> State:

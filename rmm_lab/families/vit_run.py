@@ -88,6 +88,25 @@ class ViT:
         pooled = stem.trunk.forward_head(stem.norm(state), pre_logits=True)  # (n, width)
         return nn.functional.linear(pooled, head["weight"], head.get("bias"))
 
+    def writes(self, layer: Any) -> dict[str, tuple[str, str]]:
+        if not self._pools_token:  # also: whether a block is timm's pre-norm one
+            return {}
+        names = {"attn.proj": SUBLAYERS[0], "mlp.fc2": SUBLAYERS[1]}
+        there = dict(layer.named_modules())
+        return {name: (part[0], part[2]) for name, part in names.items() if name in there}
+
+    def row_weights(self, layer: Any, name: str, state: Tensor, readout: float) -> Tensor | None:
+        n, tokens, _ = state.shape
+        if not self._pools_token or not readout or tokens < 2:
+            return None
+        weights = state.new_ones(n, tokens)
+        weights[:, 0] = readout / (1 - readout) * (tokens - 1)  # the class token
+        return weights.flatten()
+
+    def embeddings(self, batch: Tensor) -> dict[str, Tensor]:
+        """None: patches are no rows of a table."""
+        return {}
+
     def assemble(
         self, stem: Weights, layers: Sequence[tuple[int, Weights]], heads: Mapping[str, Weights]
     ) -> nn.Module:

@@ -11,6 +11,30 @@ from torch import Tensor
 
 from rmm_lab.errors import InputError
 from rmm_lab.formulas.checks import Rng, add, check_for, check_options, finite, matrices
+from rmm_lab.formulas.steps import task_vectors
+
+
+def weighted_average(
+    base: Tensor,
+    experts: Tensor,
+    *,
+    expert: float = 1,
+    share: float = 0.75,
+    scale: float = 1.0,
+    generator: Rng = None,
+) -> Tensor:
+    """Task arithmetic with one expert in the lead; ignores generator (Ilharco et al. 2022, Sec. 2).
+
+    ``theta_base + scale * sum_i w_i delta_i`` with ``w = share`` for the leading expert and
+    ``(1 - share) / (N - 1)`` for every other; at scale 1 a weighted average of the experts.
+    expert: which one leads, a whole number from 1 to N; share in [0, 1]; scale: finite.
+    """
+    deltas = task_vectors(base, experts)
+    n = len(deltas)
+    check_for(n, expert=expert, share=share)
+    weights = deltas.new_full((n,), (1 - share) / max(1, n - 1))
+    weights[int(expert) - 1] = share if n > 1 else 1.0
+    return add(base, torch.tensordot(weights, deltas, dims=1), scale)  # (N, *shape) -> (*shape)
 
 
 def model_stock(base: Tensor, experts: Tensor, *, generator: Rng = None) -> Tensor:

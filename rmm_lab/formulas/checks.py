@@ -67,6 +67,8 @@ OPTIONS: dict[str, Range] = {
     "alpha": _UNIT,
     "ridge": _or(_one_of("auto"), _FROM_0),
     "weights": _POSITIVE,
+    "readout": _BELOW_1,
+    "residual": _UNIT,
     "anchor": _or(_one_of("average", "regmean"), _FINITE),
 }
 

@@ -12,12 +12,36 @@ from torch import Tensor
 
 from rmm_lab.errors import InputError
 from rmm_lab.formulas.checks import Rng, add, check_options, finite
-from rmm_lab.formulas.steps import disjoint_merge, elect_sign, largest, seeded_uniform
+from rmm_lab.formulas.steps import (
+    disjoint_merge,
+    drop_and_rescale,
+    elect_sign,
+    largest,
+    seeded_uniform,
+    task_vectors,
+)
 
 
 def _deltas(base: Tensor, experts: Tensor) -> Tensor:
     base, experts = finite(base, experts)
     return experts - base  # (N, *shape)
+
+
+def dare_ties(
+    base: Tensor,
+    experts: Tensor,
+    *,
+    drop_rate: float = 0.34,
+    scale: float = 1.0,
+    merge: str = "mean",
+    generator: Rng = None,
+) -> Tensor:
+    """DARE-TIES: TIES with DARE's random drop in place of the trim (Yu et al. 2024).
+
+    drop_rate in [0, 1); scale: finite; merge: "mean" or "sum"; generator: as for ``dare``.
+    """
+    deltas = drop_and_rescale(task_vectors(base, experts), drop_rate, generator)
+    return add(base, disjoint_merge(deltas, elect_sign(deltas), merge), scale)
 
 
 def breadcrumbs(

@@ -10,13 +10,15 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
+from rmm_lab.engine.calibration import Calibration
 from rmm_lab.engine.scorer import Scorer
 from rmm_lab.env import MergingEnv
 from rmm_lab.errors import InputError, Range, check_values
 from rmm_lab.families.checkpoint import Checkpoint, check_same_architecture, read_checkpoint
 from rmm_lab.families.shipped import GROUPS, SETS, base_of, locate, multi_task_of
 from rmm_lab.layers import LayerPool
-from rmm_lab.operators import parse_operator
+from rmm_lab.operators import MATCHED, parse_operator
+from rmm_lab.path import LayerPath
 from rmm_lab.reward import PathScorer
 
 # Measured on the reward split: see docs/evidence.md.
@@ -56,11 +58,13 @@ class ProblemSpec:
     """Source of the stem, all weights outside the layers: base, an expert, an operator; agent: it chooses."""
     unit: Literal["block", "sublayer", "both"] = "block"
     """What is chosen at a time: block (the paper), sublayer (attention, MLP), both: blocks, then these."""
+    calibration: int = 300
+    """Inputs per task, of the train split and without labels, that regmean and least_squares look at."""
     seed: Annotated[int, tyro.conf.Suppress] = 0
-    """Seed of the random operators' masks."""
+    """Seed of the random operators' masks and of the draw of calibration inputs."""
 
     def __post_init__(self) -> None:
-        check_values(self, {"seed": SEED_RANGE})
+        check_values(self, {"seed": SEED_RANGE, "calibration": ("0 or more", lambda v: v >= 0)})
 
 
 @dataclass
@@ -128,7 +132,11 @@ def problem_of(spec: ProblemSpec) -> Problem:
     operators, stem, scope = spec.operators, spec.stem, spec.scope
     names = [n for e in map(str, experts) for n in GROUPS.get(e, (e,))]
     for text in operators:
-        parse_operator(text)
+        if parse_operator(text).function in MATCHED and not spec.calibration:
+            raise InputError(
+                f"--calibration: expected 1 or more inputs per task for operator {text!r}, found 0; give "
+                "more, or choose other operators"
+            )
     if len(names) < 2:
         raise InputError(
             f"--experts: expected at least 2 models to merge, found {len(names)}; name another one, "
@@ -183,6 +191,8 @@ def problem_of(spec: ProblemSpec) -> Problem:
     short = _distinct([Path(n.partition("@")[0]).name.replace(" ", "_") for n in names])
     unit = "sublayer" if spec.unit == "both" else spec.unit
     pool = LayerPool(origin, checkpoints, short, operators, scope=scope, seed=spec.seed, unit=unit)
+    if spec.calibration:
+        pool.calibration = Calibration(tasks, spec.calibration, seed=spec.seed)
     for checkpoint in checkpoints:
         family.check_inputs(origin, checkpoint)
     if stem != "agent":
@@ -199,6 +209,20 @@ def problem_of(spec: ProblemSpec) -> Problem:
         for task in tasks:
             family.task_head(joint, task)  # raises InputError where it has none
     return Problem(pool, tasks, spec, joint)
+
+
+def pool_of(path: LayerPath) -> LayerPool:
+    """The pool that a path was made from, also where its layers were fitted to calibration inputs.
+
+    Reads the models and, if the path needs them, the inputs that it names; InputError where either has
+    changed.
+    """
+    pool = path.load_pool()
+    if path.calibration is not None:
+        sources = [task["source"] for task in path.calibration["tasks"]]
+        tasks = pool.base.family.make_tasks(pool.base, sources)
+        pool.calibration = Calibration.of_record(tasks, path.calibration)
+    return pool
 
 
 def _read(name: str) -> Checkpoint:

@@ -114,6 +114,14 @@ class Task:
         """Some pictures of a split, normalised as the models take them: (n, C, H, W) float32."""
         return self.format.normalise(self.split(name).images[rows])
 
+    def size(self, name: str) -> int:
+        """Pictures of a split."""
+        return len(self.split(name))
+
+    def inputs(self, name: str, rows: np.ndarray) -> Tensor:
+        """Some pictures of a split without anything of the others; see ``batch``."""
+        return self.batch(name, rows)
+
     def score(self, found: Tensor, labels: Tensor) -> float:
         """Accuracy of the classes found: both (n,) -> [0, 1]."""
         return mean_of(self.metric, (found == labels).double(), labels)

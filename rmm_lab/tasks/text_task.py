@@ -213,18 +213,29 @@ class TextTask:
     def split(self, name: str) -> TextSplit:
         """The split ``train``, ``reward`` or ``test``, tokenised."""
         if name not in self._splits:
-            rows, encode = self.rows(name), self.format.encode
-            inputs = encode([row["input"] for row in rows])
-            longest = self.format.max_length
-            flat = iter(encode([choice for row in rows for choice in row["choices"]]))
-            choices = [[next(flat) for _ in row["choices"]] for row in rows]
-            self._splits[name] = TextSplit(
-                [x if len(x) <= longest else [*x[: longest - 1], self.format.end] for x in inputs],
-                choices,
-                torch.tensor([row["label"] for row in rows]),
-                sum(len(x) > longest for x in inputs),
-            )
+            self._splits[name] = self._tokens(self.rows(name))
         return self._splits[name]
+
+    def _tokens(self, rows: Sequence[dict[str, Any]]) -> TextSplit:
+        encode, longest = self.format.encode, self.format.max_length
+        inputs = encode([row["input"] for row in rows])
+        flat = iter(encode([choice for row in rows for choice in row["choices"]]))
+        choices = [[next(flat) for _ in row["choices"]] for row in rows]
+        return TextSplit(
+            [x if len(x) <= longest else [*x[: longest - 1], self.format.end] for x in inputs],
+            choices,
+            torch.tensor([row["label"] for row in rows]),
+            sum(len(x) > longest for x in inputs),
+        )
+
+    def size(self, name: str) -> int:
+        """Rows of a split; nothing is tokenised."""
+        return len(self.rows(name))
+
+    def inputs(self, name: str, rows: np.ndarray) -> TextBatch:
+        """Some rows of a split, padded to their longest, without tokenising the others; see ``batch``."""
+        all_rows = self.rows(name)
+        return self._pad(self._tokens([all_rows[row] for row in rows]))
 
     def batch(self, name: str, rows: np.ndarray | slice) -> TextBatch:
         """Some rows of a split, padded to their longest."""

@@ -1,0 +1,158 @@
+"""Merges that look at activations: a linear layer is chosen by what it does to its inputs.
+
+    RegMean         W = (sum_i W_i G_i) (sum_i G_i)^-1                             Jin et al. 2023, Eq. 2
+    least squares   W = argmin sum_i w_i mean |W x - y_i|^2 + rho |W - W_0|^2       Nasery et al. 2024, Eq. 5
+
+Both need no labels and no gradient. Both are closed forms of *Gram matrices*, which a model's inputs are
+streamed into: ``G_i = X_i' X_i / n_i``, the mean over n_i rows x of what task i feeds the layer.
+``engine.calibration`` collects them, layer by layer. Here are the formulas alone.
+
+Shapes: N experts, D inputs of the layer (a bias is one more column of ones), O outputs, in that order. All is
+computed in float64 and returned in the dtype of the weights or of the Gram matrices. Matrices that hold NaN
+or infinity, or do not fit each other, raise InputError.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from rmm_lab.errors import InputError
+
+# What a ridge is chosen from; the last one stands for the anchor itself.
+RIDGES = (1e-6, 1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0, float("inf"))
+
+
+def regmean(grams: Tensor, weights: Tensor, *, alpha: float = 0.9) -> Tensor:
+    """RegMean: the linear layer whose outputs are nearest to each expert's on its own inputs.
+
+    ``W = (sum_i W_i G_i) (sum_i G_i)^-1``, the off-diagonal entries of every G_i scaled by alpha (Jin et al.
+    2023, Eq. 2 and Sec. 3.3). An input that no task ever uses gets the plain average.
+
+    grams: (N, D, D), divided by their numbers of rows, or larger tasks count for more; weights: (N, O, D);
+    alpha in [0, 1]: 1 is the least-squares solution, 0 weighs each column by its inputs' mean square.
+    Returns (O, D).
+    """
+    _check("grams", grams, (len(weights), weights.shape[-1], weights.shape[-1]))
+    _check("weights", weights, (len(grams), *weights.shape[1:]))
+    if not 0 <= alpha <= 1:
+        raise InputError(f"alpha: expected a number in [0, 1], found {alpha}; correct it")
+    g, w = grams.double(), weights.double()
+    g = alpha * g + (1 - alpha) * torch.diag_embed(torch.diagonal(g, dim1=1, dim2=2))  # (N, D, D)
+    average = w.mean(0)  # (O, D): what stays where all Gram matrices are 0
+    moved = ((w - average) @ g).sum(0)  # (O, D)
+    return (average + _solve(g.sum(0), moved.T).T).to(weights.dtype)
+
+
+def least_squares(
+    xx: Tensor, xy: Tensor, *, weights: Tensor, ridge: float, anchor: Tensor | None = None
+) -> Tensor:
+    """The linear layer that is nearest to each expert's own outputs, on what the merged model feeds it.
+
+    ``W = (sum_i w_i X_i'X_i + rho I)^-1 (sum_i w_i X_i'Y_i + rho W_0)`` with ``rho = ridge`` times the mean
+    diagonal of the first sum: the refit of PLeaS (Nasery et al. 2024, Eq. 5) for experts of one base, with a
+    weight for each task and a ridge towards an anchor. A ridge of 0 gives the solution nearest to the
+    anchor, also where the inputs leave W open; infinity gives the anchor.
+
+    xx: (N, D, D) and xy: (N, D, O), divided by their numbers of rows; weights: (N,), at least 0, not all 0;
+    only their ratios count; ridge: at least 0; anchor: (O, D), None for 0. Returns (O, D).
+    """
+    a, b = _sums(xx, xy, weights)  # (D, D), (D, O)
+    if not ridge >= 0:
+        raise InputError(f"ridge: expected a number of 0 or more, found {ridge}; correct it")
+    if anchor is not None:
+        _check("anchor", anchor, (b.shape[1], b.shape[0]))
+    start = b.new_zeros(b.shape) if anchor is None else anchor.double().T  # (D, O)
+    dtype = xy.dtype if anchor is None else anchor.dtype
+    return _towards(a, b, start, ridge).T.to(dtype)
+
+
+def choose_ridge(
+    xx: Tensor,
+    xy: Tensor,
+    *,
+    weights: Tensor,
+    anchor: Tensor,
+    ridges: Sequence[float] = RIDGES,
+) -> float:
+    """The ridge whose solution on some inputs does best on others: cross-validation over folds.
+
+    xx: (K, N, D, D) and xy: (K, N, D, O), of K >= 2 disjoint folds of each task's inputs, each divided by its
+    number of rows; a fold without rows of a task is all 0, and such a task is not scored there.
+    weights: (N,); anchor: (O, D). Returns the largest of the best ``ridges``; infinity, the anchor, where no
+    fold can be held out. Source: Hastie et al. 2009, Sec. 7.10.
+    """
+    start, errors = anchor.double().T, dict.fromkeys(ridges, 0.0)
+    scored = False
+    for held in range(len(xx)):
+        rest = [k for k in range(len(xx)) if k != held]
+        there = torch.stack([xx[k].diagonal(dim1=1, dim2=2).sum(1) > 0 for k in rest])  # (K - 1, N)
+        share = there.double() / there.sum(0).clamp(min=1)  # of the folds that have rows
+        a, b = _sums(
+            (share[:, :, None, None] * xx[rest].double()).sum(0),
+            (share[:, :, None, None] * xy[rest].double()).sum(0),
+            weights,
+        )
+        usable = there.any(0) & (xx[held].diagonal(dim1=1, dim2=2).sum(1) > 0)  # (N,)
+        if not usable.any():
+            continue
+        scored = True
+        ha, hb = _sums(xx[held], xy[held], weights * usable)
+        for ridge in errors:
+            w = _towards(a, b, start, ridge)  # (D, O)
+            # mean |W x - y|^2 without its constant, the mean of |y|^2
+            errors[ridge] += float((w * (ha @ w)).sum() - 2 * (w * hb).sum())
+    if not scored:
+        return float("inf")
+    best = min(errors.values())
+    return max(ridge for ridge, error in errors.items() if error <= best)
+
+
+def _sums(xx: Tensor, xy: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+    """Both sums over tasks with weights that add up to 1: (D, D), (D, O)."""
+    n, d = len(xx), xx.shape[-1]
+    _check("xx", xx, (n, d, d))
+    _check("xy", xy, (n, d, xy.shape[-1]))
+    w = torch.as_tensor(weights, dtype=torch.float64)
+    if w.shape != (n,) or not bool((w >= 0).all() and 0 < w.sum() < torch.inf):
+        raise InputError(
+            f"weights: expected {n} numbers of 0 or more, not all 0, found {w.tolist()}; correct them"
+        )
+    w = (w / w.sum())[:, None, None]
+    return (w * xx.double()).sum(0), (w * xy.double()).sum(0)
+
+
+def _towards(a: Tensor, b: Tensor, start: Tensor, ridge: float) -> Tensor:
+    """``start + (a + rho I)^-1 (b - a start)``: (D, D), (D, O), (D, O) -> (D, O)."""
+    if ridge == float("inf"):
+        return start
+    rho = ridge * a.diagonal().mean()
+    return start + _solve(a + rho * torch.eye(len(a), dtype=a.dtype), b - a @ start)
+
+
+def _solve(a: Tensor, b: Tensor) -> Tensor:
+    """The smallest x of ``a x = b``; a: (D, D) symmetric, positive semidefinite; b: (D, O) -> (D, O)."""
+    factor, failed = torch.linalg.cholesky_ex(a)
+    diagonal = factor.diagonal().abs()
+    eps = torch.finfo(a.dtype).eps * len(a)
+    if not failed and bool(diagonal.min() ** 2 > eps * diagonal.max() ** 2):
+        return torch.cholesky_solve(b, factor)
+    values, vectors = torch.linalg.eigh(a)  # (D,), (D, D)
+    open_ = values <= eps * values.abs().max()
+    inverse = torch.where(open_, 0.0, 1 / torch.where(open_, 1.0, values))
+    return vectors @ (inverse[:, None] * (vectors.T @ b))
+
+
+def _check(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
+    if tuple(tensor.shape) != shape or not tensor.is_floating_point():
+        raise InputError(
+            f"{name}: expected a floating tensor of shape {shape}, found {tuple(tensor.shape)} and "
+            f"{tensor.dtype}; see rmm_lab.matching for what N, D and O are"
+        )
+    if not bool(torch.isfinite(tensor).all()):
+        raise InputError(
+            f"{name}: expected finite numbers, found NaN or infinity; look for broken inputs, or for "
+            "half precision that overflows"
+        )
