@@ -12,6 +12,7 @@ from rmm_lab.evidence.rows import BEST_EXPERT, METHODS
 from rmm_lab.operators import parse_operator
 from rmm_lab.reward import Step, evaluate
 from rmm_lab.search import table, uniform
+from rmm_lab.search.problem import load_problem
 from rmm_lab.search.uniform import GRIDS, METRICS, WEIGHTS
 
 
@@ -206,3 +207,10 @@ def test_what_a_search_is_compared_with(problem, compare, there, absent):
     names = [row.name for row in table.compared(problem, compare)]
     assert set(there) <= set(names)
     assert not set(absent) & set(names)
+
+
+def test_without_calibration_inputs_there_are_no_rows_that_see_them(tiny):
+    problem = load_problem(**tiny, calibration=0)
+    names = [row.name for row in table.compared(problem, "few")]
+    assert "TSV" in names
+    assert not {"RegMean", "least squares"} & set(names)

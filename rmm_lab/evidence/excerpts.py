@@ -28,7 +28,7 @@ from rmm_lab.evidence.pages import (
     seconds_text,
     seeds,
 )
-from rmm_lab.evidence.rows import KINDS, kind_of, of_experts, spread, task_scores
+from rmm_lab.evidence.rows import kind_of, of_experts, spread, task_scores
 
 Read = Callable[[str], DataFrame]  # a table by its file's name
 
@@ -105,7 +105,7 @@ def _one_seed(rows: DataFrame) -> str:
 
 IN_README = (
     *("weight average", "TIES, tuned", "weight per expert, tuned", "TSV", "WUDI"),
-    *KINDS["matched"],
+    *("RegMean", "least squares", "least squares, weighted"),
 )
 
 

@@ -39,7 +39,7 @@ from rmm_lab.evidence.rows import (
 )
 from rmm_lab.reward import Path as Steps
 from rmm_lab.reward import path_text
-from rmm_lab.search import gradients, rivals, table, uniform
+from rmm_lab.search import gradients, matched, rivals, uniform
 from rmm_lab.search.config import Config, configure, describe
 from rmm_lab.search.finalists import candidates, legal, rank
 from rmm_lab.search.pipeline import Result, make_scorer, train
@@ -219,7 +219,7 @@ def drawn(job: Job) -> Measured:
 def matched_rules(job: Job) -> Measured:
     """The merges by rules that see inputs."""
     problem = load(job.config)
-    return {job.table: [cells(problem, row) for row in table.part("matched", problem)]}
+    return {job.table: [cells(problem, row) for row in matched.rows(problem)]}
 
 
 def by_gradient(job: Job) -> Measured:

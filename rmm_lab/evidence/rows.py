@@ -12,6 +12,7 @@ from pathlib import Path
 import pandas as pd
 
 from rmm_lab.figures.searches import t_interval
+from rmm_lab.search.matched import MATCHED, WEIGHTED
 from rmm_lab.search.uniform import GRIDS
 
 COLUMNS = (
@@ -33,7 +34,7 @@ BEST_EXPERT = "best expert, for all tasks"
 KINDS = {
     "bound": ("chance", "most frequent answer", "base", BEST_EXPERT, "fine-tuned", "multi-task"),
     "uniform": tuple(GRIDS),
-    "matched": ("RegMean", "least squares", "least squares, weighted"),
+    "matched": (*MATCHED, WEIGHTED),
     "gradients": (
         "Fisher",
         *(

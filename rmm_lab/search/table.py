@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 from collections.abc import Collection, Iterator
 
 from rmm_lab.search import gradients as by_gradient
-from rmm_lab.search import uniform
+from rmm_lab.search import matched, uniform
 from rmm_lab.search.problem import Problem
 from rmm_lab.search.uniform import GRIDS, Row
 
@@ -27,10 +25,11 @@ def rows(
     """Models as they are, rules that see weights alone, that see inputs, and on request gradients.
 
     Each is scored on the test split, its settings chosen on the reward split. ``rules``: which of those that
-    see weights alone.
+    see weights alone. A problem without calibration inputs has no rows that see them.
     """
     yield from uniform.rows(problem, rules)
-    yield from part("matched", problem)
+    if problem.pool.calibration is not None:
+        yield from matched.rows(problem)
     if gradients:
         yield from by_gradient.rows(problem, problem.spec.seed)
 
@@ -40,11 +39,3 @@ def compared(problem: Problem, compare: str) -> Iterator[Row]:
     if compare == "paper":
         return uniform.rows(problem, PAPER)
     return rows(problem, gradients=compare == "all", rules=RULES[compare])
-
-
-def part(name: str, *args: object) -> Iterator[Row]:
-    # FIXME until both are there
-    if importlib.util.find_spec(f"rmm_lab.search.{name}") is None:
-        return iter(())
-    found: Iterator[Row] = importlib.import_module(f"rmm_lab.search.{name}").rows(*args)
-    return found

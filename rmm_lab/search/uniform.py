@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import product
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from torch import Tensor
@@ -34,16 +34,17 @@ class Row:
     ``scores``: each task's metric in [0, 1] on the test split. ``plain``: accuracy of the tasks whose
     metric is another, task -> [0, 1]; it is shown beside, and is no part of the mean.
 
-    What it took: ``sees``: the most that building and tuning looked at. ``evaluations``: merged models that
-    were scored on the reward split. ``seconds``: from loaded models to this one, with tuning and without the
-    test split. ``reward``: mean over tasks on the whole reward split, in [0, 1]. NaN: not measured.
+    What it took: ``sees``: the most that building and tuning looked at, one of nothing, inputs, labels,
+    gradients. ``evaluations``: merged models that were scored on the reward split. ``seconds``: from loaded
+    models to this one, with tuning and without the test split. ``reward``: mean over tasks on the whole
+    reward split, in [0, 1]. NaN: not measured.
     """
 
     name: str
     setting: str
     scores: tuple[float, ...]
     plain: dict[str, float] = field(default_factory=dict)
-    sees: Literal["nothing", "inputs", "labels", "gradients"] = "nothing"
+    sees: str = "nothing"
     evaluations: int = 0
     seconds: float = float("nan")
     reward: float = float("nan")
