@@ -33,6 +33,16 @@ TINY = {
 hypothesis.settings.load_profile("ci")  # no deadline, and the same examples on every run
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files of slow tests come first, so that two workers end at about the same time."""
+
+    def is_quick(item: pytest.Item) -> bool:
+        file = item.getparent(pytest.Module)
+        return file is None or all(mark.name != "slow" for mark in file.own_markers)
+
+    items.sort(key=is_quick)
+
+
 @pytest.fixture(autouse=True, scope="session")
 def _one_thread() -> None:
     torch.set_num_threads(1)

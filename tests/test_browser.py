@@ -32,14 +32,22 @@ FLAGS = (
 )
 LIMIT = 120_000  # milliseconds that anything may take, on a busy machine
 # What opens a notebook and runs it, by Lab's commands: clicks on its menus race with the kernel's start.
-RUN_ALL = """async (path) => {
+# ``kernel`` is the number of one that runs, or null for a new one; the answer is the kernel's number.
+RUN_ALL = """async ([path, kernel]) => {
   const app = window.jupyterapp;
   await app.restored;
-  const panel = await app.commands.execute('docmanager:open', {path});
+  const panel = await app.commands.execute('docmanager:open', kernel ? {path, kernel: {id: kernel}} : {path});
   await panel.context.ready;
   await panel.context.sessionContext.ready;
   await panel.context.sessionContext.session.kernel.info;
   await app.commands.execute('notebook:run-all-cells');
+  window.opened = panel;
+  return panel.context.sessionContext.session.kernel.id;
+}"""
+# Leaves no widget behind in the kernel; what it has imported and computed stays.
+CLOSE_ALL = """async () => {
+  const code = 'import ipywidgets; ipywidgets.Widget.close_all()';
+  await window.opened?.context.sessionContext.session.kernel.requestExecute({code}).done;
 }"""
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("browser")]
@@ -125,9 +133,18 @@ def browser(browser_path, tmp_path_factory):
         context.close()
 
 
+@pytest.fixture(scope="module")
+def kernels() -> list[str]:
+    """The kernel that all notebooks of given cells share, once there is one: imports take seconds."""
+    return []
+
+
 @pytest.fixture
-def run(lab, browser, tmp_path, request):
-    """Opens a notebook of the given cells in Lab, runs it, and gives the page."""
+def run(lab, browser, kernels, request):
+    """Opens a notebook in Lab, runs it, and gives the page.
+
+    The notebook is made of cells, or is a file, which gets a kernel of its own.
+    """
     address, served = lab
     pages = []
 
@@ -148,7 +165,10 @@ def run(lab, browser, tmp_path, request):
         pages.append((page, hosts, name))
         page.goto(f"{address}&reset")
         page.wait_for_function("() => window.jupyterapp !== undefined")
-        page.evaluate(RUN_ALL, name)
+        if file is not None:
+            page.evaluate(RUN_ALL, [name, None])
+        else:
+            kernels[:] = [page.evaluate(RUN_ALL, [name, *(kernels or [None])])]
         return page
 
     yield start
@@ -157,9 +177,7 @@ def run(lab, browser, tmp_path, request):
             folder = Path(os.environ["RMM_LAB_SCREENSHOTS"])
             folder.mkdir(parents=True, exist_ok=True)
             page.screenshot(path=folder / f"{name}.png")
-        page.evaluate(
-            "async () => { const a = window.jupyterapp; await a.serviceManager.sessions.shutdownAll(); }"
-        )
+        page.evaluate(CLOSE_ALL)
         page.close()
         assert hosts <= {"127.0.0.1", ""}, hosts  # "": pictures inside the page
 
@@ -252,14 +270,16 @@ def test_map_stepper(run):
     status(page, "next: layer 0")
 
 
+# Two tests look at one search.
 RUN = """
 from rmm_lab.course.run_record import Run
 from rmm_lab.search.config import configure
 from rmm_lab.search.pipeline import train
 from rmm_lab.search.problem import load_problem
-problem = load_problem(("demo",), unit="both")
-config = configure(episodes=40, data_fraction=0.02, finalists=3, quiet=True)
-run = Run.of(train(config, problem, table=False), problem)
+if "run" not in globals():
+    problem = load_problem(("demo",), unit="both")
+    config = configure(episodes=40, data_fraction=0.02, finalists=3, quiet=True)
+    run = Run.of(train(config, problem, table=False), problem)
 """
 
 

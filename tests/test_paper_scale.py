@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -17,10 +18,14 @@ from rmm_lab.evidence import paper_scale, tables
 from rmm_lab.evidence.paper_scale import PaperScale
 from rmm_lab.evidence.rows import read_csv
 from rmm_lab.evidence.tables import Command
+from rmm_lab.search import uniform
 from rmm_lab.search.config import Config, configure
 from rmm_lab.tasks import image_formats
 from rmm_lab.tasks import text_formats as formats
 from rmm_lab.zoo import training
+
+# One group: all of these tests look at the same tables, which take a while.
+pytestmark = pytest.mark.xdist_group("paper")
 
 
 def write_t5(folder: Path, seed: int) -> Path:
@@ -116,7 +121,7 @@ def stand_ins(tmp_path_factory) -> dict:
     write_dogs(sets / "dogs")
     for name in RECORDS:
         write_official(sets / name, name)
-    vits = [write_model(root / f"vit{i}", i) for i in (1, 2)]
+    vits = [write_model(root / f"vit{i}", i, depth=2) for i in (1, 2)]
     t5s = [write_t5(root / f"t5-{i}", i) for i in (1, 2)]
     bases = [f"{n}={f}" for n, f in zip(paper_scale.BASES, [*vits, *t5s], strict=True)]
     return {
@@ -126,13 +131,15 @@ def stand_ins(tmp_path_factory) -> dict:
 
 
 @pytest.fixture(scope="module")
-def measured(stand_ins, tmp_path_factory) -> Path:
-    """The folder of all tables."""
+def measured(stand_ins, tmp_path_factory) -> Iterator[Path]:
+    """The folder of all tables; each uniform merge is tuned over two settings."""
     out = tmp_path_factory.mktemp("results-paper")
     command = Command("all", scale="paper", seeds=(1,), episodes=6, out=out, kinds=KINDS)
     command.paper = PaperScale(**stand_ins)
-    command.run()
-    return out
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(uniform, "GRIDS", {name: some[:2] for name, some in uniform.GRIDS.items()})
+        command.run()
+        yield out
 
 
 def rows_of(out: Path, name: str) -> list[dict]:

@@ -450,7 +450,12 @@ def test_real_texts_from_fine_tuning_to_a_merged_model(tmp_path, capsys, monkeyp
     model = hf_model("t5", 3, vocab_size=32_128, n_positions=512)
     base = write_t5(tmp_path / "base-t5", model, tokenizer=False)
     shutil.copy(REAL / "tokenizer.json", base)
-    sets = [f"winogrande:{real / 'winogrande' / 'dev.jsonl'}", f"wsc:{real / 'wsc'}"]
+    for name, n in (("winogrande/dev", 240), ("wsc/train", 160), ("wsc/val", 104)):
+        rows = (real / f"{name}.jsonl").read_text("utf-8").splitlines()[:n]
+        file = tmp_path / f"{name}.jsonl"
+        file.parent.mkdir(exist_ok=True)
+        file.write_text("\n".join(rows), "utf-8")
+    sets = [f"winogrande:{tmp_path / 'winogrande' / 'dev.jsonl'}", f"wsc:{tmp_path / 'wsc'}"]
     for name, source in zip(("one", "two"), sets, strict=True):
         argv = ["finetune", "--base", str(base), "--texts", source, "--out", name]
         assert main([*argv, "--steps", "20", "--batch-size", "16", "--threads", "1"]) == 0

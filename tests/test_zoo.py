@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from data.build import Build
+from rmm_lab.__main__ import main
 from rmm_lab.errors import InputError
 from rmm_lab.families import checkpoint as models
 from rmm_lab.families import shipped, t5, vit
@@ -21,7 +22,6 @@ from rmm_lab.tasks import small_images as render
 from rmm_lab.tasks import small_texts as grammar
 from rmm_lab.tasks import text_task as texts
 from rmm_lab.tasks.image_task import SMALL, InputFormat, Task, data_folder
-from rmm_lab.zoo.finetune import Finetune
 
 pytestmark = pytest.mark.slow  # whole models on whole splits
 
@@ -89,13 +89,6 @@ def test_the_multi_task_models_hold_every_task_of_their_pair(pair):
             logits = model((data.images.float() / 255 - 0.5) / 0.5)
         found = logits[:, slice(*config["rmm_lab"]["heads"][task.name])].argmax(-1)
         assert float((found == data.labels).float().mean()) >= 0.90
-
-
-def _rows_without_tuning(problem):
-    for row in baselines.rows(problem):
-        yield row
-        if row.name == "multi-task":
-            return
 
 
 @pytest.mark.parametrize("tiny", ["", "tiny-"])
@@ -195,49 +188,63 @@ def test_every_task_of_the_grammar_is_in_one_group():
     assert sorted(QA + MIXED) == sorted(grammar.TASKS)
 
 
-@pytest.mark.parametrize("name", grammar.TASKS)
-def test_each_t5_expert_is_25_points_above_chance_and_base(name):
-    """By transformers alone: every choice's log-probability, on the first 200 rows of the test split."""
+def by_transformers(folder: Path, name: str, n: int | None = None) -> float:
+    """A T5's metric on the first n rows of a task's test split, by every choice's log-probability."""
     from transformers import AutoTokenizer, T5ForConditionalGeneration
 
-    rows = [json.loads(x) for x in texts.rows_file(name, "test").read_text().splitlines()][:200]
-    tokenizer = AutoTokenizer.from_pretrained(shipped.model_folder(name))
-    scores = {}
-    for model_name in (shipped.TEXT_BASE, name):
-        model = T5ForConditionalGeneration.from_pretrained(
-            shipped.model_folder(model_name), dtype=torch.float32
-        ).eval()
-        right: dict[int, list[bool]] = {}
-        for row in rows:
-            n = len(row["choices"])
-            ids = tokenizer(row["input"] + "</s>", return_tensors="pt").input_ids
-            labels = tokenizer(
-                [c + "</s>" for c in row["choices"]], padding=True, return_tensors="pt"
-            )
-            wanted = labels.input_ids.masked_fill(labels.attention_mask == 0, -100)
-            with torch.inference_mode():
-                logits = model(input_ids=ids.expand(n, -1), labels=wanted).logits
-            losses = torch.nn.functional.cross_entropy(
-                logits.transpose(1, 2), wanted, reduction="none"
-            ).sum(-1)
-            right.setdefault(row["label"], []).append(int(losses.argmin()) == row["label"])
-        answers_in_common = len({tuple(row["choices"]) for row in rows}) == 1
-        flat = [x for values in right.values() for x in values]
-        scores[model_name] = (
-            np.mean([np.mean(values) for values in right.values()])  # balanced
-            if answers_in_common
-            else np.mean(flat)
-        )
-    chance = 1 / len(rows[0]["choices"])
-    assert scores[name] >= chance + 0.25
-    assert scores[name] >= scores[shipped.TEXT_BASE] + 0.25
+    model = T5ForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    rows = [json.loads(x) for x in texts.rows_file(name, "test").read_text().splitlines()][:n]
+    right: dict[int, list[bool]] = {}
+    for start in range(0, len(rows), 100):
+        some = rows[start : start + 100]
+        asked = tokenizer([r["input"] + "</s>" for r in some], padding=True, return_tensors="pt")
+        choices = [c + "</s>" for r in some for c in r["choices"]]
+        labels = tokenizer(choices, padding=True, return_tensors="pt")
+        wanted = labels.input_ids.masked_fill(labels.attention_mask == 0, -100)
+        k = len(choices) // len(some)
+        assert {len(r["choices"]) for r in some} == {k}
+        with torch.inference_mode():
+            states = model.encoder(asked.input_ids, asked.attention_mask).last_hidden_state
+            logits = model(
+                encoder_outputs=(states.repeat_interleave(k, 0),),
+                attention_mask=asked.attention_mask.repeat_interleave(k, 0),
+                labels=wanted,
+            ).logits
+        losses = torch.nn.functional.cross_entropy(
+            logits.transpose(1, 2), wanted, reduction="none"
+        ).sum(-1)
+        for row, found in zip(some, losses.view(-1, k).argmin(-1).tolist(), strict=True):
+            right.setdefault(row["label"], []).append(found == row["label"])
+    if len({tuple(row["choices"]) for row in rows}) == 1:  # answers in common: balanced
+        return float(np.mean([np.mean(values) for values in right.values()]))
+    return float(np.mean([x for values in right.values() for x in values]))
+
+
+@pytest.mark.parametrize("name", grammar.TASKS)
+def test_each_t5_expert_is_25_points_above_chance_and_base(name):
+    """By transformers alone, on the first 200 rows of the test split."""
+    own, base = (
+        by_transformers(shipped.model_folder(n), name, 200) for n in (name, shipped.TEXT_BASE)
+    )
+    row = json.loads(texts.rows_file(name, "test").read_text().splitlines()[0])
+    assert own >= 1 / len(row["choices"]) + 0.25
+    assert own >= base + 0.25
 
 
 def test_uniform_merges_of_t5s_are_10_points_under_the_experts(language):
-    """The gap that leaves room to search, with the settings that tuning finds best."""
-    own = [baselines.uniform(language, n, "reward")[i] for i, n in enumerate(language.pool.names)]
+    """The gap that leaves room to search, with the settings that tuning finds best.
+
+    On a quarter of the reward split: 10 points, and three standard errors of 200 rows for each task.
+    """
+    scorer = language.scorer(fraction=0.25)
+
+    def scores(source: str) -> np.ndarray:
+        return scorer.score(baselines.uniform_path(language, source), 0)
+
+    own = [scores(n)[i] for i, n in enumerate(language.pool.names)]
     merges = [
-        baselines.uniform(language, setting, "reward").mean()
+        scores(setting).mean()
         for setting in (
             "weight_average",
             "task_arithmetic:scale=0.6",
@@ -246,13 +253,22 @@ def test_uniform_merges_of_t5s_are_10_points_under_the_experts(language):
             "dare:scale=0.5",
         )
     ]
-    assert max(merges) < np.mean(own) - 0.10
+    error = 0.5 / np.sqrt(200 * len(own))  # at most
+    assert max(merges) < np.mean(own) - 0.10 - 3 * error
 
 
-def test_the_multi_task_t5s_hold_every_task_of_their_group(language):
-    rows = {r.name: r.scores for r in _rows_without_tuning(language)}
-    assert min(rows["multi-task"]) >= 0.85
-    assert rows["most frequent answer"] == pytest.approx(rows["chance"])  # skewed ones are balanced
+@pytest.mark.parametrize("group", shipped.TEXT_GROUPS)
+def test_the_multi_task_t5s_hold_every_task_of_their_group(group):
+    """By transformers alone, the whole test split."""
+    names = shipped.TEXT_GROUPS[group]
+    folder = shipped.multi_task_of(names)
+    assert min(by_transformers(folder, name) for name in names) >= 0.85
+
+
+def test_the_most_frequent_answer_is_no_better_than_chance(language):
+    """Skewed tasks are balanced."""
+    found = {r.name: r.scores for r in t5.trivial_rows(language.tasks)}
+    assert found["most frequent answer"] == pytest.approx(found["chance"])
 
 
 def test_every_word_of_the_grammar_is_one_token_of_the_small_t5s():
@@ -273,22 +289,33 @@ def test_the_small_t5_has_4_and_4_blocks_and_less_than_half_a_million_weights():
     assert 300_000 < sum(t.numel() for t in checkpoint.weights.values()) < 500_000
 
 
+def every_third(source: Path, folder: Path) -> str:
+    """A third of an image folder's pictures, as links."""
+    for place in sorted(source.glob("*/*/")):
+        part = folder / place.relative_to(source)
+        part.mkdir(parents=True)
+        for file in sorted(place.iterdir())[::3]:
+            (part / file.name).symlink_to(file)
+    return str(folder)
+
+
 @pytest.mark.skipif(not REAL.is_dir(), reason=f"no real pictures in {REAL}")
 def test_real_pictures_from_fine_tuning_to_a_merged_model(tmp_path, capsys):
     """MNIST and CIFAR-10 as image folders: two experts by our own command, merged and reported."""
-    sets = [str(REAL / "mnist_png"), str(REAL / "cifar10_jpg")]
+    sets = [every_third(REAL / n, tmp_path / "data" / n) for n in ("mnist_png", "cifar10_jpg")]
     experts = []
-    for name, images, steps in (("mnist", sets[0], 150), ("cifar", sets[1], 200)):
-        options = {"steps": steps, "seed": 1, "threads": 1}
-        Finetune(base="base", images=(images,), out=tmp_path / name, **options).run()
+    for name, images, steps in (("mnist", sets[0], "80"), ("cifar", sets[1], "100")):
+        argv = ["finetune", "--base", "tiny-base", "--images", images, "--out", tmp_path / name]
+        options = ["--learning-rate", "2e-3", "--batch-size", "64", "--seed", "1", "--threads", "1"]
+        assert main([*map(str, argv), "--steps", steps, *options]) == 0
         experts.append(str(tmp_path / name))
     printed = capsys.readouterr().out
     own = [float(line.split()[1]) for line in printed.splitlines() if "of the test split" in line]
-    assert own[0] > 85  # handwritten digits, from 2,400 pictures
-    assert own[1] > 25  # ten classes of grey 28 px photographs: well above chance
+    assert own[0] > 80  # handwritten digits, from 800 pictures
+    assert own[1] > 18  # ten classes of grey 28 px photographs: by chance 10, give or take 1.7
     run = tmp_path / "run"
-    problem = {"base": "base", "experts": tuple(experts), "images": tuple(sets)}
-    train(configure(**problem, episodes=24, finalists=3, run_dir=run, quiet=True))
+    problem = {"base": "tiny-base", "experts": tuple(experts), "images": tuple(sets)}
+    train(configure(**problem, episodes=12, finalists=3, run_dir=run, quiet=True))
     table = {r["name"]: r["scores"] for r in json.loads((run / "table.json").read_text())}
     assert table["fine-tuned"]["mnist_png"] == pytest.approx(own[0] / 100, abs=0.0006)
     assert table["fine-tuned"]["cifar10_jpg"] == pytest.approx(own[1] / 100, abs=0.0006)
@@ -303,5 +330,5 @@ def test_real_pictures_from_fine_tuning_to_a_merged_model(tmp_path, capsys):
     data = task.split("test")
     with torch.inference_mode():
         found = merged((data.images.float() / 255 - 0.5) / 0.5)[:, :10].argmax(-1)
-    accuracy = float((found == data.labels).float().mean())
-    assert accuracy == pytest.approx(table["RMM"]["mnist_png"], abs=0.0021)
+    right = int((found == data.labels).sum())
+    assert right == pytest.approx(table["RMM"]["mnist_png"] * len(data), abs=1.01)
