@@ -139,7 +139,7 @@ def emr(base: Tensor, experts: Tensor, *, scale: float = 1.0, generator: Rng = N
     """
     deltas = _deltas(base, experts)
     sign = elect_sign(deltas)
-    return add(base, sign * (deltas * sign).amax(dim=0).clamp(min=0), scale)
+    return add(base, sign * (deltas * sign).amax(dim=0), scale)
 
 
 def magmax(base: Tensor, experts: Tensor, *, scale: float = 1.0, generator: Rng = None) -> Tensor:

@@ -201,9 +201,10 @@ def doge(
     part in the shared subspace: the ``r // 6`` main left directions of the ``r // N`` main left singular
     vectors of all task vectors.
 
-    Deviations: the paper's a_i is 0.07 / ||delta_i||, ours ``scale * mean_j ||delta_j|| / ||delta_i||``; the
-    step is 0.1 of the task vectors' root mean square, not 1e-4, and there are 100, not 400; m_i is over the
-    matrix, not the model. So the result does not depend on the size of the task vectors.
+    Deviations: the paper's a_i is 0.07 / ||delta_i||, ours ``scale * mean_j ||delta_j|| / ||delta_i||``; a
+    step is 0.01 of the task vectors' root mean square, not 1e-4, and there are 100, not 400 (with many more,
+    Adam's noise outweighs the task vectors); m_i is over the matrix, not the model. So the result does not
+    depend on the size of the task vectors.
     density: fraction kept by m_i, in (0, 1]; scale: finite; steps: a whole number from 0. Deterministic.
     Source: arXiv 2501.01230, Sec. 3.
     """
@@ -228,6 +229,6 @@ def doge(
         slope -= q @ (q.mT @ slope)
         mean = 0.9 * mean + 0.1 * slope
         square = 0.999 * square + 0.001 * slope.square()
-        d -= 0.1 * (mean / (1 - 0.9**step)) / ((square / (1 - 0.999**step)).sqrt() + 1e-8)
+        d -= 0.01 * (mean / (1 - 0.9**step)) / ((square / (1 - 0.999**step)).sqrt() + 1e-8)
     kept = torch.stack([largest(delta, density) for delta in deltas])  # (N, out, in)
     return add(base, unit * (a * (deltas + d) * kept).sum(dim=0), 1.0)
