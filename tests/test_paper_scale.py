@@ -106,6 +106,9 @@ def write_official(folder: Path, name: str) -> Path:
     return folder
 
 
+KINDS = ("uniform", "search")  # the others have tests of their own
+
+
 @pytest.fixture(scope="module")
 def stand_ins(tmp_path_factory) -> dict:
     """Options of the paper's scale: local bases and sets."""
@@ -131,7 +134,7 @@ def stand_ins(tmp_path_factory) -> dict:
 def measured(stand_ins, tmp_path_factory) -> Iterator[Path]:
     """The folder of all tables; each uniform merge is tuned over two settings."""
     out = tmp_path_factory.mktemp("results-paper")
-    command = Command("all", scale="paper", seeds=(1,), episodes=6, out=out)
+    command = Command("all", scale="paper", seeds=(1,), episodes=6, out=out, kinds=KINDS)
     command.paper = PaperScale(**stand_ins)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(uniform, "GRIDS", {name: some[:2] for name, some in uniform.GRIDS.items()})
@@ -211,7 +214,7 @@ def test_a_second_command_trains_and_measures_nothing(measured, stand_ins, monke
 
     monkeypatch.setattr(training, "optimise", refuse)
     before = {f.name: f.read_bytes() for f in measured.iterdir()}
-    command = Command("all", scale="paper", seeds=(1,), episodes=6, out=measured)
+    command = Command("all", scale="paper", seeds=(1,), episodes=6, out=measured, kinds=KINDS)
     command.paper = PaperScale(**stand_ins)
     command.run()
     assert "0 jobs to measure" in capsys.readouterr().out

@@ -342,7 +342,7 @@ def test_a_run_folder_holds_what_the_readme_says(tiny, tmp_path, capsys):
     printed = capsys.readouterr().out
     assert {p.name for p in folder.iterdir()} == {
         *("config.json", "checkpoint.safetensors", "table.md", "table.json", *RESULT),
-        *("rewards.png", "path.png", "merged"),
+        *("rewards.png", "path.png", "cross-task.png", "merged"),
     }
     assert [e["episode"] for e in rows_of(folder)] == list(range(24))
     table = json.loads((folder / "table.json").read_text())
@@ -351,7 +351,13 @@ def test_a_run_folder_holds_what_the_readme_says(tiny, tmp_path, capsys):
         assert row["name"] in (folder / "table.md").read_text()
         assert row["mean"] == pytest.approx(np.mean(list(row["scores"].values())))
     assert {"base", "fine-tuned", "TIES, tuned", "RMM"} <= {row["name"] for row in table}
-    assert (folder / "rewards.png").read_bytes().startswith(b"\x89PNG")
+    for picture in ("rewards.png", "cross-task.png"):
+        assert (folder / picture).read_bytes().startswith(b"\x89PNG")
+    rmm = table[-1]
+    assert (rmm["name"], rmm["sees"], rmm["evaluations"]) == ("RMM", "labels", 24)
+    assert rmm["seconds"] > 0
+    best = json.loads((folder / "finalists.json").read_text())[0]
+    assert rmm["reward"] == best["reward"]
     # Three ways to the same model: built from the JSON, loaded by timm, scored in the table.
     import timm
 
@@ -460,8 +466,14 @@ def test_a_search_that_was_killed_ends_as_an_unbroken_one(tiny, tmp_path):
     assert not (broken / "path.json").exists()
     assert main(["--resume", str(broken)]) == 0
     assert main(words(tiny, whole, "--episodes", "160")) == 0
-    for name in (*RESULT, "table.json", "merged/model.safetensors"):
+    for name in (*RESULT, "merged/model.safetensors"):
         assert (whole / name).read_bytes() == (broken / name).read_bytes(), name
+    tables = [json.loads((folder / "table.json").read_text()) for folder in (whole, broken)]
+    assert tables[0][-1]["seconds"] > 0
+    assert tables[1][-1]["seconds"] is None  # of a part of it they say nothing
+    for row in (*tables[0], *tables[1]):
+        del row["seconds"]
+    assert tables[0] == tables[1]
 
 
 def test_ctrl_c_says_how_to_go_on(tiny, tmp_path, monkeypatch, capsys):

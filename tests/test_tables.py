@@ -39,6 +39,15 @@ SHIPPED = (
 )
 
 
+MERGES = (measure.rules, measure.drawn, measure.matched_rules, measure.by_gradient)
+# Merges that see weights, and searches: what the other kinds measure has tests of its own.
+QUICK = {"kinds": ("uniform", "search")}
+FIRST = [
+    *("group", "method", "seed", "mean", "reward_split", "by_task"),
+    *("evaluations", "seconds", "sees", "config", "commit"),
+]
+
+
 @pytest.fixture
 def small(tiny, monkeypatch):
     """Every problem of the kit is the tiny one."""
@@ -81,8 +90,10 @@ def test_all_measures_everything_once(tmp_path, counted):
     Command("all", out=tmp_path).run()
     kinds = [(j.table, j.measure) for j in counted]
     assert kinds.count(("halves", measure.rmm)) == 8 * 5
-    assert kinds.count(("halves", measure.uniform_merges)) == 8  # once: it depends on no seed
-    assert kinds.count(("halves", measure.dare)) == 8 * 4  # the first seed's comes with the others
+    assert kinds.count(("halves", measure.rules)) == 8  # once: most depend on no seed
+    assert kinds.count(("halves", measure.drawn)) == 8 * 4  # the first seed's comes with the others
+    assert kinds.count(("halves", measure.matched_rules)) == 8 * 5
+    assert kinds.count(("halves", measure.by_gradient)) == 8 * 5
     assert kinds.count(("vision", measure.rmm)) == 5
     assert kinds.count(("language", measure.rmm)) == 2 * 5
     # 100 % once, 10 and 1 % with DAR and without, the default preset at each, by likelihood at two.
@@ -94,17 +105,17 @@ def test_all_measures_everything_once(tmp_path, counted):
         (0.01, 0.8, 1),
         (0.01, 0.0, 1),
     ]
-    merges = [j for j in counted if j.measure in (measure.uniform_merges, measure.dare)]
+    merges = [j for j in counted if j.measure in MERGES]
     assert {j.config.problem.unit for j in merges} == {"block"}
-    assert len({(j.table, *j.key.values()) for j in counted}) == len(counted)
+    assert len({(j.table, j.measure, *j.key.values()) for j in counted}) == len(counted)
 
 
 @pytest.mark.parametrize(
     ("table", "only", "found"),
     [
         ("I", ("digits",), {("halves", "digits", 0.1)}),
-        ("IV", ("0.01",), {("dar", None, 0.01)}),
-        ("all", ("0.01",), {("dar", None, 0.01)}),  # a share alone is Table IV's
+        ("IV", ("0.01",), {("dar", "digits+textures", 0.01)}),
+        ("all", ("0.01",), {("dar", "digits+textures", 0.01)}),  # a share alone is Table IV's
         ("all", ("0.01", "digits"), {("halves", "digits", 0.1)}),
     ],
 )
@@ -143,7 +154,7 @@ def test_settings_of_the_ablation_are_options():
 
 @pytest.mark.slow
 def test_a_table_of_methods_goes_on_where_it_was(small, tmp_path, capsys):
-    once = {"episodes": 8, "out": tmp_path}
+    once = {"episodes": 8, "out": tmp_path, **QUICK}
     Command("II", seeds=(1,), **once).run()
     first = read(tmp_path, "vision")
     Command("II", seeds=(2, 1), **once).run()
@@ -158,8 +169,9 @@ def test_a_table_of_methods_goes_on_where_it_was(small, tmp_path, capsys):
     assert names.index("fine-tuned") < names.index("TIES") < names.index("DARE, tuned")
     # What does not draw has the same row under each seed.
     one, two = (both[both["seed"] == s].set_index("method").drop(columns="seed") for s in (1, 2))
-    fixed = [name for name in names if not name.startswith(("DARE", "RMM"))]
+    fixed = [name for name in names if not name.startswith(("DARE", "DELLA", "RMM"))]
     assert one.loc[fixed].equals(two.loc[fixed])
+    assert list(first)[: len(FIRST)] == FIRST
     before = (tmp_path / "vision.csv").read_text()
     Command("II", seeds=(1, 2), **once).run()
     assert (tmp_path / "vision.csv").read_text() == before
@@ -168,14 +180,20 @@ def test_a_table_of_methods_goes_on_where_it_was(small, tmp_path, capsys):
 
 def test_rows_are_those_of_the_functions_that_they_name(small, tmp_path):
     """Uniform merges against ``uniform.rows``, at both seeds; RMM's row against its path, scored again."""
-    Command("II", seeds=(1, 2), episodes=8, out=tmp_path).run()
+    Command("II", seeds=(1, 2), episodes=8, out=tmp_path, **QUICK).run()
     for seed, own in read(tmp_path, "vision").groupby("seed"):
         own = own.set_index("method")
         config = config_of(own.loc["RMM"])
         assert (config.run.seed, config.run.episodes) == (seed, 8)
         for row in uniform.rows(load(configure(config, unit="block"))):
             assert own.at[row.name, "mean"] == pytest.approx(100 * row.mean, abs=0.006)
-            assert own.at[row.name, "setting"] == row.setting
+            assert own.at[row.name, "reward_split"] == pytest.approx(
+                100 * row.reward, abs=0.006, nan_ok=True
+            )
+            told = [own.at[row.name, column] for column in ("setting", "sees", "evaluations")]
+            assert told == [row.setting, row.sees, row.evaluations]
+        told = [own.at["RMM", column] for column in ("setting", "sees", "evaluations")]
+        assert told == ["8 episodes", "labels", 8]
         check_again(own.loc["RMM"], load(config))
 
 
@@ -213,7 +231,8 @@ def test_table_iv_and_fig_3(small, tmp_path):
 
 def test_searches_of_other_lengths_do_not_share_a_mean(small, tmp_path, counted):
     key = {"group": "digits+textures", "size": "tiny", "seed": 1, "method": "RMM"}
-    values = {"mean": 1.0, "by_task": "p=1.0", "setting": "", "episodes": 8}
+    values = {"mean": 1.0, "by_task": "p=1.0", "setting": "", "evaluations": 8}
+    values |= {"sees": "labels", "seconds": 1.0, "reward_split": 1.0}
     config = json.dumps(describe(configure(episodes=8)))
     Store(tmp_path, {}).add("vision", pd.DataFrame([key | values | {"config": config}]))
     Command("II", seeds=(1, 2), episodes=8, out=tmp_path).run()
@@ -241,7 +260,7 @@ def test_searches_have_a_row_and_a_curve_each(small, tmp_path, monkeypatch):
     assert list(found["method"]) == ["RMM", *sorted(some)] * 2
     for _, row in found.iterrows():  # the score in the file is that of the path in the file
         check_again(row, load(config_of(row)))
-        assert row["episodes"] == 12
+        assert row["evaluations"] == 12
     ends = curve[curve["evaluations"] == 12]
     assert curve["evaluations"].max() == 12
     key = ["seed", "method", "reward_split"]  # the curve ends in the final choice
@@ -258,12 +277,12 @@ def test_the_ablation_has_a_row_for_each_setting(small, tmp_path, monkeypatch):
     assert found == [("default preset", 1.0), ("gamma 0.5", 0.5)]
 
 
-def test_uniform_rows_do_not_depend_on_the_seed_but_for_dare(tiny):
+def test_uniform_rows_do_not_depend_on_the_seed_but_for_those_that_draw(tiny):
     """What a table measures once stands for every seed."""
     one, two = (
         {r.name: r.scores for r in uniform.rows(load_problem(**tiny, seed=s))} for s in (1, 2)
     )
-    assert "DARE" in {name for name in one if one[name] != two[name]} <= {"DARE", "DARE, tuned"}
+    assert "DARE" in {name for name in one if one[name] != two[name]} <= set(rows.DRAWN)
 
 
 # ------------------------------------------------------------------------------ files and processes
@@ -309,9 +328,11 @@ def test_a_stopped_command_leaves_whole_rows(small, tmp_path, monkeypatch, capsy
         raise KeyboardInterrupt
 
     monkeypatch.setattr(measure, "rmm", stop)
-    assert tables.main(["II", "--seeds", "1", "--episodes", "6", "--out", str(tmp_path)]) == 130
+    words = ["II", "--seeds", "1", "--episodes", "6", "--out", str(tmp_path)]
+    assert tables.main([*words, "--kinds", "uniform", "search"]) == 130
     assert "stopped; the same command goes on" in capsys.readouterr().err
-    assert read(tmp_path, "vision")["method"].iloc[-1] == "DARE, tuned"
+    found = read(tmp_path, "vision")["method"]
+    assert found.iloc[-1] == [name for name in uniform.GRIDS if name in set(found)][-1]
     assert not list(tmp_path.glob(".*"))
 
 
@@ -406,7 +427,11 @@ def test_ctrl_c_ends_all_processes_at_once(tmp_path):
 def result(group: str, seed: int, method: str, mean: float, **more) -> dict:
     row = {"group": group, "size": "S", "seed": seed, "method": method, "mean": mean}
     config = json.dumps({"data_fraction": 0.01})
-    row |= {"by_task": f"p={mean - 1:.2f} q={mean + 1:.2f}", "episodes": 700, "config": config}
+    row |= {"by_task": f"p={mean - 1:.2f} q={mean + 1:.2f}", "config": config}
+    row |= {"evaluations": 7 * seed if method == "DARE, tuned" else 0, "seconds": np.nan}
+    row |= {"sees": "labels" if ", tuned" in method else "nothing"}
+    if method == "RMM":
+        row |= {"evaluations": 700, "seconds": 10.0 * seed, "sees": "labels"}
     return row | more
 
 
@@ -429,6 +454,7 @@ def few() -> pd.DataFrame:
     )
 
 
+TOOK = ["% of experts", "sees", "evaluations", "seconds"]
 NO_PAPER = pd.DataFrame(columns=["table", "model", "column", "method", "value"])
 
 
@@ -445,25 +471,46 @@ def line(text: str, *words: str) -> list[str]:
 
 def test_table_i_by_hand(few):
     text = page("table-I", few)
-    assert line(text, "method") == ["a", "b", "Average"]
-    assert line(text, "fine-tuned") == ["99.0"] * 3  # no ± for what draws nothing
-    assert line(text, "best expert, for all tasks") == ["45.0"] * 3
-    assert line(text, "DARE, tuned") == ["45.0 ± 7.1", "65.0 ± 7.1", "55.0 ± 7.1"]
-    # RMM: a 68 and 70, b 81 twice; the average 74.5 and 75.5.
-    assert line(text, "RMM") == ["69.0 ± 1.4", "81.0 ± 0.0", "75.0 ± 0.7"]
+    assert line(text, "method") == ["a", "b", "Average", *TOOK]
+    # No ± for what draws nothing.
+    assert line(text, "fine-tuned") == ["99.0"] * 3 + ["100.0", "nothing", "0", ""]
+    assert line(text, "best expert, for all tasks")[:3] == ["45.0"] * 3
+    dare = ["45.0 ± 7.1", "65.0 ± 7.1", "55.0 ± 7.1"]
+    # Of 98 and 100 it has 44 and 46 on average in a, 64 and 66 in b.
+    assert line(text, "DARE, tuned") == [*dare, "55.6", "labels", "7 to 14", ""]
+    # RMM: a 68 and 70, b 81 twice; the average 74.5 and 75.5. 10 and 20 seconds.
+    rmm = ["69.0 ± 1.4", "81.0 ± 0.0", "75.0 ± 0.7"]
+    assert line(text, "RMM") == [*rmm, "75.8", "labels", "700", "15"]
     # 8 and 10: mean 9, half width 12.706 * sqrt(2) / sqrt(2). The average's gains are 4.5 and 5.5.
-    assert line(text, "RMM − best uniform merge") == ["+9.0 ± 12.7", "+1.0 ± 0.0", "+5.0 ± 6.4"]
+    gain = ["+9.0 ± 12.7", "+1.0 ± 0.0", "+5.0 ± 6.4"]
+    assert line(text, "RMM − best uniform merge") == gain + [""] * 4
     assert "mean over seeds (2)" in text
-    assert "7 settings of DARE, 35 evaluations of that whole split" in text
-    assert "700 episodes, each on 1 % of the reward split; at most 11 paths" in text
+    assert "of the 3 merges that search nothing" in text
+    assert "on 1 % of it at a time for RMM, which scores at most 11 paths" in text
+
+
+@pytest.mark.parametrize(
+    ("method", "gain"),
+    [
+        ("WUDI", "+2.0 ± 12.7"),  # a rule
+        ("least squares, weighted", "+2.0 ± 12.7"),  # a rule that sees inputs
+        ("coefficients by gradient, per tensor", "+9.0 ± 12.7"),  # a yardstick
+        ("CMA-ES, scales", "+9.0 ± 12.7"),  # a search
+    ],
+)
+def test_a_gain_is_over_the_best_that_searches_nothing_and_follows_no_gradient(few, method, gain):
+    """RMM has 68 and 70 in a, the other rules 60 at best."""
+    more = pd.DataFrame(result("a", seed, method, 67.0) for seed in (1, 2))
+    text = page("table-III", pd.concat([few[few["group"] == "a"], more], ignore_index=True))
+    assert line(text, "RMM − best uniform merge")[0] == gain
 
 
 def test_table_ii_shows_the_pairs_tasks_and_compares_their_mean_alone(few):
     alone = few[few["group"] == "a"]
     text = page("table-II", alone)
-    assert line(text, "method") == ["p", "q", "Average"]
-    assert line(text, "RMM") == ["68.0 ± 1.4", "70.0 ± 1.4", "69.0 ± 1.4"]
-    assert line(text, "RMM − best uniform merge") == ["", "", "+9.0 ± 12.7"]
+    assert line(text, "method") == ["p", "q", "Average", *TOOK]
+    assert line(text, "RMM")[:3] == ["68.0 ± 1.4", "70.0 ± 1.4", "69.0 ± 1.4"]
+    assert line(text, "RMM − best uniform merge")[:3] == ["", "", "+9.0 ± 12.7"]
     pair = alone.assign(group="digits+textures")
     assert page("table-II", pd.concat([few, pair], ignore_index=True)).count("\n## ") == 1
     assert page("table-II", few) == ""  # neither of its groups is the pair
@@ -471,15 +518,15 @@ def test_table_ii_shows_the_pairs_tasks_and_compares_their_mean_alone(few):
 
 def test_one_seed_has_no_spread(few):
     text = page("table-III", few[few["seed"] == 1])
-    assert line(text, "RMM") == ["68.0", "81.0"]
-    assert line(text, "RMM − best uniform merge") == ["+8.0", "+1.0"]
+    assert line(text, "RMM")[:2] == ["68.0", "81.0"]
+    assert line(text, "RMM − best uniform merge")[:2] == ["+8.0", "+1.0"]
 
 
 def test_table_iv_by_hand():
     found = pd.DataFrame(
         {"preset": preset, "reward": reward, "data_fraction": share, "dar": dar, "seed": seed}
         | {"mean": mean, "by_task": f"p={mean - 2} q={mean + 2}"}
-        | {"seconds": 1000 * share, "episodes": 700}
+        | {"seconds": 1000 * share, "evaluations": 700}
         for preset, reward, share, dar, means in (
             ("paper", "metric", 1.0, 0.8, (71, 72)),
             ("paper", "metric", 0.1, 0.8, (67, 68)),
@@ -510,7 +557,7 @@ def test_table_iv_by_hand():
 
 def test_searches_by_hand():
     found = pd.DataFrame(
-        {"group": "g", "seed": seed, "method": method, "episodes": 700, "seconds": 5}
+        {"group": "g", "seed": seed, "method": method, "evaluations": 700, "seconds": 5}
         | {"reward_split": a, "mean": b}
         for method, split, test in (
             ("RMM", (70, 72), (66, 64)),
@@ -531,7 +578,7 @@ def test_searches_by_hand():
 
 def test_the_ablation_by_hand():
     found = pd.DataFrame(
-        {"group": "g", "setting": s, "seed": seed, "episodes": 9, "reward_split": r, "mean": 50}
+        {"group": "g", "setting": s, "seed": seed, "evaluations": 9, "reward_split": r, "mean": 50}
         for s, values in (("default preset", (70, 72)), ("x", (69, 69)))
         for seed, r in enumerate(values)
     )
@@ -606,6 +653,57 @@ def test_the_pages_that_ship_are_written_from_the_files_that_ship(name):
         name, *found, paper=tables.read("paper")
     )
     assert name not in page_figures.DRAW or (RESULTS / f"{name}.png").is_file()
+
+
+OF_METHODS = [name for name in SHIPPED if not name.endswith("-curve")]
+
+
+@pytest.mark.parametrize("name", [*OF_METHODS, "demo/vision", "fresh/vision"])
+def test_every_file_of_methods_has_the_same_columns_and_order(name):
+    found = read(RESULTS, name)
+    assert list(found)[: len(FIRST)] == FIRST
+    kinds = rows.kind_of(found["method"])
+    assert set(found["sees"]) <= {"nothing", "inputs", "labels", "gradients"}
+    searched = kinds.isin(["search", "rival"])
+    assert set(found[searched]["sees"]) == {"labels"}
+    assert (found[searched]["evaluations"] == 700).all()
+    assert (found[kinds.isin(["bound", "expert"])]["evaluations"] == 0).all()
+    # What a rule is tuned over has seen labels, and nothing else has.
+    merged = found[kinds == "uniform"]
+    assert ((merged["evaluations"] > 0) == (merged["sees"] == "labels")).all()
+    told = merged["setting"].str.extract(r"best of (\d+) on the reward split")[0]
+    plain = merged["method"] != "metrics-weighted average"  # it scores the experts too
+    assert (told.fillna("0").astype(int) == merged["evaluations"])[plain].all()
+    if "size" not in found:
+        return
+    for _, own in found.groupby(["group", "size", "seed"]):
+        names = [rows.BEST_EXPERT if n.startswith("expert ") else n for n in own["method"]]
+        assert names == sorted(names, key=list(rows.METHODS.index).index)
+
+
+def test_the_order_of_methods_is_that_of_the_tables():
+    names = list(rows.METHODS.index)
+    some = ["base", rows.BEST_EXPERT, "fine-tuned", "multi-task", "weight average", "DARE"]
+    some += ["task arithmetic, tuned", "DARE, tuned", "weight per expert, tuned", "TSV", "DOGE"]
+    some += ["RegMean", "least squares", "least squares, weighted", "Fisher"]
+    some += ["coefficients by gradient, per model", "AdaMerging", "Frank-Wolfe", "RMM", "TPE"]
+    assert [name for name in names if name in some] == some
+    assert len(names) == len(set(names))
+
+
+def test_shares_of_the_experts_by_hand():
+    found = pd.DataFrame(
+        {"group": group, "size": "S", "seed": 1, "method": method, "by_task": scores}
+        for group, method, scores in (
+            ("a", "fine-tuned", "p=80.0 q=50.0"),
+            ("a", "RMM", "p=40.0 q=50.0"),  # 50 % and 100 %
+            ("b", "fine-tuned", "r=0.0 q=50.0"),  # an expert that knows nothing
+            ("b", "RMM", "r=10.0 q=50.0"),
+            ("c", "RMM", "p=10.0 q=50.0"),  # nothing to compare with
+        )
+    )
+    expected = [100.0, 75.0, np.nan, np.nan, np.nan]
+    np.testing.assert_allclose(rows.of_experts(found), expected)
 
 
 def test_the_curve_that_ships_is_of_one_seed():

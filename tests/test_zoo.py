@@ -166,7 +166,7 @@ def test_uniform_merges_are_tuned_on_the_reward_split_alone(trained, monkeypatch
     """A setting that wins on the test split only must lose."""
     scores = {"ties": {"reward": 0.6, "test": 0.2}, "weight_average": {"reward": 0.5, "test": 0.9}}
     monkeypatch.setattr(baselines, "uniform", lambda p, s, split: np.array([scores[s][split]]))
-    assert baselines.tune(trained, ("weight_average", "ties")) == "ties"
+    assert baselines.tune(trained, ("weight_average", "ties")).setting == "ties"
 
 
 def test_rebuilding_only_an_unknown_model_is_refused():

@@ -21,7 +21,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd
 import psutil
 import torch
@@ -29,10 +28,18 @@ from tqdm import tqdm
 
 from rmm_lab.engine.cache import free_bytes
 from rmm_lab.errors import InputError
-from rmm_lab.evidence.rows import BEST_EXPERT, METHODS, STOCHASTIC, kind_of, read_csv
+from rmm_lab.evidence.rows import (
+    BEST_EXPERT,
+    COLUMNS,
+    DRAWN,
+    METHODS,
+    STOCHASTIC,
+    kind_of,
+    read_csv,
+)
 from rmm_lab.reward import Path as Steps
 from rmm_lab.reward import path_text
-from rmm_lab.search import rivals, uniform
+from rmm_lab.search import gradients, matched, rivals, uniform
 from rmm_lab.search.config import Config, configure, describe
 from rmm_lab.search.finalists import candidates, legal, rank
 from rmm_lab.search.pipeline import Result, make_scorer, train
@@ -47,7 +54,7 @@ KEYS: dict[str, tuple[str, ...]] = {
     "halves": METHOD_KEY,
     "vision": METHOD_KEY,
     "language": METHOD_KEY,
-    "dar": ("preset", "reward", "data_fraction", "dar", "seed"),
+    "dar": ("group", "preset", "reward", "data_fraction", "dar", "seed"),
     "dar-curve": ("dar", "seed", "episode"),
     "searches": ("group", "seed", "method"),
     "searches-curve": ("group", "seed", "method", "evaluations"),
@@ -108,6 +115,13 @@ class Store:
                 )
         return not rows.empty and ("seed" not in key or key["seed"] in set(rows["seed"]))
 
+    def methods(self, name: str, key: Mapping[str, Any]) -> set[str]:
+        """The methods that have a row with these values."""
+        if not self.file(name).is_file():
+            return set()
+        rows = read_csv(self.file(name))
+        return set(rows[(rows[list(key)] == pd.Series(key)).all(axis=1)]["method"])
+
     def add(self, name: str, rows: pd.DataFrame) -> None:
         """Put rows into their places, over those with the same key, and replace the file as a whole.
 
@@ -125,6 +139,8 @@ class Store:
         if key == list(METHOD_KEY):
             rows = _under_every_seed(rows)
         self.folder.mkdir(parents=True, exist_ok=True)
+        first = [column for column in COLUMNS if column in rows and "method" in rows]
+        rows = rows[[*first, *rows.columns.difference(first, sort=False)]]
         rows = rows.sort_values(key, key=self._rank, kind="stable")
         write_file(file, rows.to_csv(index=False))
 
@@ -170,8 +186,10 @@ def cells(problem: Problem, row: uniform.Row) -> dict[str, Any]:
     """A row of a result table, in %."""
     names = [task.name for task in problem.tasks]
     by_task = " ".join(f"{n}={100 * s:.2f}" for n, s in zip(names, row.scores, strict=True))
-    out = {"method": row.name, "setting": row.setting, "mean": round(100 * row.mean, 2)}
-    return out | {"by_task": by_task, "reward_split": np.nan, "path": "", "seconds": np.nan}
+    out = {"method": row.name, "mean": round(100 * row.mean, 2), "by_task": by_task}
+    out |= {"reward_split": round(100 * row.reward, 2), "evaluations": row.evaluations}
+    out |= {"seconds": round(row.seconds, 2), "sees": row.sees, "setting": row.setting}
+    return out | {"path": ""}
 
 
 def chosen(job: Job, problem: Problem, start: float, path: Steps, reward: float) -> dict[str, Any]:
@@ -179,23 +197,36 @@ def chosen(job: Job, problem: Problem, start: float, path: Steps, reward: float)
 
     ``start``: when the search began; its seconds end here.
     """
-    seconds, name = round(time.perf_counter() - start, 1), job.key.get("method", "RMM")
-    what = "evaluations" if name in rivals.SEARCHES else "episodes"
-    row = uniform.path_row(problem, name, f"{job.config.run.episodes} {what}", path)
-    found = {"reward_split": round(100 * reward, 2), "path": path_text(path), "seconds": seconds}
-    return cells(problem, row) | found
+    seconds, name = time.perf_counter() - start, job.key.get("method", "RMM")
+    n, what = job.config.run.episodes, "evaluations" if name in rivals.SEARCHES else "episodes"
+    took: dict[str, Any] = {"evaluations": n, "seconds": seconds, "reward": reward}
+    row = uniform.path_row(problem, name, f"{n} {what}", path, sees="labels", **took)
+    return cells(problem, row) | {"path": path_text(path)}
 
 
-def uniform_merges(job: Job) -> Measured:
-    """All methods but RMM."""
+def rules(job: Job) -> Measured:
+    """Models as they are, and all merges by rules that see weights alone."""
     problem = load(job.config)
     return {job.table: [cells(problem, row) for row in uniform.rows(problem)]}
 
 
-def dare(job: Job) -> Measured:
-    """DARE at another seed, the only uniform merge that draws: as published, and tuned."""
+def drawn(job: Job) -> Measured:
+    """Those of the rules that draw, at another seed."""
     problem = load(job.config)
-    return {job.table: [cells(problem, row) for row in uniform.uniform_rows(problem, ["DARE"])]}
+    return {job.table: [cells(problem, row) for row in uniform.rule_rows(problem, DRAWN)]}
+
+
+def matched_rules(job: Job) -> Measured:
+    """The merges by rules that see inputs."""
+    problem = load(job.config)
+    return {job.table: [cells(problem, row) for row in matched.rows(problem)]}
+
+
+def by_gradient(job: Job) -> Measured:
+    """The merges that use gradients."""
+    problem = load(job.config)
+    found = gradients.rows(problem, job.config.run.seed)
+    return {job.table: [cells(problem, row) for row in found]}
 
 
 def _rmm(job: Job, problem: Problem) -> tuple[dict[str, Any], Result]:
@@ -247,10 +278,12 @@ def measure(job: Job) -> dict[str, pd.DataFrame]:
     out = {}
     for name, rows in job.measure(job).items():
         key = {k: v for k, v in job.key.items() if k in KEYS[name]}
-        table = pd.DataFrame(rows).assign(**key, episodes=job.config.run.episodes)
+        found = pd.DataFrame(rows).assign(**key)
         if name == job.table:
-            table["config"] = json.dumps(describe(job.config))
-        out[name] = table[list(dict.fromkeys([*KEYS[name], *table]))]
+            found["config"] = json.dumps(describe(job.config))
+        else:  # a curve
+            found["episodes"] = job.config.run.episodes
+        out[name] = found[list(dict.fromkeys([*KEYS[name], *found]))]
     return out
 
 

@@ -1,37 +1,35 @@
-"""Result tables in Markdown: the pages of results/, and the excerpts in README.md and docs/.
+"""Result tables in Markdown: the pages of results/, ``PAGES[name].text(*tables, paper=...)``.
 
-Both are written from the CSV files alone. ``PAGES[name].text(*tables, paper=...)`` is a page. An excerpt has
-a place in a text, between ``<!-- results: NAME -->`` and ``<!-- end -->``; ``fill`` brings it up to date.
-Means are over seeds, ± is the sample standard deviation, differences are paired by seed with a 95 % interval.
+They are written from the CSV files alone. Means are over seeds, ± is the sample standard deviation,
+differences are paired by seed with a 95 % interval.
 """
 
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import numpy as np
 import pandas as pd
-from pandas import DataFrame
+from pandas import DataFrame, Series
 
-from rmm_lab.errors import InputError
 from rmm_lab.evidence.rows import (
     BEST_EXPERT,
     KINDS,
     METHODS,
+    RULES,
     STOCHASTIC,
     interval,
     kind_of,
+    of_experts,
     spread,
     task_scores,
 )
-from rmm_lab.search import uniform
 from rmm_lab.search.config import configure
 
-Read = Callable[[str], DataFrame]  # a table by its file's name
 PAIRS = ("digits+textures", "CUB+Dogs")  # Table II's, at the kit's scale and at the paper's
 BEST, GAIN = "best uniform merge", "{} − best uniform merge"
 
@@ -44,27 +42,41 @@ def markdown(table: DataFrame, left: Sequence[str] = ()) -> str:
     return body.to_markdown(index=False, disable_numparse=True, colalign=align) + "\n"
 
 
-def _seeds(rows: DataFrame, *key: str) -> str:
+def seeds(rows: DataFrame, *key: str) -> str:
     """The number of seeds of the rows with equal ``key``: ``5``, or ``3 to 5`` where it differs."""
-    counts = rows.groupby(list(key))["seed"].nunique()
-    return " to ".join(dict.fromkeys([str(counts.min()), str(counts.max())]))
+    return span(rows.groupby(list(key))["seed"].nunique())
+
+
+def span(numbers: Series) -> str:
+    """``5``, or ``3 to 5`` where they differ."""
+    return " to ".join(dict.fromkeys([str(numbers.min()), str(numbers.max())]))
+
+
+def seconds_text(seconds: Series) -> str:
+    """The mean; empty where none was measured."""
+    mean = seconds.mean()
+    return "" if np.isnan(mean) else f"{mean:.0f}" if mean >= 9.95 else f"{mean:.1f}"
 
 
 # ----------------------------------------------------------------------------- tables of methods
 # Scores of methods are a frame with the index (method, seed) and a column for each group, or each task.
 
 
-def _sections(
-    rows: DataFrame, by: str, scores: Callable[[DataFrame], DataFrame]
-) -> dict[str, DataFrame]:
-    """Each value of ``by`` -> ``scores`` of its rows by (method, seed), in the order of METHODS.
+def with_best_expert(rows: DataFrame) -> DataFrame:
+    """Of the experts, each used for all tasks, the one with the best mean on the test split stays.
 
-    Of the experts, each used for all tasks, the one with the best mean on the test split counts: a bound,
-    no fair opponent.
+    It is a bound, no fair opponent.
     """
     alone = rows[kind_of(rows["method"]) == "expert"]
     best = alone.loc[alone.groupby(["group", "size", "seed"])["mean"].idxmax()]
-    rows = pd.concat([rows.drop(alone.index), best.assign(method=BEST_EXPERT)])
+    return pd.concat([rows.drop(alone.index), best.assign(method=BEST_EXPERT)])
+
+
+def _sections(
+    rows: DataFrame, by: str, scores: Callable[[DataFrame], DataFrame]
+) -> dict[str, DataFrame]:
+    """Each value of ``by`` -> ``scores`` of its rows by (method, seed), in the order of METHODS."""
+    rows = with_best_expert(rows)
     groups = rows.set_index(["method", "seed"]).groupby(by, sort=False)
     order = METHODS.index.intersection(rows["method"])
     return {str(name): scores(own).reindex(order, level="method") for name, own in groups}
@@ -93,6 +105,20 @@ def by_task(rows: DataFrame) -> dict[str, DataFrame]:
     return _sections(rows, "group", lambda own: task_scores(own).assign(Average=own["mean"]))
 
 
+COSTS = {
+    "% of experts": ("share", lambda share: spread(share, plus_minus=False)),
+    "sees": ("sees", "first"),
+    "evaluations": ("evaluations", span),
+    "seconds": ("seconds", seconds_text),
+}
+
+
+def costs_table(rows: DataFrame) -> DataFrame:
+    """Each method's share of the experts' scores and what it took, as text: means over groups and seeds."""
+    rows = with_best_expert(rows)
+    return rows.assign(share=of_experts(rows)).groupby("method", sort=False).agg(**COSTS)
+
+
 def methods_table(scores: DataFrame, compared: str = "") -> DataFrame:
     """A row for each method, then the best uniform merge of each seed, and what each search gains over it.
 
@@ -104,7 +130,7 @@ def methods_table(scores: DataFrame, compared: str = "") -> DataFrame:
         method: own.agg(spread, plus_minus=method in STOCHASTIC)
         for method, own in scores.groupby("method", sort=False)
     }
-    best = scores[scores.index.isin(KINDS["uniform"], level="method")].groupby("seed").max()
+    best = scores[scores.index.isin(RULES, level="method")].groupby("seed").max()
     lines[BEST] = best.agg(spread)
     for method in [name for name in KINDS["search"] if name in lines]:
         gain = (scores.loc[method] - best).agg(interval)
@@ -113,26 +139,33 @@ def methods_table(scores: DataFrame, compared: str = "") -> DataFrame:
 
 
 def show_methods(
-    rows: DataFrame, sections: Callable[[DataFrame], dict[str, DataFrame]], compared: str = ""
+    rows: DataFrame,
+    sections: Callable[[DataFrame], dict[str, DataFrame]],
+    by: str = "size",
+    compared: str = "",
 ) -> str:
-    """Tables I to III and other groups; empty where there are no such rows."""
+    """Tables I to III and other groups, a section for each value of ``by``; empty without such rows."""
     of = sections(rows)
     searches = rows[kind_of(rows["method"]) == "search"]
     if not of or searches.empty:
         return ""
-    grids = {name: len(grid) for name, grid in uniform.GRIDS.items() if len(grid) > 1}
     run = configure(**json.loads(searches["config"].iloc[0])).run
+    n = rows.loc[rows["method"].isin(RULES), "method"].nunique()
     text = (
-        f"Test split, %: mean over seeds ({_seeds(searches, 'group', 'size', 'method')}), ± sample standard "
-        "deviation where a method draws. Last: the gain over the best of the seven uniform merges *on the "
-        "test split*, paired by seed, ± its 95 % interval. Tuned: the best on the reward split of "
-        f"{', '.join(f'{n} settings of {name}' for name, n in grids.items())}, "
-        f"{sum(grids.values())} evaluations of that whole split. RMM: {searches['episodes'].iloc[0]} "
-        f"episodes, each on {100 * run.data_fraction:g} % of the reward split; at most {run.finalists + 1} "
-        "paths are scored on all of it to choose one.\n"
+        f"Test split, %: mean over seeds ({seeds(searches, 'group', 'size', 'method')}), ± sample standard "
+        f"deviation where a method draws. *{BEST.capitalize()}*: the best *on the test split* of the {n} "
+        "merges that search nothing and follow no gradient. Last: the gain over it, paired by seed, ± its "
+        "95 % interval. *% of experts*: the mean over tasks of the score as a share of the own expert's. "
+        "*Sees*: the most that building and tuning looked at. *Evaluations*: merged models that were scored "
+        "on the reward split, on all of it for a uniform merge, on "
+        f"{100 * run.data_fraction:g} % of it at a time for RMM, which scores at most {run.finalists + 1} "
+        "paths on all of it to choose one. *Seconds*: with tuning, where they were measured, beside other "
+        "work.\n"
     )
     for heading, scores in of.items():
-        text += f"\n## {heading}\n\n{markdown(methods_table(scores, compared))}"
+        costs = costs_table(rows[rows[by] == heading])
+        table = methods_table(scores, compared).join(costs).rename_axis("method")
+        text += f"\n## {heading}\n\n{markdown(table, left=['sees'])}"
     return text
 
 
@@ -156,7 +189,7 @@ DAR_GAINS = (
 )
 
 
-def _percent(share: float) -> str:
+def percent(share: float) -> str:
     return f"{100 * share:g} %"
 
 
@@ -172,7 +205,7 @@ def dar_scores(rows: DataFrame) -> DataFrame:
     metrics = task_scores(rows).assign(Average=rows["mean"])
     at = [rows[name] for name in ("setting", "seed", "data_fraction")]
     out = metrics.set_index(at).rename_axis(columns="metric").stack().unstack("data_fraction")
-    out = out.sort_index(axis=1, ascending=False).rename(columns=_percent)
+    out = out.sort_index(axis=1, ascending=False).rename(columns=percent)
     out = out.reorder_levels(["metric", "setting", "seed"]).sort_index()
     settings = [s for s in SETTINGS.values() if s in set(rows["setting"])]
     return out.reindex(list(metrics), level="metric").reindex(settings, level="setting")
@@ -196,18 +229,18 @@ def show_dar(rows: DataFrame) -> str:
     """Table IV."""
     table = dar_table(rows)
     seconds = rows[rows["preset"] == "paper"].groupby("data_fraction")["seconds"].mean()
-    seconds = seconds.rename(_percent)
+    seconds = seconds.rename(percent)
     table.loc[("seconds", "paper's preset"), :] = seconds.map("{:.0f}".format)
     if FULL in seconds:
         faster = (seconds[FULL] / seconds).map("{:.1f}".format)
         table.loc[("times faster", "paper's preset"), :] = faster
-    seeds = _seeds(rows, "preset", "reward", "data_fraction", "dar")
+    n_seeds = seeds(rows, "preset", "reward", "data_fraction", "dar")
     return (
-        f"Test split, %: mean ± sample standard deviation over seeds ({seeds}), {rows['episodes'].iloc[0]} "
-        f"episodes. At {FULL} DAR has no effect, and one search stands for both rows of the paper's preset. "
-        "*By likelihood*: an episode is paid by how likely the right answers are; the final choice is by the "
-        "metric as always. Differences are paired by seed, ± the 95 % interval. Seconds are of searches "
-        f"that ran beside other work.\n\n{markdown(table)}"
+        f"Test split, %: mean ± sample standard deviation over seeds ({n_seeds}), "
+        f"{rows['evaluations'].iloc[0]} episodes. At {FULL} DAR has no effect, and one search stands for "
+        "both rows of the paper's preset. *By likelihood*: an episode is paid by how likely the right "
+        "answers are; the final choice is by the metric as always. Differences are paired by seed, ± the "
+        f"95 % interval. Seconds are of searches that ran beside other work.\n\n{markdown(table)}"
     )
 
 
@@ -252,11 +285,11 @@ def show_searches(rows: DataFrame, curve: DataFrame) -> str:
     names = list(rows["group"].unique())
     order = sorted(best.index, key=lambda at: (names.index(at[0]), -best[at]))
     return (
-        f"All had {rows['episodes'].iloc[0]} evaluations on the same subsets of the reward split. Each chose "
-        "in the end among ten paths on all of it: those with the best scores, and where scales evolved, "
-        "mostly the means that CMA-ES arrived at; RMM had its agent's greedy path besides. Mean ± sample "
-        "standard deviation over seeds, best first on the reward split. *RMM − it* is paired by seed, ± its "
-        "95 % interval. Seconds are of searches that ran beside other work.\n\n"
+        f"All had {rows['evaluations'].iloc[0]} evaluations on the same subsets of the reward split. Each "
+        "chose in the end among ten paths on all of it: those with the best scores, and where scales "
+        "evolved, mostly the means that CMA-ES arrived at; RMM had its agent's greedy path besides. Mean ± "
+        "sample standard deviation over seeds, best first on the reward split. *RMM − it* is paired by seed, "
+        "± its 95 % interval. Seconds are of searches that ran beside other work.\n\n"
         + markdown(searches_table(rows).loc[order])
     )
 
@@ -264,8 +297,8 @@ def show_searches(rows: DataFrame, curve: DataFrame) -> str:
 def show_agent(rows: DataFrame) -> str:
     """The default preset and one choice changed."""
     return (
-        f"Mean ± sample standard deviation over seeds, {rows['episodes'].iloc[0]} episodes. The difference "
-        "is on the reward split, which also chose; it is paired by seed, ± its 95 % interval.\n\n"
+        f"Mean ± sample standard deviation over seeds, {rows['evaluations'].iloc[0]} episodes. The "
+        "difference is on the reward split, which also chose; it is paired by seed, ± its 95 % interval.\n\n"
         + markdown(agent_table(rows))
     )
 
@@ -308,7 +341,7 @@ _SEARCHES = ("searches", "searches-curve")
 
 
 def _pair(rows: DataFrame) -> str:
-    return show_methods(pair_of(rows), by_task, "Average")
+    return show_methods(pair_of(rows), by_task, "group", "Average")
 
 
 PAGES = {
@@ -320,111 +353,3 @@ PAGES = {
     "searches": Page(_SEARCHES, "RMM beside other searches", show_searches),
     "agent": Page(("agent",), "The default preset, one choice changed", show_agent),
 }
-
-
-# -------------------------------------------------------------------------------------- excerpts
-
-
-SHORT = ["fine-tuned", "multi-task", BEST, "RMM", GAIN.format("RMM")]
-
-
-def groups(read: Read) -> str:
-    """What merging loses in each group of experts, and what RMM wins back."""
-    tables = [
-        methods_table(scores).loc[SHORT].T.assign(seeds=scores.loc["RMM"].count())
-        for name in ("vision", "language")
-        for scores in by_size(read(name)).values()
-    ]
-    table = pd.concat(tables).rename_axis("experts").replace({"multi-task": {"": "none ships"}})
-    return markdown(table.rename(columns={SHORT[-1]: "gain"}))
-
-
-def halves(read: Read) -> str:
-    """Table I in short."""
-    of = by_half(read("halves")).items()
-    tables = {size: methods_table(scores).loc[SHORT] for size, scores in of}
-    return markdown(pd.concat(tables, names=["models", "method"]))
-
-
-def searches(read: Read) -> str:
-    """The searches of each problem on the test split."""
-    rows = read("searches")
-    table = searches_table(rows)["test split, %"].unstack(0, sort=False)
-    table.loc["seeds"] = [_seeds(own, "method") for _, own in rows.groupby("group", sort=False)]
-    return markdown(table.rename_axis("test split, %"))
-
-
-def agent(read: Read) -> str:
-    """The ablation's differences on the reward split; its first row is the default preset's score there."""
-    table = agent_table(read("agent"))
-    first = table.index.get_level_values("setting") == UNCHANGED
-    own = table["difference"].mask(first, table["reward split, %"])
-    return markdown(own.unstack(0, sort=False))
-
-
-def preset(read: Read) -> str:
-    """The preset ``agent`` with one choice put back to the paper's."""
-    groups = read("preset").groupby("setting", sort=False)[["reward_split", "test"]]
-    return markdown(groups.agg(spread).set_axis(["reward split, %", "test split, %"], axis=1))
-
-
-def dar(read: Read) -> str:
-    """Table IV's averages, and what a smaller share of the data costs."""
-    rows = read("dar")
-    table = dar_table(rows).loc["Average"]
-    by_share = rows.groupby(rows["data_fraction"].map(_percent))
-    table.loc["seeds"] = {s: _seeds(own, "preset", "reward", "dar") for s, own in by_share}
-    return markdown(table.rename_axis("test split, %"))
-
-
-def fresh(read: Read) -> str:
-    """The demo's pair on seeds that chose nothing."""
-    rows = read("fresh/vision").query("method == 'RMM'").set_index("seed")
-    scores = rows[["reward_split", "mean"]].set_axis(["reward split, %", "test split, %"], axis=1)
-    table = scores.map("{:.1f}".format)
-    table.loc["mean"] = scores.agg(spread)
-    return markdown(table)
-
-
-def _one_seed(rows: DataFrame) -> str:
-    """Every method of one search, as its own table shows it: tasks, mean, setting."""
-    table = task_scores(rows).assign(mean=rows["mean"]).map("{:.1f}".format)
-    table = table.assign(setting=rows["setting"]).set_axis(rows["method"].rename("method"))
-    return markdown(table, left=["setting"])
-
-
-def demo(read: Read) -> str:
-    """All methods on the demo's pair, seed 1."""
-    return _one_seed(read("demo/vision").query("seed == 1"))
-
-
-def language(read: Read) -> str:
-    """All methods on the T5s, seed 1."""
-    groups = read("language").query("seed == 1").groupby("group", sort=False)
-    return "\n".join(f"`--experts {name}`:\n\n{_one_seed(own)}" for name, own in groups)
-
-
-EXCERPTS: dict[str, Callable[[Read], str]] = {
-    f.__name__: f for f in (demo, language, groups, halves, searches, agent, preset, dar, fresh)
-}
-_START = "<!-- results:"
-_BLOCK = re.compile(rf"({_START} ([^ ]+) -->\n)(?:(?!{_START}).)*?(<!-- end -->)", re.DOTALL)
-
-
-def fill(text: str, read: Read) -> str:
-    """A text with its excerpts brought up to date."""
-
-    def write(match: re.Match[str]) -> str:
-        if match[2] not in EXCERPTS:
-            raise InputError(
-                f"excerpt {match[2]!r}: expected one of {', '.join(EXCERPTS)}; correct the comment"
-            )
-        return f"{match[1]}\n{EXCERPTS[match[2]](read)}\n{match[3]}"
-
-    new, n = _BLOCK.subn(write, text)
-    if n != text.count(_START):
-        raise InputError(
-            f"excerpts: expected {_START} NAME --> and <!-- end --> around each, found "
-            f"{text.count(_START)} beginnings and {n} whole ones; correct the comments"
-        )
-    return new

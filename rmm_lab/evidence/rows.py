@@ -1,7 +1,8 @@
 """The rows of the result tables: how a CSV file is read, what its methods are, statistics.
 
-A table is a DataFrame with a row for each method and seed. Scores are in %: ``mean`` and ``by_task`` on the
-test split, ``reward_split`` on the split that chose the path.
+A table is a DataFrame with a row for each method and seed, its first columns ``COLUMNS``. Scores are in %:
+``mean`` and ``by_task`` on the test split, ``reward_split`` on the split that tunes and chooses. ``sees``,
+``evaluations`` and ``seconds`` are those of ``uniform.Row``.
 """
 
 from __future__ import annotations
@@ -11,7 +12,13 @@ from pathlib import Path
 import pandas as pd
 
 from rmm_lab.figures.searches import t_interval
+from rmm_lab.search.matched import MATCHED, WEIGHTED
+from rmm_lab.search.uniform import GRIDS
 
+COLUMNS = (
+    *("group", "method", "seed", "mean", "reward_split", "by_task"),
+    *("evaluations", "seconds", "sees", "config", "commit"),
+)
 # The columns that hold numbers. All others are text, even where a name looks like a number: a group called
 # 007, the commit 12e4567.
 NUMBERS: dict[str, type] = {
@@ -21,13 +28,20 @@ NUMBERS: dict[str, type] = {
 }
 
 BEST_EXPERT = "best expert, for all tasks"
-# Kind -> methods, in the order of the tables. A bound is no opponent: it has one model per task, or was
-# trained. Any other method is an expert on its own.
+# Kind -> methods, in the order of the tables. A bound is no opponent: it has one model per task, was trained,
+# or merges nothing. What is uniform, a rule that sees weights, or matched, a rule that also sees inputs,
+# searches nothing. Any other method is an expert on its own.
 KINDS = {
-    "bound": ("chance", "most frequent answer", "base", "fine-tuned", "multi-task", BEST_EXPERT),
-    "uniform": (
-        *("weight average", "task arithmetic", "TIES", "DARE"),
-        *("task arithmetic, tuned", "TIES, tuned", "DARE, tuned"),
+    "bound": ("chance", "most frequent answer", "base", BEST_EXPERT, "fine-tuned", "multi-task"),
+    "uniform": tuple(GRIDS),
+    "matched": (*MATCHED, WEIGHTED),
+    "gradients": (
+        "Fisher",
+        *(
+            f"coefficients by gradient, per {part}"
+            for part in ("model", "place", "matrix", "tensor")
+        ),
+        *("AdaMerging", "Frank-Wolfe"),
     ),
     "search": ("RMM", "RMM, paper's preset"),
     "rival": (
@@ -36,8 +50,14 @@ KINDS = {
     ),
 }
 METHODS = pd.Series({method: kind for kind, methods in KINDS.items() for method in methods})
+RULES = KINDS["uniform"] + KINDS["matched"]  # what a gain is over the best of
 # What depends on the seed; the others are measured once.
-STOCHASTIC = ("DARE", "DARE, tuned", *KINDS["search"], *KINDS["rival"])
+DRAWN = ("DARE", "DARE, tuned", "DELLA")
+STOCHASTIC = tuple(
+    method
+    for method, kind in METHODS.items()
+    if method in DRAWN or kind not in ("bound", "uniform")
+)
 
 
 def read_csv(file: Path) -> pd.DataFrame:
@@ -48,7 +68,7 @@ def read_csv(file: Path) -> pd.DataFrame:
 
 
 def kind_of(methods: pd.Series) -> pd.Series:
-    """Each method's kind: bound, uniform, search, rival, or expert."""
+    """Each method's kind, one of ``KINDS``, or expert."""
     return methods.map(METHODS).fillna("expert")
 
 
@@ -57,6 +77,20 @@ def task_scores(rows: pd.DataFrame) -> pd.DataFrame:
     parts = rows["by_task"].str.split().explode().str.rsplit("=", n=1, expand=True)
     parts = parts.set_index(0, append=True)[1].astype(float)
     return parts.unstack()[parts.index.unique(-1)].rename_axis(columns=None)
+
+
+def of_experts(rows: pd.DataFrame) -> pd.Series:
+    """Mean over tasks of each row's score / that of the task's own expert, in %.
+
+    NaN where the row's group, size and seed have no fine-tuned row, or an own expert has 0.
+    """
+    keys = [name for name in ("group", "size", "seed") if name in rows]
+    scores = task_scores(rows)
+    own = rows[rows["method"] == "fine-tuned"].drop_duplicates(keys)[keys].join(scores)
+    own = rows[keys].merge(own, on=keys, how="left").set_axis(rows.index)[list(scores)]
+    shares = (scores / own.where(own > 0)).where(scores.notna())
+    there = shares.count(axis=1) == scores.count(axis=1)
+    return 100 * shares.mean(axis=1).where(there)
 
 
 def spread(values: pd.Series, plus_minus: bool = True) -> str:

@@ -26,13 +26,14 @@ from typing import Any, Literal
 import pandas as pd
 
 from rmm_lab.errors import InputError, check_values, run_command
-from rmm_lab.evidence import measure, page_figures, pages
+from rmm_lab.evidence import excerpts, measure, page_figures, pages
 from rmm_lab.evidence.measure import Job, Store
 from rmm_lab.evidence.paper_scale import Group, PaperScale
-from rmm_lab.evidence.rows import read_csv
+from rmm_lab.evidence.rows import DRAWN, KINDS, read_csv
 from rmm_lab.figures.paths import png
 from rmm_lab.search import rivals
 from rmm_lab.search.config import configure
+from rmm_lab.search.uniform import OF_TWO
 from rmm_lab.tasks.files import write_file
 from rmm_lab.tasks.image_task import data_folder
 
@@ -79,6 +80,9 @@ AGENT: dict[str, dict[str, Any] | None] = {
 }
 # Those of them that are measured on texts, whose searches take minutes.
 ON_TEXTS = ("default preset", "likelihood as the reward", "agent preset")
+# What every group has that depends on no seed: SLERP is for two experts.
+ONCE = ("fine-tuned", *(m for m in KINDS["uniform"] if m not in (*DRAWN, *OF_TWO)))
+PER_SEED = {"matched": measure.matched_rules, "gradients": measure.by_gradient}
 LABELS = {"default": "RMM", "paper": "RMM, paper's preset"}
 ORDER = {"group": (*SETS, *VISION, *LANGUAGE), "size": tuple(SIZES), "setting": tuple(AGENT)}
 Groups = Mapping[str, Sequence[Group]]  # table -> its groups of experts
@@ -115,6 +119,8 @@ class Command:
     """Groups, or Table IV's shares of the data such as 0.01, to measure now; all by default."""
     out: Path | None = None
     """Folder of the results; by default results, at the paper's scale results-paper."""
+    kinds: tuple[Literal["uniform", "matched", "gradients", "search"], ...] = ()
+    """Methods of Tables I to III and groups to measure now, by kind; all by default."""
     jobs: int = 1
     """Searches to run at once, each in a process of its own."""
     threads: int = 1
@@ -143,7 +149,9 @@ class Command:
                 self.paper.prepare(wanted, self.device, self.threads)
             store = Store(out, ORDER)
             jobs = [job for name in names for job in self.jobs_of(name, groups[name], store)]
-            jobs = list({(j.table, *j.key.values()): j for j in jobs}.values())  # IV holds fig3
+            jobs = list(
+                {(j.table, j.measure, *j.key.values()): j for j in jobs}.values()
+            )  # IV holds fig3
             print(f"{len(jobs)} jobs to measure into {out}", flush=True)
             measure.measure_all(jobs, store, self.jobs, self.threads)
         written = [*write_pages(out), *write_excerpts(out)]
@@ -196,18 +204,24 @@ class Command:
         return group.options | run | {"seed": seed}
 
     def _methods(self, table: str, group: Group, store: Store) -> Iterator[Job]:
-        """All uniform merges once, DARE and RMM for each seed."""
+        """Rules that draw nothing once, all else for each seed."""
         key = {"group": group.name, "size": group.size}
-        known = store.has(table, key | {"method": "fine-tuned"})
+        kinds = self.kinds or ("uniform", "matched", "gradients", "search")
+        once = [method for method in ONCE if method not in store.methods(table, key)]
         for seed in self.seeds:
             options, at = self._options(group, seed), key | {"seed": seed}
-            # Uniform merges are merged block by block, as published, whatever the agent decides on.
-            blocks = configure(**options, unit="block")
-            if not known:
-                yield Job(table, measure.uniform_merges, at, blocks)
-            elif not store.has(table, at | {"method": "DARE, tuned"}):
-                yield Job(table, measure.dare, at, blocks)
-            known = True
+            # Rules merge block by block, as published, whatever the agent decides on.
+            blocks, there = configure(**options, unit="block"), store.methods(table, at)
+            if once and "uniform" in kinds:
+                yield Job(table, measure.rules, at, blocks)
+                once = []
+            elif "uniform" in kinds and not there.issuperset(DRAWN):
+                yield Job(table, measure.drawn, at, blocks)
+            for kind, make in PER_SEED.items():
+                if kind in kinds and not there.issuperset(KINDS[kind]):
+                    yield Job(table, make, at, blocks)
+            if "search" not in kinds:
+                continue
             for preset in ("default",) if self.scale == "kit" else LABELS:
                 own = at | {"method": LABELS[preset]}
                 config = configure(preset, **options)
@@ -228,7 +242,7 @@ class Command:
                 drawn = drawn and options["seed"] == self.seeds[0]
                 if drawn if name == "fig3" else fraction in shares:
                     run = config.run
-                    key = {"preset": setting["preset"], "reward": run.reward}
+                    key = {"group": group.name, "preset": setting["preset"], "reward": run.reward}
                     key |= {"data_fraction": fraction, "dar": run.dar_lambda, "seed": run.seed}
                     kind = measure.rmm_curve if drawn else measure.rmm
                     yield Job("dar", kind, key, config)
@@ -285,7 +299,7 @@ def write_excerpts(folder: Path) -> Iterator[Path]:
         return
     for file in (root / "README.md", *sorted((root / "docs").glob("*.md"))):
         old = file.read_text("utf-8")
-        if (new := pages.fill(old, read)) != old:
+        if (new := excerpts.fill(old, read)) != old:
             write_file(file, new)
             yield file
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -115,12 +115,16 @@ class Trainable(NamedTuple):
 
 
 class TrivialRow(NamedTuple):
-    """A line of a result table that needs no model: each task's metric and accuracy on the test split."""
+    """A line of a result table that needs no model: each task's metric and accuracy on the test split.
+
+    ``sees``: what it takes to know the answer, ``nothing`` or ``labels`` of the reward split.
+    """
 
     name: str
     setting: str
     scores: tuple[float, ...]
     accuracies: tuple[float, ...]
+    sees: Literal["nothing", "labels"] = "nothing"
 
 
 class Family(Protocol):

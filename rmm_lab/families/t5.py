@@ -198,7 +198,9 @@ def trivial_rows(tasks: Sequence[Any]) -> list[TrivialRow]:
         TrivialRow(
             "most frequent answer",
             "of the reward split, always; chance where rows have their own choices",
-            *zip(*always, strict=True),
+            tuple(score for score, _ in always),
+            tuple(accuracy for _, accuracy in always),
+            "labels",
         ),
     ]
 

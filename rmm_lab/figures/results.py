@@ -57,26 +57,52 @@ def amounts_picture(groups: Mapping[str, Mapping[str, np.ndarray]]) -> Figure:
     return figure
 
 
-BOUNDS = ("chance", "most frequent answer", "base", "fine-tuned", "multi-task")
+# What methods are, by the beginning of their names, for a marker and a colour; all others are tuned rules.
+LOOKS: dict[str, tuple[tuple[str, ...], str, Any]] = {
+    "bounds": (
+        (
+            "chance",
+            "most frequent answer",
+            "base",
+            "fine-tuned",
+            "multi-task",
+            "best expert",
+            "expert",
+        ),
+        "s",
+        "0.35",
+    ),
+    "uniform merges that see inputs": (("RegMean", "least squares"), "P", COLOURS[2]),
+    "uniform merges by gradient": (
+        ("Fisher", "coefficients by gradient", "AdaMerging", "Frank-Wolfe"),
+        "X",
+        COLOURS[7],
+    ),
+    "RMM": (("RMM",), "D", COLOURS[3]),
+}
+PUBLISHED = ("task arithmetic", "TIES", "DARE")
+
+
+def method_look(method: str) -> tuple[str, Any]:
+    """A method's marker and colour."""
+    if method in PUBLISHED:
+        return "o", COLOURS[1]
+    looks = LOOKS.values()
+    return next((look[1:] for look in looks if method.startswith(look[0])), ("^", COLOURS[5]))
 
 
 def seeds_picture(scores: Mapping[str, Mapping[str, np.ndarray]]) -> Figure:
     """Every seed's score as an open mark, one panel per group, one line per method.
 
     ``scores``: group -> method -> (S,) in %. Squares are bounds, circles uniform merges as published,
-    triangles tuned ones, diamonds RMM. The line of a method that a group lacks stays empty.
+    triangles tuned ones, pluses those that see inputs, crosses those by gradient, diamonds RMM. The line of
+    a method that a group lacks stays empty.
     """
     methods = list(dict.fromkeys(m for group in scores.values() for m in group))
-    figure, grid = panels(len(scores), 2, 4.75, 3.3, sharey=True)
+    figure, grid = panels(len(scores), 2, 4.75, max(3.3, 0.21 * len(methods)), sharey=True)
     for axes, (group, by_method) in zip(grid, scores.items(), strict=True):
         for method, values in by_method.items():
-            marker, colour = "o", COLOURS[1]
-            if method in BOUNDS or "expert" in method:
-                marker, colour = "s", "0.35"
-            elif method.startswith("RMM"):
-                marker, colour = "D", COLOURS[3]
-            elif "tuned" in method or method == "weight average":
-                marker, colour = "^", COLOURS[5]
+            marker, colour = method_look(method)
             y = np.full(len(values), methods.index(method))
             axes.plot(values, y, marker, ms=7, mfc="none", mec=colour, mew=1.4)
         axes.set_yticks(range(len(methods)), methods)
@@ -99,6 +125,24 @@ def gain_picture(gains: Mapping[str, np.ndarray], half: Mapping[str, float]) -> 
     axes.set_yticks(range(len(gains)), list(gains))
     axes.set_ylim(len(gains) - 0.5, -0.5)
     tidy(axes, "", "gain of RMM over the best uniform merge, points", grid="x")
+    return figure
+
+
+def cross_task_picture(scores: Mapping[str, Sequence[float]], tasks: Sequence[str]) -> Figure:
+    """A matrix in %: each expert's body, a row, with the head of each task, a column.
+
+    ``scores``: expert -> (N,) in [0, 1], the task of expert i at place i; that of its own task is framed. How
+    well an expert does under another's head foretells how well the two merge (arXiv 2412.19098).
+    """
+    values = 100 * np.array(list(scores.values()))  # (N, N)
+    n = len(tasks)
+    figure, (axes,) = panels(1, 1, 2.2 + 1.1 * n, 1.2 + 0.5 * n)
+    heat_map(axes, values, list(scores), list(tasks), "{:.1f}".format, high=100)
+    for i in range(min(values.shape)):
+        axes.add_patch(Rectangle((i - 0.48, i - 0.46), 0.96, 0.92, fill=False, ec="black", lw=2))
+    axes.set_title("score on the test split, %", fontsize=10)
+    axes.set_xlabel("task, and its head", fontsize=9)
+    axes.set_ylabel("expert", fontsize=9)
     return figure
 
 

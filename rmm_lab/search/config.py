@@ -46,6 +46,8 @@ class RunArgs:
     finalists: int = 10
     """Best paths, besides the greedy one, that are scored on the whole reward split at the end."""
 
+    compare: Literal["paper", "few", "rules", "all"] = "few"
+    """Rows of the table: the paper's merges; with few better ones; with all by rule; with all by gradient."""
     run_dir: Path | None = None
     """New folder for the results; the command line makes runs/merge-DATE-TIME by default."""
     resume: Path | None = None
@@ -94,7 +96,7 @@ def _is_device(text: str) -> bool:
 
 
 # Fields of RunArgs that do not determine the result, and are not stored.
-WHERE = ("run_dir", "resume", "threads", "workers", "cache_mb", "quiet")
+WHERE = ("compare", "run_dir", "resume", "threads", "workers", "cache_mb", "quiet")
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -51,6 +52,7 @@ class Result:
     ``episodes``, ``updates``: one row each, as in the run folder. ``policies``: (U, P, A), see
     ``mean_policy``. ``scores``: method -> task -> test metric in [0, 1]; empty if ``train`` was told not to
     report. ``agent``: the trained policy. ``finalists``: the candidates for the path, the best first.
+    ``seconds``: from loaded models to the path; NaN for a run that was resumed.
     """
 
     path: LayerPath
@@ -62,6 +64,7 @@ class Result:
     agent: ppo.Agent
     folder: Path | None = None
     finalists: list[Row] = field(default_factory=list)
+    seconds: float = float("nan")
 
 
 # ------------------------------------------------------------------------------------ scorer and env
@@ -375,9 +378,11 @@ def train(config: Config, problem: Problem | None = None, *, table: bool = True)
                 folder = RunFolder(run.resume)
             else:
                 folder = RunFolder.create(run.run_dir, config.stored())
+            start = time.perf_counter()
             search = Search.start(config, scorer, folder)
             run_phases(search)
             finalists = choose(search)
+            seconds = time.perf_counter() - start if run.resume is None else float("nan")
         say(report.cost(scorer))
         best = finalists[0]
         stem = "base" if problem.stem == "agent" else problem.stem
@@ -392,16 +397,16 @@ def train(config: Config, problem: Problem | None = None, *, table: bool = True)
             agent=search.agent,
             folder=folder.path,
             finalists=[row | {"path": path_text(row["path"])} for row in finalists],
+            seconds=seconds,
         )
         say(f"path: {path_text(path.path)}")
-        say(
-            f"reward: {100 * result.reward:.2f} % on the whole reward split, best of {len(finalists)}"
-        )
-        rows = report.evaluate_on_test(path, problem, len(search.episodes)) if table else []
+        how = f"on the whole reward split, best of {len(finalists)}"
+        say(f"reward: {100 * result.reward:.2f} % {how}")
+        rows = report.evaluate_on_test(result, problem, run.compare, run.quiet) if table else []
         names = [task.name for task in problem.tasks]
         result.scores = {r.name: dict(zip(names, r.scores, strict=True)) for r in rows}
         if rows:
-            say(f"\n{report.title(problem.tasks)}\n{report.plain(rows, problem.tasks)}")
+            say(report.plain(rows, problem.tasks))
         if folder.path is not None:
             report.write_results(result, rows, problem, folder)
             say(f"\nwritten: {folder.path} (the merged model: {folder.path / 'merged'})")

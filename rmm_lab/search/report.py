@@ -7,11 +7,13 @@ import shutil
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from rmm_lab.path import LayerPath
-from rmm_lab.search import uniform
+import numpy as np
+from tqdm import tqdm
+
+from rmm_lab.search import table, uniform
 from rmm_lab.search.problem import Problem
 from rmm_lab.search.run_folder import RunFolder
-from rmm_lab.search.uniform import Row
+from rmm_lab.search.uniform import EXPERT, OWN, Row
 
 if TYPE_CHECKING:
     from rmm_lab.search.pipeline import Result
@@ -45,29 +47,79 @@ def cost(scorer: Any) -> str:
     )
 
 
-def evaluate_on_test(path: LayerPath, problem: Problem, episodes: int) -> list[Row]:
-    """The rows of the result table: all that a search is compared with, and its path, on the test split."""
-    row = uniform.path_row(problem, "RMM", f"{episodes} episodes", path.path)
-    return [*uniform.rows(problem), row]
+def evaluate_on_test(result: Result, problem: Problem, compare: str, quiet: bool) -> list[Row]:
+    """The rows of the result table: all that a search is compared with, and its path, on the test split.
+
+    compare: as in ``RunArgs``; quiet: without a progress bar.
+    """
+    others = table.compared(problem, compare)
+    rows = list(tqdm(others, desc="comparing", unit="row", disable=quiet))
+    n, path = len(result.episodes), result.path.path
+    took = {"evaluations": n, "seconds": result.seconds, "reward": result.reward}
+    return [*rows, uniform.path_row(problem, "RMM", f"{n} episodes", path, sees="labels", **took)]
+
+
+NEAR = 2.0  # points: RMM's result is hardly another than an unmerged expert's
+LUCK = 0.05  # share of the way from chance to 1 that an expert has to be beyond, on its own task
+
+
+def remarks(rows: Sequence[Row], tasks: Sequence[Any]) -> list[str]:
+    """What a reader of a result table must know: RMM is no better than an expert, an expert knows nothing."""
+    out, means = [], {row.name: 100 * row.mean for row in rows}
+    for name, mean in means.items():
+        gap = means.get("RMM", np.inf) - mean
+        if name.startswith(EXPERT) and round(gap, 9) <= NEAR:
+            where = "within 2 points of" if round(gap, 9) >= -NEAR else "below"
+            out.append(
+                f"RMM's {means['RMM']:.1f} % is {where} the {mean:.1f} % of {name}, unmerged, on all tasks"
+            )
+    names = [row.name.removeprefix(EXPERT) for row in rows if row.name.startswith(EXPERT)]
+    for name, task, score in zip(names, tasks, own_scores(rows) or (), strict=False):
+        chance = task.chance("test")
+        if score <= chance + LUCK * (1 - chance):
+            out.append(
+                f"expert {name} has {100 * score:.1f} % on its own task {task.name}, where chance is "
+                f"{100 * chance:.1f} %: there is hardly anything to merge"
+            )
+    return out
+
+
+def own_scores(rows: Sequence[Row]) -> tuple[float, ...] | None:
+    """Each expert's score on its own task, in [0, 1]; None where no row says so."""
+    return next((row.scores for row in rows if row.name == OWN), None)
+
+
+def shares_of_experts(rows: Sequence[Row]) -> list[float]:
+    """``Row.of_experts`` of each row, 1 for the experts at home; NaN where no row says what they have."""
+    own = own_scores(rows)
+    return [float("nan") if own is None else row.of_experts(own) for row in rows]
 
 
 def frame(rows: Sequence[Row], tasks: Sequence[Any]) -> Any:
     """A result table as a DataFrame, in % of the test split.
 
-    A task whose metric is not accuracy has its accuracy in a column at the end.
+    ``% of experts`` is the mean over tasks of the score as a share of the own expert's. A task whose metric
+    is not accuracy has its accuracy in a column at the end.
     """
     import pandas as pd
 
     skewed = [t.name for t in tasks if t.metric != "accuracy"]
     names = [f"{t.name} ({t.metric})" if t.name in skewed else t.name for t in tasks]
-    table = [
+    lines = [
         {"method": row.name}
         | {name: 100 * s for name, s in zip(names, row.scores, strict=True)}
-        | {"mean": 100 * row.mean, "setting": row.setting}
+        | {"mean": 100 * row.mean, "% of experts": 100 * share, "sees": row.sees}
+        | {"evaluations": row.evaluations, "seconds": row.seconds, "setting": row.setting}
         | {f"{name} (accuracy)": 100 * row.plain[name] for name in skewed}
-        for row in rows
+        for row, share in zip(rows, shares_of_experts(rows), strict=True)
     ]
-    return pd.DataFrame(table)
+    return pd.DataFrame(lines)
+
+
+def _markdown(rows: Sequence[Row], tasks: Sequence[Any], tablefmt: str) -> str:
+    found = frame(rows, tasks).astype(object)
+    found = found.where(found.notna(), None)
+    return str(found.to_markdown(index=False, floatfmt=".1f", tablefmt=tablefmt, missingval=""))
 
 
 def title(tasks: Sequence[Any]) -> str:
@@ -77,8 +129,27 @@ def title(tasks: Sequence[Any]) -> str:
 
 
 def plain(rows: Sequence[Row], tasks: Sequence[Any]) -> str:
-    """A result table for a terminal."""
-    return frame(rows, tasks).to_markdown(index=False, floatfmt=".1f", tablefmt="plain")
+    """A result table for a terminal, with its title and remarks."""
+    notes = "".join(f"\nnote: {remark}" for remark in remarks(rows, tasks))
+    return f"\n{title(tasks)}\n{_markdown(rows, tasks, 'plain')}{notes}"
+
+
+def to_json(rows: Sequence[Row], tasks: Sequence[Any]) -> str:
+    """A result table as table.json holds it; what was not measured is null."""
+
+    def number(value: float) -> float | None:
+        return None if np.isnan(value) else value
+
+    names = [task.name for task in tasks]
+    data = [
+        {"name": row.name, "setting": row.setting, "mean": row.mean}
+        | {"scores": dict(zip(names, row.scores, strict=True))}
+        | ({"accuracy": row.plain} if row.plain else {})
+        | {"of_experts": number(share), "sees": row.sees, "evaluations": row.evaluations}
+        | {"seconds": number(row.seconds), "reward": number(row.reward)}
+        for row, share in zip(rows, shares_of_experts(rows), strict=True)
+    ]
+    return json.dumps(data, indent=2) + "\n"
 
 
 def write_results(result: Result, rows: Sequence[Row], problem: Problem, folder: RunFolder) -> None:
@@ -86,6 +157,7 @@ def write_results(result: Result, rows: Sequence[Row], problem: Problem, folder:
     from safetensors.torch import save
 
     from rmm_lab.figures import paths as figures
+    from rmm_lab.figures.results import cross_task_picture
 
     assert folder.path is not None
     pool, tasks, path = problem.pool, problem.tasks, result.path
@@ -94,15 +166,15 @@ def write_results(result: Result, rows: Sequence[Row], problem: Problem, folder:
     folder.write("path.json", path.to_json())
     folder.write("finalists.json", json.dumps(result.finalists, indent=2) + "\n")
     if rows:
-        below = "".join(f"\n{note}.\n" for note in notes(tasks, ("reward", "test")))
-        table = frame(rows, tasks).to_markdown(index=False, floatfmt=".1f")
-        folder.write("table.md", f"{table}\n{below}")
-        data = [
-            {"name": r.name, "setting": r.setting, "mean": r.mean, "scores": result.scores[r.name]}
-            | ({"accuracy": r.plain} if r.plain else {})
-            for r in rows
-        ]
-        folder.write("table.json", json.dumps(data, indent=2) + "\n")
+        said = [*notes(tasks, ("reward", "test")), *remarks(rows, tasks)]
+        below = "".join(f"\n{note}.\n" for note in said)
+        folder.write("table.md", f"{_markdown(rows, tasks, 'pipe')}\n{below}")
+        folder.write("table.json", to_json(rows, tasks))
+        experts = [r for r in rows if r.name.startswith(EXPERT)]
+        picture = cross_task_picture(
+            {r.name.removeprefix(EXPERT): r.scores for r in experts}, [t.name for t in tasks]
+        )
+        folder.write("cross-task.png", figures.png(picture))
     folder.write("rewards.png", figures.png(figures.reward_curve(result.episodes)))
     picture = figures.path_picture(path.path, pool.sources, pool.n_layers, stacks=pool.stacks)
     folder.write("path.png", figures.png(picture))

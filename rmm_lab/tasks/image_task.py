@@ -126,6 +126,10 @@ class Task:
         """Accuracy of the classes found: both (n,) -> [0, 1]."""
         return mean_of(self.metric, (found == labels).double(), labels)
 
+    def chance(self, name: str) -> float:
+        """Expected accuracy of guessing on any split: one in as many as there are classes."""
+        return 1 / len(self.classes)
+
     def check_head(self, source: str, num_classes: int, label_names: Sequence[str] | None) -> None:
         """Raise InputError unless a model's head has this task's classes."""
         if num_classes != len(self.classes):
