@@ -382,7 +382,7 @@ def test_ctrl_c_while_jobs_are_handed_out_waits_for_none(tmp_path, monkeypatch):
 
 
 HOLD = """
-import sys, time
+import signal, sys, time
 from pathlib import Path
 from rmm_lab.evidence.measure import Job, Store, measure_all
 from rmm_lab.search.config import configure
@@ -391,6 +391,8 @@ def hold(job):
     (out / str(job.key["seed"])).touch()
     time.sleep(3600)
 if __name__ == "__main__":
+    # Tests that run in the background have SIGINT switched off, and a child inherits that.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     jobs = [Job("agent", hold, {"seed": s}, configure()) for s in range(4)]
     try:
         measure_all(jobs, Store(out / "store", {}), 2)
