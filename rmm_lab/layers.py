@@ -253,7 +253,7 @@ class LayerPool:
                     f"source {source!r}: expected calibration inputs, found none; give --calibration N, or "
                     "set the pool's calibration"
                 )
-            return self.calibration.merge(self, operator, k, prefix)
+            return self.calibration.merge(self, operator, step, prefix)
         base, *experts = (_group(parts, k) for parts in groups)
         scope = SCOPE[operator.function]
         if scope == "matrix":

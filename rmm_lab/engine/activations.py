@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any
+import functools
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -47,26 +48,58 @@ def linear_maps(layer: nn.Module) -> dict[str, nn.Linear]:
     return {name: m for name, m in layer.named_modules() if isinstance(m, nn.Linear)}
 
 
-def stages(apply: Callable[[], Any], layer: nn.Module) -> list[list[str]]:
-    """A layer's linear maps in the order in which they run, those together that take the same input.
+class Stages(NamedTuple):
+    """How a layer runs. ``stages``: its linear maps in running order, those together that take the same
+    input; ``called``: the names of all modules that are called."""
 
-    apply: runs the layer once.
-    """
-    seen: list[tuple[str, Tensor]] = []
-    with hooks(
-        module.register_forward_pre_hook(lambda _, x, name=name: seen.append((name, x[0])))
-        for name, module in linear_maps(layer).items()
-    ):
-        apply()
-    found: list[list[str]] = []
-    last = None
-    for name, x in seen:
-        if x is last:
-            found[-1].append(name)
-        else:
-            found.append([name])
-        last = x
-    return found
+    stages: list[list[str]]
+    called: set[str]
+
+    @classmethod
+    def of(cls, apply: Callable[[], Any], layer: nn.Module) -> Stages:
+        """What happens when ``apply`` runs the layer once."""
+        maps, seen, called = linear_maps(layer), [], set[str]()
+        last: list[Tensor] = []
+
+        def note(name: str, _: Any, args: tuple) -> None:
+            called.add(name)
+            if name in maps:
+                if last and args[0] is last[0]:
+                    seen[-1].append(name)
+                else:
+                    seen.append([name])
+                last[:] = args[:1]
+
+        modules = [(name, m) for name, m in layer.named_modules() if name]
+        with hooks(m.register_forward_pre_hook(functools.partial(note, n)) for n, m in modules):
+            apply()
+        return cls(seen, called)
+
+    def done(self, layer: nn.Module, maps: Collection[str]) -> list[str]:
+        """The largest modules that hold no other linear maps than these."""
+        inside = {
+            name: [m for m in linear_maps(layer) if m == name or m.startswith(f"{name}.")]
+            for name in self.called
+        }
+        fixed = {name for name, own in inside.items() if own and set(own) <= set(maps)}
+        return [n for n in fixed if not any(n != o and n.startswith(f"{o}.") for o in fixed)]
+
+
+Remembered = Callable[..., Any]  # a module's name, the module, its arguments -> its output
+
+
+@contextlib.contextmanager
+def remembering(layer: nn.Module, names: Iterable[str], remembered: Remembered) -> Iterator[None]:
+    """Within the block, modules of these names answer from what is remembered of them."""
+    modules = dict(layer.named_modules())
+    chosen = {name: modules[name] for name in names}
+    for name, module in chosen.items():
+        module.forward = functools.partial(remembered, name, module)  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        for module in chosen.values():
+            del module.forward
 
 
 def run(

@@ -11,35 +11,48 @@ between layers are kept within a budget and computed again beyond it.
 from __future__ import annotations
 
 import contextlib
+import copy
 import hashlib
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from rmm_lab import matching
 from rmm_lab.engine.activations import (
     Mean,
+    Stages,
     as_rows,
     linear_maps,
     make_up,
     parameter,
+    remembering,
     run,
-    stages,
 )
 from rmm_lab.engine.cache import Cache
 from rmm_lab.errors import InputError
 from rmm_lab.families.parts import Weights
-from rmm_lab.reward import Path
+from rmm_lab.reward import Path, Step
 
 BATCH = 32  # examples that go through a layer at a time
-BUDGET = 2**27  # bytes of states between layers
+BUDGET = 2**26  # bytes of states between layers
+INSIDE = 2**27  # bytes of what is known inside a layer that is being fitted
+FEW = 50  # inputs of a task; with fewer, ``ridge=auto`` first asks whether a fit helps at all
 FOLDS = 2  # of the inputs that choose a ridge
 READOUT = 0.5  # see ``Calibration.merge``
 RESIDUAL = 1.0
 COUNTED = 1e-4  # how much the anchor counts beside an embedding's share of all tokens
+
+
+class _Fit(NamedTuple):
+    """How a layer is fitted; see ``Calibration.merge``."""
+
+    weights: Tensor
+    ridge: Any
+    readout: float
+    residual: float
 
 
 class Calibration:
@@ -69,6 +82,7 @@ class Calibration:
             )
         self.tasks, self.n, self.split, self.seed = list(tasks), n, split, seed
         self._rows = None if rows is None else list(rows)
+        self._cuts: list[list[np.ndarray]] | None = None
         self._batches: dict[tuple[int, int], Any] = {}
         self._forget()
 
@@ -90,18 +104,19 @@ class Calibration:
 
     def _forget(self) -> None:
         self._cache = Cache(BUDGET)
-        self._stages: dict[int, list[list[str]]] = {}
-        self._grams: dict[tuple[int, str], Tensor] = {}
+        self._outputs: dict[tuple, Tensor] = {}
+        self._stages: dict[int, Stages] = {}
+        self._helps: dict[str, bool] = {}  # operator -> whether it does better than its anchor
 
     def __getstate__(self) -> dict[str, Any]:
         """With its inputs in place of the tasks, since another process may not have this split."""
         batches = {(i, j): self._batch(i, j) for i in range(len(self.rows)) for j in self._parts(i)}
-        computed: dict[str, Any] = {"_cache": None, "_grams": {}, "_stages": {}}
+        computed: dict[str, Any] = {"_cache": None, "_outputs": {}, "_stages": {}}
         return vars(self) | {"tasks": [], "_batches": batches} | computed
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update(state)
         self._forget()
+        vars(self).update(state | {"_cache": self._cache})
 
     def record(self) -> dict[str, Any]:
         """What names the inputs, as JSON: split, seed, and of each task its source, rows and SHA-256."""
@@ -146,15 +161,22 @@ class Calibration:
 
     # ------------------------------------------------------------------- inputs on their way
 
+    def _cuts_of(self) -> list[list[np.ndarray]]:
+        """Of each task, the rows of each part, at most BATCH of them."""
+        if self._cuts is None:
+            self._cuts = [
+                [own[at : at + BATCH] for at in range(0, len(own), BATCH)] for own in self.rows
+            ]
+        return self._cuts
+
     def _parts(self, i: int) -> range:
-        return range(-(-len(self.rows[i]) // BATCH))
+        return range(len(self._cuts_of()[i]))
 
     def _batch(self, i: int, j: int) -> Any:
         """Part j of task i's inputs, as the models take them."""
         if (i, j) in self._batches:
             return self._batches[i, j]
-        rows = self.rows[i][j * BATCH : (j + 1) * BATCH]
-        return self.tasks[i].inputs(self.split, rows)
+        return self.tasks[i].inputs(self.split, self._cuts_of()[i][j])
 
     def _state(
         self, key: tuple, stem: Any, layers: Sequence[Any], arch: Any, i: int, j: int
@@ -184,8 +206,8 @@ class Calibration:
     # --------------------------------------------------------------------------- the merges
 
     @torch.no_grad()
-    def merge(self, pool: Any, operator: Any, k: int, prefix: Path) -> Weights:
-        """The weights of a ``regmean`` or ``least_squares`` layer at place k; -1 is the stem.
+    def merge(self, pool: Any, operator: Any, step: Step, prefix: Path) -> Weights:
+        """The weights of a step whose operator is ``regmean`` or ``least_squares``; place -1 is the stem.
 
         Linear maps are matched. Embeddings, linear maps of one-hot inputs, are weighed by how often each task
         uses a row. Norms, positions and all else are the anchor's.
@@ -199,33 +221,81 @@ class Calibration:
         * residual: how much of what the merged residual stream lacks against the expert's the maps that
           write to it make up for, from 0, as in PLeaS, to 1.
         """
-        options = dict(operator.options)
+        options, k = dict(operator.options), step.layer
         if operator.function == "regmean":
-            anchor = self._anchor(pool, "average", k)
+            anchor = self._anchor(pool, None, k)
             if k < 0:
                 return self._embeddings(pool, anchor, torch.ones(pool.n_models))
             return self._regmean(pool, anchor, k, options.get("alpha", 0.9))
         weights = torch.tensor(options.get("weights", (1.0,) * pool.n_models), dtype=torch.float64)
-        anchor = self._anchor(pool, options.get("anchor", "average"), k)
+        anchor = self._anchor(pool, options.get("anchor"), k)
         if k < 0:
             return self._embeddings(pool, anchor, weights)
-        return self._least_squares(
-            pool,
-            anchor,
-            k,
-            prefix,
-            weights,
-            options.get("ridge", "auto"),
-            options.get("readout", READOUT),
-            options.get("residual", RESIDUAL),
-        )
+        ridge = options.get("ridge", "auto")
+        few = min(map(len, self.rows)) < FEW
+        if ridge == "auto" and few and not self._is_better(pool, operator):
+            return anchor
+        readout, residual = options.get("readout", READOUT), options.get("residual", RESIDUAL)
+        fit = _Fit(weights, ridge, readout, residual)
+        return self._least_squares(pool, anchor, step, prefix, fit)
+
+    def _is_better(self, pool: Any, operator: Any) -> bool:
+        """Whether fits to half of the inputs bring each task nearer to its expert's answers on the other half
+        than the anchor is: whole models, by KL divergence, mean over both halves."""
+        if operator.name not in self._helps:
+            sources = (operator.name, self._anchor_source(dict(operator.options).get("anchor")))
+            distances = np.zeros((len(sources), pool.n_models))
+            if min(map(len, self.rows)) > 1:
+                for fitted, held in ((0, 1), (1, 0)):
+                    other = copy.copy(pool)  # with nothing computed yet
+                    other.calibration = self._half(fitted)
+                    other.calibration._helps[operator.name] = True
+                    distances += [self._half(held)._distances(other, s) for s in sources]
+            self._helps[operator.name] = bool((distances[0] < distances[1]).all())
+        return self._helps[operator.name]
+
+    def _half(self, which: int) -> Calibration:
+        """Every other input: 0 or 1."""
+        half = copy.copy(self)
+        half._forget()
+        half._rows = [own[which::2] for own in self.rows]
+        half._cuts = [[part[which::2] for part in own] for own in self._cuts_of()]
+        half._batches = {
+            (i, j): _take(self._batch(i, j), slice(which, None, 2))
+            for i in range(len(self.rows))
+            for j in self._parts(i)
+        }
+        return half
+
+    def _distances(self, pool: Any, source: str) -> np.ndarray:
+        """KL divergence of a source's whole model from each expert on its task: (N,)."""
+        arch, found = pool.architecture, []
+        whole = tuple(Step(source, k) for k in range(-1, pool.n_layers))
+        merged = [pool.layer(*s, prefix=whole[: m + 1]) for m, s in enumerate(whole[1:])]
+        for i, name in enumerate(pool.names):
+            own = [pool.layer(name, k) for k in range(pool.n_layers)]
+            total, n = 0.0, 0
+            for j in self._parts(i):
+                batch, logs = self._batch(i, j), []
+                for stem, layers in ((pool.stem(name), own), (pool.stem(source), merged)):
+                    state = arch.embed(stem, batch)
+                    for layer in layers:
+                        state = arch.apply(layer, state)
+                    logs.append(arch.logits(stem, state, pool.heads[name]).double().log_softmax(-1))
+                p = logs[0].exp()  # 0 for choices that a row lacks, whose logarithm is no number
+                total += float(torch.where(p > 0, p * (logs[0] - logs[1]), 0.0).sum())
+                n += len(p)
+            found.append(total / n)
+        return np.array(found)
 
     def _anchor(self, pool: Any, anchor: Any, k: int) -> Weights:
-        if anchor == "regmean":
-            return pool.weights("regmean", k)
-        return pool.weights(
-            "weight_average" if anchor == "average" else f"task_arithmetic:scale={anchor!r}", k
-        )
+        return pool.weights(self._anchor_source(anchor), k)
+
+    @staticmethod
+    def _anchor_source(anchor: Any) -> str:
+        if not isinstance(anchor, float):
+            return "regmean" if anchor == "regmean" else "weight_average"
+        return f"task_arithmetic:scale={anchor!r}"
 
     def _embeddings(self, pool: Any, anchor: Weights, weights: Tensor) -> Weights:
         """A stem whose embeddings are the experts', weighed by how often their tasks use each row."""
@@ -250,47 +320,63 @@ class Calibration:
     def _regmean(self, pool: Any, anchor: Weights, k: int, alpha: float) -> Weights:
         arch, experts = pool.architecture, [pool.layer(e, k) for e in pool.names]
         out = dict(anchor)
-        for names in self._stages_of(pool, k):
-            if (k, names[0]) not in self._grams:
-                grams = []
-                for i, expert in enumerate(experts):
-                    total = Mean()
-                    for j in self._parts(i):
-                        state = self._expert_state(pool, i, j, k)
+        done: list[str] = []
+        for names in self._stages_of(pool, k).stages:
+            grams = []
+            for i, expert in enumerate(experts):
+                total = Mean()
+                for j in self._parts(i):
+                    state = self._expert_state(pool, i, j, k)
+                    with self._remembering(pool, expert, (k, i, j), done):
                         x, _, _ = run(arch, expert, state, names, outputs=False)
-                        rows, w = as_rows(x, arch.row_weights(expert, names[0], state, 0.0))
-                        total.add(rows, rows, w)
-                    grams.append(total.mean())
-                self._grams[k, names[0]] = torch.stack(grams)  # (N, D, D)
-            gram = self._grams[k, names[0]]
+                    rows, w = as_rows(x, arch.row_weights(expert, names[0], state, 0.0))
+                    here = (w > 0).nonzero().squeeze(1)
+                    total.add(rows[here], rows[here], w[here])
+                grams.append(total.mean())
             for name in names:
                 key = f"{name}.weight"
                 own = torch.stack([pool.weights(e, k)[key] for e in pool.names])  # (N, O, D)
                 with _at(f"regmean at layer {k}, {name}"):
-                    out[key] = matching.regmean(gram, own, alpha=alpha).contiguous()
+                    merged = matching.regmean(torch.stack(grams), own, alpha=alpha)  # (O, D)
+                out[key] = merged.contiguous()
+            done += names
+        self._outputs.clear()
         return out
 
+    def _remembering(
+        self, pool: Any, layer: Any, key: tuple[int, int, int], done: Sequence[str]
+    ) -> contextlib.AbstractContextManager[None]:
+        """While a layer is fitted, what its finished parts put out is computed once, as far as the budget goes.
+
+        key: the layer's number, task and part; done: the linear maps that will not change any more.
+        """
+        names = self._stages_of(pool, key[0]).done(layer, done)
+        for old in [o for o in self._outputs if o[0] is layer and o[1] == key and o[2] not in names]:
+            del self._outputs[old]  # a larger module stands for it now
+
+        def remembered(name: str, module: nn.Module, *args: Any, **options: Any) -> Tensor:
+            if (y := self._outputs.get((layer, key, name))) is None:
+                y = type(module).forward(module, *args, **options)
+                if sum(t.nbytes for t in (y, *self._outputs.values())) <= INSIDE:
+                    self._outputs[layer, key, name] = y
+            return y
+
+        return remembering(layer, names, remembered)
+
     def _least_squares(
-        self,
-        pool: Any,
-        anchor: Weights,
-        k: int,
-        prefix: Path,
-        weights: Tensor,
-        ridge: float | str,
-        readout: float,
-        residual: float,
+        self, pool: Any, anchor: Weights, step: Step, prefix: Path, fit: _Fit
     ) -> Weights:
+        k, weights = step.layer, fit.weights
         arch = pool.architecture
         layer = arch.layer(k, {n: t.clone() for n, t in anchor.items()})
         experts = [pool.layer(e, k) for e in pool.names]
         stem, *steps = prefix
         before = [pool.layer(*s, prefix=prefix[: m + 1]) for m, s in enumerate(steps)]
         first = pool.stem(stem.source, stem.scales)
-        writes = arch.writes(layer) if residual else {}
-        folds = FOLDS if ridge == "auto" else 1
-        linear = linear_maps(layer)
-        for names in self._stages_of(pool, k):
+        writes = arch.writes(layer) if fit.residual else {}
+        folds = FOLDS if fit.ridge == "auto" else 1
+        linear, fitted = linear_maps(layer), list[str]()
+        for names in self._stages_of(pool, k).stages:
             sums = {
                 name: [[(Mean(), Mean()) for _ in experts] for _ in range(folds)] for name in names
             }  # name -> fold -> task -> sums of x x' and x y'
@@ -300,17 +386,20 @@ class Calibration:
                     state = self._state(prefix, first, before, arch, i, j)
                     theirs = self._expert_state(pool, i, j, k)
                     norm, scale = writes.get(names[0], ("", ""))
-                    x, _, stream = run(arch, layer, state, names, norm, outputs=False)
-                    _, outputs, their_stream = run(arch, expert, theirs, names, norm)
-                    w = arch.row_weights(layer, names[0], state, readout)
+                    with self._remembering(pool, layer, (k, i, j), fitted):
+                        x, _, stream = run(arch, layer, state, names, norm, outputs=False)
+                    with self._remembering(pool, expert, (k, i, j), fitted):
+                        _, outputs, their_stream = run(arch, expert, theirs, names, norm)
+                    w = arch.row_weights(layer, names[0], state, fit.readout)
                     rows, w = as_rows(x, w, ones=with_bias)
                     if norm:
                         [name] = names
-                        lack = (their_stream - stream) * residual
-                        outputs[name] = make_up(outputs[name], lack, layer, expert, scale, residual)
-                    # Whole examples take turns in the folds.
-                    n = len(self.rows[i][j * BATCH : (j + 1) * BATCH])
-                    fold = ((torch.arange(n) + j * BATCH) % folds).repeat_interleave(len(rows) // n)
+                        lack = (their_stream - stream) * fit.residual
+                        outputs[name] = make_up(
+                            outputs[name], lack, layer, expert, scale, fit.residual
+                        )
+                    n = len(self._cuts_of()[i][j])  # whole examples take turns in the folds
+                    fold = ((torch.arange(n) + j) % folds).repeat_interleave(len(rows) // n)
                     for f in range(folds):
                         here = ((fold == f) & (w > 0)).nonzero().squeeze(1)
                         x_here, w_here = rows[here], w[here]
@@ -321,22 +410,20 @@ class Calibration:
                                 to_x.add(x_here, x_here, w_here)
                             to_y.add(x_here, y, w_here)
             for name in names:
-                xx, xy = (
-                    torch.stack([torch.stack([t[m].mean() for t in fold]) for fold in sums[of]])
-                    for m, of in ((0, names[0]), (1, name))
-                )  # (K, N, D, D), (K, N, D, O)
                 start = anchor[f"{name}.weight"]
                 if with_bias:
                     start = torch.cat([start, anchor[f"{name}.bias"][:, None]], 1)  # (O, D + 1)
+                xx, xy = (
+                    [torch.stack([t[m].mean() for t in fold]) for fold in sums[of]]
+                    for m, of in ((0, names[0]), (1, name))
+                )  # of each fold (N, D, D), (N, D, O)
                 with _at(f"least squares at layer {k}, {name}"):
-                    best = ridge
+                    best = fit.ridge
                     if isinstance(best, str):
                         best = matching.choose_ridge(xx, xy, weights=weights, anchor=start)
-                    there = xx.diagonal(dim1=2, dim2=3).sum(2) > 0  # (K, N)
-                    each = (there / there.sum(0).clamp(min=1))[:, :, None, None].double()
                     solved = matching.least_squares(
-                        (each * xx).sum(0),
-                        (each * xy).sum(0),
+                        matching.together(xx),
+                        matching.together(xy),
                         weights=weights,
                         ridge=best,
                         anchor=start,
@@ -344,12 +431,21 @@ class Calibration:
                 if with_bias:
                     solved, linear[name].bias = solved[:, :-1], parameter(solved[:, -1])
                 linear[name].weight = parameter(solved)
+            fitted += names
+        if k + 1 < pool.n_layers:  # the next layer asks for these states
+            for i in range(len(experts)):
+                for j in self._parts(i):
+                    state = self._state(prefix, first, before, arch, i, j)
+                    with self._remembering(pool, layer, (k, i, j), fitted):
+                        state = arch.apply(layer, state)
+                    self._cache.put(((*prefix, step), i, j), state, arch.tensors(state))
+        self._outputs.clear()
         return {name: tensor.detach() for name, tensor in layer.state_dict().items()}
 
-    def _stages_of(self, pool: Any, k: int) -> list[list[str]]:
+    def _stages_of(self, pool: Any, k: int) -> Stages:
         if k not in self._stages:
             layer, state = pool.layer(pool.names[0], k), self._expert_state(pool, 0, 0, k)
-            self._stages[k] = stages(lambda: pool.architecture.apply(layer, state), layer)
+            self._stages[k] = Stages.of(lambda: pool.architecture.apply(layer, state), layer)
         return self._stages[k]
 
 
@@ -360,3 +456,8 @@ def _at(where: str) -> Iterator[None]:
         yield
     except InputError as error:
         raise InputError(f"{where}: {error}") from error
+
+
+def _take(batch: Any, rows: slice) -> Any:
+    """Some examples of a batch, of images or texts."""
+    return batch[rows] if isinstance(batch, Tensor) else type(batch)(*(t[rows] for t in batch))
