@@ -23,6 +23,9 @@ from rmm_lab.errors import InputError
 
 # What a ridge is chosen from; the last one stands for the anchor itself.
 RIDGES = (1e-6, 1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0, float("inf"))
+# Eigenvalues below this share of the largest say nothing: inputs have float32's digits, and Gram matrices
+# the squares of their singular values.
+OPEN = 1e-12
 
 
 def regmean(grams: Tensor, weights: Tensor, *, alpha: float = 0.9) -> Tensor:
@@ -35,8 +38,12 @@ def regmean(grams: Tensor, weights: Tensor, *, alpha: float = 0.9) -> Tensor:
     alpha in [0, 1]: 1 is the least-squares solution, 0 weighs each column by its inputs' mean square.
     Returns (O, D).
     """
+    if weights.dim() != 3:
+        raise InputError(
+            f"weights: expected shape (N, O, D), found {tuple(weights.shape)}; see rmm_lab.matching"
+        )
     _check("grams", grams, (len(weights), weights.shape[-1], weights.shape[-1]))
-    _check("weights", weights, (len(grams), *weights.shape[1:]))
+    _check("weights", weights, tuple(weights.shape))
     if not 0 <= alpha <= 1:
         raise InputError(f"alpha: expected a number in [0, 1], found {alpha}; correct it")
     g, w = grams.double(), weights.double()
@@ -96,7 +103,7 @@ def choose_ridge(
             weights,
         )
         usable = there.any(0) & (xx[held].diagonal(dim1=1, dim2=2).sum(1) > 0)  # (N,)
-        if not usable.any():
+        if not (weights * usable).any():
             continue
         scored = True
         ha, hb = _sums(xx[held], xy[held], weights * usable)
@@ -135,12 +142,15 @@ def _towards(a: Tensor, b: Tensor, start: Tensor, ridge: float) -> Tensor:
 def _solve(a: Tensor, b: Tensor) -> Tensor:
     """The smallest x of ``a x = b``; a: (D, D) symmetric, positive semidefinite; b: (D, O) -> (D, O)."""
     factor, failed = torch.linalg.cholesky_ex(a)
-    diagonal = factor.diagonal().abs()
-    eps = torch.finfo(a.dtype).eps * len(a)
-    if not failed and bool(diagonal.min() ** 2 > eps * diagonal.max() ** 2):
-        return torch.cholesky_solve(b, factor)
+    if not failed:
+        # The smallest eigenvalue by inverse iteration; the factor's diagonal may hide it.
+        v = torch.randn(len(a), 1, dtype=a.dtype, generator=torch.Generator().manual_seed(0))
+        for _ in range(3):
+            v = torch.cholesky_solve(v / v.norm(), factor)
+        if 1 / v.norm() > OPEN * a.norm():
+            return torch.cholesky_solve(b, factor)
     values, vectors = torch.linalg.eigh(a)  # (D,), (D, D)
-    open_ = values <= eps * values.abs().max()
+    open_ = values <= OPEN * values.abs().max()
     inverse = torch.where(open_, 0.0, 1 / torch.where(open_, 1.0, values))
     return vectors @ (inverse[:, None] * (vectors.T @ b))
 

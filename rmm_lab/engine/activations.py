@@ -12,7 +12,10 @@ from torch import Tensor, nn
 
 
 class Mean:
-    """A weighted mean of products of rows, streamed: ``sum w x y' / sum w``."""
+    """A weighted mean of products of rows, streamed: ``sum w x y' / sum w``.
+
+    In float64: sums in float32 blur what distinguishes inputs that are nearly alike.
+    """
 
     def __init__(self) -> None:
         self.total: Any = 0.0
@@ -20,7 +23,7 @@ class Mean:
 
     def add(self, x: Tensor, y: Tensor, w: Tensor) -> None:
         """x: (n, D), y: (n, O), w: (n,)."""
-        self.total = self.total + ((x * w[:, None]).T @ y).double()  # (D, O)
+        self.total = self.total + (x * w[:, None]).double().T @ y.double()  # (D, O)
         self.weight += float(w.sum())
 
     def mean(self) -> Tensor:
