@@ -14,6 +14,7 @@ or infinity, or do not fit each other, raise InputError.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import torch
@@ -21,6 +22,7 @@ from torch import Tensor
 
 from rmm_lab.errors import InputError
 
+WIDE, OUTPUTS = 300, 64  # see ``choose_ridge``
 # What a ridge is chosen from; the last one stands for the anchor itself.
 RIDGES = (1e-6, 1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0, float("inf"))
 # Eigenvalues below this share of the largest say nothing: inputs have float32's digits, and Gram matrices
@@ -77,8 +79,8 @@ def least_squares(
 
 
 def choose_ridge(
-    xx: Tensor,
-    xy: Tensor,
+    xx: Sequence[Tensor] | Tensor,
+    xy: Sequence[Tensor] | Tensor,
     *,
     weights: Tensor,
     anchor: Tensor,
@@ -86,39 +88,75 @@ def choose_ridge(
 ) -> float:
     """The ridge whose solution on some inputs does best on others: cross-validation over folds.
 
-    xx: (K, N, D, D) and xy: (K, N, D, O), of K >= 2 disjoint folds of each task's inputs, each divided by its
-    number of rows; a fold without rows of a task is all 0, and such a task is not scored there.
-    weights: (N,); anchor: (O, D). Returns the largest of the best ``ridges``; infinity, the anchor, where no
-    fold can be held out. Source: Hastie et al. 2009, Sec. 7.10.
+    xx: K times (N, D, D) and xy: K times (N, D, O), of K >= 2 disjoint folds of each task's inputs, each
+    divided by its number of rows; a fold without rows of a task is all 0, and such a task is not scored
+    there. weights: (N,); anchor: (O, D); ridges: ascending. Returns the largest of the best ridges; infinity,
+    the anchor, where no fold can be held out. Source: Hastie et al. 2009, Sec. 7.10.
+
+    A layer of more than ``WIDE`` inputs is scored on the first fold and on ``OUTPUTS`` of its outputs, and
+    only up to a ridge whose neighbours are no better: each one costs a factorisation.
     """
-    start, errors = anchor.double().T, dict.fromkeys(ridges, 0.0)
-    scored = False
-    for held in range(len(xx)):
+    wide = anchor.shape[1] > WIDE
+    columns = torch.arange(anchor.shape[0])
+    if wide and len(columns) > OUTPUTS:
+        columns = torch.linspace(0, len(columns) - 1, OUTPUTS).long()
+    start, splits = anchor.double().T[:, columns], []
+    for held in range(1 if wide else len(xx)):
         rest = [k for k in range(len(xx)) if k != held]
-        there = torch.stack([xx[k].diagonal(dim1=1, dim2=2).sum(1) > 0 for k in rest])  # (K - 1, N)
-        share = there.double() / there.sum(0).clamp(min=1)  # of the folds that have rows
-        a, b = _sums(
-            (share[:, :, None, None] * xx[rest].double()).sum(0),
-            (share[:, :, None, None] * xy[rest].double()).sum(0),
-            weights,
-        )
-        usable = there.any(0) & (xx[held].diagonal(dim1=1, dim2=2).sum(1) > 0)  # (N,)
+        usable = _there(together([xx[k] for k in rest])) & _there(xx[held])  # (N,)
         if not (weights * usable).any():
             continue
-        scored = True
-        ha, hb = _sums(xx[held], xy[held], weights * usable)
-        for ridge in errors:
-            w = _towards(a, b, start, ridge)  # (D, O)
-            # mean |W x - y|^2 without its constant, the mean of |y|^2
-            errors[ridge] += float((w * (ha @ w)).sum() - 2 * (w * hb).sum())
-    if not scored:
+        a, b = _sums(
+            together([xx[k] for k in rest]),
+            together([xy[k][..., columns] for k in rest]),
+            weights,
+        )
+        splits.append((a, b, *_sums(xx[held], xy[held][..., columns], weights * usable)))
+    if not splits:
         return float("inf")
-    best = min(errors.values())
-    return max(ridge for ridge, error in errors.items() if error <= best)
+
+    @functools.cache
+    def error(ridge: float) -> float:
+        """The mean of |W x - y|^2, without the mean of |y|^2, which is the same for all."""
+        total = 0.0
+        for a, b, held_a, held_b in splits:
+            w = _towards(a, b, start, ridge)  # (D, O)
+            total += float((w * (held_a @ w)).sum() - 2 * (w * held_b).sum())
+        return total
+
+    if wide:
+        at = len(ridges) // 2
+        while better := [
+            n
+            for n in (at - 1, at + 1)
+            if 0 <= n < len(ridges) and error(ridges[n]) < error(ridges[at])
+        ]:
+            at = better[0]
+        return ridges[at]
+    best = min(map(error, ridges))
+    return max(ridge for ridge in ridges if error(ridge) <= best)
+
+
+def together(folds: Sequence[Tensor] | Tensor) -> Tensor:
+    """The mean over folds, for each task over those that have rows: K times (N, D, O) -> (N, D, O)."""
+    if len(folds) == 1:
+        return folds[0]
+    there = torch.stack([_there(fold) for fold in folds]).to(folds[0].dtype)  # (K, N)
+    share = there / there.sum(0).clamp(min=1)
+    total = torch.zeros_like(folds[0])
+    for fold, own in zip(folds, share, strict=True):
+        for i in range(len(own)):
+            total[i].add_(fold[i], alpha=float(own[i]))
+    return total
+
+
+def _there(matrices: Tensor) -> Tensor:
+    """Which tasks have rows: (N, D, O) -> (N,) bool."""
+    return (matrices != 0).flatten(1).any(1)
 
 
 def _sums(xx: Tensor, xy: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
-    """Both sums over tasks with weights that add up to 1: (D, D), (D, O)."""
+    """Both sums over tasks with weights that add up to 1: (D, D), (D, O) in float64."""
     n, d = len(xx), xx.shape[-1]
     _check("xx", xx, (n, d, d))
     _check("xy", xy, (n, d, xy.shape[-1]))
@@ -127,16 +165,21 @@ def _sums(xx: Tensor, xy: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
         raise InputError(
             f"weights: expected {n} numbers of 0 or more, not all 0, found {w.tolist()}; correct them"
         )
-    w = (w / w.sum())[:, None, None]
-    return (w * xx.double()).sum(0), (w * xy.double()).sum(0)
+    w = w / w.sum()
+    a, b = (torch.zeros(m.shape[1:], dtype=torch.float64) for m in (xx, xy))
+    for i in range(n):
+        a.add_(xx[i], alpha=float(w[i]))
+        b.add_(xy[i], alpha=float(w[i]))
+    return a, b
 
 
 def _towards(a: Tensor, b: Tensor, start: Tensor, ridge: float) -> Tensor:
     """``start + (a + rho I)^-1 (b - a start)``: (D, D), (D, O), (D, O) -> (D, O)."""
     if ridge == float("inf"):
         return start
-    rho = ridge * a.diagonal().mean()
-    return start + _solve(a + rho * torch.eye(len(a), dtype=a.dtype), b - a @ start)
+    ridged = a.clone()
+    ridged.diagonal().add_(ridge * a.diagonal().mean())
+    return start + _solve(ridged, b - a @ start)
 
 
 def _solve(a: Tensor, b: Tensor) -> Tensor:

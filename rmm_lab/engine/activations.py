@@ -10,25 +10,26 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from rmm_lab import matching
 
-class Mean:
-    """A weighted mean of products of rows, streamed: ``sum w x y' / sum w``.
 
-    In float64: sums in float32 blur what distinguishes inputs that are nearly alike.
-    """
+class Means:
+    """Weighted means of products of rows, streamed: ``sum w x y' / sum w`` for each fold and task."""
 
-    def __init__(self) -> None:
-        self.total: Any = 0.0
-        self.weight = 0.0
+    def __init__(self, folds: int, tasks: int, d: int, o: int) -> None:
+        self.dtype = torch.float64 if d <= matching.WIDE else torch.float32
+        self.total = torch.zeros(folds, tasks, d, o, dtype=self.dtype)
+        self.weight = torch.zeros(folds, tasks, 1, 1, dtype=torch.float64)
 
-    def add(self, x: Tensor, y: Tensor, w: Tensor) -> None:
-        """x: (n, D), y: (n, O), w: (n,)."""
-        self.total = self.total + (x * w[:, None]).double().T @ y.double()  # (D, O)
-        self.weight += float(w.sum())
+    def add(self, fold: int, task: int, x: Tensor, y: Tensor, w: Tensor) -> None:
+        """x: (n, D), y: (n, O), w: (n,). Wide rows add up in float32, for speed."""
+        x, y, w = (t.to(self.dtype) for t in (x, y, w))
+        self.total[fold, task].addmm_((x * w[:, None]).T, y)  # (D, O)
+        self.weight[fold, task] += float(w.sum())
 
-    def mean(self) -> Tensor:
-        """(D, O) float64; 0 of no rows."""
-        return self.total / (self.weight or 1.0)
+    def take(self) -> Tensor:
+        """(K, N, D, O), 0 where there are no rows; the sums are used up."""
+        return self.total.div_(torch.where(self.weight > 0, self.weight, 1.0).to(self.dtype))
 
 
 class _Done(Exception):
@@ -61,7 +62,8 @@ class Stages(NamedTuple):
     @classmethod
     def of(cls, apply: Callable[[], Any], layer: nn.Module) -> Stages:
         """What happens when ``apply`` runs the layer once."""
-        maps, seen, called = linear_maps(layer), [], set[str]()
+        maps, called = linear_maps(layer), set[str]()
+        seen: list[list[str]] = []
         last: list[Tensor] = []
 
         def note(name: str, _: Any, args: tuple) -> None:
@@ -97,7 +99,7 @@ def remembering(layer: nn.Module, names: Iterable[str], remembered: Remembered) 
     modules = dict(layer.named_modules())
     chosen = {name: modules[name] for name in names}
     for name, module in chosen.items():
-        module.forward = functools.partial(remembered, name, module)  # type: ignore[method-assign]
+        module.forward = functools.partial(remembered, name, module)
     try:
         yield
     finally:

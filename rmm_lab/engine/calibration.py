@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from rmm_lab import matching
 from rmm_lab.engine.activations import (
-    Mean,
+    Means,
     Stages,
     as_rows,
     linear_maps,
@@ -191,6 +191,7 @@ class Calibration:
             known -= 1
         if known < 0:
             known, state = 0, arch.embed(stem, self._batch(i, j))
+            self._cache.put((key[:first], i, j), state, arch.tensors(state))
         for layer in layers[known:]:
             state, known = arch.apply(layer, state), known + 1
             self._cache.put((key[: first + known], i, j), state, arch.tensors(state))
@@ -322,23 +323,22 @@ class Calibration:
         out = dict(anchor)
         done: list[str] = []
         for names in self._stages_of(pool, k).stages:
-            grams = []
+            d = linear_maps(experts[0])[names[0]].in_features
+            grams = Means(1, len(experts), d, d)
             for i, expert in enumerate(experts):
-                total = Mean()
                 for j in self._parts(i):
                     state = self._expert_state(pool, i, j, k)
                     with self._remembering(pool, expert, (k, i, j), done):
                         x, _, _ = run(arch, expert, state, names, outputs=False)
                     rows, w = as_rows(x, arch.row_weights(expert, names[0], state, 0.0))
                     here = (w > 0).nonzero().squeeze(1)
-                    total.add(rows[here], rows[here], w[here])
-                grams.append(total.mean())
+                    grams.add(0, i, rows[here], rows[here], w[here])
+            gram = grams.take()[0]  # (N, D, D)
             for name in names:
                 key = f"{name}.weight"
                 own = torch.stack([pool.weights(e, k)[key] for e in pool.names])  # (N, O, D)
                 with _at(f"regmean at layer {k}, {name}"):
-                    merged = matching.regmean(torch.stack(grams), own, alpha=alpha)  # (O, D)
-                out[key] = merged.contiguous()
+                    out[key] = matching.regmean(gram, own, alpha=alpha).contiguous()
             done += names
         self._outputs.clear()
         return out
@@ -346,22 +346,30 @@ class Calibration:
     def _remembering(
         self, pool: Any, layer: Any, key: tuple[int, int, int], done: Sequence[str]
     ) -> contextlib.AbstractContextManager[None]:
-        """While a layer is fitted, what its finished parts put out is computed once, as far as the budget goes.
+        """While a layer is fitted, what its finished parts put out is computed once, within the budget.
 
         key: the layer's number, task and part; done: the linear maps that will not change any more.
         """
-        names = self._stages_of(pool, key[0]).done(layer, done)
-        for old in [o for o in self._outputs if o[0] is layer and o[1] == key and o[2] not in names]:
-            del self._outputs[old]  # a larger module stands for it now
+        names = {*done, *self._stages_of(pool, key[0]).done(layer, done)}
 
         def remembered(name: str, module: nn.Module, *args: Any, **options: Any) -> Tensor:
             if (y := self._outputs.get((layer, key, name))) is None:
                 y = type(module).forward(module, *args, **options)
-                if sum(t.nbytes for t in (y, *self._outputs.values())) <= INSIDE:
-                    self._outputs[layer, key, name] = y
+                self._keep((layer, key, name), y)
+                inner = [
+                    o
+                    for o in self._outputs
+                    if o[:2] == (layer, key) and o[2].startswith(f"{name}.")
+                ]
+                for old in inner if (layer, key, name) in self._outputs else ():
+                    del self._outputs[old]  # the larger module stands for it now
             return y
 
         return remembering(layer, names, remembered)
+
+    def _keep(self, key: tuple, output: Tensor) -> None:
+        if sum(t.nbytes for t in (output, *self._outputs.values())) <= INSIDE:
+            self._outputs[key] = output
 
     def _least_squares(
         self, pool: Any, anchor: Weights, step: Step, prefix: Path, fit: _Fit
@@ -377,10 +385,10 @@ class Calibration:
         folds = FOLDS if fit.ridge == "auto" else 1
         linear, fitted = linear_maps(layer), list[str]()
         for names in self._stages_of(pool, k).stages:
-            sums = {
-                name: [[(Mean(), Mean()) for _ in experts] for _ in range(folds)] for name in names
-            }  # name -> fold -> task -> sums of x x' and x y'
             with_bias = linear[names[0]].bias is not None
+            d = linear[names[0]].in_features + with_bias
+            to_x = Means(folds, len(experts), d, d)
+            to_y = {n: Means(folds, len(experts), d, linear[n].out_features) for n in names}
             for i, expert in enumerate(experts):
                 for j in self._parts(i):
                     state = self._state(prefix, first, before, arch, i, j)
@@ -390,6 +398,8 @@ class Calibration:
                         x, _, stream = run(arch, layer, state, names, norm, outputs=False)
                     with self._remembering(pool, expert, (k, i, j), fitted):
                         _, outputs, their_stream = run(arch, expert, theirs, names, norm)
+                    for name in names:
+                        self._keep((expert, (k, i, j), name), outputs[name])
                     w = arch.row_weights(layer, names[0], state, fit.readout)
                     rows, w = as_rows(x, w, ones=with_bias)
                     if norm:
@@ -403,20 +413,16 @@ class Calibration:
                     for f in range(folds):
                         here = ((fold == f) & (w > 0)).nonzero().squeeze(1)
                         x_here, w_here = rows[here], w[here]
+                        to_x.add(f, i, x_here, x_here, w_here)
                         for name in names:
-                            to_x, to_y = sums[name][f][i]
                             y = outputs[name].flatten(0, -2)[here]  # (rows, O)
-                            if name == names[0]:
-                                to_x.add(x_here, x_here, w_here)
-                            to_y.add(x_here, y, w_here)
+                            to_y[name].add(f, i, x_here, y, w_here)
+            xx = to_x.take()  # (K, N, D, D)
             for name in names:
                 start = anchor[f"{name}.weight"]
                 if with_bias:
                     start = torch.cat([start, anchor[f"{name}.bias"][:, None]], 1)  # (O, D + 1)
-                xx, xy = (
-                    [torch.stack([t[m].mean() for t in fold]) for fold in sums[of]]
-                    for m, of in ((0, names[0]), (1, name))
-                )  # of each fold (N, D, D), (N, D, O)
+                xy = to_y.pop(name).take()  # (K, N, D, O)
                 with _at(f"least squares at layer {k}, {name}"):
                     best = fit.ridge
                     if isinstance(best, str):
@@ -436,9 +442,15 @@ class Calibration:
             for i in range(len(experts)):
                 for j in self._parts(i):
                     state = self._state(prefix, first, before, arch, i, j)
-                    with self._remembering(pool, layer, (k, i, j), fitted):
-                        state = arch.apply(layer, state)
-                    self._cache.put(((*prefix, step), i, j), state, arch.tensors(state))
+                    theirs = self._expert_state(pool, i, j, k)
+                    own = ("expert", pool.names[i], *range(k + 1))
+                    for key, model, s in (
+                        ((*prefix, step), layer, state),
+                        (own, experts[i], theirs),
+                    ):
+                        with self._remembering(pool, model, (k, i, j), fitted):
+                            out = arch.apply(model, s)
+                        self._cache.put((key, i, j), out, arch.tensors(out))
         self._outputs.clear()
         return {name: tensor.detach() for name, tensor in layer.state_dict().items()}
 
