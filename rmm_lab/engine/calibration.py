@@ -13,7 +13,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -32,7 +32,9 @@ from rmm_lab.engine.activations import (
 from rmm_lab.engine.cache import Cache
 from rmm_lab.errors import InputError
 from rmm_lab.families.parts import Weights
+from rmm_lab.families.shipped import SETS
 from rmm_lab.reward import Path
+from rmm_lab.tasks.files import absolute
 
 BATCH = 32  # examples that go through a layer at a time
 BUDGET = 2**27  # bytes of states between layers
@@ -40,6 +42,13 @@ FOLDS = 2  # of the inputs that choose a ridge
 READOUT = 0.5  # see ``Calibration.merge``
 RESIDUAL = 1.0
 COUNTED = 1e-4  # how much the anchor counts beside an embedding's share of all tokens
+
+
+class _Named(NamedTuple):
+    """What is left of a task whose inputs are known."""
+
+    name: str
+    source: str
 
 
 class Calibration:
@@ -80,7 +89,7 @@ class Calibration:
             for i, task in enumerate(self.tasks):
                 draw = np.random.default_rng((self.seed, i)).permutation(task.size(self.split))
                 self._rows.append(np.sort(draw[: self.n]))
-        for task, own in zip(self.tasks, self._rows, strict=False):
+        for task, own in zip(self.tasks, self._rows, strict=True):
             if not len(own):
                 raise InputError(
                     f"calibration: expected at least one input of task {task.name!r}, found none in its "
@@ -97,7 +106,8 @@ class Calibration:
         """With its inputs in place of the tasks, since another process may not have this split."""
         batches = {(i, j): self._batch(i, j) for i in range(len(self.rows)) for j in self._parts(i)}
         computed: dict[str, Any] = {"_cache": None, "_grams": {}, "_stages": {}}
-        return vars(self) | {"tasks": [], "_batches": batches} | computed
+        tasks = [_Named(task.name, task.source) for task in self.tasks]
+        return vars(self) | {"tasks": tasks, "_batches": batches} | computed
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
@@ -108,7 +118,7 @@ class Calibration:
         tasks = [
             {
                 "task": task.name,
-                "source": task.source,
+                "source": absolute(task.source, SETS.values()),
                 "rows": rows.tolist(),
                 "sha256": self._sha256(i),
             }
