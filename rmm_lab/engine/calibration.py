@@ -191,6 +191,11 @@ class Calibration:
         key = ("expert", name, *range(k))
         return self._state(key, pool.stem(name), layers, pool.architecture, i, j)
 
+    @staticmethod
+    def _experts(pool: Any, k: int) -> list[nn.Module]:
+        """Each expert's layer k in a module of its own, since other threads may be running the pool's."""
+        return [pool.architecture.layer(k, pool.weights(e, k)) for e in pool.names]
+
     # --------------------------------------------------------------------------- the merges
 
     @torch.no_grad()
@@ -258,7 +263,7 @@ class Calibration:
         return out
 
     def _regmean(self, pool: Any, anchor: Weights, k: int, alpha: float) -> Weights:
-        arch, experts = pool.architecture, [pool.layer(e, k) for e in pool.names]
+        arch, experts = pool.architecture, self._experts(pool, k)
         out = dict(anchor)
         for names in self._stages_of(pool, k):
             if (k, names[0]) not in self._grams:
@@ -293,7 +298,7 @@ class Calibration:
     ) -> Weights:
         arch = pool.architecture
         layer = arch.layer(k, {n: t.clone() for n, t in anchor.items()})
-        experts = [pool.layer(e, k) for e in pool.names]
+        experts = self._experts(pool, k)
         stem, *steps = prefix
         before = [pool.layer(*s, prefix=prefix[: m + 1]) for m, s in enumerate(steps)]
         first = pool.stem(stem.source, stem.scales)
@@ -358,7 +363,7 @@ class Calibration:
 
     def _stages_of(self, pool: Any, k: int) -> list[list[str]]:
         if k not in self._stages:
-            layer, state = pool.layer(pool.names[0], k), self._expert_state(pool, 0, 0, k)
+            layer, state = self._experts(pool, k)[0], self._expert_state(pool, 0, 0, k)
             self._stages[k] = stages(lambda: pool.architecture.apply(layer, state), layer)
         return self._stages[k]
 
