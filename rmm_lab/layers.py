@@ -154,6 +154,11 @@ class LayerPool:
     def _key(self, step: Step, prefix: Path) -> tuple[Step, Path]:
         """What a layer is kept under: what depends on no path is shared by all."""
         depends = step.layer >= 0 and not step.scales and self.depends_on_path(step.source)
+        if depends and not prefix:
+            raise InputError(
+                f"source {step.source!r}: expected the path before layer {step.layer}, its stem first, found "
+                "none; give it as prefix"
+            )
         return step, prefix if depends else ()
 
     def weights(self, source: str, k: int, scales: Scales = (), prefix: Path = ()) -> Weights:

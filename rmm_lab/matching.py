@@ -14,17 +14,11 @@ or infinity, or do not fit each other, raise InputError.
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
 from rmm_lab.errors import InputError
 
-WIDE, OUTPUTS = 300, 64  # see ``choose_ridge``
-# What a ridge is chosen from; the last one stands for the anchor itself.
-RIDGES = (1e-6, 1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0, float("inf"))
 # Eigenvalues below this share of the largest say nothing: inputs have float32's digits, and Gram matrices
 # the squares of their singular values.
 OPEN = 1e-12
@@ -68,94 +62,17 @@ def least_squares(
     xx: (N, D, D) and xy: (N, D, O), divided by their numbers of rows; weights: (N,), at least 0, not all 0;
     only their ratios count; ridge: at least 0; anchor: (O, D), None for 0. Returns (O, D).
     """
-    a, b = _sums(xx, xy, weights)  # (D, D), (D, O)
+    a, b = sums(xx, xy, weights)  # (D, D), (D, O)
     if not ridge >= 0:
         raise InputError(f"ridge: expected a number of 0 or more, found {ridge}; correct it")
     if anchor is not None:
         _check("anchor", anchor, (b.shape[1], b.shape[0]))
     start = b.new_zeros(b.shape) if anchor is None else anchor.double().T  # (D, O)
     dtype = xy.dtype if anchor is None else anchor.dtype
-    return _towards(a, b, start, ridge).T.to(dtype)
+    return towards(a, b, start, ridge).T.to(dtype)
 
 
-def choose_ridge(
-    xx: Sequence[Tensor] | Tensor,
-    xy: Sequence[Tensor] | Tensor,
-    *,
-    weights: Tensor,
-    anchor: Tensor,
-    ridges: Sequence[float] = RIDGES,
-) -> float:
-    """The ridge whose solution on some inputs does best on others: cross-validation over folds.
-
-    xx: K times (N, D, D) and xy: K times (N, D, O), of K >= 2 disjoint folds of each task's inputs, each
-    divided by its number of rows; a fold without rows of a task is all 0, and such a task is not scored
-    there. weights: (N,); anchor: (O, D); ridges: ascending. Returns the largest of the best ridges; infinity,
-    the anchor, where no fold can be held out. Source: Hastie et al. 2009, Sec. 7.10.
-
-    A layer of more than ``WIDE`` inputs is scored on the first fold and on ``OUTPUTS`` of its outputs, and
-    only up to a ridge whose neighbours are no better: each one costs a factorisation.
-    """
-    wide = anchor.shape[1] > WIDE
-    columns = torch.arange(anchor.shape[0])
-    if wide and len(columns) > OUTPUTS:
-        columns = torch.linspace(0, len(columns) - 1, OUTPUTS).long()
-    start, splits = anchor.double().T[:, columns], []
-    for held in range(1 if wide else len(xx)):
-        rest = [k for k in range(len(xx)) if k != held]
-        usable = _there(together([xx[k] for k in rest])) & _there(xx[held])  # (N,)
-        if not (weights * usable).any():
-            continue
-        a, b = _sums(
-            together([xx[k] for k in rest]),
-            together([xy[k][..., columns] for k in rest]),
-            weights,
-        )
-        splits.append((a, b, *_sums(xx[held], xy[held][..., columns], weights * usable)))
-    if not splits:
-        return float("inf")
-
-    @functools.cache
-    def error(ridge: float) -> float:
-        """The mean of |W x - y|^2, without the mean of |y|^2, which is the same for all."""
-        total = 0.0
-        for a, b, held_a, held_b in splits:
-            w = _towards(a, b, start, ridge)  # (D, O)
-            total += float((w * (held_a @ w)).sum() - 2 * (w * held_b).sum())
-        return total
-
-    if wide:
-        at = len(ridges) // 2
-        while better := [
-            n
-            for n in (at - 1, at + 1)
-            if 0 <= n < len(ridges) and error(ridges[n]) < error(ridges[at])
-        ]:
-            at = better[0]
-        return ridges[at]
-    best = min(map(error, ridges))
-    return max(ridge for ridge in ridges if error(ridge) <= best)
-
-
-def together(folds: Sequence[Tensor] | Tensor) -> Tensor:
-    """The mean over folds, for each task over those that have rows: K times (N, D, O) -> (N, D, O)."""
-    if len(folds) == 1:
-        return folds[0]
-    there = torch.stack([_there(fold) for fold in folds]).to(folds[0].dtype)  # (K, N)
-    share = there / there.sum(0).clamp(min=1)
-    total = torch.zeros_like(folds[0])
-    for fold, own in zip(folds, share, strict=True):
-        for i in range(len(own)):
-            total[i].add_(fold[i], alpha=float(own[i]))
-    return total
-
-
-def _there(matrices: Tensor) -> Tensor:
-    """Which tasks have rows: (N, D, O) -> (N,) bool."""
-    return (matrices != 0).flatten(1).any(1)
-
-
-def _sums(xx: Tensor, xy: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+def sums(xx: Tensor, xy: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
     """Both sums over tasks with weights that add up to 1: (D, D), (D, O) in float64."""
     n, d = len(xx), xx.shape[-1]
     _check("xx", xx, (n, d, d))
@@ -173,7 +90,7 @@ def _sums(xx: Tensor, xy: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
     return a, b
 
 
-def _towards(a: Tensor, b: Tensor, start: Tensor, ridge: float) -> Tensor:
+def towards(a: Tensor, b: Tensor, start: Tensor, ridge: float) -> Tensor:
     """``start + (a + rho I)^-1 (b - a start)``: (D, D), (D, O), (D, O) -> (D, O)."""
     if ridge == float("inf"):
         return start

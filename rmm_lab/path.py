@@ -66,7 +66,7 @@ class LayerPath:
         first, steps = split_stem(whole, stem)
         matched = any(s.source.partition(":")[0] in MATCHED for s in (first, *steps))
         return cls(
-            calibration=pool.calibration.record() if matched else None,
+            calibration=pool.calibration.record() if matched and pool.calibration else None,
             steps=steps,
             base=Origin.of("base", pool.base),
             experts=tuple(

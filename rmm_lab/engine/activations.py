@@ -10,14 +10,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from rmm_lab import matching
+from rmm_lab.engine.ridge import WIDE
 
 
 class Means:
     """Weighted means of products of rows, streamed: ``sum w x y' / sum w`` for each fold and task."""
 
     def __init__(self, folds: int, tasks: int, d: int, o: int) -> None:
-        self.dtype = torch.float64 if d <= matching.WIDE else torch.float32
+        self.dtype = torch.float64 if d <= WIDE else torch.float32
         self.total = torch.zeros(folds, tasks, d, o, dtype=self.dtype)
         self.weight = torch.zeros(folds, tasks, 1, 1, dtype=torch.float64)
 

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import hashlib
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -21,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from rmm_lab import matching
+from rmm_lab.engine import ridge
 from rmm_lab.engine.activations import (
     Means,
     Stages,
@@ -32,11 +32,11 @@ from rmm_lab.engine.activations import (
     run,
 )
 from rmm_lab.engine.cache import Cache
+from rmm_lab.engine.inputs import Inputs
 from rmm_lab.errors import InputError
 from rmm_lab.families.parts import Weights
 from rmm_lab.reward import Path, Step
 
-BATCH = 32  # examples that go through a layer at a time
 BUDGET = 2**26  # bytes of states between layers
 INSIDE = 2**27  # bytes of what is known inside a layer that is being fitted
 FEW = 50  # inputs of a task; with fewer, ``ridge=auto`` first asks whether a fit helps at all
@@ -55,52 +55,12 @@ class _Fit(NamedTuple):
     residual: float
 
 
-class Calibration:
-    """Inputs of each task, as merges see them.
+class Calibration(Inputs):
+    """Inputs of each task, and the layers that are matched to them; the arguments are those of ``Inputs``."""
 
-    Args:
-        tasks: N tasks, in the order of the pool's experts.
-        n: inputs of each task, at most, drawn at random: rows of a split are sorted by class.
-        seed: of the draw.
-        split: ``train``, or another one that scores nothing.
-        rows: in place of a draw, the numbers of each task's rows, N arrays (n_i,).
-    """
-
-    def __init__(
-        self,
-        tasks: Sequence[Any],
-        n: int,
-        *,
-        seed: int = 0,
-        split: str = "train",
-        rows: Sequence[np.ndarray] | None = None,
-    ) -> None:
-        if n < 1:
-            raise InputError(
-                "--calibration: expected 1 or more inputs per task for regmean and least_squares, found "
-                f"{n}; give more, or choose other operators"
-            )
-        self.tasks, self.n, self.split, self.seed = list(tasks), n, split, seed
-        self._rows = None if rows is None else list(rows)
-        self._cuts: list[list[np.ndarray]] | None = None
-        self._batches: dict[tuple[int, int], Any] = {}
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
         self._forget()
-
-    @property
-    def rows(self) -> list[np.ndarray]:
-        """Of each task, the numbers of the rows to look at, in order: N arrays (n_i,)."""
-        if self._rows is None:
-            self._rows = []
-            for i, task in enumerate(self.tasks):
-                draw = np.random.default_rng((self.seed, i)).permutation(task.size(self.split))
-                self._rows.append(np.sort(draw[: self.n]))
-        for task, own in zip(self.tasks, self._rows, strict=False):
-            if not len(own):
-                raise InputError(
-                    f"calibration: expected at least one input of task {task.name!r}, found none in its "
-                    f"{self.split} split; add some, or choose other operators"
-                )
-        return self._rows
 
     def _forget(self) -> None:
         self._cache = Cache(BUDGET)
@@ -109,74 +69,12 @@ class Calibration:
         self._helps: dict[str, bool] = {}  # operator -> whether it does better than its anchor
 
     def __getstate__(self) -> dict[str, Any]:
-        """With its inputs in place of the tasks, since another process may not have this split."""
-        batches = {(i, j): self._batch(i, j) for i in range(len(self.rows)) for j in self._parts(i)}
         computed: dict[str, Any] = {"_cache": None, "_outputs": {}, "_stages": {}}
-        return vars(self) | {"tasks": [], "_batches": batches} | computed
+        return super().__getstate__() | computed
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self._forget()
         vars(self).update(state | {"_cache": self._cache})
-
-    def record(self) -> dict[str, Any]:
-        """What names the inputs, as JSON: split, seed, and of each task its source, rows and SHA-256."""
-        tasks = [
-            {
-                "task": task.name,
-                "source": task.source,
-                "rows": rows.tolist(),
-                "sha256": self._sha256(i),
-            }
-            for i, (task, rows) in enumerate(zip(self.tasks, self.rows, strict=True))
-        ]
-        return {"split": self.split, "seed": self.seed, "tasks": tasks}
-
-    @classmethod
-    def of_record(cls, tasks: Sequence[Any], record: dict[str, Any]) -> Calibration:
-        """The inputs that a record names; InputError where the data have changed since."""
-        rows = [np.array(task["rows"], dtype=np.int64) for task in record["tasks"]]
-        for task, own in zip(tasks, rows, strict=True):
-            if len(own) and own.max() >= task.size(record["split"]):
-                raise InputError(
-                    f"calibration: expected row {own.max()} in the {record['split']} split of task "
-                    f"{task.name!r}, found {task.size(record['split'])} rows; the data have changed since"
-                )
-        n = max(map(len, rows))
-        found = cls(tasks, n, seed=record["seed"], split=record["split"], rows=rows)
-        for i, task in enumerate(record["tasks"]):
-            if (have := found._sha256(i)) != task["sha256"]:
-                raise InputError(
-                    f"calibration: expected inputs of task {task['task']!r} with SHA-256 "
-                    f"{task['sha256'][:12]}..., found {have[:12]}...; the data have changed since"
-                )
-        return found
-
-    def _sha256(self, i: int) -> str:
-        digest = hashlib.sha256()
-        for j in self._parts(i):
-            batch = self._batch(i, j)
-            for tensor in [batch] if isinstance(batch, Tensor) else batch:
-                digest.update(tensor.contiguous().numpy().tobytes())
-        return digest.hexdigest()
-
-    # ------------------------------------------------------------------- inputs on their way
-
-    def _cuts_of(self) -> list[list[np.ndarray]]:
-        """Of each task, the rows of each part, at most BATCH of them."""
-        if self._cuts is None:
-            self._cuts = [
-                [own[at : at + BATCH] for at in range(0, len(own), BATCH)] for own in self.rows
-            ]
-        return self._cuts
-
-    def _parts(self, i: int) -> range:
-        return range(len(self._cuts_of()[i]))
-
-    def _batch(self, i: int, j: int) -> Any:
-        """Part j of task i's inputs, as the models take them."""
-        if (i, j) in self._batches:
-            return self._batches[i, j]
-        return self.tasks[i].inputs(self.split, self._cuts_of()[i][j])
 
     def _state(
         self, key: tuple, stem: Any, layers: Sequence[Any], arch: Any, i: int, j: int
@@ -203,6 +101,11 @@ class Calibration:
         layers = [pool.layer(name, m) for m in range(k)]
         key = ("expert", name, *range(k))
         return self._state(key, pool.stem(name), layers, pool.architecture, i, j)
+
+    @staticmethod
+    def _experts(pool: Any, k: int) -> list[nn.Module]:
+        """Each expert's layer k in a module of its own, since other threads may be running the pool's."""
+        return [pool.architecture.layer(k, pool.weights(e, k)) for e in pool.names]
 
     # --------------------------------------------------------------------------- the merges
 
@@ -319,7 +222,7 @@ class Calibration:
         return out
 
     def _regmean(self, pool: Any, anchor: Weights, k: int, alpha: float) -> Weights:
-        arch, experts = pool.architecture, [pool.layer(e, k) for e in pool.names]
+        arch, experts = pool.architecture, self._experts(pool, k)
         out = dict(anchor)
         done: list[str] = []
         for names in self._stages_of(pool, k).stages:
@@ -377,7 +280,7 @@ class Calibration:
         k, weights = step.layer, fit.weights
         arch = pool.architecture
         layer = arch.layer(k, {n: t.clone() for n, t in anchor.items()})
-        experts = [pool.layer(e, k) for e in pool.names]
+        experts = self._experts(pool, k)
         stem, *steps = prefix
         before = [pool.layer(*s, prefix=prefix[: m + 1]) for m, s in enumerate(steps)]
         first = pool.stem(stem.source, stem.scales)
@@ -426,10 +329,10 @@ class Calibration:
                 with _at(f"least squares at layer {k}, {name}"):
                     best = fit.ridge
                     if isinstance(best, str):
-                        best = matching.choose_ridge(xx, xy, weights=weights, anchor=start)
+                        best = ridge.choose_ridge(xx, xy, weights=weights, anchor=start)
                     solved = matching.least_squares(
-                        matching.together(xx),
-                        matching.together(xy),
+                        ridge.together(xx),
+                        ridge.together(xy),
                         weights=weights,
                         ridge=best,
                         anchor=start,
@@ -456,7 +359,7 @@ class Calibration:
 
     def _stages_of(self, pool: Any, k: int) -> Stages:
         if k not in self._stages:
-            layer, state = pool.layer(pool.names[0], k), self._expert_state(pool, 0, 0, k)
+            layer, state = self._experts(pool, k)[0], self._expert_state(pool, 0, 0, k)
             self._stages[k] = Stages.of(lambda: pool.architecture.apply(layer, state), layer)
         return self._stages[k]
 

@@ -121,6 +121,8 @@ class Command:
     """Folder of the results; by default results, at the paper's scale results-paper."""
     kinds: tuple[Literal["uniform", "matched", "gradients", "search"], ...] = ()
     """Methods of Tables I to III and groups to measure now, by kind; all by default."""
+    calibration: int = 300
+    """Inputs per task that RegMean and least squares look at."""
     jobs: int = 1
     """Searches to run at once, each in a process of its own."""
     threads: int = 1
@@ -211,7 +213,8 @@ class Command:
         for seed in self.seeds:
             options, at = self._options(group, seed), key | {"seed": seed}
             # Rules merge block by block, as published, whatever the agent decides on.
-            blocks, there = configure(**options, unit="block"), store.methods(table, at)
+            blocks = configure(**options | {"unit": "block", "calibration": self.calibration})
+            there = store.methods(table, at)
             if once and "uniform" in kinds:
                 yield Job(table, measure.rules, at, blocks)
                 once = []

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from rmm_lab.layers import LayerPool
-from rmm_lab.reward import Path, Step, parse_path, places_of
+from rmm_lab.reward import Path, Step, parse_path, places_of, split_stem
 from rmm_lab.search.finalists import legal, shortlist
 
 BOUNDS = (-0.2, 1.5)  # of a scale: 0 is the base, 1 the expert
@@ -34,19 +34,20 @@ def path_of_scales(scales: np.ndarray, places: Sequence[int]) -> Path:
     )
 
 
-def scales_of(pool: LayerPool, path: Path) -> np.ndarray:
+def scales_of(pool: LayerPool, path: Path, stem: str = "base") -> np.ndarray:
     """The scales whose layers are nearest to those of a path: (P, N), by least squares over all weights.
 
     An expert's layer has scale 1 for itself and 0 for the others, task arithmetic its own scale; only what
-    an operator trims or elects is lost. ``path`` has P steps.
+    an operator trims or elects is lost. ``path`` has P steps; stem: its stem's source, unless it has one.
     """
     rows = []
-    for step in path:
+    first, steps = split_stem(path, stem)
+    for i, step in enumerate(path, start=len(steps) - len(path)):
         base, *layers = (
             torch.cat([t.flatten().double() for t in weights.values()])  # (D,)
             for weights in (
                 *(pool.weights(source, step.layer) for source in ("base", *pool.names)),
-                pool.weights(*step),
+                pool.weights(*step, prefix=(first, *steps[: max(0, i)])),
             )
         )
         deltas = torch.stack(layers) - base  # (N + 1, D)
@@ -147,7 +148,8 @@ def evolution_of(scorer: Any, episodes: Sequence[Mapping[str, Any]], seed: int) 
     """
     before = [e for e in episodes if e["phase"] != "scales"]
     rewards = [e["raw_reward"] for e in episodes if e["phase"] == "scales"]
-    first = scales_of(scorer.pool, start_of(scorer, before)).clip(*BOUNDS).ravel()
+    start = start_of(scorer, before)
+    first = scales_of(scorer.pool, start, getattr(scorer, "stem", "base")).clip(*BOUNDS).ravel()
     evolution = Evolution(first, BOUNDS, seed, separable=True)
     while rewards:
         asked = evolution.ask(len(rewards))

@@ -83,7 +83,7 @@ def tune_weights(
                 moved = np.array(best)
                 moved[i] *= times
                 moved = moved / moved.sum() * n
-                weights = tuple(round(float(w), 4) for w in moved)
+                weights = tuple(float(f"{w:.5g}") for w in moved)
                 if len(tried) == most or any(np.allclose(weights, w, rtol=0.02) for w in tried):
                     continue
                 tried[weights] = score(weights)

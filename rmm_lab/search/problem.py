@@ -219,9 +219,15 @@ def pool_of(path: LayerPath) -> LayerPool:
     """
     pool = path.load_pool()
     if path.calibration is not None:
-        sources = [task["source"] for task in path.calibration["tasks"]]
-        tasks = pool.base.family.make_tasks(pool.base, sources)
-        pool.calibration = Calibration.of_record(tasks, path.calibration)
+        try:
+            sources = [str(task["source"]) for task in path.calibration["tasks"]]
+            tasks = pool.base.family.make_tasks(pool.base, sources)
+            pool.calibration = Calibration.of_record(tasks, path.calibration)
+        except (KeyError, TypeError, ValueError) as error:
+            raise InputError(
+                f"layer path: expected calibration inputs as split, seed and tasks, found others "
+                f"({error!r}); take path.json of a run folder"
+            ) from error
     return pool
 
 

@@ -43,6 +43,21 @@ def format_of(source: str, formats: Collection[str], thing: str) -> str:
     return ""
 
 
+def absolute(source: str, known: Collection[str]) -> str:
+    """A source that means the same in any working directory: the folder or file in it by its whole path.
+
+    known: sources that are no folders, whatever there is beside them.
+    """
+    if source in known:
+        return source
+    head, _, rest = source.partition(":")
+    for before, place in (("", source), (f"{head}:", rest)):  # FORMAT:FOLDER
+        for folder in (place, place.rpartition(":")[0]):  # FOLDER:first
+            if folder and Path(folder).expanduser().exists():
+                return before + str(Path(folder).expanduser().resolve()) + place[len(folder) :]
+    return source
+
+
 def content(folder: Path) -> str:
     """The first names in a folder, for messages."""
     names = sorted(p.name for p in folder.iterdir())

@@ -1,0 +1,134 @@
+"""Inputs of each task that merges may look at, without labels: drawn, recorded, found again."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from typing import Any, NamedTuple, Self
+
+import numpy as np
+from torch import Tensor
+
+from rmm_lab.errors import InputError
+from rmm_lab.families.shipped import SETS
+from rmm_lab.tasks.files import absolute
+
+BATCH = 32  # examples that go through a layer at a time
+
+
+class _Named(NamedTuple):
+    """What is left of a task whose inputs are known."""
+
+    name: str
+    source: str
+
+
+class Inputs:
+    """Inputs of each task, as merges see them.
+
+    Args:
+        tasks: N tasks, in the order of the pool's experts.
+        n: inputs of each task, at most, drawn at random: rows of a split are sorted by class.
+        seed: of the draw.
+        split: ``train``, or another one that scores nothing.
+        rows: in place of a draw, the numbers of each task's rows, N arrays (n_i,).
+    """
+
+    def __init__(
+        self,
+        tasks: Sequence[Any],
+        n: int,
+        *,
+        seed: int = 0,
+        split: str = "train",
+        rows: Sequence[np.ndarray] | None = None,
+    ) -> None:
+        if n < 1:
+            raise InputError(
+                "--calibration: expected 1 or more inputs per task for regmean and least_squares, found "
+                f"{n}; give more, or choose other operators"
+            )
+        self.tasks, self.n, self.split, self.seed = list(tasks), n, split, seed
+        self._rows = None if rows is None else list(rows)
+        self._cuts: list[list[np.ndarray]] | None = None
+        self._batches: dict[tuple[int, int], Any] = {}
+
+    @property
+    def rows(self) -> list[np.ndarray]:
+        """Of each task, the numbers of the rows to look at, in order: N arrays (n_i,)."""
+        if self._rows is None:
+            self._rows = []
+            for i, task in enumerate(self.tasks):
+                draw = np.random.default_rng((self.seed, i)).permutation(task.size(self.split))
+                self._rows.append(np.sort(draw[: self.n]))
+        for task, own in zip(self.tasks, self._rows, strict=True):
+            if not len(own):
+                raise InputError(
+                    f"calibration: expected at least one input of task {task.name!r}, found none in its "
+                    f"{self.split} split; add some, or choose other operators"
+                )
+        return self._rows
+
+    def __getstate__(self) -> dict[str, Any]:
+        """With its inputs in place of the tasks, since another process may not have this split."""
+        batches = {(i, j): self._batch(i, j) for i in range(len(self.rows)) for j in self._parts(i)}
+        tasks = [_Named(task.name, task.source) for task in self.tasks]
+        return vars(self) | {"tasks": tasks, "_batches": batches}
+
+    def record(self) -> dict[str, Any]:
+        """What names the inputs, as JSON: split, seed, and of each task its source, rows and SHA-256."""
+        tasks = [
+            {
+                "task": task.name,
+                "source": absolute(task.source, SETS.values()),
+                "rows": rows.tolist(),
+                "sha256": self._sha256(i),
+            }
+            for i, (task, rows) in enumerate(zip(self.tasks, self.rows, strict=True))
+        ]
+        return {"split": self.split, "seed": self.seed, "tasks": tasks}
+
+    @classmethod
+    def of_record(cls, tasks: Sequence[Any], record: dict[str, Any]) -> Self:
+        """The inputs that a record names; InputError where the data have changed since."""
+        rows = [np.array(task["rows"], dtype=np.int64) for task in record["tasks"]]
+        for task, own in zip(tasks, rows, strict=True):
+            if len(own) and own.max() >= task.size(record["split"]):
+                raise InputError(
+                    f"calibration: expected row {own.max()} in the {record['split']} split of task "
+                    f"{task.name!r}, found {task.size(record['split'])} rows; the data have changed since"
+                )
+        n = max(map(len, rows))
+        found = cls(tasks, n, seed=record["seed"], split=record["split"], rows=rows)
+        for i, task in enumerate(record["tasks"]):
+            if (have := found._sha256(i)) != task["sha256"]:
+                raise InputError(
+                    f"calibration: expected inputs of task {task['task']!r} with SHA-256 "
+                    f"{task['sha256'][:12]}..., found {have[:12]}...; the data have changed since"
+                )
+        return found
+
+    def _sha256(self, i: int) -> str:
+        digest = hashlib.sha256()
+        for j in self._parts(i):
+            batch = self._batch(i, j)
+            for tensor in [batch] if isinstance(batch, Tensor) else batch:
+                digest.update(tensor.contiguous().numpy().tobytes())
+        return digest.hexdigest()
+
+    def _cuts_of(self) -> list[list[np.ndarray]]:
+        """Of each task, the rows of each part, at most BATCH of them."""
+        if self._cuts is None:
+            self._cuts = [
+                [own[at : at + BATCH] for at in range(0, len(own), BATCH)] for own in self.rows
+            ]
+        return self._cuts
+
+    def _parts(self, i: int) -> range:
+        return range(len(self._cuts_of()[i]))
+
+    def _batch(self, i: int, j: int) -> Any:
+        """Part j of task i's inputs, as the models take them."""
+        if (i, j) in self._batches:
+            return self._batches[i, j]
+        return self.tasks[i].inputs(self.split, self._cuts_of()[i][j])
