@@ -163,12 +163,12 @@ class Calibration(Inputs):
         half = copy.copy(self)
         half._forget()
         half._rows = [own[which::2] for own in self.rows]
-        half._cuts = [[part[which::2] for part in own] for own in self._cuts_of()]
-        half._batches = {
-            (i, j): _take(self._batch(i, j), slice(which, None, 2))
-            for i in range(len(self.rows))
-            for j in self._parts(i)
-        }
+        half._cuts, half._batches = [], {}
+        for i, own in enumerate(self._cuts_of()):
+            parts = [(j, part[which::2]) for j, part in enumerate(own) if len(part) > which]
+            half._cuts.append([rows for _, rows in parts])
+            for at, (j, _) in enumerate(parts):
+                half._batches[i, at] = _take(self._batch(i, j), slice(which, None, 2))
         return half
 
     def _distances(self, pool: Any, source: str) -> np.ndarray:
