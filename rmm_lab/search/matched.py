@@ -10,12 +10,14 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 
+from rmm_lab.engine.calibration import Calibration
 from rmm_lab.search import uniform
 from rmm_lab.search.problem import Problem
 from rmm_lab.search.uniform import Row
 
 Weights = tuple[float, ...]
-MERGES = 20  # at most, to tune the weights
+MERGES = 19  # at most, to tune the weights
+TRIED = 200  # inputs of each task, at most, that a merge looks at while weights are tuned
 FACTORS = (4.0, 2.0, 2.0**0.5)
 MATCHED: dict[str, str] = {  # without anything to tune
     "RegMean": "regmean",
@@ -43,18 +45,29 @@ def source_of(weights: Weights) -> str:
 
 
 def weigh(problem: Problem, merges: int = MERGES) -> tuple[Weights, float, int]:
-    """Weights of the tasks tuned on the reward split: the weights, their reward in [0, 1], merges scored."""
-    own = [uniform.uniform(problem, e, "reward")[i] for i, e in enumerate(problem.pool.names)]
+    """Weights of the tasks tuned on the reward split: the weights, their reward in [0, 1], and evaluations.
+
+    The merges that are tried look at no more than ``TRIED`` inputs of each task, for speed; the chosen weights
+    are scored once more with all calibration inputs. Each expert is scored too, for what its task may reach.
+    """
+    pool = problem.pool
+    whole = pool.calibration
+    own = [uniform.uniform(problem, e, "reward")[i] for i, e in enumerate(pool.names)]
 
     def score(weights: Weights) -> np.ndarray:
         source = source_of(weights)
         scores = uniform.uniform(problem, source, "reward")
-        problem.pool.forget([source])
+        pool.forget([source])
         return scores
 
-    tried = tune_weights(score, np.array(own), merges)
+    try:
+        if whole.n > TRIED:
+            pool.calibration = Calibration(whole.tasks, TRIED, seed=whole.seed, split=whole.split)
+        tried = tune_weights(score, np.array(own), merges)
+    finally:
+        pool.calibration = whole
     best = max(tried, key=lambda w: float(tried[w].mean()))
-    return best, float(tried[best].mean()), len(tried)
+    return best, float(score(best).mean()), len(own) + len(tried) + 1
 
 
 def tune_weights(
