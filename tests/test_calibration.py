@@ -493,6 +493,11 @@ def pool(request, tmp_path):
     return made
 
 
+def other_source(pool):
+    """Least squares with a ridge that is chosen; for T5s, where that takes seconds, with another one."""
+    return "least_squares" if len(pool.stacks) == 1 else "least_squares:ridge=0.1"
+
+
 def renewed(pool, **changes):
     """The same pool with nothing computed yet, and calibration inputs from other arguments."""
     new, cal = copy.deepcopy(pool), pool.calibration
@@ -525,7 +530,7 @@ def test_order_and_batches_of_inputs_do_not_matter(pool, monkeypatch):
 
 
 def test_nothing_that_is_kept_changes_a_bit(pool, monkeypatch):
-    path = (STEM, *(Step(s, k) for k, s in enumerate((FIRM, "least_squares", "regmean"))))
+    path = (STEM, *(Step(s, k) for k, s in enumerate((FIRM, other_source(pool), "regmean"))))
     expected = layers_of(pool, path)
     for name in ("BUDGET", "INSIDE"):
         monkeypatch.setattr(calibration, name, 0, raising=False)
@@ -533,7 +538,7 @@ def test_nothing_that_is_kept_changes_a_bit(pool, monkeypatch):
         same(found, wanted)
     # Nor does what was asked for before.
     other = renewed(pool)
-    layers_of(other, (Step("regmean", -1), *uniform("least_squares", pool.n_layers)[1:]))
+    layers_of(other, (Step("regmean", -1), *uniform(other_source(pool), pool.n_layers)[1:]))
     same(layers_of(other, path)[0], expected[0])
 
 
@@ -642,9 +647,9 @@ def test_a_pickled_pool_has_its_inputs(tiny, pool):
     ours = LayerPool(pool.base, pool.experts, pool.names, (FIRM, "regmean"))
     ours.calibration = renewed(pool).calibration
     theirs = pickle.loads(pickle.dumps(ours))
-    twice = pickle.loads(pickle.dumps(theirs))
-    path = (Step("regmean", -1), Step(FIRM, 0), Step("least_squares", 1))
-    for other in (theirs, twice, copy.deepcopy(ours)):
+    twice = copy.deepcopy(theirs)
+    path = (Step("regmean", -1), Step(FIRM, 0), Step(other_source(pool), 1))
+    for other in (theirs, twice):
         for found, expected in zip(layers_of(other, path), layers_of(ours, path), strict=True):
             same(found, expected)
         assert LayerPath.of(other, path) == LayerPath.of(ours, path)
@@ -863,8 +868,7 @@ def searched(tiny, tmp_path, **options):
 @pytest.mark.parametrize("options", [{}, {"cma_share": 0.0, "unit": "block", "stem": "regmean"}])
 def test_a_search_over_layers_that_look(tiny, tmp_path, options):
     """Ends in a model that its path.json builds again; scores are those of the plain evaluation."""
-    operators = ("least_squares", "regmean", "ties", FIRM)
-    problem, result = searched(tiny, tmp_path, operators=operators, **options)
+    problem, result = searched(tiny, tmp_path, **options)
     assert {"uniform", "agent"} <= {row["phase"] for row in result.episodes}
     for row in result.finalists:
         path = parse_path(row["path"])

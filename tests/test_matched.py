@@ -133,7 +133,7 @@ def test_weights_are_tuned_on_the_reward_split_alone(looking):
         task.split = split
     weights, reward, n = weigh(looking, 4)
     assert len(weights) == 2
-    assert n == 4
+    assert n == 4 + 2 + 1  # the two experts, and the best with all inputs
     assert 0 <= reward <= 1
 
 
