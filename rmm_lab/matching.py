@@ -46,7 +46,7 @@ def regmean(grams: Tensor, weights: Tensor, *, alpha: float = 0.9) -> Tensor:
     g = alpha * g + (1 - alpha) * torch.diag_embed(torch.diagonal(g, dim1=1, dim2=2))  # (N, D, D)
     average = w.mean(0)  # (O, D): what stays where all Gram matrices are 0
     moved = ((w - average) @ g).sum(0)  # (O, D)
-    return (average + _solve(g.sum(0), moved.T).T).to(weights.dtype)
+    return (average + _solve(_raised(g.sum(0), 0.0, grams.dtype), moved.T).T).to(weights.dtype)
 
 
 def least_squares(
@@ -69,7 +69,7 @@ def least_squares(
         _check("anchor", anchor, (b.shape[1], b.shape[0]))
     start = b.new_zeros(b.shape) if anchor is None else anchor.double().T  # (D, O)
     dtype = xy.dtype if anchor is None else anchor.dtype
-    return towards(a, b, start, ridge).T.to(dtype)
+    return towards(a, b, start, ridge, xx.dtype).T.to(dtype)
 
 
 def sums(xx: Tensor, xy: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
@@ -90,13 +90,24 @@ def sums(xx: Tensor, xy: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
     return a, b
 
 
-def towards(a: Tensor, b: Tensor, start: Tensor, ridge: float) -> Tensor:
-    """``start + (a + rho I)^-1 (b - a start)``: (D, D), (D, O), (D, O) -> (D, O)."""
+def towards(
+    a: Tensor, b: Tensor, start: Tensor, ridge: float, dtype: torch.dtype = torch.float64
+) -> Tensor:
+    """``start + (a + rho I)^-1 (b - a start)``: (D, D), (D, O), (D, O) -> (D, O).
+
+    dtype: in which ``a`` was summed up.
+    """
     if ridge == float("inf"):
         return start
-    ridged = a.clone()
-    ridged.diagonal().add_(ridge * a.diagonal().mean())
-    return start + _solve(ridged, b - a @ start)
+    return start + _solve(_raised(a, ridge * float(a.diagonal().mean()), dtype), b - a @ start)
+
+
+def _raised(a: Tensor, rho: float, dtype: torch.dtype) -> Tensor:
+    """``a + rho I``, with a rho above the rounding errors of sums in less than float64."""
+    noise = 0.0 if dtype == torch.float64 else torch.finfo(dtype).eps * float(a.norm())
+    raised = a.clone()
+    raised.diagonal().add_(max(rho, noise))
+    return raised
 
 
 def _solve(a: Tensor, b: Tensor) -> Tensor:

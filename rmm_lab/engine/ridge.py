@@ -57,7 +57,7 @@ def choose_ridge(
         """The mean of |W x - y|^2, without the mean of |y|^2, which is the same for all."""
         total = 0.0
         for a, b, held_a, held_b in splits:
-            w = towards(a, b, start, ridge)  # (D, O)
+            w = towards(a, b, start, ridge, xx[0].dtype)  # (D, O)
             total += float((w * (held_a @ w)).sum() - 2 * (w * held_b).sum())
         return total
 
