@@ -19,6 +19,7 @@ class Means:
     def __init__(self, folds: int, tasks: int, d: int, o: int) -> None:
         self.dtype = torch.float64 if d <= WIDE else torch.float32
         self.total = torch.zeros(folds, tasks, d, o, dtype=self.dtype)
+        self.rows = torch.zeros(folds, tasks, dtype=torch.int64)
         self.weight = torch.zeros(folds, tasks, 1, 1, dtype=torch.float64)
 
     def add(self, fold: int, task: int, x: Tensor, y: Tensor, w: Tensor) -> None:
@@ -26,6 +27,7 @@ class Means:
         x, y, w = (t.to(self.dtype) for t in (x, y, w))
         self.total[fold, task].addmm_((x * w[:, None]).T, y)  # (D, O)
         self.weight[fold, task] += float(w.sum())
+        self.rows[fold, task] += len(w)
 
     def take(self) -> Tensor:
         """(K, N, D, O), 0 where there are no rows; the sums are used up."""

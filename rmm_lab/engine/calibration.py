@@ -67,6 +67,7 @@ class Calibration(Inputs):
         self._outputs: dict[tuple, Tensor] = {}
         self._stages: dict[int, Stages] = {}
         self._helps: dict[str, bool] = {}  # operator -> whether it does better than its anchor
+        self.notes: list[str] = []  # what a reader of the scores must know about the fits
 
     def __getstate__(self) -> dict[str, Any]:
         computed: dict[str, Any] = {"_cache": None, "_outputs": {}, "_stages": {}}
@@ -133,12 +134,12 @@ class Calibration(Inputs):
             return self._regmean(pool, anchor, k, options.get("alpha", 0.9))
         weights = torch.tensor(options.get("weights", (1.0,) * pool.n_models), dtype=torch.float64)
         anchor = self._anchor(pool, options.get("anchor"), k)
+        ridge, few = options.get("ridge", "auto"), min(map(len, self.rows)) < FEW
+        if ridge == "auto" and few and not self._is_better(pool, operator):
+            self._note("a fit to so few inputs did not help every task, so the anchor stays")
+            return anchor
         if k < 0:
             return self._embeddings(pool, anchor, weights)
-        ridge = options.get("ridge", "auto")
-        few = min(map(len, self.rows)) < FEW
-        if ridge == "auto" and few and not self._is_better(pool, operator):
-            return anchor
         readout, residual = options.get("readout", READOUT), options.get("residual", RESIDUAL)
         fit = _Fit(weights, ridge, readout, residual)
         return self._least_squares(pool, anchor, step, prefix, fit)
@@ -274,6 +275,10 @@ class Calibration(Inputs):
         if sum(t.nbytes for t in (output, *self._outputs.values())) <= INSIDE:
             self._outputs[key] = output
 
+    def _note(self, text: str) -> None:
+        if not any(note[:10] == text[:10] for note in self.notes):  # once of each kind
+            self.notes.append(text)
+
     def _least_squares(
         self, pool: Any, anchor: Weights, step: Step, prefix: Path, fit: _Fit
     ) -> Weights:
@@ -320,6 +325,11 @@ class Calibration(Inputs):
                         for name in names:
                             y = outputs[name].flatten(0, -2)[here]  # (rows, O)
                             to_y[name].add(f, i, x_here, y, w_here)
+            if (n := int(to_x.rows.sum())) < d:
+                self._note(
+                    f"fewer inputs than layers are wide (such as {n} tokens for the {d} inputs of "
+                    f"{names[0]}): the ridge holds what they leave open to the anchor"
+                )
             xx = to_x.take()  # (K, N, D, D)
             for name in names:
                 start = anchor[f"{name}.weight"]

@@ -47,8 +47,8 @@ def source_of(weights: Weights) -> str:
 def weigh(problem: Problem, merges: int = MERGES) -> tuple[Weights, float, int]:
     """Weights of the tasks tuned on the reward split: the weights, their reward in [0, 1], and evaluations.
 
-    The merges that are tried look at no more than ``TRIED`` inputs of each task, for speed; the chosen weights
-    are scored once more with all calibration inputs. Each expert is scored too, for what its task may reach.
+    The merges that are tried look at no more than ``TRIED`` inputs of each task, for speed; the chosen
+    weights are scored once more with all inputs. Each expert is scored too, for what its task may reach.
     """
     pool = problem.pool
     whole = pool.calibration
@@ -122,7 +122,8 @@ def _row(
             problem.pool.layer(*step, prefix=path[:i])
     seconds = time.perf_counter() - start
     tuned = f", best of {evaluations} on the reward split" if evaluations else ""
-    setting = f"{source}, at most {n} inputs of each train split{tuned}"
+    notes = "".join(f"; {note}" for note in problem.pool.calibration.notes)
+    setting = f"{source}, at most {n} inputs of each train split{tuned}{notes}"
     row = uniform.path_row(problem, name, setting, path)
     problem.pool.forget([source])
     return Row(name, setting, row.scores, row.plain, sees, evaluations, round(seconds, 2), reward)
