@@ -362,6 +362,7 @@ def memory_of(*roots) -> int:
 def test_memory_for_the_pool_is_the_models_and_the_layers_that_were_asked_for(problem):
     """At most N + 1 models and each operator's layer in use, scaled layers for a moment only."""
     pool = problem.pool
+    pool.calibration = None  # it refers to the tasks
     model = sum(t.nbytes for t in pool.base.weights.values())
     scorer = problem.scorer(fraction=0.5, workers=2)
     rng = np.random.default_rng(0)

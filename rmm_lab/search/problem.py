@@ -93,6 +93,12 @@ class Problem:
         """
         options = {"stem": self.stem} | options
         if str(workers).startswith("ray"):
+            stem = str(options["stem"])
+            if stem.partition(":")[0] in MATCHED and stem not in self.pool.operators:
+                raise InputError(
+                    f"--workers {workers}: expected the stem's source {stem!r} among the operators, so that "
+                    "workers get its inputs, found others; add it to --operators"
+                )
             from rmm_lab.engine.ray_workers import RayEngine
 
             engine = RayEngine(self.pool, self.tasks, str(workers), options)
