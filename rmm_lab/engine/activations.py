@@ -56,10 +56,10 @@ def linear_maps(layer: nn.Module) -> dict[str, nn.Linear]:
 
 class Stages(NamedTuple):
     """How a layer runs. ``stages``: its linear maps in running order, those together that take the same
-    input; ``called``: the names of all modules that are called."""
+    input; ``inside``: of each module that is called, the linear maps in it."""
 
     stages: list[list[str]]
-    called: set[str]
+    inside: dict[str, set[str]]
 
     @classmethod
     def of(cls, apply: Callable[[], Any], layer: nn.Module) -> Stages:
@@ -80,16 +80,15 @@ class Stages(NamedTuple):
         modules = [(name, m) for name, m in layer.named_modules() if name]
         with hooks(m.register_forward_pre_hook(functools.partial(note, n)) for n, m in modules):
             apply()
-        return cls(seen, called)
-
-    def done(self, layer: nn.Module, maps: Collection[str]) -> list[str]:
-        """The largest modules that hold no other linear maps than these."""
         inside = {
-            name: [m for m in linear_maps(layer) if m == name or m.startswith(f"{name}.")]
-            for name in self.called
+            name: {m for m in maps if m == name or m.startswith(f"{name}.")} for name in called
         }
-        fixed = {name for name, own in inside.items() if own and set(own) <= set(maps)}
-        return [n for n in fixed if not any(n != o and n.startswith(f"{o}.") for o in fixed)]
+        return cls(seen, {name: own for name, own in inside.items() if own})
+
+    def done(self, maps: Collection[str]) -> set[str]:
+        """These linear maps, and the largest modules that hold no others."""
+        fixed = {name for name, own in self.inside.items() if own <= set(maps)}
+        return {*maps, *(n for n in fixed if not any(n.startswith(f"{o}.") for o in fixed))}
 
 
 Remembered = Callable[..., Any]  # a module's name, the module, its arguments -> its output

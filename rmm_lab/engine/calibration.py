@@ -65,6 +65,7 @@ class Calibration(Inputs):
     def _forget(self) -> None:
         self._cache = Cache(BUDGET)
         self._outputs: dict[tuple, Tensor] = {}
+        self._kept = 0  # bytes of these
         self._stages: dict[int, Stages] = {}
         self._helps: dict[str, bool] = {}  # operator -> whether it does better than its anchor
         self.notes: list[str] = []  # what a reader of the scores must know about the fits
@@ -244,7 +245,7 @@ class Calibration(Inputs):
                 with _at(f"regmean at layer {k}, {name}"):
                     out[key] = matching.regmean(gram, own, alpha=alpha).contiguous()
             done += names
-        self._outputs.clear()
+        self._outputs, self._kept = {}, 0
         return out
 
     def _remembering(
@@ -254,7 +255,7 @@ class Calibration(Inputs):
 
         key: the layer's number, task and part; done: the linear maps that will not change any more.
         """
-        names = {*done, *self._stages_of(pool, key[0]).done(layer, done)}
+        names = self._stages_of(pool, key[0]).done(done)
 
         def remembered(name: str, module: nn.Module, *args: Any, **options: Any) -> Tensor:
             if (y := self._outputs.get((layer, key, name))) is None:
@@ -266,14 +267,15 @@ class Calibration(Inputs):
                     if o[:2] == (layer, key) and o[2].startswith(f"{name}.")
                 ]
                 for old in inner if (layer, key, name) in self._outputs else ():
-                    del self._outputs[old]  # the larger module stands for it now
+                    self._kept -= self._outputs.pop(old).nbytes  # the larger module stands for it
             return y
 
         return remembering(layer, names, remembered)
 
     def _keep(self, key: tuple, output: Tensor) -> None:
-        if sum(t.nbytes for t in (output, *self._outputs.values())) <= INSIDE:
+        if self._kept + output.nbytes <= INSIDE and key not in self._outputs:
             self._outputs[key] = output
+            self._kept += output.nbytes
 
     def _note(self, text: str) -> None:
         if not any(note[:10] == text[:10] for note in self.notes):  # once of each kind
@@ -364,7 +366,7 @@ class Calibration(Inputs):
                         with self._remembering(pool, model, (k, i, j), fitted):
                             out = arch.apply(model, s)
                         self._cache.put((key, i, j), out, arch.tensors(out))
-        self._outputs.clear()
+        self._outputs, self._kept = {}, 0
         return {name: tensor.detach() for name, tensor in layer.state_dict().items()}
 
     def _stages_of(self, pool: Any, k: int) -> Stages:
