@@ -146,18 +146,18 @@ class Calibration(Inputs):
         return self._least_squares(pool, anchor, step, prefix, fit)
 
     def _is_better(self, pool: Any, operator: Any) -> bool:
-        """Whether fits to half of the inputs bring each task nearer to its expert's answers on the other half
-        than the anchor is: whole models, by KL divergence, mean over both halves."""
+        """Whether fits to either half of the inputs bring every task nearer to its expert's answers on the
+        other half than the anchor is: whole models, by KL divergence."""
         if operator.name not in self._helps:
             sources = (operator.name, self._anchor_source(dict(operator.options).get("anchor")))
-            distances = np.zeros((len(sources), pool.n_models))
-            if min(map(len, self.rows)) > 1:
-                for fitted, held in ((0, 1), (1, 0)):
-                    other = copy.copy(pool)  # with nothing computed yet
-                    other.calibration = self._half(fitted)
-                    other.calibration._helps[operator.name] = True
-                    distances += [self._half(held)._distances(other, s) for s in sources]
-            self._helps[operator.name] = bool((distances[0] < distances[1]).all())
+            helps = min(map(len, self.rows)) > 1
+            for fitted, held in ((0, 1), (1, 0)) if helps else ():
+                other = copy.copy(pool)  # with nothing computed yet
+                other.calibration = self._half(fitted)
+                other.calibration._helps[operator.name] = True
+                fit, anchor = (self._half(held)._distances(other, s) for s in sources)
+                helps = helps and bool((fit < anchor).all())
+            self._helps[operator.name] = helps
         return self._helps[operator.name]
 
     def _half(self, which: int) -> Calibration:
