@@ -141,8 +141,9 @@ EXERCISES: dict[str, Exercise | Quiz] = {
                 "experts, so nothing could gain five there."
             ),
             "b": (
-                "It holds: RMM lies above the best tuned merge in each seed of digits+textures, and more "
-                "than half of the way to the experts is still open."
+                "It holds. A search that sees scores finds more than any rule that sees weights alone; least "
+                "squares, which sees what each layer answers to unlabelled inputs, finds far more, in "
+                "seconds."
             ),
             "c": (
                 "Compare the rows RMM and multi-task: training on all tasks is ahead in every pair. "
