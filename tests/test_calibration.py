@@ -949,3 +949,13 @@ def test_threads_do_not_get_in_each_others_way(tiny):
         found.append([scorer.score(path, 0).tolist() for path in paths])
         scorer.close()
     assert found[0] == found[1]
+
+
+def test_what_was_merged_in_inference_mode_serves_outside_of_it(pool):
+    """A search merges in inference mode; the rows of its table are made after it."""
+    fresh = renewed(pool)
+    with torch.inference_mode():
+        fresh.weights("weight_average", -1)
+        fresh.weights("weight_average", 0)
+    modules = [fresh.stem("weight_average"), fresh.layer("weight_average", 0)]
+    assert not any(p.requires_grad for module in modules for p in module.parameters())

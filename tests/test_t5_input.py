@@ -462,7 +462,12 @@ def test_real_texts_from_fine_tuning_to_a_merged_model(tmp_path, capsys, monkeyp
     printed = capsys.readouterr().out
     assert "of the test split" in printed
     run = ["--base", str(base), "--experts", "one", "two", "--texts", *sets]
-    assert main([*run, "--episodes", "10", "--finalists", "2", "--run-dir", "run"]) == 0
+    assert (
+        main(
+            [*run, "--episodes", "10", "--finalists", "2", "--compare", "paper", "--run-dir", "run"]
+        )
+        == 0
+    )
     table = {r["name"]: r for r in json.loads((Path("run") / "table.json").read_text())}
     assert set(table["RMM"]["scores"]) == {"dev", "wsc"}
     merged = T5ForConditionalGeneration.from_pretrained("run/merged").eval()

@@ -135,10 +135,11 @@ def fill(shape: nn.Module, weights: Weights) -> nn.Module:
 
 def refill(module: nn.Module, weights: Weights) -> nn.Module:
     """The module itself, with ``weights`` in place of its former ones; no gradients."""
+    module.requires_grad_(False)  # first: what was merged in inference mode cannot take gradients
     try:
         module.load_state_dict(weights, assign=True)
     except RuntimeError as error:
         raise InputError(
             f"expected the weights that config.json describes, found others: {error}"
         ) from error
-    return module.eval().requires_grad_(False)
+    return module.eval()
