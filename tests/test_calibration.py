@@ -30,6 +30,8 @@ from rmm_lab.search.pipeline import train
 from rmm_lab.search.problem import load_problem
 from rmm_lab.tasks.text_task import TextBatch, TextTask
 
+pytestmark = pytest.mark.slow  # models are fitted: half a minute in all
+
 STEM = Step("base", -1)
 FIRM = "least_squares:ridge=0.01"  # no ridge is chosen
 

@@ -22,6 +22,8 @@ from rmm_lab.search import gradients, uniform
 from rmm_lab.search.body import Body, Draws
 from rmm_lab.search.fisher import diagonal, fisher, fisher_average, normalise
 
+pytestmark = pytest.mark.slow  # models are fitted: half a minute in all
+
 # --------------------------------------------------------------- a linear model whose answers are known
 
 

@@ -14,6 +14,8 @@ from rmm_lab.search import matched, uniform
 from rmm_lab.search.matched import rows, source_of, tune_weights, weigh
 from rmm_lab.search.problem import load_problem
 
+pytestmark = pytest.mark.slow  # models are fitted: half a minute in all
+
 
 class Score:
     """Scores whose mean is concave in the logarithms of the weights, with its one optimum at ``best``."""
