@@ -961,3 +961,18 @@ def test_what_was_merged_in_inference_mode_serves_outside_of_it(pool):
         fresh.weights("weight_average", 0)
     modules = [fresh.stem("weight_average"), fresh.layer("weight_average", 0)]
     assert not any(p.requires_grad for module in modules for p in module.parameters())
+
+
+@pytest.mark.parametrize(("names", "helps"), [("digits letters", False), ("digits textures", True)])
+def test_a_fit_to_few_inputs_must_help_every_task(names, helps):
+    """6 and 12 pictures: the pair that averages well keeps the average, the other one gains by the fit."""
+    problem = load_problem(tuple(names.split()))
+    rows = [
+        np.sort(np.random.default_rng((0, i)).permutation(task.size("train"))[:n])
+        for i, (task, n) in enumerate(zip(problem.tasks, (6, 12), strict=True))
+    ]
+    problem.pool.calibration = Calibration(problem.tasks, 12, rows=rows)
+    prefix = (Step("least_squares", -1),)
+    found = problem.pool.weights("least_squares", 0, prefix=prefix)
+    average = problem.pool.weights("weight_average", 0)
+    assert all(torch.equal(found[name], average[name]) for name in average) is not helps
