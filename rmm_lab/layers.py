@@ -161,21 +161,24 @@ class LayerPool:
             )
         return step, prefix if depends else ()
 
-    def weights(self, source: str, k: int, scales: Scales = (), prefix: Path = ()) -> Weights:
+    def weights(
+        self, source: str, k: int, scales: Scales = (), prefix: Path = (), keep: bool = True
+    ) -> Weights:
         """A source's weights at place k, name -> tensor: F* of Eq. 3 (an expert's) or Eq. 4 (an operator's).
 
         source: ``base``, an expert's name, or any operator, whether an action of the pool or not.
         scales: with ``task_arithmetic``, one for each expert.
         prefix: the path before, its stem's step first; only least squares asks for it.
+        keep: whether what is merged stays for the next call.
         """
         step = Step(source, k, scales)
         key = self._key(step, prefix)
-        if key not in self._weights:
+        if (found := self._weights.get(key)) is None:
             own = self._parts.get(source)
-            self._weights[key] = (
-                self._merge(step, prefix) if own is None or scales else _group(own, k)
-            )
-        return self._weights[key]
+            found = self._merge(step, prefix) if own is None or scales else _group(own, k)
+            if keep:
+                self._weights[key] = found
+        return found
 
     def layer(self, source: str, k: int, scales: Scales = (), prefix: Path = ()) -> nn.Module:
         """Layer k of a source as a module; the same object at every call with the same prefix."""

@@ -197,14 +197,8 @@ def test_a_small_split_gives_smaller_batches():
     assert Draws(drawn(n=3), steps=2, size=64, seed=0).rows[0].shape == (2, 3)
 
 
-def test_reward_inputs_are_seen_only_where_there_is_no_train_split():
-    problem = drawn(splits=("reward",))
-    problem.tasks[0].splits = ("train", "reward")
-    assert Draws(problem, steps=1, size=2, seed=0).splits == ["train", "reward"]
-
-
 def test_a_task_without_inputs_is_named():
-    problem = drawn(n=0, splits=("reward",))
+    problem = drawn(n=0)
     with pytest.raises(InputError, match="t1"):
         Draws(problem, steps=1, size=2, seed=0)
 

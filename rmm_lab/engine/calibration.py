@@ -195,7 +195,8 @@ class Calibration(Inputs):
         return np.array(found)
 
     def _anchor(self, pool: Any, anchor: Any, k: int) -> Weights:
-        return pool.weights(self._anchor_source(anchor), k)
+        """Merged anew each time where that is cheap, so that no whole model of it is kept."""
+        return pool.weights(self._anchor_source(anchor), k, keep=anchor == "regmean")
 
     @staticmethod
     def _anchor_source(anchor: Any) -> str:

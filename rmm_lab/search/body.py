@@ -18,6 +18,7 @@ from rmm_lab.families.parts import Weights
 from rmm_lab.search.problem import Problem
 
 Model = list[Weights]  # all that is merged: the stem, then each layer, by name
+SPLIT = "train"  # the only one that a merge may look at
 ANSWERS = 64  # inputs that an expert answers at a time
 
 
@@ -106,14 +107,6 @@ def broken(name: str) -> InputError:
     )
 
 
-def split_to_see(task: Any) -> str:
-    """The split whose inputs a merge may see: train, or reward of a task that has no train split."""
-    try:
-        return "train" if len(task.split("train")) else "reward"
-    except (InputError, KeyError):
-        return "reward"
-
-
 class Draws:
     """Inputs of each task, drawn at random: splits are sorted by class, so the first rows are one class.
 
@@ -126,12 +119,11 @@ class Draws:
 
     def __init__(self, problem: Problem, *, steps: int, size: int, seed: int) -> None:
         self.steps, self.tasks, self.names = steps, problem.tasks, problem.pool.names
-        self.splits = [split_to_see(task) for task in self.tasks]
         self.rows: list[np.ndarray] = []  # (steps, size) of each task
-        for i, (task, split) in enumerate(zip(self.tasks, self.splits, strict=True)):
-            if (n := len(task.split(split))) == 0:
+        for i, task in enumerate(self.tasks):
+            if (n := len(task.split(SPLIT))) == 0:
                 raise InputError(
-                    f"task {task.name!r}: expected inputs in its {split} split, found none; add some"
+                    f"task {task.name!r}: expected inputs in its {SPLIT} split, found none; add some"
                 )
             rng, k = np.random.default_rng([seed, i]), min(size, n)
             orders = [rng.permutation(n) for _ in range(max(1, -(-steps * k // n)))]
@@ -140,11 +132,11 @@ class Draws:
 
     def batch(self, i: int, step: int) -> Any:
         """The inputs of task i at a step, as its family takes them."""
-        return self.tasks[i].batch(self.splits[i], self.rows[i][step])
+        return self.tasks[i].batch(SPLIT, self.rows[i][step])
 
     def labels(self, i: int, step: int) -> Tensor:
         """Their labels, (size,): numbers of classes or choices."""
-        return self.tasks[i].split(self.splits[i]).labels[self.rows[i][step]]
+        return self.tasks[i].split(SPLIT).labels[self.rows[i][step]]
 
     def ask_experts(self, body: Body) -> None:
         """Let each expert answer its own task's inputs, each once; the body ends with the last's weights.
@@ -158,7 +150,7 @@ class Draws:
             found = []
             with torch.no_grad():
                 for start in range(0, len(rows), ANSWERS):
-                    batch = self.tasks[i].batch(self.splits[i], rows[start : start + ANSWERS])
+                    batch = self.tasks[i].batch(SPLIT, rows[start : start + ANSWERS])
                     found.append(body.logits(i, batch))
             width = max(
                 part.shape[1] for part in found

@@ -8,7 +8,7 @@ The rows here see more, and every table says so:
     AdaMerging                  the same, but for sure answers            Yang et al. 2024
     Frank-Wolfe                 steps towards one expert, by labels       Chen et al. 2025
 
-Inputs and labels are those of the train splits (of the reward split where a task has none). Nothing is
+Inputs and labels are those of the train splits. Nothing is
 tuned, and the test split is only read for a row's scores.
 """
 
@@ -24,7 +24,7 @@ from torch import Tensor
 
 from rmm_lab.errors import InputError
 from rmm_lab.families.parts import Weights
-from rmm_lab.search.body import Body, Draws, Model
+from rmm_lab.search.body import SPLIT, Body, Draws, Model
 from rmm_lab.search.fisher import INPUTS, fisher
 from rmm_lab.search.problem import Problem
 from rmm_lab.search.uniform import Row, weights_row
@@ -270,7 +270,7 @@ def rows(
     seed: of the inputs that are drawn, and of the answers drawn for Fisher's row. steps: of Adam;
     vertex_steps: of Frank-Wolfe; inputs: of each task for Fisher's row.
     """
-    ones, batches, few = (  # which reads the splits, so that no row pays for that
+    ones, batches, few = (  # which reads the split, so that no row pays for that
         Draws(problem, steps=n, size=size, seed=seed)
         for n, size in ((inputs, 1), (steps, SIZE), (vertex_steps, VERTEX_SIZE))
     )
@@ -298,9 +298,9 @@ def rows(
 
 
 def _seen(draws: Draws) -> str:
-    """What was drawn, for the table; the split is train, or reward where a task has no other."""
+    """What was drawn, for the table."""
     size = max(rows.shape[1] for rows in draws.rows)
-    inputs = f"{' or '.join(dict.fromkeys(draws.splits))} inputs per task"
+    inputs = f"{SPLIT} inputs per task"
     return f"{draws.steps} {inputs}" if size == 1 else f"{draws.steps} steps of {size} {inputs}"
 
 
