@@ -61,7 +61,8 @@ class Own:
     def run(self, *more) -> int:
         """A short search by the command line; returns its exit code."""
         argv = ["--base", self.base, "--experts", *self.experts, "--texts", *self.texts]
-        return main([*argv, "--quiet", "--episodes", "2", "--run-dir", "run", *map(str, more)])
+        argv += ["--quiet", "--episodes", "2", "--compare", "paper", "--run-dir", "run"]
+        return main([*argv, *map(str, more)])
 
     def load(self, **options):
         options = {"base": self.base, "texts": self.texts} | options
