@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import pickle
@@ -10,7 +11,6 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -126,7 +126,9 @@ class Own:
         return ["--base", self.base, "--experts", *self.experts]
 
     def argv(self, *more: object) -> list[str]:
-        return [*self.models(), "--images", *self.images, "--quiet", *map(str, more)]
+        """Of a whole run, beside RMM only a few rows: the others take most of the time."""
+        images = ["--images", *self.images]
+        return [*self.models(), *images, "--compare", "paper", "--quiet", *map(str, more)]
 
 
 @pytest.fixture
@@ -134,11 +136,25 @@ def own(tiny) -> Own:
     return Own(tiny)
 
 
-def python(*argv: object, **env: str) -> subprocess.CompletedProcess[str]:
+def start(*argv: object, **env: str) -> subprocess.Popen[str]:
+    """Python in a process of its own."""
+    pipe = subprocess.PIPE
     command = [sys.executable, *map(str, argv)]
-    return subprocess.run(
-        command, capture_output=True, text=True, timeout=120, check=False, env=environment(**env)
+    # Tests that run in the background have SIGINT switched off, and a child inherits that.
+    on = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    return subprocess.Popen(
+        command, stdout=pipe, stderr=pipe, text=True, env=environment(**env), preexec_fn=on
     )
+
+
+def finish(process: subprocess.Popen[str]) -> subprocess.CompletedProcess[str]:
+    """Wait for a process, which has a time limit."""
+    try:
+        out, err = process.communicate(timeout=120)
+    finally:
+        process.kill()
+        process.wait(timeout=30)
+    return subprocess.CompletedProcess(process.args, process.returncode, out, err)
 
 
 def environment(**more: str) -> dict[str, str]:
@@ -550,7 +566,7 @@ def stopped(finished) -> Path:
 
 
 def test_the_untouched_stopped_run_is_resumed(stopped):
-    assert main(["--resume", "stopped", "--quiet"]) == 0
+    assert main(["--resume", "stopped", "--quiet", "--compare", "paper"]) == 0
     assert (stopped / "path.json").is_file()
 
 
@@ -696,7 +712,7 @@ def test_no_space_for_the_merged_model(own, finished, capsys, small_disk):
     assert (disk / "run" / "rewards.png").is_file()
     assert not (disk / "run" / "merged" / "model.safetensors").exists()
     (disk / "ballast").unlink()
-    assert main(["--resume", str(disk / "run"), "--quiet"]) == 0
+    assert main(["--resume", str(disk / "run"), "--quiet", "--compare", "paper"]) == 0
     assert (disk / "run" / "merged" / "model.safetensors").is_file()
 
 
@@ -706,23 +722,28 @@ HUB = "hf-hub:rmm-lab-tests/no-such-model"
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("how", ["offline", "nobody listens", "nobody answers"])
-def test_hub(own, folder, how):
-    """A firewall that answers nothing must not hold the user for minutes: ``python`` has a time limit."""
+def test_hub(own, folder):
+    """A firewall that answers nothing must not hold the user for minutes: there is a time limit.
+
+    The three processes run at once, since one mostly waits.
+    """
     own.base = HUB
-    with socket.socket() as server:
-        server.bind(("127.0.0.1", 0))
-        if how == "nobody answers":
-            server.listen()
-        env = {"HF_ENDPOINT": f"http://127.0.0.1:{server.getsockname()[1]}"}
-        env |= {"HF_HUB_OFFLINE": str(int(how == "offline")), "HF_HOME": str(folder / "hf")}
-        done = python("-m", "rmm_lab", *own.argv("--run-dir", "run"), **env)
-    assert done.returncode == 2, done.stderr
-    (error,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-    assert "Traceback" not in done.stderr
-    for word in (HUB, "config.json", "model.safetensors", "folder"):
-        assert word in error
-    assert not Path("run").exists()
+    with socket.socket() as deaf, socket.create_server(("127.0.0.1", 0)) as silent:
+        deaf.bind(("127.0.0.1", 0))  # a port that is taken, and does not listen
+        started = []
+        for server, offline in ((deaf, 1), (deaf, 0), (silent, 0)):
+            run = f"run{len(started)}"
+            env = {"HF_ENDPOINT": f"http://127.0.0.1:{server.getsockname()[1]}"}
+            env |= {"HF_HUB_OFFLINE": str(offline), "HF_HOME": str(folder / f"hf-{run}")}
+            started.append(start("-m", "rmm_lab", *own.argv("--run-dir", run), **env))
+        ended = [finish(process) for process in started]
+    for done in ended:
+        assert done.returncode == 2, done.stderr
+        (error,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+        assert "Traceback" not in done.stderr
+        for word in (HUB, "config.json", "model.safetensors", "folder"):
+            assert word in error
+    assert not list(Path.cwd().glob("run*"))
 
 
 # ------------------------------------------------------------------------ as a user would type it
@@ -740,40 +761,40 @@ for heavy in ("timm", "transformers", "torchvision", "matplotlib", "ray", "cmaes
 
 
 def test_help_loads_no_large_library():
-    done = python("-c", HELP)
+    done = finish(start("-c", HELP))
     assert done.returncode == 0, done.stderr
     assert "--data-fraction" in done.stdout
 
 
+WAITING = """
+import os, runpy, signal
+replace = os.replace
+
+def then_wait(source, target, **options):
+    replace(source, target, **options)
+    if str(target).endswith("checkpoint.safetensors"):
+        print("saved", flush=True)
+        signal.pause()
+
+os.replace = then_wait
+runpy.run_module("rmm_lab", run_name="__main__", alter_sys=True)
+"""
+
+
 @pytest.mark.slow
 def test_interrupted_and_resumed(own):
-    """Ctrl-C after the first update: exit code 130, and the command that it prints works."""
-    process = subprocess.Popen(
-        [sys.executable, "-m", "rmm_lab", *own.argv("--episodes", 300, "--run-dir", "run")],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=environment(),
-        # Tests that run in the background have SIGINT switched off, and a child inherits that.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )
-    try:
-        deadline = time.monotonic() + 120
-        while not Path("run/checkpoint.safetensors").exists():
-            assert process.poll() is None, process.communicate()
-            assert time.monotonic() < deadline
-            time.sleep(0.01)
-        process.send_signal(signal.SIGINT)
-        _, err = process.communicate(timeout=60)
-    finally:
-        process.kill()
-        process.wait(timeout=30)
-    assert process.returncode == 130, err
-    assert "Traceback" not in err
-    assert "--resume run" in err
+    """Ctrl-C after the first checkpoint: exit code 130, and the command that it prints works."""
+    process = start("-c", WAITING, *own.argv("--episodes", 40, "--run-dir", "run"))
+    said = process.stdout.readline()
+    process.send_signal(signal.SIGINT)
+    done = finish(process)
+    assert said == "saved\n", done.stderr
+    assert done.returncode == 130, done.stderr
+    assert "Traceback" not in done.stderr
+    assert "--resume run" in done.stderr
     assert not [p for p in listing() if p.endswith(".tmp")]
-    assert main(["--resume", "run", "--quiet"]) == 0
-    assert len(Path("run/episodes.csv").read_text("utf-8").splitlines()) == 301
+    assert main(["--resume", "run", "--quiet", "--compare", "paper"]) == 0
+    assert len(Path("run/episodes.csv").read_text("utf-8").splitlines()) == 41
 
 
 def test_interrupted_before_there_is_a_folder(own, capsys, monkeypatch):

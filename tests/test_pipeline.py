@@ -11,7 +11,6 @@ import re
 import signal
 import subprocess
 import sys
-import time
 
 import numpy as np
 import pytest
@@ -394,7 +393,7 @@ def test_a_run_of_a_loaded_problem_goes_on_from_the_command_line(tiny, tmp_path)
     problem, folder = load_problem(**tiny, operators=("dare",), seed=5), tmp_path / "run"
     config = configure("agent", episodes=20, run_dir=folder, quiet=True)
     whole = train(config, problem, table=False)
-    assert main(["--resume", str(folder), "--quiet"]) == 0
+    assert main(["--resume", str(folder), "--quiet", "--compare", "paper"]) == 0
     assert rows_of(folder)[-1]["path"] == whole.episodes[-1]["path"]
 
 
@@ -445,27 +444,42 @@ def test_a_search_stopped_in_any_phase_ends_as_an_unbroken_one(
         assert (folder / name).read_bytes() == (whole.folder / name).read_bytes(), name
 
 
+HANGING = """
+import os, signal, sys
+from rmm_lab.__main__ import main
+replace, saved = os.replace, []
+
+def hang(source, target, **options):
+    if str(target).endswith("checkpoint.safetensors"):
+        saved.append(target)
+        if len(saved) == 3:
+            print("third", flush=True)
+            signal.pause()
+    replace(source, target, **options)
+
+os.replace = hang
+main(sys.argv[1:])
+"""
+
+
 @pytest.mark.slow
 def test_a_search_that_was_killed_ends_as_an_unbroken_one(tiny, tmp_path):
-    """kill -9 in mid-run; the rest gives the same result, to the byte."""
+    """kill -9 as the third checkpoint is put in place; the rest gives the same result, to the byte."""
     whole, broken = tmp_path / "whole", tmp_path / "broken"
-    command = [sys.executable, "-m", "rmm_lab", *words(tiny, broken, "--episodes", "160")]
+    options = ("--episodes", "32", "--compare", "paper")
+    command = [sys.executable, "-c", HANGING, *words(tiny, broken, *options, "--quiet")]
     process = subprocess.Popen(
-        command, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL
+        command, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, text=True
     )
-    deadline = time.monotonic() + 120
     try:
-        while not (broken / "checkpoint.safetensors").exists():
-            assert process.poll() is None
-            assert time.monotonic() < deadline
-            time.sleep(0.02)
+        assert process.stdout.readline() == "third\n"
     finally:
         process.send_signal(signal.SIGKILL)
-        process.wait(60)
-    assert 0 < len(rows_of(broken)) < 160
+        process.communicate(timeout=60)
+    assert len(rows_of(broken)) == 12  # 4 of them after the last checkpoint
     assert not (broken / "path.json").exists()
-    assert main(["--resume", str(broken)]) == 0
-    assert main(words(tiny, whole, "--episodes", "160")) == 0
+    assert main(["--resume", str(broken), "--compare", "paper"]) == 0
+    assert main(words(tiny, whole, *options)) == 0
     for name in (*RESULT, "merged/model.safetensors"):
         assert (whole / name).read_bytes() == (broken / name).read_bytes(), name
     tables = [json.loads((folder / "table.json").read_text()) for folder in (whole, broken)]

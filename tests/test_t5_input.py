@@ -61,7 +61,8 @@ class Own:
     def run(self, *more) -> int:
         """A short search by the command line; returns its exit code."""
         argv = ["--base", self.base, "--experts", *self.experts, "--texts", *self.texts]
-        return main([*argv, "--quiet", "--episodes", "2", "--run-dir", "run", *map(str, more)])
+        argv += ["--quiet", "--episodes", "2", "--compare", "paper", "--run-dir", "run"]
+        return main([*argv, *map(str, more)])
 
     def load(self, **options):
         options = {"base": self.base, "texts": self.texts} | options
@@ -450,7 +451,7 @@ def test_real_texts_from_fine_tuning_to_a_merged_model(tmp_path, capsys, monkeyp
     model = hf_model("t5", 3, vocab_size=32_128, n_positions=512)
     base = write_t5(tmp_path / "base-t5", model, tokenizer=False)
     shutil.copy(REAL / "tokenizer.json", base)
-    for name, n in (("winogrande/dev", 240), ("wsc/train", 160), ("wsc/val", 104)):
+    for name, n in (("winogrande/dev", 120), ("wsc/train", 80), ("wsc/val", 104)):
         rows = (real / f"{name}.jsonl").read_text("utf-8").splitlines()[:n]
         file = tmp_path / f"{name}.jsonl"
         file.parent.mkdir(exist_ok=True)
@@ -458,7 +459,7 @@ def test_real_texts_from_fine_tuning_to_a_merged_model(tmp_path, capsys, monkeyp
     sets = [f"winogrande:{tmp_path / 'winogrande' / 'dev.jsonl'}", f"wsc:{tmp_path / 'wsc'}"]
     for name, source in zip(("one", "two"), sets, strict=True):
         argv = ["finetune", "--base", str(base), "--texts", source, "--out", name]
-        assert main([*argv, "--steps", "20", "--batch-size", "16", "--threads", "1"]) == 0
+        assert main([*argv, "--steps", "10", "--batch-size", "16", "--threads", "1"]) == 0
     printed = capsys.readouterr().out
     assert "of the test split" in printed
     run = ["--base", str(base), "--experts", "one", "two", "--texts", *sets]

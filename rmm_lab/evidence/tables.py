@@ -209,7 +209,8 @@ class Command:
         """Rules that draw nothing once, all else for each seed."""
         key = {"group": group.name, "size": group.size}
         kinds = self.kinds or ("uniform", "matched", "gradients", "search")
-        once = [method for method in ONCE if method not in store.methods(table, key)]
+        measured = store.methods(table, key)
+        once = [method for method in ONCE if method not in measured]
         for seed in self.seeds:
             options, at = self._options(group, seed), key | {"seed": seed}
             # Rules merge block by block, as published, whatever the agent decides on.
