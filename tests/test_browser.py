@@ -44,10 +44,13 @@ RUN_ALL = """async ([path, kernel]) => {
   window.opened = panel;
   return panel.context.sessionContext.session.kernel.id;
 }"""
-# Leaves no widget behind in the kernel; what it has imported and computed stays.
+# Leaves no widget behind in the kernel, where what it has imported and computed stays, and no notebook
+# on the page; a notebook closed by a command would ask whether to save it.
 CLOSE_ALL = """async () => {
   const code = 'import ipywidgets; ipywidgets.Widget.close_all()';
   await window.opened?.context.sessionContext.session.kernel.requestExecute({code}).done;
+  window.opened?.dispose();
+  window.opened = undefined;
 }"""
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("browser")]
@@ -139,14 +142,26 @@ def kernels() -> list[str]:
     return []
 
 
+@pytest.fixture(scope="module")
+def lab_page(lab, browser):
+    """Lab, open in the browser, and the hosts that it asks: to load it takes longer than most tests."""
+    page = browser.new_page()
+    hosts: set[str] = set()
+    page.on("request", lambda r: hosts.add(urlparse(r.url).hostname or ""))
+    page.goto(f"{lab[0]}&reset")
+    page.wait_for_function("() => window.jupyterapp !== undefined")
+    return page, hosts
+
+
 @pytest.fixture
-def run(lab, browser, kernels, request):
-    """Opens a notebook in Lab, runs it, and gives the page.
+def run(lab, lab_page, kernels, request):
+    """Opens a notebook in Lab, runs it, and gives the page, where no other one is open.
 
     The notebook is made of cells, or is a file, which gets a kernel of its own.
     """
-    address, served = lab
-    pages = []
+    served = lab[1]
+    page, hosts = lab_page
+    names = []
 
     def start(*cells: str, file: Path | None = None):
         name = f"{request.node.name}.ipynb"
@@ -159,12 +174,7 @@ def run(lab, browser, kernels, request):
                 cells=[new_code_cell(c) for c in cells], metadata={"kernelspec": kernel}
             )
             nbformat.write(notebook, served / name)
-        page = browser.new_page()
-        hosts: set[str] = set()
-        page.on("request", lambda r: hosts.add(urlparse(r.url).hostname or ""))
-        pages.append((page, hosts, name))
-        page.goto(f"{address}&reset")
-        page.wait_for_function("() => window.jupyterapp !== undefined")
+        names.append(name)
         if file is not None:
             page.evaluate(RUN_ALL, [name, None])
         else:
@@ -172,14 +182,14 @@ def run(lab, browser, kernels, request):
         return page
 
     yield start
-    for page, hosts, name in pages:
+    for name in names:
         if os.environ.get("RMM_LAB_SCREENSHOTS"):
             folder = Path(os.environ["RMM_LAB_SCREENSHOTS"])
             folder.mkdir(parents=True, exist_ok=True)
             page.screenshot(path=folder / f"{name}.png")
-        page.evaluate(CLOSE_ALL)
-        page.close()
-        assert hosts <= {"127.0.0.1", ""}, hosts  # "": pictures inside the page
+    page.evaluate(CLOSE_ALL)
+    assert page.locator(".jp-OutputArea").count() == 0  # else the next test would look at this one
+    assert hosts <= {"127.0.0.1", ""}, hosts  # "": pictures inside the page
 
 
 def status(page, words: str) -> None:
@@ -278,7 +288,7 @@ from rmm_lab.search.pipeline import train
 from rmm_lab.search.problem import load_problem
 if "run" not in globals():
     problem = load_problem(("demo",), unit="both")
-    config = configure(episodes=40, data_fraction=0.02, finalists=3, quiet=True)
+    config = configure(episodes=16, data_fraction=0.02, finalists=3, quiet=True)
     run = Run.of(train(config, problem, table=False), problem)
 """
 
