@@ -14,8 +14,8 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 # One thread per process: results do not depend on the machine, and two workers do not compete.
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
-# Tests that share a browser or a cluster stay in one process; the others go wherever there is room.
-TWO_WORKERS := -n 2 --dist loadgroup
+# The tests of a file stay in one process, which builds what they share once; slow files come first.
+TWO_WORKERS := -n 2 --dist loadfile --no-loadscope-reorder
 NOTEBOOKS := find notebooks -name '*.ipynb' -not -path '*/.ipynb_checkpoints/*'
 
 BROWSERS := chromium chromium-browser google-chrome google-chrome-stable chrome

@@ -53,7 +53,7 @@ CLOSE_ALL = """async () => {
   window.opened = undefined;
 }"""
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("browser")]
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")

@@ -27,9 +27,6 @@ from rmm_lab.reward import Step
 from rmm_lab.search.config import configure
 from rmm_lab.search.pipeline import train
 
-# One group: two clusters at a time would be too much for a laptop.
-pytestmark = pytest.mark.xdist_group("ray")
-
 WAIT_S = 250  # the longest wait for what must happen, on however busy a machine; a test has 300
 
 

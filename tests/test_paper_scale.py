@@ -25,9 +25,6 @@ from rmm_lab.tasks import image_formats
 from rmm_lab.tasks import text_formats as formats
 from rmm_lab.zoo import training
 
-# One group: all of these tests look at the same tables, which take a while.
-pytestmark = pytest.mark.xdist_group("paper")
-
 
 def write_t5(folder: Path, seed: int) -> Path:
     """A T5 of one block in each stack and its tokenizer, by transformers and tokenizers alone."""

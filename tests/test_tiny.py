@@ -14,9 +14,6 @@ from rmm_lab.errors import InputError
 from rmm_lab.figures import searches as figures
 from rmm_lab.reward import Step, parse_path, path_text
 
-# One group: the problem's experts are trained once.
-pytestmark = pytest.mark.xdist_group("tiny")
-
 
 @pytest.fixture(scope="module")
 def problem():
