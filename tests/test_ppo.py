@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-import subprocess
+import runpy
 import sys
 
 import gymnasium as gym
@@ -273,16 +273,15 @@ def test_ppo_balances_a_pole(seed):
 # ----------------------------------------------------------------------------------- command line
 
 
-def run(*words, timeout=120):
-    command = [sys.executable, "-m", "rmm_lab.ppo", *words]
-    return subprocess.run(command, capture_output=True, text=True, timeout=timeout)
-
-
-@pytest.mark.slow
-def test_ppo_runs_alone_on_the_demos_pair():
-    done = run("--env-id", "rmm_lab/Merging-v0", "--episodes", "20")
-    assert done.returncode == 0, done.stderr
-    episodes, greedy, path = done.stdout.splitlines()
+def test_ppo_runs_alone_on_the_demos_pair(monkeypatch, capsys):
+    """As ``python -m rmm_lab.ppo``, the file being ``__main__``."""
+    words = ["--env-id", "rmm_lab/Merging-v0", "--episodes", "20"]
+    monkeypatch.setattr(sys, "argv", ["ppo", *words])
+    with pytest.raises(SystemExit) as done:
+        runpy.run_path(ppo.__file__, run_name="__main__")
+    out, err = capsys.readouterr()
+    assert done.value.code == 0, err
+    episodes, greedy, path = out.splitlines()
     mean = float(episodes.removeprefix("episode 20/20  return "))
     assert 0 < mean < 1
     assert 0 < float(greedy.removeprefix("greedy return ")) <= 1

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib
+import io
 import json
 import os
+import re
 import signal
-import subprocess
-import sys
+import threading
 import time
 from functools import partial
 from pathlib import Path
@@ -24,7 +27,6 @@ from rmm_lab.evidence.tables import Command
 from rmm_lab.reward import Step, parse_path
 from rmm_lab.search import rivals, uniform
 from rmm_lab.search.config import configure, describe
-from rmm_lab.search.problem import load_problem
 
 RESULTS = Path(tables.__file__).parents[2] / "results"
 SHIPPED = (
@@ -51,6 +53,10 @@ FIRST = [
 @pytest.fixture
 def small(tiny, monkeypatch):
     """Every problem of the kit is the tiny one."""
+    replace_groups(monkeypatch, tiny)
+
+
+def replace_groups(monkeypatch, tiny) -> None:
     one = [Group("digits+textures", "tiny", dict(tiny))]
     groups = dict.fromkeys(("II", "IV", "fig3", "searches", "agent"), one)
     monkeypatch.setattr(tables, "kit_groups", lambda: groups)
@@ -152,17 +158,28 @@ def test_settings_of_the_ablation_are_options():
 # ------------------------------------------------------------------------------- small measurements
 
 
+@pytest.fixture(scope="module")
+def two_seeds(tiny, tmp_path_factory) -> tuple[Path, pd.DataFrame, str]:
+    """Table II of the tiny problem at seed 1, then at 2: its folder, the first rows, what was printed."""
+    folder, told = tmp_path_factory.mktemp("tables"), io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(told):
+        replace_groups(patch, tiny)
+        Command("II", seeds=(1,), episodes=8, out=folder, **QUICK).run()
+        first = read(folder, "vision")
+        Command("II", seeds=(2, 1), episodes=8, out=folder, **QUICK).run()
+    return folder, first, told.getvalue()
+
+
 @pytest.mark.slow
-def test_a_table_of_methods_goes_on_where_it_was(small, tmp_path, capsys):
-    once = {"episodes": 8, "out": tmp_path, **QUICK}
-    Command("II", seeds=(1,), **once).run()
-    first = read(tmp_path, "vision")
-    Command("II", seeds=(2, 1), **once).run()
-    both = read(tmp_path, "vision")
+@pytest.mark.xdist_group("tables")  # the table is measured once
+def test_a_table_of_methods_goes_on_where_it_was(small, two_seeds):
+    folder, first, told = two_seeds
+    both = read(folder, "vision")
     assert both.head(len(first)).equals(first)
     assert list(both["seed"]) == [1] * len(first) + [2] * len(first)
     assert list(both["method"]) == 2 * list(first["method"])
-    assert "2 jobs to measure" in capsys.readouterr().out
+    # The rules and a search; then those rules that draw, and a search, of the new seed alone.
+    assert re.findall(r"(\d+) jobs to measure", told) == ["2", "2"]
     names = list(first["method"])
     assert names[0] == "base"
     assert names[-1] == "RMM"
@@ -172,20 +189,27 @@ def test_a_table_of_methods_goes_on_where_it_was(small, tmp_path, capsys):
     fixed = [name for name in names if not name.startswith(("DARE", "DELLA", "RMM"))]
     assert one.loc[fixed].equals(two.loc[fixed])
     assert list(first)[: len(FIRST)] == FIRST
-    before = (tmp_path / "vision.csv").read_text()
-    Command("II", seeds=(1, 2), **once).run()
-    assert (tmp_path / "vision.csv").read_text() == before
-    assert not list(tmp_path.glob(".*"))
+    before = (folder / "vision.csv").read_text()
+    Command("II", seeds=(1, 2), episodes=8, out=folder, **QUICK).run()
+    assert (folder / "vision.csv").read_text() == before
+    assert not list(folder.glob(".*"))
 
 
-def test_rows_are_those_of_the_functions_that_they_name(small, tmp_path):
-    """Uniform merges against ``uniform.rows``, at both seeds; RMM's row against its path, scored again."""
-    Command("II", seeds=(1, 2), episodes=8, out=tmp_path, **QUICK).run()
-    for seed, own in read(tmp_path, "vision").groupby("seed"):
+@pytest.mark.slow
+@pytest.mark.xdist_group("tables")
+def test_rows_are_those_of_the_functions_that_they_name(two_seeds):
+    """Uniform merges against ``uniform.rows``, at both seeds; RMM's row against its path, scored again.
+
+    What a table measures once stands for every seed: the rest draws.
+    """
+    scores: list[dict[str, tuple[float, ...]]] = []
+    for seed, own in read(two_seeds[0], "vision").groupby("seed"):
         own = own.set_index("method")
         config = config_of(own.loc["RMM"])
         assert (config.run.seed, config.run.episodes) == (seed, 8)
-        for row in uniform.rows(load(configure(config, unit="block"))):
+        expected = list(uniform.rows(load(configure(config, unit="block"))))
+        scores.append({row.name: row.scores for row in expected})
+        for row in expected:
             assert own.at[row.name, "mean"] == pytest.approx(100 * row.mean, abs=0.006)
             assert own.at[row.name, "reward_split"] == pytest.approx(
                 100 * row.reward, abs=0.006, nan_ok=True
@@ -195,6 +219,8 @@ def test_rows_are_those_of_the_functions_that_they_name(small, tmp_path):
         told = [own.at["RMM", column] for column in ("setting", "sees", "evaluations")]
         assert told == ["8 episodes", "labels", 8]
         check_again(own.loc["RMM"], load(config))
+    one, two = scores
+    assert "DARE" in {name for name in one if one[name] != two[name]} <= set(rows.DRAWN)
 
 
 def check_again(row, problem) -> None:
@@ -277,14 +303,6 @@ def test_the_ablation_has_a_row_for_each_setting(small, tmp_path, monkeypatch):
     assert found == [("default preset", 1.0), ("gamma 0.5", 0.5)]
 
 
-def test_uniform_rows_do_not_depend_on_the_seed_but_for_those_that_draw(tiny):
-    """What a table measures once stands for every seed."""
-    one, two = (
-        {r.name: r.scores for r in uniform.rows(load_problem(**tiny, seed=s))} for s in (1, 2)
-    )
-    assert "DARE" in {name for name in one if one[name] != two[name]} <= set(rows.DRAWN)
-
-
 # ------------------------------------------------------------------------------ files and processes
 
 
@@ -328,11 +346,13 @@ def test_a_stopped_command_leaves_whole_rows(small, tmp_path, monkeypatch, capsy
         raise KeyboardInterrupt
 
     monkeypatch.setattr(measure, "rmm", stop)
+    some = {name: uniform.GRIDS[name] for name in ("weight average", "TIES", "DARE, tuned")}
+    monkeypatch.setattr(uniform, "GRIDS", some)
     words = ["II", "--seeds", "1", "--episodes", "6", "--out", str(tmp_path)]
     assert tables.main([*words, "--kinds", "uniform", "search"]) == 130
     assert "stopped; the same command goes on" in capsys.readouterr().err
     found = read(tmp_path, "vision")["method"]
-    assert found.iloc[-1] == [name for name in uniform.GRIDS if name in set(found)][-1]
+    assert list(found)[-3:] == list(some)
     assert not list(tmp_path.glob(".*"))
 
 
@@ -343,19 +363,11 @@ def some_jobs(n: int, run=measure.rmm, **options) -> list[Job]:
     ]
 
 
-@pytest.mark.slow
-def test_several_processes_measure_the_same(tiny, tmp_path):
-    for n in (1, 2):
-        jobs = some_jobs(2, **tiny, episodes=6)
-        measure.measure_all(jobs, Store(tmp_path / str(n), {}), n)
-    one, two = (read(tmp_path / str(n), "agent").drop(columns="seconds") for n in (1, 2))
-    assert list(one["seed"]) == [0, 1]
-    assert one.equals(two)
-
-
-@pytest.mark.slow
 def test_a_process_that_is_killed_is_told_in_a_sentence(tmp_path, monkeypatch):
     class Killed(measure.ProcessPoolExecutor):
+        def __init__(self, processes, context, *_):
+            super().__init__(processes, context)  # that imports nothing: it ends at once
+
         def submit(self, function, *args):
             return super().submit(os._exit, 9)
 
@@ -382,45 +394,61 @@ def test_ctrl_c_while_jobs_are_handed_out_waits_for_none(tmp_path, monkeypatch):
 
 
 HOLD = """
-import signal, sys, time
+import time
 from pathlib import Path
-from rmm_lab.evidence.measure import Job, Store, measure_all
-from rmm_lab.search.config import configure
-out = Path(sys.argv[1])
+
 def hold(job):
-    (out / str(job.key["seed"])).touch()
+    (Path(job.key["group"]) / str(job.key["seed"])).touch()
     time.sleep(3600)
-if __name__ == "__main__":
-    # Tests that run in the background have SIGINT switched off, and a child inherits that.
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    jobs = [Job("agent", hold, {"seed": s}, configure()) for s in range(4)]
-    try:
-        measure_all(jobs, Store(out / "store", {}), 2)
-    except KeyboardInterrupt:
-        print("stopped", flush=True)
 """
 
 
 @pytest.mark.slow
-def test_ctrl_c_ends_all_processes_at_once(tmp_path):
+def test_several_processes_measure_the_same_and_ctrl_c_ends_all_at_once(
+    tiny, tmp_path, monkeypatch
+):
+    """Two searches, then work without end, which is interrupted as soon as both processes have some."""
+    jobs = some_jobs(2, **tiny, episodes=6)
+    measure.measure_all(jobs, Store(tmp_path / "one", {}), 1)
+    one = read(tmp_path / "one", "agent")
+
     (tmp_path / "hold.py").write_text(HOLD)
-    words = [sys.executable, str(tmp_path / "hold.py"), str(tmp_path)]
-    with subprocess.Popen(words, stdout=subprocess.PIPE, text=True) as work:
-        children: list[psutil.Process] = []
-        try:
-            deadline = time.monotonic() + 200
-            while not all((tmp_path / n).exists() for n in "01"):  # both have their jobs
-                assert work.poll() is None
-                assert time.monotonic() < deadline
-                time.sleep(0.1)
-            children = psutil.Process(work.pid).children()
-            work.send_signal(signal.SIGINT)  # to the first alone, as a tool would
-            assert work.communicate(timeout=60)[0] == "stopped\n"
-            assert not psutil.wait_procs(children, timeout=60)[1]
-        finally:
-            for process in (work, *psutil.wait_procs(children, timeout=0)[1]):
-                process.kill()
-    assert not (tmp_path / "store").exists()
+    monkeypatch.syspath_prepend(tmp_path)
+    endless = [
+        Job("agent", importlib.import_module("hold").hold, {"group": str(tmp_path), "seed": s}, own)
+        for s, own in ((2, configure()), (3, configure()))
+    ]
+    here, over, children = psutil.Process(), threading.Event(), []
+    before = set(here.children())
+
+    def interrupt():
+        wanted = [tmp_path / "2", tmp_path / "3"]  # both have their jobs
+        while not all(file.exists() for file in wanted) or stored() < len(jobs):
+            if over.wait(0.1):
+                return
+        children.extend(set(here.children()) - before)
+        os.kill(here.pid, signal.SIGINT)  # to this process alone, as a tool would
+
+    def stored() -> int:
+        file = tmp_path / "two" / "agent.csv"
+        return len(read(tmp_path / "two", "agent")) if file.exists() else 0
+
+    # Tests that run in the background have SIGINT switched off.
+    old = signal.signal(signal.SIGINT, signal.default_int_handler)
+    watch = threading.Thread(target=interrupt)
+    watch.start()
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            measure.measure_all([*jobs, *endless], Store(tmp_path / "two", {}), 2)
+    finally:
+        over.set()
+        watch.join()
+        signal.signal(signal.SIGINT, old)
+    assert len(children) >= 2
+    assert not psutil.wait_procs(children, timeout=60)[1]
+    two = read(tmp_path / "two", "agent")  # whole rows
+    assert list(one["seed"]) == [0, 1]
+    assert one.drop(columns="seconds").equals(two.drop(columns="seconds"))
 
 
 # ---------------------------------------------------------------------------------- pages by hand

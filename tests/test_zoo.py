@@ -58,10 +58,18 @@ def test_each_expert_is_at_least_90_percent_on_its_own_test_split(name):
 
 
 def test_the_best_uniform_merge_of_the_demo_is_20_points_under_the_experts(demo):
-    """The gap that leaves room to search; it is fixed by experts and uniform merges alone."""
-    own = [baselines.uniform(demo, n, "test")[i] for i, n in enumerate(demo.pool.names)]
+    """The gap that leaves room to search; it is fixed by experts and uniform merges alone.
+
+    On a quarter of the reward split: 20 points and three standard errors of its rows.
+    """
+    scorer = demo.scorer(fraction=0.25)
+
+    def scores(source: str) -> np.ndarray:
+        return scorer.score(baselines.uniform_path(demo, source), 0)
+
+    own = [scores(n)[i] for i, n in enumerate(demo.pool.names)]
     merges = [
-        baselines.uniform(demo, s, "test").mean()
+        scores(s).mean()
         for s in (
             "weight_average",
             "task_arithmetic:scale=0.6",
@@ -70,7 +78,9 @@ def test_the_best_uniform_merge_of_the_demo_is_20_points_under_the_experts(demo)
             "dare:scale=0.6",
         )
     ]
-    assert max(merges) < np.mean(own) - 0.20
+    rows = np.array([len(scorer.rows(i, 0)) for i in range(2)])
+    error = 0.5 * np.sqrt((1 / rows).sum()) / len(rows)  # at most
+    assert max(merges) < np.mean(own) - 0.20 - 3 * error
     assert max(merges) > 0.5  # and yet they are no noise
 
 
@@ -259,10 +269,10 @@ def test_uniform_merges_of_t5s_are_10_points_under_the_experts(language):
 
 @pytest.mark.parametrize("group", shipped.TEXT_GROUPS)
 def test_the_multi_task_t5s_hold_every_task_of_their_group(group):
-    """By transformers alone, the whole test split."""
+    """By transformers alone, on the first 400 rows of the test split."""
     names = shipped.TEXT_GROUPS[group]
     folder = shipped.multi_task_of(names)
-    assert min(by_transformers(folder, name) for name in names) >= 0.85
+    assert min(by_transformers(folder, name, 400) for name in names) >= 0.85
 
 
 def test_the_most_frequent_answer_is_no_better_than_chance(language):
