@@ -6,6 +6,7 @@ import contextlib
 import importlib
 import io
 import json
+import multiprocessing
 import os
 import re
 import signal
@@ -418,16 +419,15 @@ def test_several_processes_measure_the_same_and_ctrl_c_ends_all_at_once(
         Job("agent", importlib.import_module("hold").hold, {"group": str(tmp_path), "seed": s}, own)
         for s, own in ((2, configure()), (3, configure()))
     ]
-    here, over, children = psutil.Process(), threading.Event(), []
-    before = set(here.children())
+    over, children = threading.Event(), []
 
     def interrupt():
         wanted = [tmp_path / "2", tmp_path / "3"]  # both have their jobs
         while not all(file.exists() for file in wanted) or stored() < len(jobs):
             if over.wait(0.1):
                 return
-        children.extend(set(here.children()) - before)
-        os.kill(here.pid, signal.SIGINT)  # to this process alone, as a tool would
+        children.extend(psutil.Process(p.pid) for p in multiprocessing.active_children())
+        os.kill(os.getpid(), signal.SIGINT)  # to this process alone, as a tool would
 
     def stored() -> int:
         file = tmp_path / "two" / "agent.csv"
@@ -440,12 +440,14 @@ def test_several_processes_measure_the_same_and_ctrl_c_ends_all_at_once(
     try:
         with pytest.raises(KeyboardInterrupt):
             measure.measure_all([*jobs, *endless], Store(tmp_path / "two", {}), 2)
+        assert len(children) == 2
+        assert not psutil.wait_procs(children, timeout=60)[1]
     finally:
         over.set()
         watch.join()
         signal.signal(signal.SIGINT, old)
-    assert len(children) >= 2
-    assert not psutil.wait_procs(children, timeout=60)[1]
+        for process in psutil.wait_procs(children, timeout=0)[1]:
+            process.kill()
     two = read(tmp_path / "two", "agent")  # whole rows
     assert list(one["seed"]) == [0, 1]
     assert one.drop(columns="seconds").equals(two.drop(columns="seconds"))
