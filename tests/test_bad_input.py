@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import os
@@ -728,7 +729,11 @@ def test_hub(own, folder):
     The three processes run at once, since one mostly waits.
     """
     own.base = HUB
-    with socket.socket() as deaf, socket.create_server(("127.0.0.1", 0)) as silent:
+    with (
+        socket.socket() as deaf,
+        socket.create_server(("127.0.0.1", 0)) as silent,
+        contextlib.ExitStack() as ends,
+    ):
         deaf.bind(("127.0.0.1", 0))  # a port that is taken, and does not listen
         started = []
         for server, offline in ((deaf, 1), (deaf, 0), (silent, 0)):
@@ -736,6 +741,7 @@ def test_hub(own, folder):
             env = {"HF_ENDPOINT": f"http://127.0.0.1:{server.getsockname()[1]}"}
             env |= {"HF_HUB_OFFLINE": str(offline), "HF_HOME": str(folder / f"hf-{run}")}
             started.append(start("-m", "rmm_lab", *own.argv("--run-dir", run), **env))
+            ends.callback(started[-1].kill)
         ended = [finish(process) for process in started]
     for done in ended:
         assert done.returncode == 2, done.stderr

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
 import os
@@ -817,11 +818,12 @@ def test_where_nothing_listens(tmp_path, library):
 def test_a_network_that_swallows_everything_does_not_hold_the_user(tmp_path):
     """With the library and without, at once: both wait for the same time limit."""
     libraries = ["fake"] + ["real"] * (importlib.util.find_spec("datasets") is not None)
-    with socket.create_server(("127.0.0.1", 0)) as server:
+    with socket.create_server(("127.0.0.1", 0)) as server, contextlib.ExitStack() as ends:
         url, started = f"http://127.0.0.1:{server.getsockname()[1]}", []
         for library in libraries:
             (own := tmp_path / library).mkdir()
             started.append(start_asking(own, library, HF_ENDPOINT=url))
+            ends.callback(started[-1].kill)
         messages = [told(process) for process in started]
     assert all(message.startswith(NEITHER) for message in messages)
 
