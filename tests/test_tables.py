@@ -172,7 +172,6 @@ def two_seeds(tiny, tmp_path_factory) -> tuple[Path, pd.DataFrame, str]:
 
 
 @pytest.mark.slow
-@pytest.mark.xdist_group("tables")  # the table is measured once
 def test_a_table_of_methods_goes_on_where_it_was(small, two_seeds):
     folder, first, told = two_seeds
     both = read(folder, "vision")
@@ -197,7 +196,6 @@ def test_a_table_of_methods_goes_on_where_it_was(small, two_seeds):
 
 
 @pytest.mark.slow
-@pytest.mark.xdist_group("tables")
 def test_rows_are_those_of_the_functions_that_they_name(two_seeds):
     """Uniform merges against ``uniform.rows``, at both seeds; RMM's row against its path, scored again.
 
