@@ -175,7 +175,7 @@ class LayerPool:
         key = self._key(step, prefix)
         if (found := self._weights.get(key)) is None:
             own = self._parts.get(source)
-            found = self._merge(step, prefix) if own is None or scales else _group(own, k)
+            found = self._merge(*key) if own is None or scales else _group(own, k)
             if keep:
                 self._weights[key] = found
         return found

@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from t5_models import BIAS, pool_of, rows_of
 from torch import nn
 
+from rmm_lab import matching
 from rmm_lab.engine import calibration, inputs
 from rmm_lab.engine.calibration import Calibration
 from rmm_lab.errors import InputError
@@ -34,6 +35,7 @@ pytestmark = pytest.mark.slow  # models are fitted: half a minute in all
 
 STEM = Step("base", -1)
 FIRM = "least_squares:ridge=0.01"  # no ridge is chosen
+OTHER = "least_squares:ridge=0.01,weights=1/3"
 
 
 class Blind:
@@ -591,7 +593,9 @@ def test_the_path_before_matters_to_least_squares_alone(pool):
         pool.layer(FIRM, 1)
 
 
-def test_what_is_forgotten_is_free(pool):
+def test_what_is_forgotten_is_free(pool, monkeypatch):
+    monkeypatch.setattr(calibration, "FITTED", 0)
+    pool.calibration = pool.calibration.anew()
     path = (STEM, Step(pool.names[0], 0))
     pool.layer(FIRM, 1, prefix=path)
     weights = pool.weights(FIRM, 1, prefix=path)
@@ -892,8 +896,9 @@ def test_cma_es_starts_from_layers_that_look(tiny, tmp_path):
     assert "scales" in {row["phase"] for row in result.episodes}
 
 
-def test_a_scorer_forgets_layers_of_single_paths(tiny):
-    """However many paths it scores, the layers of one are there at a time."""
+def test_a_scorer_forgets_layers_of_single_paths(tiny, monkeypatch):
+    """However many paths it scores, without room the layers of one are there at a time."""
+    monkeypatch.setattr(calibration, "FITTED", 0)
     problem = load_problem(**tiny, operators=(FIRM, "ties"), calibration=6, stem="agent")
     alive, merge = [], problem.pool.calibration.merge
 
@@ -912,6 +917,33 @@ def test_a_scorer_forgets_layers_of_single_paths(tiny):
     gc.collect()
     assert len(alive) > 10
     assert not [ref for ref in alive if ref() is not None]
+
+
+@pytest.mark.parametrize(("room", "fits"), [(2**20, 6), (0, 9)])
+def test_paths_that_begin_alike_share_fitted_layers_while_there_is_room(
+    tiny, monkeypatch, room, fits
+):
+    """Three paths of three layers: the second and the third leave the first at layers 1 and 2."""
+    monkeypatch.setattr(calibration, "FITTED", room)
+    problem = load_problem(**tiny, operators=(FIRM, OTHER), calibration=6, stem="agent")
+    start = (STEM, Step(FIRM, 0))
+    paths = [(*start, Step(FIRM, 1), Step(FIRM, 2))]
+    paths += [(*start, Step(OTHER, 1), Step(FIRM, 2)), (*start, Step(FIRM, 1), Step(OTHER, 2))]
+    expected = [evaluate(problem.pool, problem.tasks, path, "reward") for path in paths]
+    fitted, solve = [], matching.least_squares
+
+    def counted(*args, **options):
+        fitted.append(1)
+        return solve(*args, **options)
+
+    monkeypatch.setattr(matching, "least_squares", counted)
+    problem.pool.calibration = problem.pool.calibration.anew()
+    problem.pool.forget([FIRM, OTHER])
+    scorer = problem.scorer()
+    for path, scores in zip(paths, expected, strict=True):
+        np.testing.assert_array_equal(scorer.score(path), scores)
+        problem.pool.forget([FIRM, OTHER])
+    assert len(fitted) == 4 * fits  # four maps in each layer
 
 
 def test_experts_run_as_ever_while_a_layer_is_fitted(tmp_path, monkeypatch):

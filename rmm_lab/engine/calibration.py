@@ -39,6 +39,7 @@ from rmm_lab.reward import Path, Step
 
 BUDGET = 2**26  # bytes of states between layers
 INSIDE = 2**27  # bytes of what is known inside a layer that is being fitted
+FITTED = 2**28  # bytes of fitted layers, for other paths that begin alike
 FEW = 50  # inputs of a task; with fewer, ``ridge=auto`` first asks whether a fit helps at all
 FOLDS = 2  # of the inputs that choose a ridge
 READOUT = 0.5  # see ``Calibration.merge``
@@ -62,8 +63,14 @@ class Calibration(Inputs):
         super().__init__(*args, **options)
         self._forget()
 
+    def anew(self) -> Calibration:
+        """The same inputs, with nothing computed yet."""
+        new = copy.copy(self)
+        new._forget()
+        return new
+
     def _forget(self) -> None:
-        self._cache = Cache(BUDGET)
+        self._cache, self._fitted = Cache(BUDGET), Cache(FITTED)
         self._outputs: dict[tuple, Tensor] = {}
         self._kept = 0  # bytes of these
         self._stages: dict[int, Stages] = {}
@@ -71,12 +78,12 @@ class Calibration(Inputs):
         self.notes: list[str] = []  # what a reader of the scores must know about the fits
 
     def __getstate__(self) -> dict[str, Any]:
-        computed: dict[str, Any] = {"_cache": None, "_outputs": {}, "_stages": {}}
-        return super().__getstate__() | computed
+        computed: dict[str, Any] = {"_outputs": {}, "_stages": {}}
+        return super().__getstate__() | computed  # a pickled cache is an empty one
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self._forget()
-        vars(self).update(state | {"_cache": self._cache})
+        vars(self).update(state)
 
     def _state(
         self, key: tuple, stem: Any, layers: Sequence[Any], arch: Any, i: int, j: int
@@ -127,6 +134,12 @@ class Calibration(Inputs):
         * residual: how much of what the merged residual stream lacks against the expert's the maps that
           write to it make up for, from 0, as in PLeaS, to 1.
         """
+        if (found := self._fitted.get((step, prefix))) is None:
+            found = self._merge(pool, operator, step, prefix)
+            self._fitted.put((step, prefix), found, found.values())
+        return found
+
+    def _merge(self, pool: Any, operator: Any, step: Step, prefix: Path) -> Weights:
         options, k = dict(operator.options), step.layer
         if operator.function == "regmean":
             anchor = self._anchor(pool, None, k)
@@ -162,8 +175,7 @@ class Calibration(Inputs):
 
     def _half(self, which: int) -> Calibration:
         """Every other input: 0 or 1."""
-        half = copy.copy(self)
-        half._forget()
+        half = self.anew()
         half._rows = [own[which::2] for own in self.rows]
         half._cuts, half._batches = [], {}
         for i, own in enumerate(self._cuts_of()):
