@@ -308,6 +308,15 @@ def test_results_come_in_the_order_of_the_jobs(shared):
 
 
 @pytest.mark.slow
+def test_workers_of_a_cluster_of_ours_give_way_to_nobody(shared):
+    """Ray's own would, and hardly start on a busy machine."""
+    _, engine, _ = shared
+    assert engine.pids
+    for pid in engine.pids.values():
+        assert psutil.Process(pid).nice() == psutil.Process().nice()
+
+
+@pytest.mark.slow
 def test_a_search_on_ray_is_the_search_without(shared, tiny):
     """On the core that is left; threads give the same, too."""
     from rmm_lab.search.problem import load_problem

@@ -52,6 +52,8 @@ def connect(ray: Any, address: str, user: object, n_bytes: int, limit: int | Non
         options = {"address": "local", "include_dashboard": False, "num_cpus": limit}
         # By default Ray sets a third of the memory aside; answers are small.
         options["object_store_memory"] = max(_SMALLEST_STORE, n_bytes + 2**26)
+        # And its workers give way to all else: beside a few busy processes they would hardly start.
+        options["_system_config"] = {"worker_niceness": 0}
     elif place != "auto":
         _check_answers(address, place)
     try:
