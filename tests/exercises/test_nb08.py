@@ -37,16 +37,16 @@ def f(scores):
     (
         "08.gain",
         """
-def f(rmm, chosen_by, reported):
-    return np.array([r - t[list(c).index(max(c))] for r, c, t in zip(rmm, chosen_by, reported)])
+def f(search, chosen_by, reported):
+    return np.array([r - t[list(c).index(max(c))] for r, c, t in zip(search, chosen_by, reported)])
 """,
     ),
     (
         "08.gain",
         """
-def f(rmm, chosen_by, reported):
+def f(search, chosen_by, reported):
     best = chosen_by.argmax(1)[:, None]
-    return (rmm[:, None] - np.take_along_axis(reported, best, 1))[:, 0].astype(np.float32)
+    return (search[:, None] - np.take_along_axis(reported, best, 1))[:, 0].astype(np.float32)
 """,
     ),
 ]
@@ -122,61 +122,61 @@ def f(scores):
     (
         "08.gain",
         """
-def f(rmm, chosen_by, reported):
-    return np.array([t[list(c).index(max(c))] - r for r, c, t in zip(rmm, chosen_by, reported)])
+def f(search, chosen_by, reported):
+    return np.array([t[list(c).index(max(c))] - r for r, c, t in zip(search, chosen_by, reported)])
 """,
         "sign is reversed",
     ),
     (
         "08.gain",
-        "def f(rmm, chosen_by, reported):\n    return np.array([r - max(t) for r, t in zip(rmm, reported)])",
+        "def f(search, by, reported):\n    return np.array([r - max(t) for r, t in zip(search, reported)])",
         "chosen by the very scores that are reported",
     ),
     (
         "08.gain",
-        "def f(rmm, chosen_by, reported):\n    return np.array([r - max(c) for r, c in zip(rmm, chosen_by)])",
+        "def f(search, by, reported):\n    return np.array([r - max(c) for r, c in zip(search, by)])",
         "its score comes from reported",
     ),
     (
         "08.gain",
-        "def f(rmm, chosen_by, reported):\n    return rmm - sum(reported.T) / reported.shape[1]",
+        "def f(search, chosen_by, reported):\n    return search - sum(reported.T) / reported.shape[1]",
         "mean over all uniform merges",
     ),
     (
         "08.gain",
         """
-def f(rmm, chosen_by, reported):
-    return np.array([r - t[list(c).index(min(c))] for r, c, t in zip(rmm, chosen_by, reported)])
+def f(search, chosen_by, reported):
+    return np.array([r - t[list(c).index(min(c))] for r, c, t in zip(search, chosen_by, reported)])
 """,
         "worst uniform merge",
     ),
     (
         "08.gain",
         """
-def f(rmm, chosen_by, reported):
+def f(search, chosen_by, reported):
     u = [t[list(c).index(max(c))] for c, t in zip(chosen_by, reported)]
-    return np.array([r - sum(u) / len(u) for r in rmm])
+    return np.array([r - sum(u) / len(u) for r in search])
 """,
         "not paired",
     ),
     (
         "08.gain",
         """
-def f(rmm, chosen_by, reported):
+def f(search, chosen_by, reported):
     totals = list(chosen_by.sum(axis=0))
-    return rmm - reported[:, totals.index(max(totals))]
+    return search - reported[:, totals.index(max(totals))]
 """,
         "one merge for all seeds",
     ),
     (
         "08.gain",
         """
-def f(rmm, chosen_by, reported):
-    return np.mean([r - t[c.argmax()] for r, c, t in zip(rmm, chosen_by, reported)])
+def f(search, chosen_by, reported):
+    return np.mean([r - t[c.argmax()] for r, c, t in zip(search, chosen_by, reported)])
 """,
         "expected shape",
     ),
-    ("08.gain", "def f(rmm, chosen_by, reported):\n    return rmm - chosen_by", "raised"),
+    ("08.gain", "def f(search, chosen_by, reported):\n    return search - chosen_by", "raised"),
 ]
 
 
