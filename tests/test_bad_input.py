@@ -127,7 +127,7 @@ class Own:
         return ["--base", self.base, "--experts", *self.experts]
 
     def argv(self, *more: object) -> list[str]:
-        """Of a whole run, beside RMM only a few rows: the others take most of the time."""
+        """Of a whole run, beside the search only a few rows: the others take most of the time."""
         images = ["--images", *self.images]
         return [*self.models(), *images, "--compare", "paper", "--quiet", *map(str, more)]
 

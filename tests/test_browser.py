@@ -337,7 +337,7 @@ def test_results_table(run):
     page = run(
         "from rmm_lab.course.widgets import ResultsTable\n"
         "rows = [{'method': m, 'setting': 's', 'scores': {'digits': a, 'textures': b}}"
-        " for m, a, b in (('TIES', 0.5, 0.7), ('RMM', 0.8, 0.6))]\nResultsTable(rows)"
+        " for m, a, b in (('TIES', 0.5, 0.7), ('RMM (agent)', 0.8, 0.6))]\nResultsTable(rows)"
     )
     table = page.locator(".jp-OutputArea table").first
     table.wait_for()

@@ -9,7 +9,7 @@ import pytest
 
 from rmm_lab.__main__ import main
 from rmm_lab.errors import InputError
-from rmm_lab.search.config import PRESETS, Config, configure, describe, read_config
+from rmm_lab.search.config import PRESETS, Config, configure, describe, read_config, searched
 
 OTHER = {  # one value per kind of option, none of them a default
     "experts": ("qa",),
@@ -80,6 +80,26 @@ def test_a_config_is_described_by_the_preset_that_it_equals():
     assert describe(changed) == describe(configure("default"))
     assert describe(changed)["preset"] == "default"
     assert agent != default
+
+
+@pytest.mark.parametrize(
+    ("preset", "options", "name"),
+    [
+        ("default", {}, "agent + CMA-ES"),
+        ("default", {"experts": ("letters", "symbols"), "cma_share": 0.05}, "agent + CMA-ES"),
+        ("default", {"cma_share": 1.0}, "CMA-ES over scales"),
+        ("default", {"cma_share": 0.0}, "RMM (agent)"),  # an agent, after the uniform paths
+        ("agent", {}, "RMM (agent)"),
+        ("agent", {"gamma": 0.99, "observation": "map"}, "RMM (agent)"),
+        ("agent", {"cma_share": 0.5}, "agent + CMA-ES"),
+        ("paper", {}, "RMM (paper)"),
+        ("paper", {"experts": ("qa",), "episodes": 50, "dar_lambda": 0.0}, "RMM (paper)"),
+        ("paper", {"cma_share": 0.5}, "agent + CMA-ES"),
+        ("paper", {"cma_share": 1.0, "score_uniform_first": True}, "CMA-ES over scales"),
+    ],
+)
+def test_a_row_is_called_what_searched(preset, options, name):
+    assert searched(configure(preset, **options)) == name
 
 
 def test_where_a_search_runs_is_no_part_of_its_config():

@@ -349,11 +349,11 @@ def test_a_run_folder_holds_what_the_readme_says(tiny, tmp_path, capsys):
         assert row["name"] in printed
         assert row["name"] in (folder / "table.md").read_text()
         assert row["mean"] == pytest.approx(np.mean(list(row["scores"].values())))
-    assert {"base", "fine-tuned", "TIES, tuned", "RMM"} <= {row["name"] for row in table}
+    assert {"base", "fine-tuned", "TIES, tuned", "RMM (paper)"} <= {row["name"] for row in table}
     for picture in ("rewards.png", "cross-task.png"):
         assert (folder / picture).read_bytes().startswith(b"\x89PNG")
     rmm = table[-1]
-    assert (rmm["name"], rmm["sees"], rmm["evaluations"]) == ("RMM", "labels", 24)
+    assert (rmm["name"], rmm["sees"], rmm["evaluations"]) == ("RMM (paper)", "labels", 24)
     assert rmm["seconds"] > 0
     best = json.loads((folder / "finalists.json").read_text())[0]
     assert rmm["reward"] == best["reward"]

@@ -16,7 +16,7 @@ from rmm_lab.search.uniform import Row
 ROWS = [
     Row("base", "as it is", (0.25, 0.5)),
     Row("fine-tuned", "at home", (1.0, 0.625)),
-    Row("RMM", "9 episodes", (0.875, 0.625), {}, "labels", 9, 2.25, 0.8),
+    Row("RMM (agent)", "9 episodes", (0.875, 0.625), {}, "labels", 9, 2.25, 0.8),
 ]
 TASKS = [SimpleNamespace(name=n, metric="accuracy", chance=lambda split: 0.25) for n in "ab"]
 SKEWED = SimpleNamespace(name="b", metric="balanced")
@@ -31,13 +31,13 @@ def test_the_table_by_hand():
     assert base[:7] == ["base", 25.0, 50.0, 37.5, 52.5, "nothing", 0]
     assert np.isnan(base[7])
     assert home[4] == 100.0
-    assert rmm == ["RMM", 87.5, 62.5, 75.0, 93.75, "labels", 9, 2.25, "9 episodes"]
+    assert rmm == ["RMM (agent)", 87.5, 62.5, 75.0, 93.75, "labels", 9, 2.25, "9 episodes"]
 
 
 def test_table_json_has_what_each_row_took():
     """What was not measured is null, which any reader of JSON takes."""
     base, _, rmm = json.loads(report.to_json(ROWS, TASKS))
-    assert rmm == {"name": "RMM", "setting": "9 episodes", "mean": 0.75} | {
+    assert rmm == {"name": "RMM (agent)", "setting": "9 episodes", "mean": 0.75} | {
         "scores": {"a": 0.875, "b": 0.625},
         **{"of_experts": 0.9375, "sees": "labels", "evaluations": 9},
         **{"seconds": 2.25, "reward": 0.8},
@@ -48,7 +48,7 @@ def test_table_json_has_what_each_row_took():
 
 
 def test_a_share_of_an_expert_that_knows_nothing_is_unknown():
-    assert np.isnan(Row("RMM", "", (0.5, 0.5)).of_experts((0.0, 1.0)))
+    assert np.isnan(Row("agent + CMA-ES", "", (0.5, 0.5)).of_experts((0.0, 1.0)))
 
 
 def test_a_skewed_task_has_its_accuracy_in_a_column_that_is_no_part_of_the_mean():
@@ -68,23 +68,23 @@ def test_the_table_for_a_terminal():
         ["method", "a", "b", "mean", "%", "of", "experts", *TOOK[1:], "setting"],
         ["base", "25.0", "50.0", "37.5", "52.5", "nothing", "0", "as", "it", "is"],
         ["fine-tuned", "100.0", "62.5", "81.2", "100.0", "nothing", "0", "at", "home"],
-        ["RMM", "87.5", "62.5", "75.0", "93.8", "labels", "9", "2.2", "9", "episodes"],
+        ["RMM", "(agent)", "87.5", "62.5", "75.0", "93.8", "labels", "9", "2.2", "9", "episodes"],
     ]
     words = ("setting", "as", "at", "9 e")
     assert len({line.rindex(word) for line, word in zip(lines, words, strict=True)}) == 1
 
 
 def compared(rmm: float, expert: float) -> list[str]:
-    rows = [Row("expert a", "", (expert, expert)), Row("RMM", "", (rmm, rmm))]
+    rows = [Row("expert a", "", (expert, expert)), Row("agent + CMA-ES", "", (rmm, rmm))]
     return report.remarks(rows, TASKS)
 
 
 def test_a_remark_says_where_a_search_found_hardly_more_than_an_expert():
     [within] = compared(0.65, 0.63)  # exactly 2 points
-    for words in ("RMM's 65.0 %", "within 2 points", "63.0 %", "expert a"):
+    for words in ("65.0 % of agent + CMA-ES", "within 2 points", "63.0 %", "expert a"):
         assert words in within
     assert within in report.plain(
-        [Row("expert a", "", (0.63, 0.63)), Row("RMM", "", (0.65, 0.65))], TASKS
+        [Row("expert a", "", (0.63, 0.63)), Row("agent + CMA-ES", "", (0.65, 0.65))], TASKS
     )
     assert compared(0.6501, 0.63) == []
     assert "within" in compared(0.61, 0.63)[0]

@@ -174,7 +174,7 @@ def test_coordinate_ascent_climbs_a_separable_landscape_in_one_sweep():
     assert subsets[24:35] == [2] * 11
 
 
-# ------------------------------------------------------------------------------------ CMA-ES, scales
+# -------------------------------------------------------------------------------- CMA-ES over scales
 
 
 def scales_of(path) -> np.ndarray:
@@ -268,7 +268,7 @@ def test_a_path_of_scales_is_exported_as_a_timm_model(problem, tmp_path):
     assert rivals.whole(scorer, text) == pytest.approx(np.mean(scores), abs=1e-9)
 
 
-# ------------------------------------------------------------------------------------- CMA-ES, order
+# -------------------------------------------------------------------------------- CMA-ES over orders
 
 
 class Pair(Landscape):

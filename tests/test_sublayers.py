@@ -236,4 +236,4 @@ def test_a_search_over_sublayers_ends_in_a_model_that_scores_what_it_says(tiny, 
         with torch.no_grad():
             found = model(task.format.normalise(data.images))[:, own].argmax(1)
         score = float((found == data.labels).double().mean())
-        assert result.scores["RMM"][task.name] == pytest.approx(score)
+        assert result.scores["agent + CMA-ES"][task.name] == pytest.approx(score)

@@ -329,7 +329,7 @@ def test_real_pictures_from_fine_tuning_to_a_merged_model(tmp_path, capsys):
     table = {r["name"]: r["scores"] for r in json.loads((run / "table.json").read_text())}
     assert table["fine-tuned"]["mnist_png"] == pytest.approx(own[0] / 100, abs=0.0006)
     assert table["fine-tuned"]["cifar10_jpg"] == pytest.approx(own[1] / 100, abs=0.0006)
-    assert set(table["RMM"]) == {"mnist_png", "cifar10_jpg"}
+    assert set(table["agent + CMA-ES"]) == {"mnist_png", "cifar10_jpg"}
     import timm
 
     merged = timm.create_model(f"local-dir:{run / 'merged'}", pretrained=True).eval()
@@ -341,4 +341,4 @@ def test_real_pictures_from_fine_tuning_to_a_merged_model(tmp_path, capsys):
     with torch.inference_mode():
         found = merged((data.images.float() / 255 - 0.5) / 0.5)[:, :10].argmax(-1)
     right = int((found == data.labels).sum())
-    assert right == pytest.approx(table["RMM"]["mnist_png"] * len(data), abs=1.01)
+    assert right == pytest.approx(table["agent + CMA-ES"]["mnist_png"] * len(data), abs=1.01)

@@ -29,16 +29,17 @@ from rmm_lab.evidence.pages import (
     seeds,
 )
 from rmm_lab.evidence.rows import kind_of, of_experts, spread, task_scores
+from rmm_lab.search.config import BOTH
 
 Read = Callable[[str], DataFrame]  # a table by its file's name
 
-SHORT = ["fine-tuned", "multi-task", BEST, "RMM", GAIN.format("RMM")]
+SHORT = ["fine-tuned", "multi-task", BEST, BOTH, GAIN.format(BOTH)]
 
 
 def groups(read: Read) -> str:
-    """What merging loses in each group of experts, and what RMM wins back."""
+    """What merging loses in each group of experts, and what the default search wins back."""
     tables = [
-        methods_table(scores).loc[SHORT].T.assign(seeds=scores.loc["RMM"].count())
+        methods_table(scores).loc[SHORT].T.assign(seeds=scores.loc[BOTH].count())
         for name in ("vision", "language")
         for scores in by_size(read(name)).values()
     ]
@@ -86,7 +87,7 @@ def dar(read: Read) -> str:
 
 def fresh(read: Read) -> str:
     """The demo's pair on seeds that chose nothing."""
-    rows = read("fresh/vision").query("method == 'RMM'").set_index("seed")
+    rows = read("fresh/vision").query("method == @BOTH").set_index("seed")
     scores = rows[["reward_split", "mean"]].set_axis(["reward split, %", "test split, %"], axis=1)
     table = scores.map("{:.1f}".format)
     table.loc["mean"] = scores.agg(spread)

@@ -40,7 +40,7 @@ from rmm_lab.evidence.rows import (
 from rmm_lab.reward import Path as Steps
 from rmm_lab.reward import path_text
 from rmm_lab.search import gradients, matched, rivals, uniform
-from rmm_lab.search.config import Config, configure, describe
+from rmm_lab.search.config import Config, configure, describe, searched
 from rmm_lab.search.finalists import candidates, legal, rank
 from rmm_lab.search.pipeline import Result, make_scorer, train
 from rmm_lab.search.problem import Problem, problem_of
@@ -197,7 +197,8 @@ def chosen(job: Job, problem: Problem, start: float, path: Steps, reward: float)
 
     ``start``: when the search began; its seconds end here.
     """
-    seconds, name = time.perf_counter() - start, job.key.get("method", "RMM")
+    seconds = time.perf_counter() - start
+    name = job.key.get("method") or searched(job.config)
     n, what = job.config.run.episodes, "evaluations" if name in rivals.SEARCHES else "episodes"
     took: dict[str, Any] = {"evaluations": n, "seconds": seconds, "reward": reward}
     row = uniform.path_row(problem, name, f"{n} {what}", path, sees="labels", **took)
@@ -229,8 +230,8 @@ def by_gradient(job: Job) -> Measured:
     return {job.table: [cells(problem, row) for row in found]}
 
 
-def _rmm(job: Job, problem: Problem) -> tuple[dict[str, Any], Result]:
-    """RMM's row, with its seconds from loaded models to the chosen path, and all of its result."""
+def _trained(job: Job, problem: Problem) -> tuple[dict[str, Any], Result]:
+    """The row of ``train``, with its seconds from loaded models to the chosen path, and all of its result."""
     for task in problem.tasks:
         task.split("reward")
     start = time.perf_counter()
@@ -238,14 +239,14 @@ def _rmm(job: Job, problem: Problem) -> tuple[dict[str, Any], Result]:
     return chosen(job, problem, start, result.path.path, result.reward), result
 
 
-def rmm(job: Job) -> Measured:
-    """A search by RMM."""
-    return {job.table: [_rmm(job, load(job.config))[0]]}
+def trained(job: Job) -> Measured:
+    """A search by ``train``."""
+    return {job.table: [_trained(job, load(job.config))[0]]}
 
 
-def rmm_curve(job: Job) -> Measured:
+def trained_curve(job: Job) -> Measured:
     """The same, and every episode's reward (Fig. 3)."""
-    row, result = _rmm(job, load(job.config))
+    row, result = _trained(job, load(job.config))
     curve = [
         {"episode": e["episode"]} | {k: round(100 * e[k], 2) for k in ("raw_reward", "dar_reward")}
         for e in result.episodes
@@ -257,8 +258,8 @@ def search(job: Job) -> Measured:
     """A search by the key's method; its curve is ``rivals.curve_of``, and at the end its final choice."""
     problem, run, method = load(job.config), job.config.run, job.key["method"]
     scorer = make_scorer(problem, job.config)
-    if method == "RMM":
-        row, result = _rmm(job, problem)
+    if method not in rivals.SEARCHES:
+        row, result = _trained(job, problem)
         scored = legal(result.episodes)
     else:
         start = time.perf_counter()

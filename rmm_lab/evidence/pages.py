@@ -28,7 +28,7 @@ from rmm_lab.evidence.rows import (
     spread,
     task_scores,
 )
-from rmm_lab.search.config import configure
+from rmm_lab.search.config import BOTH, configure
 
 PAIRS = ("digits+textures", "CUB+Dogs")  # Table II's, at the kit's scale and at the paper's
 BEST, GAIN = "best uniform merge", "{} − best uniform merge"
@@ -158,9 +158,9 @@ def show_methods(
         "95 % interval. *% of experts*: the mean over tasks of the score as a share of the own expert's. "
         "*Sees*: the most that building and tuning looked at. *Evaluations*: merged models that were scored "
         "on the reward split, on all of it for a uniform merge, on "
-        f"{100 * run.data_fraction:g} % of it at a time for RMM, which scores at most {run.finalists + 1} "
-        "paths on all of it to choose one. *Seconds*: with tuning, where they were measured, beside other "
-        "work.\n"
+        f"{100 * run.data_fraction:g} % of it at a time for a search, which scores at most "
+        f"{run.finalists + 1} paths on all of it to choose one. *Seconds*: with tuning, where they were "
+        "measured, beside other work.\n"
     )
     for heading, scores in of.items():
         costs = costs_table(rows[rows[by] == heading])
@@ -249,8 +249,8 @@ SEARCHES = {
     "seeds": ("seed", "nunique"),
     "reward split, %": ("reward_split", spread),
     "test split, %": ("mean", spread),
-    "RMM − it, reward": ("reference − reward_split", interval),
-    "RMM − it, test": ("reference − mean", interval),
+    f"{BOTH} − it, reward": ("reference − reward_split", interval),
+    f"{BOTH} − it, test": ("reference − mean", interval),
     "seconds": ("seconds", lambda seconds: f"{seconds.mean():.0f}"),
 }
 ABLATION = {
@@ -275,7 +275,7 @@ def compared(rows: DataFrame, by: str, reference: str, columns: dict[str, Any]) 
     return table.rename_axis(["problem", "search" if by == "method" else by])
 
 
-searches_table = partial(compared, by="method", reference="RMM", columns=SEARCHES)
+searches_table = partial(compared, by="method", reference=BOTH, columns=SEARCHES)
 agent_table = partial(compared, by="setting", reference=UNCHANGED, columns=ABLATION)
 
 
@@ -287,10 +287,10 @@ def show_searches(rows: DataFrame, curve: DataFrame) -> str:
     return (
         f"All had {rows['evaluations'].iloc[0]} evaluations on the same subsets of the reward split. Each "
         "chose in the end among ten paths on all of it: those with the best scores, and where scales "
-        "evolved, mostly the means that CMA-ES arrived at; RMM had its agent's greedy path besides. Mean ± "
-        "sample standard deviation over seeds, best first on the reward split. *RMM − it* is paired by seed, "
-        "± its 95 % interval. Seconds are of searches that ran beside other work.\n\n"
-        + markdown(searches_table(rows).loc[order])
+        f"evolved, mostly the means that CMA-ES arrived at; {BOTH} had its agent's greedy path besides. "
+        "Mean ± sample standard deviation over seeds, best first on the reward split. "
+        f"*{BOTH} − it* is paired by seed, ± its 95 % interval. Seconds are of searches that ran beside "
+        "other work.\n\n" + markdown(searches_table(rows).loc[order])
     )
 
 
@@ -350,6 +350,6 @@ PAGES = {
     "groups": Page(("vision",), "Groups of sets: Table II's methods", _GROUPS),
     "table-III": Page(("language",), "Table III: language tasks", _GROUPS, "III"),
     "table-IV": Page(("dar",), "Table IV: share of the data, DAR or not", show_dar, "IV"),
-    "searches": Page(_SEARCHES, "RMM beside other searches", show_searches),
+    "searches": Page(_SEARCHES, "The default search beside others", show_searches),
     "agent": Page(("agent",), "The default preset, one choice changed", show_agent),
 }

@@ -12,6 +12,7 @@ from pathlib import Path
 import pandas as pd
 
 from rmm_lab.figures.searches import t_interval
+from rmm_lab.search.config import SEARCHED
 from rmm_lab.search.matched import MATCHED, WEIGHTED
 from rmm_lab.search.uniform import GRIDS
 
@@ -43,10 +44,12 @@ KINDS = {
         ),
         *("AdaMerging", "Frank-Wolfe"),
     ),
-    "search": ("RMM", "RMM, paper's preset"),
+    "search": SEARCHED[:3],  # with an agent
     "rival": (
-        *("CMA-ES, order", "CMA-ES, scales", "NSGA-II", "TPE"),
+        *("CMA-ES over orders", "CMA-ES over scales", "NSGA-II", "TPE"),
         *("coordinate ascent", "random search"),
+        # Of the first edition's local search, in the ablation alone.
+        *("agent + local search", "local search + CMA-ES", "local search"),
     ),
 }
 METHODS = pd.Series({method: kind for kind, methods in KINDS.items() for method in methods})

@@ -6,7 +6,7 @@
     python -m rmm_lab tables IV           data share and DAR
     python -m rmm_lab tables fig3         reward per episode at 1 % of the data, with DAR and without
     python -m rmm_lab tables all          all of these; about three quarters of an hour with --jobs 2
-    python -m rmm_lab tables searches     RMM beside other searches at the same number of evaluations
+    python -m rmm_lab tables searches     the default search beside others, at the same number of evaluations
     python -m rmm_lab tables groups       Table II's methods on other groups of sets
     python -m rmm_lab tables agent        the default preset with one choice changed
     python -m rmm_lab tables show         only write the pages, figures and excerpts from the CSV files
@@ -32,7 +32,7 @@ from rmm_lab.evidence.paper_scale import Group, PaperScale
 from rmm_lab.evidence.rows import DRAWN, KINDS, read_csv
 from rmm_lab.figures.paths import png
 from rmm_lab.search import rivals
-from rmm_lab.search.config import configure
+from rmm_lab.search.config import configure, searched
 from rmm_lab.search.uniform import OF_TWO
 from rmm_lab.tasks.files import write_file
 from rmm_lab.tasks.image_task import data_folder
@@ -83,7 +83,8 @@ ON_TEXTS = ("default preset", "likelihood as the reward", "agent preset")
 # What every group has that depends on no seed: SLERP is for two experts.
 ONCE = ("fine-tuned", *(m for m in KINDS["uniform"] if m not in (*DRAWN, *OF_TWO)))
 PER_SEED = {"matched": measure.matched_rules, "gradients": measure.by_gradient}
-LABELS = {"default": "RMM", "paper": "RMM, paper's preset"}
+# Scale -> presets whose searches are in Tables I to III.
+PRESETS_AT = {"kit": ("default",), "paper": ("paper", "default")}
 ORDER = {"group": (*SETS, *VISION, *LANGUAGE), "size": tuple(SIZES), "setting": tuple(AGENT)}
 Groups = Mapping[str, Sequence[Group]]  # table -> its groups of experts
 
@@ -195,7 +196,7 @@ class Command:
             for seed in self.seeds:
                 for job in make[name](name, group, self._options(group, seed)):
                     done = store.has(job.table, job.key, job.config)
-                    if job.measure is measure.rmm_curve:
+                    if job.measure is measure.trained_curve:
                         curve = {"dar": job.key["dar"], "seed": seed}
                         done = done and store.has("dar-curve", curve)
                     if not done:
@@ -226,11 +227,11 @@ class Command:
                     yield Job(table, make, at, blocks)
             if "search" not in kinds:
                 continue
-            for preset in ("default",) if self.scale == "kit" else LABELS:
-                own = at | {"method": LABELS[preset]}
+            for preset in PRESETS_AT[self.scale]:
                 config = configure(preset, **options)
+                own = at | {"method": searched(config)}
                 if not store.has(table, own, config):
-                    yield Job(table, measure.rmm, own, config)
+                    yield Job(table, measure.trained, own, config)
 
     def _dar(self, name: str, group: Group, options: dict[str, Any]) -> Iterator[Job]:
         """The paper's preset at each share of the data, with DAR and without; ours beside it, by each reward.
@@ -248,19 +249,20 @@ class Command:
                     run = config.run
                     key = {"group": group.name, "preset": setting["preset"], "reward": run.reward}
                     key |= {"data_fraction": fraction, "dar": run.dar_lambda, "seed": run.seed}
-                    kind = measure.rmm_curve if drawn else measure.rmm
+                    kind = measure.trained_curve if drawn else measure.trained
                     yield Job("dar", kind, key, config)
 
     def _rivals(self, name: str, group: Group, options: dict[str, Any]) -> Iterator[Job]:
-        for method in ("RMM", *rivals.SEARCHES):
+        config = configure(**options)
+        for method in (searched(config), *rivals.SEARCHES):
             key = {"group": group.name, "seed": options["seed"], "method": method}
-            yield Job("searches", measure.search, key, configure(**options))
+            yield Job("searches", measure.search, key, config)
 
     def _agent(self, name: str, group: Group, options: dict[str, Any]) -> Iterator[Job]:
         for setting, changed in AGENT.items():
             if changed is not None and (group.name not in LANGUAGE or setting in ON_TEXTS):
                 key = {"group": group.name, "setting": setting, "seed": options["seed"]}
-                yield Job("agent", measure.rmm, key, configure(**(options | changed)))
+                yield Job("agent", measure.trained, key, configure(**(options | changed)))
 
 
 # ------------------------------------------------------------------------------- reading and showing

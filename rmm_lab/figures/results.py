@@ -78,7 +78,8 @@ LOOKS: dict[str, tuple[tuple[str, ...], str, Any]] = {
         "X",
         COLOURS[7],
     ),
-    "RMM": (("RMM",), "D", COLOURS[3]),
+    "agent + CMA-ES": (("agent + CMA-ES",), "D", COLOURS[3]),
+    "RMM": (("RMM",), "*", COLOURS[6]),
 }
 PUBLISHED = ("task arithmetic", "TIES", "DARE")
 
@@ -95,8 +96,8 @@ def seeds_picture(scores: Mapping[str, Mapping[str, np.ndarray]]) -> Figure:
     """Every seed's score as an open mark, one panel per group, one line per method.
 
     ``scores``: group -> method -> (S,) in %. Squares are bounds, circles uniform merges as published,
-    triangles tuned ones, pluses those that see inputs, crosses those by gradient, diamonds RMM. The line of
-    a method that a group lacks stays empty.
+    triangles tuned ones, pluses those that see inputs, crosses those by gradient, diamonds agent + CMA-ES,
+    stars RMM. The line of a method that a group lacks stays empty.
     """
     methods = list(dict.fromkeys(m for group in scores.values() for m in group))
     figure, grid = panels(len(scores), 2, 4.75, max(3.3, 0.21 * len(methods)), sharey=True)
@@ -124,7 +125,7 @@ def gain_picture(gains: Mapping[str, np.ndarray], half: Mapping[str, float]) -> 
     axes.axvline(0, color="black", lw=1, ls="--")
     axes.set_yticks(range(len(gains)), list(gains))
     axes.set_ylim(len(gains) - 0.5, -0.5)
-    tidy(axes, "", "gain of RMM over the best uniform merge, points", grid="x")
+    tidy(axes, "", "gain over the best uniform merge, points", grid="x")
     return figure
 
 

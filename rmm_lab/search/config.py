@@ -198,6 +198,21 @@ def describe(config: Config) -> dict[str, Any]:
     return {"preset": name, "seed": own["seed"]} | differences
 
 
+# What a search's row is called: an agent alone, as published or another; both; CMA-ES alone.
+BOTH = "agent + CMA-ES"  # the default preset
+SEARCHED = ("RMM (paper)", "RMM (agent)", BOTH, "CMA-ES over scales")
+
+
+def searched(config: Config) -> str:
+    """The name of a search's row, one of ``SEARCHED``, by what spends its episodes.
+
+    The uniform paths do not count. An agent is the published one where ``paper`` is the nearest preset.
+    """
+    if share := config.run.cma_share:
+        return SEARCHED[3] if share == 1 else BOTH
+    return SEARCHED[0] if describe(config)["preset"] == "paper" else SEARCHED[1]
+
+
 def read_config(stored: Mapping[str, Any], where: str | Path) -> Config:
     """The inverse of ``Config.stored``; ``where`` names the folder for the InputError."""
     kinds = {"problem": ProblemSpec, "agent": ppo.Args, "run": RunArgs}

@@ -402,7 +402,7 @@ def train(config: Config, problem: Problem | None = None, *, table: bool = True)
         say(f"path: {path_text(path.path)}")
         how = f"on the whole reward split, best of {len(finalists)}"
         say(f"reward: {100 * result.reward:.2f} % {how}")
-        rows = report.evaluate_on_test(result, problem, run.compare, run.quiet) if table else []
+        rows = report.evaluate_on_test(result, problem, config) if table else []
         names = [task.name for task in problem.tasks]
         result.scores = {r.name: dict(zip(names, r.scores, strict=True)) for r in rows}
         if rows:

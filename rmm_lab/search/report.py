@@ -11,6 +11,7 @@ import numpy as np
 from tqdm import tqdm
 
 from rmm_lab.search import table, uniform
+from rmm_lab.search.config import SEARCHED, Config, searched
 from rmm_lab.search.problem import Problem
 from rmm_lab.search.run_folder import RunFolder
 from rmm_lab.search.uniform import EXPERT, OWN, Row
@@ -47,31 +48,31 @@ def cost(scorer: Any) -> str:
     )
 
 
-def evaluate_on_test(result: Result, problem: Problem, compare: str, quiet: bool) -> list[Row]:
-    """The rows of the result table: all that a search is compared with, and its path, on the test split.
-
-    compare: as in ``RunArgs``; quiet: without a progress bar.
-    """
-    others = table.compared(problem, compare)
-    rows = list(tqdm(others, desc="comparing", unit="row", disable=quiet))
+def evaluate_on_test(result: Result, problem: Problem, config: Config) -> list[Row]:
+    """The rows of the result table: all that a search is compared with, and its path, on the test split."""
+    others = table.compared(problem, config.run.compare)
+    rows = list(tqdm(others, desc="comparing", unit="row", disable=config.run.quiet))
     n, path = len(result.episodes), result.path.path
     took = {"evaluations": n, "seconds": result.seconds, "reward": result.reward}
-    return [*rows, uniform.path_row(problem, "RMM", f"{n} episodes", path, sees="labels", **took)]
+    name, setting = searched(config), f"{n} episodes"
+    return [*rows, uniform.path_row(problem, name, setting, path, sees="labels", **took)]
 
 
-NEAR = 2.0  # points: RMM's result is hardly another than an unmerged expert's
+NEAR = 2.0  # points: a search's result is hardly another than an unmerged expert's
 LUCK = 0.05  # share of the way from chance to 1 that an expert has to be beyond, on its own task
 
 
 def remarks(rows: Sequence[Row], tasks: Sequence[Any]) -> list[str]:
-    """What a reader of a result table must know: RMM is no better than an expert, an expert knows nothing."""
+    """What a reader of a result table must know: no better than an expert, an expert knows nothing."""
     out, means = [], {row.name: 100 * row.mean for row in rows}
+    found = next((name for name in SEARCHED if name in means), "")
     for name, mean in means.items():
-        gap = means.get("RMM", np.inf) - mean
+        gap = means.get(found, np.inf) - mean
         if name.startswith(EXPERT) and round(gap, 9) <= NEAR:
             where = "within 2 points of" if round(gap, 9) >= -NEAR else "below"
             out.append(
-                f"RMM's {means['RMM']:.1f} % is {where} the {mean:.1f} % of {name}, unmerged, on all tasks"
+                f"the {means[found]:.1f} % of {found} is {where} the {mean:.1f} % of {name}, unmerged, on "
+                "all tasks"
             )
     names = [row.name.removeprefix(EXPERT) for row in rows if row.name.startswith(EXPERT)]
     for name, task, score in zip(names, tasks, own_scores(rows) or (), strict=False):

@@ -1,11 +1,11 @@
-"""Other searches than RMM's, at the same number of evaluations on the same data subsets.
+"""Searches without an agent, at the same number of evaluations on the same data subsets.
 
     random search        a source drawn at each place
     coordinate ascent    one place at a time, with restarts
     TPE                  tree-structured Parzen estimator        Bergstra et al. 2011
     NSGA-II              an evolution of paths                   Deb et al. 2002
-    CMA-ES, scales       a scale per place and expert            Akiba et al. 2024, parameter space
-    CMA-ES, order        which experts' layers run, in a row     Akiba et al. 2024, data-flow space
+    CMA-ES over scales   a scale per place and expert            Akiba et al. 2024, parameter space
+    CMA-ES over orders   which experts' layers run, in a row     Akiba et al. 2024, data-flow space
 
 Each begins with the uniform path of every source, which any user has, on the first subset; they count. All
 score on the subsets of the reward split, which come in turn. The same seed gives the same search.
@@ -33,8 +33,8 @@ STARTUP = 40  # evaluations before TPE models anything, the uniform paths among 
 ANSWERS = 20  # means of CMA-ES over scales that may be chosen from
 LAST = 10  # evaluations at the end of CMA-ES over orders that score the mean of what it found
 SCALES = (0.3, 0.4, 0.5, 0.6, 0.8)  # one scale for all, tried before the scales evolve
-REPEATS = 2  # how often a path of CMA-ES, order, can take each expert's layer
-MEAN = 0.25  # of a layer's number at the start of CMA-ES, order: above 0 it runs, below not
+REPEATS = 2  # how often a path of CMA-ES over orders can take each expert's layer
+MEAN = 0.25  # of a layer's number at the start of CMA-ES over orders: above 0 it runs, below not
 
 
 # ------------------------------------------------------------------------------ paths and their scores
@@ -235,7 +235,7 @@ def cmaes_order(scorer: Any, evaluations: int, seed: int) -> Scored:
 
 
 def path_of_order(scorer: Any, numbers: np.ndarray) -> Path:
-    """The path of CMA-ES, order, from the number of each place: ((REPEATS * N * L),)."""
+    """The path of CMA-ES over orders, from the number of each place: ((REPEATS * N * L),)."""
     n, n_layers = scorer.n_models, scorer.n_layers
     experts = scorer.sources[:n]
     slots = [Step(e, k) for _ in range(REPEATS) for e in experts for k in range(n_layers)]
@@ -265,8 +265,8 @@ SEARCHES: dict[str, Search] = {
     "coordinate ascent": coordinate_ascent,
     "TPE": tpe,
     "NSGA-II": nsga2,
-    "CMA-ES, scales": cmaes_scales,
-    "CMA-ES, order": cmaes_order,
+    "CMA-ES over scales": cmaes_scales,
+    "CMA-ES over orders": cmaes_order,
 }
 
 

@@ -1,4 +1,4 @@
-"""All rows of a result table but RMM's, in their order."""
+"""All rows of a result table but the search's own, in their order."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def rows(
 
 
 def compared(problem: Problem, compare: str) -> Iterator[Row]:
-    """The rows beside RMM's in the table of a search; ``compare`` as in ``RunArgs``."""
+    """The rows beside a search's own in its table; ``compare`` as in ``RunArgs``."""
     if compare == "paper":
         return uniform.rows(problem, PAPER)
     return rows(problem, gradients=compare == "all", rules=RULES[compare])

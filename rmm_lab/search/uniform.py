@@ -1,4 +1,4 @@
-"""What RMM is compared with: the base, the experts, multi-task training, rules that see weights alone.
+"""What a search is compared with: the base, the experts, multi-task training, rules that see weights alone.
 
 A *rule* makes one merge of whole models by formula. Its scales and densities are chosen on the reward split,
 from a grid of its own, since scales of different rules are not comparable; the test split is only reported.

@@ -289,7 +289,7 @@ def test_a_curve_has_settled_when_it_stays_within_a_point_of_its_end():
 def test_searches_show_the_mean_over_seeds():
     rows = [
         {"group": "g", "method": m, "seed": s, "evaluations": n, "reward_split": 10 * s + n + off}
-        for m, off in (("RMM", 0), ("random search", 50))
+        for m, off in (("agent + CMA-ES", 0), ("random search", 50))
         for s in (1, 2)
         for n in (20, 40)
     ]

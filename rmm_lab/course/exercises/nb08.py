@@ -18,13 +18,13 @@ def mean_and_spread(scores: np.ndarray) -> tuple[float, float]:
     return float(by_seed.mean()), float(by_seed.std(ddof=1))
 
 
-def paired_gain(rmm: np.ndarray, chosen_by: np.ndarray, reported: np.ndarray) -> np.ndarray:
-    """What RMM gains in each seed over the uniform merge that ``chosen_by`` likes best there.
+def paired_gain(search: np.ndarray, chosen_by: np.ndarray, reported: np.ndarray) -> np.ndarray:
+    """What a search gains in each seed over the uniform merge that ``chosen_by`` likes best there.
 
-    rmm: (S,); chosen_by, reported: (S, U), U uniform merges -> (S,), in the scores' unit.
+    search: (S,); chosen_by, reported: (S, U), U uniform merges -> (S,), in the scores' unit.
     """
     best = np.asarray(chosen_by).argmax(axis=1)  # (S, U) -> (S,)
-    return np.asarray(rmm) - np.asarray(reported)[np.arange(len(best)), best]
+    return np.asarray(search) - np.asarray(reported)[np.arange(len(best)), best]
 
 
 def _spread_cases() -> list[tuple[Any, ...]]:
@@ -98,37 +98,37 @@ EXERCISES: dict[str, Exercise | Quiz] = {
         cases=_gain_cases,
         mistakes=(
             Mistake(
-                "The sign is reversed: a gain is positive where RMM is better.",
-                lambda rmm, by, out: -(rmm - _rows(out, by.argmax(1))),
+                "The sign is reversed: a gain is positive where the search is better.",
+                lambda search, by, out: -(search - _rows(out, by.argmax(1))),
             ),
             Mistake(
                 "The merge is chosen by the very scores that are reported. Choose it by chosen_by, and "
                 "look at reported only afterwards.",
-                lambda rmm, by, out: rmm - out.max(1),
+                lambda search, by, out: search - out.max(1),
             ),
             Mistake(
-                "You compare RMM's reported score with one of chosen_by. chosen_by only says which merge to "
-                "take; its score comes from reported.",
-                lambda rmm, by, out: rmm - by.max(1),
+                "You compare the search's reported score with one of chosen_by. chosen_by only says which "
+                "merge to take; its score comes from reported.",
+                lambda search, by, out: search - by.max(1),
             ),
             Mistake(
                 "This subtracts the mean over all uniform merges. Nobody would use an average of methods: "
                 "take the best one by chosen_by.",
-                lambda rmm, by, out: rmm - out.mean(1),
+                lambda search, by, out: search - out.mean(1),
             ),
             Mistake(
                 "This takes the worst uniform merge, by chosen_by, as the opponent. Higher is better.",
-                lambda rmm, by, out: rmm - _rows(out, by.argmin(1)),
+                lambda search, by, out: search - _rows(out, by.argmin(1)),
             ),
             Mistake(
                 "The seeds are not paired: one average opponent is subtracted from all. Subtract within "
                 "each seed, so that what seed j shares cancels.",
-                lambda rmm, by, out: rmm - _rows(out, by.argmax(1)).mean(),
+                lambda search, by, out: search - _rows(out, by.argmax(1)).mean(),
             ),
             Mistake(
                 "You choose one merge for all seeds together. In practice there is one seed: let each row of "
                 "chosen_by choose for itself.",
-                lambda rmm, by, out: rmm - out[:, by.mean(0).argmax()],
+                lambda search, by, out: search - out[:, by.mean(0).argmax()],
             ),
         ),
         right="Chosen by one split, reported on the other, subtracted seed by seed.",
@@ -146,8 +146,8 @@ EXERCISES: dict[str, Exercise | Quiz] = {
                 "seconds."
             ),
             "c": (
-                "Compare the rows RMM and multi-task: training on all tasks is ahead in every pair. "
-                "It needs the data and the gradients that merging does without."
+                "Compare the rows agent + CMA-ES and multi-task: training on all tasks is ahead in every "
+                "pair. It needs the data and the gradients that merging does without."
             ),
             "d": (
                 "Compare task arithmetic with its tuned row: on digits+textures its scale alone moves the "
