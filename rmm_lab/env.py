@@ -14,6 +14,8 @@ import numpy as np
 from rmm_lab.errors import InputError
 from rmm_lab.reward import Path, PathScorer, Step, path_text, reward
 
+OBSERVATIONS = ("map", "map+cursor", "map+cursor+drift")
+
 
 class MergingEnv(gym.Env[np.ndarray, np.int64]):
     """Walk through the layers of N models and compose a merged model, layer by layer.
@@ -40,6 +42,9 @@ class MergingEnv(gym.Env[np.ndarray, np.int64]):
     ``observation="map+cursor"``: one more row, a one-hot of the current layer (all zero at the end),
     ``Box(0, max_steps, (N+M+1, L), float32)``. The map alone does not show where the agent is
     after a skip or a back.
+    ``observation="map+cursor+drift"``: N more rows, 0 but at the current layer, where they hold d / (1 + d)
+    for the drift d of what is merged so far from each expert on calibration inputs. What least squares
+    makes of a layer depends on the layers before; this tells how well they did.
 
     ## Reward
     0 for every step but the last, which gives the mean over tasks of the merged model's metric on one
@@ -87,9 +92,9 @@ class MergingEnv(gym.Env[np.ndarray, np.int64]):
     ) -> None:
         self.scorer = scorer
         self.n_sources, self.n_layers = len(scorer.sources), scorer.n_layers
-        if observation not in ("map", "map+cursor"):
+        if observation not in OBSERVATIONS:
             raise InputError(
-                f"observation: expected map or map+cursor, found {observation!r}; correct it"
+                f"observation: expected {' or '.join(OBSERVATIONS)}, found {observation!r}; correct it"
             )
         if render_mode is not None and render_mode not in self.metadata["render_modes"]:
             raise InputError(
@@ -114,7 +119,15 @@ class MergingEnv(gym.Env[np.ndarray, np.int64]):
         self.n_places = self.n_layers - self.first
         self.skip, self.back = self.n_sources, self.n_sources + 1
         self.action_names = (*scorer.sources, "skip", "back")
-        rows = self.n_sources + (observation == "map+cursor")
+        rows = self.n_sources + (observation != "map")
+        if observation == "map+cursor+drift":
+            self._drift: Any = getattr(scorer, "drift", None)
+            if self._drift is None:
+                raise InputError(
+                    "observation map+cursor+drift: expected a scorer with drift(path), found none; "
+                    "see engine.scorer.Scorer.drift"
+                )
+            rows += len(self._drift(()))  # InputError where there are no inputs to look at
         self.action_space = gym.spaces.Discrete(self.n_sources + 2)
         self.observation_space = gym.spaces.Box(
             0, self.max_steps, (rows, self.n_places), np.float32
@@ -212,7 +225,11 @@ class MergingEnv(gym.Env[np.ndarray, np.int64]):
         cursor = np.zeros((1, self.n_places), np.float32)
         if self.layer < self.n_layers:
             cursor[0, self.layer - self.first] = 1
-        return np.concatenate([self.merging_map, cursor])  # (N+M+1, L)
+        seen = [self.merging_map, cursor]
+        if self.observation == "map+cursor+drift":
+            drift = self._drift(self.path if cursor.any() else ())  # (N,)
+            seen.append((cursor * (1 - 1 / (1 + drift[:, None]))).astype(np.float32))
+        return np.concatenate(seen)  # (N+M+1, L) or (2N+M+1, L)
 
     def _info(self) -> dict[str, Any]:
         return {

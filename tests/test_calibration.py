@@ -13,7 +13,7 @@ import pytest
 import torch
 from conftest import TINY, TensorTask, quadrant, random_weights, stripes, write_images, write_model
 from safetensors.torch import load_file
-from t5_models import BIAS, pool_of, rows_of
+from t5_models import BIAS, by_hand, pool_of, rows_of
 from torch import nn
 
 from rmm_lab import matching
@@ -944,6 +944,77 @@ def test_paths_that_begin_alike_share_fitted_layers_while_there_is_room(
         np.testing.assert_array_equal(scorer.score(path), scores)
         problem.pool.forget([FIRM, OTHER])
     assert len(fitted) == 4 * fits  # four maps in each layer
+
+
+# ------------------------------------------------------------------------------------------- drift
+
+
+def share(ours, theirs):
+    return ((ours - theirs) ** 2).sum() / (theirs**2).sum()
+
+
+def test_a_vits_drift_is_that_of_whole_models(tmp_path):
+    pool, tasks = vits(tmp_path)
+    pool.calibration = cal = Calibration(tasks, 40)
+    base, *experts = timm_models(pool)
+    merged = copy.deepcopy(base)
+    merged.blocks[0] = experts[0].blocks[0]
+    merged.blocks[1].load_state_dict(pool.weights("ties", 1))
+    path = (STEM, Step("e1", 0), Step("ties", 1))
+    for end in (2, 3):
+        expected = []
+        for expert, batch in zip(experts, images_of(cal), strict=True):
+            ours, theirs = (
+                numbers(
+                    grab(lambda m=m, b=batch: m.forward_features(b), m.blocks[end - 2], "out")[0]
+                )
+                for m in (merged, expert)
+            )
+            expected.append(share(ours, theirs))
+        np.testing.assert_allclose(cal.drift(pool, path[:end]), expected, rtol=1e-4)
+
+
+def test_a_t5s_drift_leaves_padding_out(t5s):
+    """Inputs and choices one by one; behind the encoder's first block, its end, the decoder's first block."""
+    pool = t5_problem(t5s)
+    models = t5s["t5"][0]
+    merged = by_hand(models, [(1, 0), (2, 1)], [(2, 0), (2, 1)])
+    path = (STEM, *(Step(name, k) for k, name in enumerate(("one", "two", "two"))))
+    ends = {
+        2: ("encoder", lambda m: m.encoder.block[1].layer[0].layer_norm),
+        3: ("encoder", lambda m: m.encoder.final_layer_norm),
+        4: ("decoder", lambda m: m.decoder.block[1].layer[0].layer_norm),
+    }
+    for end, (stack, next_norm) in ends.items():
+        expected = [
+            share(*(t5_rows(m, batch, stack, next_norm(m), "in") for m in (merged, expert)))
+            for expert, batch in zip(models[1:], images_of(pool.calibration), strict=True)
+        ]
+        np.testing.assert_allclose(pool.calibration.drift(pool, path[:end]), expected, rtol=1e-4)
+
+
+def test_an_expert_alone_does_not_drift_from_itself(pool):
+    name = pool.names[1]
+    path = (Step(name, -1), *(Step(name, k) for k in range(pool.n_layers)))
+    for end in range(1, len(path) + 1):
+        drift = pool.calibration.drift(pool, path[:end])
+        assert drift[1] == 0
+        assert drift[0] > 0
+
+
+def test_least_squares_drifts_less_than_the_average(pool):
+    ends = [
+        pool.calibration.drift(pool, uniform(source, pool.n_layers))
+        for source in (FIRM, "weight_average")
+    ]
+    assert ends[0].mean() < ends[1].mean()
+
+
+def test_states_that_are_no_numbers_are_infinitely_far(tmp_path):
+    pool, tasks = vits(tmp_path)
+    pool.calibration = Calibration(tasks, 4)
+    path = (STEM, Step("task_arithmetic", 0, (1e30, 1e30)))
+    assert np.isinf(pool.calibration.drift(pool, path)).all()
 
 
 def test_experts_run_as_ever_while_a_layer_is_fitted(tmp_path, monkeypatch):

@@ -345,6 +345,46 @@ def test_an_episode_out_of_turn_is_neither_blended_nor_counted(subset):
     assert episode(env)[0] == pytest.approx(0.2 * 0.8 + 0.8 * 0.4)  # t = 1 of 4
 
 
+class Drifting(Scores):
+    """A scorer whose drift from two models is given by the last source, and 0 at the start."""
+
+    def drift(self, path):
+        at = self.sources.index(path[-1].source) if path else 0
+        return np.array([at, 3.0 * at])
+
+
+def test_the_drift_stands_at_the_cursor():
+    """Behind op0, number 2: drifts 2 and 6, so 2/3 and 6/7; after that op1: 3 and 9."""
+    env = MergingEnv(Drifting(), observation="map+cursor+drift")
+    obs, _ = env.reset()
+    assert obs.shape == env.observation_space.shape == (4 + 1 + 2, 3)
+    assert not obs[5:].any()
+    expected = {2: [[0, 2 / 3, 0], [0, 6 / 7, 0]], 3: [[0, 0, 3 / 4], [0, 0, 9 / 10]]}
+    for action, rows in expected.items():
+        obs, *_ = env.step(action)
+        np.testing.assert_allclose(obs[5:], rows, rtol=1e-6)
+        plain = MergingEnv(Scores())
+        plain.reset()
+        for a in range(2, action + 1):
+            seen, *_ = plain.step(a)
+        np.testing.assert_array_equal(obs[:5], seen)
+    obs, *_ = env.step(0)
+    assert not obs[4:].any()  # the end has no cursor
+    assert env.observation_space.contains(obs)
+
+
+def test_infinite_drift_is_a_number_to_the_agent():
+    scorer = Drifting()
+    scorer.drift = lambda path: np.array([np.inf, 0.0])
+    obs, _ = MergingEnv(scorer, observation="map+cursor+drift").reset()
+    assert obs[5:, 0].tolist() == [1, 0]
+
+
+def test_a_scorer_without_drift_is_told():
+    with pytest.raises(InputError, match=r"drift\(path\), found none"):
+        MergingEnv(Scores(), observation="map+cursor+drift")
+
+
 def test_a_seed_forgets_the_previous_reward_and_t():
     env = paid([0.8, 0.3, 0.6, 0.4], dar_lambda=0.8, max_episodes=4)
     for _ in range(2):

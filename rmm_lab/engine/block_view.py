@@ -46,6 +46,10 @@ class BlockView:
         """Each task's score of a path of blocks: (N,) in [0, 1]."""
         return self._scorer.score(self.expand(path), subset)
 
+    def drift(self, path: Path) -> np.ndarray:
+        """How far a path of blocks is from each expert: (N,), see ``Scorer.drift``."""
+        return self._scorer.drift(self.expand(path))
+
     def prefetch(self, wanted: Iterable[tuple[Path, int | None]]) -> None:
         """Score (path of blocks, subset) pairs together, see ``Scorer.prefetch``."""
         self._scorer.prefetch([(self.expand(path), subset) for path, subset in wanted])

@@ -116,6 +116,25 @@ class Calibration(Inputs):
         """Each expert's layer k in a module of its own, since other threads may be running the pool's."""
         return [pool.architecture.layer(k, pool.weights(e, k)) for e in pool.names]
 
+    @torch.no_grad()
+    def drift(self, pool: Any, path: Path) -> np.ndarray:
+        """How far a path, its stem's step first, has led each task's inputs from where its expert has them:
+        ``|h - h_i|^2 / |h_i|^2`` over all tokens, behind the place of the last step; (N,), 0 for the expert,
+        infinity where the states are no numbers.
+        """
+        (first, *steps), arch = path, pool.architecture
+        layers = [pool.layer(*s, prefix=path[: m + 1]) for m, s in enumerate(steps)]
+        stem, out = pool.stem(first.source, first.scales), []
+        for i in range(pool.n_models):
+            far, size = 0.0, 0.0
+            for j in self._parts(i):
+                ours = arch.stream(self._state(path, stem, layers, arch, i, j))
+                theirs = arch.stream(self._expert_state(pool, i, j, path[-1].layer + 1))
+                far += float((ours - theirs).square().sum())
+                size += float(theirs.square().sum())
+            out.append(0.0 if far == 0 else far / size if size and np.isfinite(far) else np.inf)
+        return np.array(out)
+
     # --------------------------------------------------------------------------- the merges
 
     @torch.no_grad()

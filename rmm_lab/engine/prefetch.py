@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
 from rmm_lab.reward import Path, PathScorer
@@ -25,12 +27,17 @@ class RecordingScorer:
         )
         self.stacks, self.n_subsets = scorer.stacks, scorer.n_subsets
         self.task_names, self.chooses_stem = scorer.task_names, scorer.chooses_stem
+        self._scorer: Any = scorer
         self._asked: list[tuple[Path, int | None]] = []
 
     def score(self, path: Path, subset: int | None = None) -> np.ndarray:
         """Zeros (N,)."""
         self._asked.append((path, subset))
         return np.zeros(self.n_models)
+
+    def drift(self, path: Path) -> np.ndarray:
+        """What the real one says, since the agent sees it: (N,)."""
+        return self._scorer.drift(path)
 
     def take(self) -> list[tuple[Path, int | None]]:
         """All (path, subset) that were asked for since the last call."""

@@ -196,6 +196,20 @@ class Scorer:
         self.prefetch([(path, subset)])
         return self._seen[path, subset].copy()
 
+    def drift(self, path: Path) -> np.ndarray:
+        """How far a beginning of a path is from each expert on its calibration inputs, (N,); none: 0.
+
+        See ``Calibration.drift``. InputError where the pool has no such inputs.
+        """
+        if self.pool.calibration is None:
+            raise InputError(
+                "drift: expected calibration inputs to look at, found none; give --calibration N"
+            )
+        if not path:
+            return np.zeros(self.n_models)
+        first, steps = split_stem(path, self.stem)
+        return self.pool.calibration.drift(self.pool, (first, *steps))
+
     def prefetch(self, wanted: Iterable[tuple[Path, int | None]]) -> None:
         """Score (path, subset) pairs together, so that all workers have work; ``score`` then finds them.
 

@@ -78,6 +78,9 @@ class Architecture(Protocol):
     def tensors(self, state: Any) -> list[Tensor]:
         """All memory that a state holds."""
 
+    def stream(self, state: Any) -> Tensor:
+        """The tokens of a state that count, without padding, of the stack that runs: (rows, width)."""
+
     def writes(self, layer: Any) -> dict[str, tuple[str, str]]:
         """The linear maps of a layer whose outputs are added to its residual stream: name -> the norm that
         takes this stream in before, and a layer scale behind the map, or ``""``. Unknown: none."""

@@ -224,6 +224,12 @@ class T5:
         names = (name for name, _ in layer.named_modules() if name.endswith(ends))
         return {name: (f"{name.rsplit('.', 2)[0]}.layer_norm", "") for name in names}
 
+    @staticmethod
+    def stream(state: State) -> Tensor:
+        if state.decoded is None:
+            return state.encoded[state.batch.mask]
+        return state.decoded[state.batch.shares > 0]
+
     def row_weights(self, layer: Any, name: str, state: State, readout: float) -> Tensor:
         """Padding counts 0, all other tokens alike."""
         from_encoder = name.endswith(("EncDecAttention.k", "EncDecAttention.v"))

@@ -59,6 +59,10 @@ class ViT:
     def tensors(state: Tensor) -> list[Tensor]:
         return [state]
 
+    @staticmethod
+    def stream(state: Tensor) -> Tensor:
+        return state.flatten(0, -2)
+
     def widest(self, state: Tensor) -> int:
         """Usually the hidden tensor of the MLP."""
         block = self._places[0][1]

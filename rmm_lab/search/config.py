@@ -29,8 +29,10 @@ class RunArgs:
     """What scores an episode: each task's metric (Eq. 7), or how likely its right answers are."""
     dar_lambda: float = 0.0
     """Lambda of the Dynamic Average Reward, Eq. 10, in [0, 1]; 0 switches it off."""
-    observation: Literal["map", "map+cursor"] = "map+cursor"
-    """What the agent sees: the merging map of Eq. 5, or the map and its own position."""
+    observation: Literal["map", "map+cursor", "map+cursor+drift"] = "map+cursor"
+    """What the agent sees: the merging map of Eq. 5, its position, how far from each expert it has got."""
+    shaping: float = 0.0
+    """Weight of a reward for each step by how much nearer to the experts it leads; 0 switches it off."""
     penalty: float = -0.1
     """Reward of an illegal move, at most 0; rewards are in [0, 1]."""
     max_steps: int | None = None
@@ -75,7 +77,7 @@ class RunArgs:
                 "threads": ("0 to 1024", lambda v: 0 <= v <= 1024),
                 "data_fraction": ("at least 1e-6 and at most 1", lambda v: 1e-6 <= v <= 1),
                 "dar_lambda cma_share": ("0 to 1", lambda v: 0 <= v <= 1),
-                "finalists cache_mb": ("0 or more", lambda v: v >= 0),
+                "finalists cache_mb shaping": ("0 or more", lambda v: v >= 0),
                 "penalty": ("0 or less", lambda v: v <= 0),
                 "device": ("a device of torch's, such as cpu or cuda", _is_device),
             },
@@ -227,3 +229,16 @@ def read_config(stored: Mapping[str, Any], where: str | Path) -> Config:
             "the search again in another folder"
         ) from error
     return Config(**parts)
+
+
+def check_depth(scorer: Any, config: Config) -> None:
+    """InputError where the phases around the agent's need more layers than a path may have."""
+    run = config.run
+    needed, most = scorer.n_layers, run.max_depth
+    if config.problem.unit == "both":
+        needed = len(scorer.blocks)
+    if (run.score_uniform_first or run.cma_share) and most is not None and most < needed:
+        raise InputError(
+            f"--max-depth: expected at least {needed} layers, found {most}; the uniform paths and CMA-ES "
+            "skip none: use --no-score-uniform-first --cma-share 0"
+        )

@@ -31,7 +31,7 @@ from rmm_lab.path import LayerPath
 from rmm_lab.reward import Path as Steps
 from rmm_lab.reward import Step, path_text, places_of, reward
 from rmm_lab.search import report
-from rmm_lab.search.config import Config, read_config
+from rmm_lab.search.config import Config, check_depth, read_config
 from rmm_lab.search.finalists import candidates, legal, rank
 from rmm_lab.search.layer_scales import evolution_of, path_of_scales
 from rmm_lab.search.problem import Problem, problem_of
@@ -42,6 +42,7 @@ from rmm_lab.search.run_folder import (
     optimiser_tensors,
     restore_optimiser,
 )
+from rmm_lab.search.shaping import DriftShaping
 
 
 @dataclass
@@ -90,7 +91,8 @@ def view_of(scorer: Any, config: Config) -> Any:
 
 
 def make_env(view: Any, config: Config) -> Any:
-    """The environment that scores paths by ``view``, under DAR, whose T_max counts the agent's episodes."""
+    """The environment that scores paths by ``view``, under DAR, whose T_max counts the agent's episodes, and
+    with the shaping that was asked for."""
     run = config.run
     env = gym.make(
         "rmm_lab/Merging-v0",
@@ -102,7 +104,10 @@ def make_env(view: Any, config: Config) -> Any:
         episodes_per_subset=run.episodes_per_subset,
     )
     n_agent = shares(config, len(view.sources)).agent
-    return DynamicAverageReward(env, dar_lambda=run.dar_lambda, max_episodes=max(1, n_agent))
+    env = DynamicAverageReward(env, dar_lambda=run.dar_lambda, max_episodes=max(1, n_agent))
+    if run.shaping:
+        env = DriftShaping(env, weight=run.shaping, gamma=config.agent.gamma)
+    return env
 
 
 class Shares(NamedTuple):
@@ -166,7 +171,7 @@ class Search:
             restore_optimiser(self.optimiser, tensors, "adam")
             self.generator.set_state(tensors["generator"])
             self.policies = list(tensors.get("policies", ()))
-            self.env.previous = counters["dar_previous"]
+            self.env.set_wrapper_attr("previous", counters["dar_previous"])
         except (KeyError, RuntimeError, ValueError, TypeError) as error:
             raise InputError(
                 f"--resume: expected this search's checkpoint in {self.folder.path}, found another "
@@ -181,7 +186,7 @@ class Search:
         tensors["generator"] = self.generator.get_state()
         if self.policies:
             tensors["policies"] = torch.stack(self.policies)  # (U, P, A)
-        counters = {"dar_previous": self.env.previous}
+        counters = {"dar_previous": self.env.get_wrapper_attr("previous")}
         self.folder.save_checkpoint(tensors, counters, self.episodes, self.updates)
 
     def log(self, phase: str, subset: int, path: Steps, info: dict[str, Any]) -> None:
@@ -424,19 +429,6 @@ def check_same_config(config: Config, stored: dict[str, Any]) -> None:
                     f"--resume: expected --{name.replace('_', '-')} {old} as in {folder}, found {value}; "
                     "leave the option out, or start a new run"
                 )
-
-
-def check_depth(scorer: Any, config: Config) -> None:
-    """InputError where the phases around the agent's need more layers than a path may have."""
-    run = config.run
-    needed, most = scorer.n_layers, run.max_depth
-    if config.problem.unit == "both":
-        needed = len(scorer.blocks)
-    if (run.score_uniform_first or run.cma_share) and most is not None and most < needed:
-        raise InputError(
-            f"--max-depth: expected at least {needed} layers, found {most}; the uniform paths and CMA-ES "
-            "skip none: use --no-score-uniform-first --cma-share 0"
-        )
 
 
 @contextlib.contextmanager
