@@ -663,6 +663,13 @@ def test_a_pickled_pool_has_its_inputs(tiny, pool):
     assert len(pickle.dumps(pool)) < len(pickle.dumps(ours))
 
 
+def test_the_same_inputs_anew_are_of_the_same_tasks(pool):
+    cal = pool.calibration
+    new = cal.anew()
+    assert new.tasks == cal.tasks
+    assert new.record() == cal.record()
+
+
 def test_one_input_of_each_task_is_enough(pool):
     one = renewed(pool, n=1)
     for source in (FIRM, "regmean", "least_squares:ridge=0", "regmean:alpha=1"):

@@ -65,7 +65,8 @@ class Calibration(Inputs):
 
     def anew(self) -> Calibration:
         """The same inputs, with nothing computed yet."""
-        new = copy.copy(self)
+        new = type(self).__new__(type(self))  # copy.copy would take the tasks away, as pickle does
+        vars(new).update(vars(self))
         new._forget()
         return new
 
