@@ -1,12 +1,27 @@
 """What nbmake does not see: an error inside a widget, and a notebook slower than its header says."""
 
+import tempfile
 import time
+from typing import Any
 
+import nbmake.nb_run
 import nbmake.pytest_items
+from nbclient import NotebookClient
 from nbmake.nb_result import NotebookError, NotebookResult
 from nbmake.nb_run import NotebookRun
+from traitlets.config import Config
 
 from rmm_lab.course import notebooks as course
+
+
+class Client(NotebookClient):
+    """Its kernel talks through files, not ports: those are chosen long before the kernel takes them, and of
+    two workers that start kernels at the same time one may find its own taken, and wait for ever."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        self.folder = tempfile.TemporaryDirectory(prefix="kernel")  # until nobody needs it
+        files = Config(KernelManager={"transport": "ipc", "ip": f"{self.folder.name}/socket"})
+        super().__init__(*args, config=files, **options)
 
 
 class CheckedRun(NotebookRun):
@@ -23,3 +38,4 @@ class CheckedRun(NotebookRun):
 
 
 nbmake.pytest_items.NotebookRun = CheckedRun
+nbmake.nb_run.NotebookClient = Client

@@ -88,7 +88,10 @@ def lab(tmp_path_factory) -> Iterator[tuple[str, Path]]:
     )
     app = {"expose_app_in_browser": True, "news_url": None}
     app["check_for_updates_class"] = "jupyterlab.NeverCheckForUpdate"
-    (config / "jupyter_lab_config.json").write_text(json.dumps({"LabApp": app}))
+    # Of a port a kernel may find that another process has taken it.
+    files = {"transport": "ipc", "ip": str(home / "kernel")}
+    settings = {"LabApp": app, "KernelManager": files}
+    (config / "jupyter_lab_config.json").write_text(json.dumps(settings))
     token = secrets.token_hex(16)
     command = [sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root"]
     command += ["--ServerApp.ip=127.0.0.1", "--ServerApp.port=0"]  # any free port

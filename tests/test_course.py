@@ -145,9 +145,17 @@ def test_an_error_in_an_output_widget_is_seen():
 
 @pytest.mark.slow
 def test_nbmake_fails_where_a_widget_holds_an_error(tmp_path):
-    """A run with the notebooks' own conftest.py. The widget is made with its error: no cell enters it."""
+    """A run with the notebooks' own conftest.py, which gives the kernel no ports that another may take.
+
+    The widget is made with its error: no cell enters it.
+    """
     shutil.copy(Path(__file__).parent.parent / "notebooks" / "conftest.py", tmp_path)
-    nb = notebook(f"import ipywidgets\nout = ipywidgets.Output(outputs=[{HIDDEN}])")
+    ports = """
+import json
+from ipykernel.connect import get_connection_info
+assert json.loads(get_connection_info())["transport"] == "ipc"
+"""
+    nb = notebook(f"import ipywidgets\nout = ipywidgets.Output(outputs=[{HIDDEN}]){ports}")
     nb.metadata["kernelspec"] = {"name": "python3", "display_name": "p", "language": "python"}
     nbformat.write(nb, tmp_path / "bad.ipynb")
     command = [sys.executable, "-m", "pytest", "-q", "-n", "0", "--nbmake", str(tmp_path)]
