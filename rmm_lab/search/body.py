@@ -18,7 +18,7 @@ from rmm_lab.families.parts import Weights
 from rmm_lab.search.problem import Problem
 
 Model = list[Weights]  # all that is merged: the stem, then each layer, by name
-SPLIT = "train"  # the only one that a merge may look at
+SPLIT = "train"  # the only one that these merges look at
 ANSWERS = 64  # inputs that an expert answers at a time
 
 

@@ -8,8 +8,8 @@ The rows here see more, and every table says so:
     AdaMerging                  the same, but for sure answers            Yang et al. 2024
     Frank-Wolfe                 steps towards one expert, by labels       Chen et al. 2025
 
-Inputs and labels are those of the train splits. Nothing is
-tuned, and the test split is only read for a row's scores.
+Inputs and labels are those of the train splits. Nothing is tuned, and the test split is only read for a row's
+scores.
 """
 
 from __future__ import annotations
