@@ -203,6 +203,45 @@ def test_a_connection_that_is_not_ours_stays_open():
     assert ray.ended == ["worker"]
 
 
+class Slow:
+    """Ray on a machine so busy that its first starts take longer than it waits."""
+
+    def __init__(self, failures, error) -> None:
+        self.failures, self.error, self.calls = failures, error, []
+
+    def is_initialized(self) -> bool:
+        return False
+
+    def shutdown(self) -> None:
+        self.calls.append("shutdown")
+
+    def init(self, address, **_) -> None:
+        self.calls.append(address)
+        if self.calls.count(address) <= self.failures:
+            raise Exception(self.error)
+
+
+BUSY = "The current node timed out during startup. The GCS has become overloaded."
+
+
+def test_ray_is_started_again_where_it_was_too_slow(monkeypatch):
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    ray = Slow(2, BUSY)
+    ray_connection.connect(ray, "ray", self := object(), 0, 1)
+    assert ray.calls == ["local", "shutdown", "local", "shutdown", "local"]
+    ray_connection.leave(ray, self, [])
+    for other in (Slow(99, BUSY), Slow(1, "no such option")):
+        with pytest.raises(InputError, match="expected to start Ray, but that fails"):
+            ray_connection.connect(other, "ray", object(), 0, 1)
+        most = ray_connection.STARTS if other.error == BUSY else 1
+        assert other.calls.count("local") == most
+    monkeypatch.setenv("RAY_ADDRESS", "auto")  # a cluster of somebody else's
+    joined = Slow(1, BUSY)
+    with pytest.raises(InputError, match="a Ray cluster at auto"):
+        ray_connection.connect(joined, "ray", object(), 0, 1)
+    assert joined.calls == ["auto"]
+
+
 # ------------------------------------------------------------------- a command of its own
 
 
@@ -324,7 +363,9 @@ def test_a_search_on_ray_is_the_search_without(shared, tiny):
     found = {}
     for workers in ("1", "2", "ray"):
         problem = load_problem(**tiny, operators=("task_arithmetic:scale=0.5", "ties"))
-        config = configure(episodes=40, data_fraction=0.25, seed=3, workers=workers, quiet=True)
+        config = configure(
+            "weights", episodes=40, data_fraction=0.25, seed=3, workers=workers, quiet=True
+        )
         result = train(config, problem, table=False)
         found[workers] = result.episodes, result.path.to_json(), result.reward
     assert len(found["1"][0]) == 40

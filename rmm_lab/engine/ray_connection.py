@@ -10,6 +10,7 @@ from typing import Any
 
 from rmm_lab.errors import InputError
 
+STARTS = 5  # times to start Ray, which gives up on itself after 30 s: a busy machine may need more
 CONNECT_S = 5.0  # until a server must have answered
 _SMALLEST_STORE = 80 * 2**20  # bytes; Ray takes no less than 75 MiB
 
@@ -59,7 +60,7 @@ def connect(ray: Any, address: str, user: object, n_bytes: int, limit: int | Non
     try:
         with warnings.catch_warnings():  # the error below says the same
             warnings.filterwarnings("ignore", "Ray Client connection timed out")
-            ray.init(log_to_driver=False, logging_level=logging.ERROR, **options)
+            _init(ray, options)
     except Exception as error:  # Ray raises a bare one where a machine is too busy to start it
         raise InputError(
             f"--workers {address}: expected {f'a Ray cluster at {place}' if place else 'to start Ray'}, "
@@ -67,6 +68,17 @@ def connect(ray: Any, address: str, user: object, n_bytes: int, limit: int | Non
             "RAY_AUTH_MODE=token where it asks for a token"
         ) from error
     _users.add(user)
+
+
+def _init(ray: Any, options: dict[str, Any]) -> None:
+    for left in reversed(range(STARTS if options["address"] == "local" else 1)):
+        try:
+            ray.init(log_to_driver=False, logging_level=logging.ERROR, **options)
+            return
+        except Exception as error:  # a bare one, too
+            if not left or "timed out during startup" not in str(error):
+                raise
+            ray.shutdown()
 
 
 def _check_answers(address: str, place: str) -> None:
