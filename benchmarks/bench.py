@@ -43,7 +43,8 @@ from rmm_lab.families.vit_run import head_slices
 from rmm_lab.layers import LayerPool
 from rmm_lab.reward import Step
 from rmm_lab.search.config import Config, configure
-from rmm_lab.search.pipeline import make_scorer, train
+from rmm_lab.search.phases import make_scorer
+from rmm_lab.search.pipeline import train
 from rmm_lab.search.problem import Problem, problem_of
 from rmm_lab.tasks.image_task import Split
 from rmm_lab.tasks.text_task import TextBatch

@@ -39,7 +39,7 @@ class Merge:
     problem: ProblemSpec
     agent: ppo.Args
     search: RunArgs
-    preset: Literal["default", "agent", "paper"] = "default"
+    preset: Literal["default", "weights", "agent", "paper"] = "default"
     """default: what measures best here; agent: its agent alone; paper: as published."""
 
     def run(self) -> None:

@@ -103,20 +103,14 @@ class MergingEnv(gym.Env[np.ndarray, np.int64]):
         self.observation, self.penalty, self.render_mode = observation, penalty, render_mode
         self.max_steps = 4 * self.n_layers + 1 if max_steps is None else max_steps
         self.max_depth = 2 * self.n_layers if max_depth is None else max_depth
-        if (
-            self.max_steps < self.n_layers + scorer.chooses_stem
-            or self.max_depth < 1
-            or episodes_per_subset < 1
-        ):
-            raise InputError(
-                f"bounds: expected max_steps >= {self.n_layers + scorer.chooses_stem} (the "
-                f"places to decide on), max_depth >= 1 and "
-                f"episodes_per_subset >= 1, found {self.max_steps}, {self.max_depth} and "
-                f"{episodes_per_subset}"
-            )
         self.episodes_per_subset = episodes_per_subset
         self.first = -1 if scorer.chooses_stem else 0
         self.n_places = self.n_layers - self.first
+        if self.max_steps < self.n_places or min(self.max_depth, episodes_per_subset) < 1:
+            raise InputError(
+                f"bounds: expected max_steps >= {self.n_places}, the places, max_depth and "
+                f"episodes_per_subset >= 1, found {self.max_steps}, {self.max_depth}, {episodes_per_subset}"
+            )
         self.skip, self.back = self.n_sources, self.n_sources + 1
         self.action_names = (*scorer.sources, "skip", "back")
         rows = self.n_sources + (observation != "map")
@@ -179,8 +173,7 @@ class MergingEnv(gym.Env[np.ndarray, np.int64]):
         self.steps += 1
         illegal = False
         if action < self.n_sources:  # model and merging actions
-            self.merging_map[action, self.layer - self.first] += 1  # Eq. 5
-            self.path += (Step(self.scorer.sources[action], self.layer),)
+            self._append(action)
             self.depth += self.layer >= 0
             self.layer += 1
         elif action == self.skip:
@@ -206,6 +199,10 @@ class MergingEnv(gym.Env[np.ndarray, np.int64]):
             info |= {"raw_reward": value, "penalised": penalised}
             self.layer = self.n_layers
         return self._observe(), value, terminated, truncated, self._info() | info
+
+    def _append(self, action: int) -> None:
+        self.merging_map[action, self.layer - self.first] += 1  # Eq. 5
+        self.path += (Step(self.scorer.sources[action], self.layer),)
 
     def action_mask(self) -> np.ndarray:
         """(N+M+2,) int8: 1 for actions that are legal and after which the end can be reached."""

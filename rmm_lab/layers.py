@@ -87,6 +87,9 @@ class LayerPool:
         self.scope, self.seed, self.unit = scope, seed, unit
         self.sources = self.names + tuple(self.operators)  # actions in the order models, operators
         self.n_models, self.n_operators = len(experts), len(self.operators)
+        # What a step's scales are of: the experts, then what no combination of these is.
+        looking = (name for name, spec in self.operators.items() if spec.function in MATCHED)
+        self.members = self.names + tuple(n for n in looking if not self.depends_on_path(n))
         base_parts = self.split(base.weights)
         self._parts = {"base": base_parts}  # of each model, by its name
         for name, expert in zip(self.names, self.experts, strict=True):
@@ -107,9 +110,8 @@ class LayerPool:
         self._architecture: Any = None
         self._weights: dict[tuple[Step, Path], Weights] = {}
         self._modules: dict[tuple[Step, Path], nn.Module] = {}  # layers, and stems at place -1
-        # Modules to refill, by layer: faster than building new ones.
-        self._spare: dict[int, list[nn.Module]] = {}
-        self._global: dict[tuple[str, Scales], tuple[Tensor, ...]] = {}
+        self._spare: dict[int, list[nn.Module]] = {}  # by layer, to refill: faster than new ones
+        self._global: dict[str, tuple[Tensor, ...]] = {}
 
     def __getstate__(self) -> dict[str, Any]:
         """The models and options, without what can be computed from them."""
@@ -148,8 +150,9 @@ class LayerPool:
     # ------------------------------------------------------------------------------------- layers
 
     def depends_on_path(self, source: str) -> bool:
-        """Whether a source's layer is another one after another path: least squares alone."""
-        return source.partition(":")[0] == "least_squares"
+        """Whether a source's layer is another one after another path: least squares without ``fit=whole``."""
+        function, _, options = source.partition(":")
+        return function == "least_squares" and "fit=whole" not in options.split(",")
 
     def _key(self, step: Step, prefix: Path) -> tuple[Step, Path]:
         """What a layer is kept under: what depends on no path is shared by all."""
@@ -167,7 +170,7 @@ class LayerPool:
         """A source's weights at place k, name -> tensor: F* of Eq. 3 (an expert's) or Eq. 4 (an operator's).
 
         source: ``base``, an expert's name, or any operator, whether an action of the pool or not.
-        scales: with ``task_arithmetic``, one for each expert.
+        scales: with ``task_arithmetic``, one for each expert, or for each of ``members``.
         prefix: the path before, its stem's step first; only least squares asks for it.
         keep: whether what is merged stays for the next call.
         """
@@ -216,8 +219,8 @@ class LayerPool:
                 self._spare.setdefault(place, []).append(module.to("meta"))  # shapes alone
         for key in [key for key in self._weights if key[0][::2] in pairs]:
             del self._weights[key]
-        for pair in pairs:
-            self._global.pop(pair, None)
+        for source in (s for s, scales in pairs if not scales):
+            self._global.pop(source, None)
 
     def assemble(self, path: Iterable[Step], stem: str = "base") -> nn.Module:
         """The real timm or transformers model of a path; a ViT's classifier holds all tasks' heads.
@@ -261,9 +264,14 @@ class LayerPool:
                     f"source {source!r}: expected calibration inputs, found none; give --calibration N, or "
                     "set the pool's calibration"
                 )
+            if not self.depends_on_path(source):  # its layers follow each other
+                prefix = tuple(Step(source, j) for j in range(-1, k))
             return self.calibration.merge(self, operator, step, prefix)
         base, *experts = (_group(parts, k) for parts in groups)
-        scope = SCOPE[operator.function]
+        if len(scales) > self.n_models:
+            more = (self.weights(m, k) for m in self.members[self.n_models :])
+            experts += [{name: own[name] for name in base} for own in more]
+        scope = "layer" if scales else SCOPE[operator.function]
         if scope == "matrix":
             return {
                 name: self._by_matrix(operator, name, [p[name] for p in (base, *experts)])
@@ -279,13 +287,13 @@ class LayerPool:
                 name: operator(tensor, torch.stack([e[name] for e in experts]), generator, depth)
                 for name, tensor in base.items()
             }
-        if (source, scales) not in self._global:  # the whole model once, cut into stem and layers
+        if source not in self._global:  # the whole model once, cut into stem and layers
             places = range(-1, self.n_layers)
             whole, *others = (torch.cat([_flat(_group(p, j)) for j in places]) for p in groups)
             merged = operator(whole, torch.stack(others), self._mask(source, -1))  # (N, D) -> (D,)
             sizes = [len(_flat(_group(groups[0], j))) for j in places]
-            self._global[source, scales] = merged.split(sizes)
-        return _unflat(self._global[source, scales][k + 1], base)
+            self._global[source] = merged.split(sizes)
+        return _unflat(self._global[source][k + 1], base)
 
     def _by_matrix(self, operator: OperatorSpec, name: str, tensors: Sequence[Tensor]) -> Tensor:
         """One tensor of the base and the experts merged as whole matrices; no matrix: averaged."""

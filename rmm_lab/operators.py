@@ -115,8 +115,8 @@ DEPTH = frozenset({"lines"})  # these need the layer's depth in [0, 1]
 MATCHED_OPTIONS: dict[str, dict[str, Option]] = {
     "regmean": {"alpha": 0.9},
     "least_squares": {
-        **{"ridge": "auto", "weights": (), "anchor": "average"},
-        **{"readout": 0.5, "residual": 1.0},
+        **{"ridge": "auto", "weights": (), "lean": 1.0, "anchor": "average"},
+        **{"readout": 0.5, "residual": 1.0, "fit": "path"},
     },
 }
 MATCHED = frozenset(MATCHED_OPTIONS)
@@ -202,13 +202,21 @@ def parse_operator(text: str, n: int | None = None) -> OperatorSpec:
 def expand_operators(specs: Sequence[str], n: int) -> list[str]:
     """Specifications as ``parse_operator`` names them, for n experts.
 
-    A ``weighted_average`` that names no expert stands for n operators, each with another one in the lead.
+    A ``weighted_average`` that names no expert stands for n operators, each with another one in the lead;
+    so does ``least_squares`` with ``lean``, the weight of that one beside 1 of the others.
     """
     names = []
     for spec in map(parse_operator, specs):
         options = dict(spec.options)
-        leads = spec.function == "weighted_average" and "expert" not in options
-        each = [options | {"expert": float(i + 1)} for i in range(n)] if leads else [options]
+        lean: Any = options.pop("lean", None)
+        leads: list[dict[str, Option]] = [{}]
+        if spec.function == "weighted_average" and "expert" not in options:
+            leads = [{"expert": float(i + 1)} for i in range(n)]
+        elif lean is not None:
+            leads = [
+                {"weights": tuple(lean if j == i else 1.0 for j in range(n))} for i in range(n)
+            ]
+        each = [options | lead for lead in leads]
         names += [OperatorSpec.of(spec.function, one, n).name for one in each]
     return names
 

@@ -64,7 +64,10 @@ class LayerPath:
         """A path through a pool; ``stem`` is its stem's source unless it starts with one, at place -1."""
         whole = tuple(Step(source, int(k), *scales) for source, k, *scales in path)
         first, steps = split_stem(whole, stem)
-        matched = any(s.source.partition(":")[0] in MATCHED for s in (first, *steps))
+        matched = any(
+            s.source.partition(":")[0] in MATCHED or len(s.scales) > pool.n_models
+            for s in (first, *steps)
+        )
         return cls(
             calibration=pool.calibration.record() if matched and pool.calibration else None,
             steps=steps,

@@ -1,15 +1,12 @@
-"""PPO in one file, for any Gymnasium environment with discrete actions.
+"""PPO in one file, for any Gymnasium environment with discrete actions. Style after CleanRL.
 
     python -m rmm_lab.ppo --env-id rmm_lab/Merging-v0      # merge the demo's pair with an agent alone
     python -m rmm_lab.ppo --env-id CartPole-v1 --gamma 0.99
 
-Read it from top to bottom: arguments, agent, returns and objective (Eq. 8 and 9), rollout, update, ``learn``.
-It plays whole episodes, takes Monte-Carlo returns, and updates on all steps of a rollout at once. Where
-``info`` holds an ``action_mask``, illegal actions get no probability.
-
-``search.pipeline`` runs ``learn`` on the merging environment, and logs and saves what it yields.
-
-Sources: Schulman et al. 2017 (PPO); Han et al. 2025 (Reinforced Model Merging). Style after CleanRL.
+Read it from top to bottom: arguments, agent, returns and objective (Eq. 8 and 9), rollout, update, ``learn``,
+which ``search.pipeline`` runs. It plays whole episodes, takes Monte-Carlo returns, and updates on all steps
+of a rollout at once. Where ``info`` holds an ``action_mask``, illegal actions get no probability.
+Sources: Schulman et al. 2016 (GAE), 2017 (PPO); Han et al. 2025 (Reinforced Model Merging).
 """
 
 from __future__ import annotations
@@ -40,6 +37,8 @@ class Args:
     """Adam's learning rate of the critic."""
     gamma: float = 1.0
     """Discount per step, in (0, 1]."""
+    gae_lambda: float = 1.0
+    """Lambda of generalised advantage estimation, in [0, 1]; 1: returns minus V, as in Eq. 9."""
     clip_coef: float = 0.2
     """Epsilon of the clipped objective, Eq. 8."""
     vf_coef: float = 0.5
@@ -54,15 +53,14 @@ class Args:
     """Give illegal actions no probability. Without it an illegal action is tried, and penalised."""
 
     def __post_init__(self) -> None:
-        check_values(
-            self,
-            {
-                "episodes_per_update update_epochs": ("at least 1", lambda v: v >= 1),
-                "learning_rate critic_learning_rate clip_coef": ("more than 0", lambda v: v > 0),
-                "gamma": ("more than 0 and at most 1", lambda v: 0 < v <= 1),
-                "vf_coef ent_coef ent_coef_end target_kl": ("0 or more", lambda v: v >= 0),
-            },
-        )
+        ranges = {
+            "episodes_per_update update_epochs": ("at least 1", lambda v: v >= 1),
+            "learning_rate critic_learning_rate clip_coef": ("more than 0", lambda v: v > 0),
+            "gamma": ("more than 0 and at most 1", lambda v: 0 < v <= 1),
+            "gae_lambda": ("0 to 1", lambda v: 0 <= v <= 1),
+            "vf_coef ent_coef ent_coef_end target_kl": ("0 or more", lambda v: v >= 0),
+        }
+        check_values(self, ranges)
 
 
 # ------------------------------------------------------------- the agent: actor pi(a|s), critic V(s)
@@ -84,6 +82,7 @@ class Agent(nn.Module):
 
     def __init__(self, n_observation: int, n_actions: int) -> None:
         super().__init__()
+        self.n_actions = n_actions
         self.actor = mlp(n_observation, n_actions, 0.01)
         self.critic = mlp(n_observation, 1, 0.01)  # V starts near 0, the mean of normalised returns
 
@@ -91,21 +90,35 @@ class Agent(nn.Module):
         """log pi(a|s): obs (B, D), mask (B, A) bool -> (B, A); masked actions have probability 0."""
         return torch.where(mask, self.actor(obs), -1e9).log_softmax(-1)
 
+    def act(self, obs: Tensor, mask: Tensor, generator: torch.Generator | None) -> tuple[Any, ...]:
+        """An action at obs (D,), drawn, or without a generator the likeliest (Eq. 1); its log pi; pi (A,)."""
+        log_probs = self.log_probs(obs[None], mask[None])[0]  # (A,)
+        policy = log_probs.exp()  # (A,)
+        action = (
+            policy.argmax() if generator is None else policy.multinomial(1, generator=generator)
+        )
+        return int(action), log_probs[int(action)], policy
+
+    def judge(self, obs: Tensor, mask: Tensor, actions: Tensor) -> tuple[Tensor, Tensor]:
+        """log pi(a|s) of the actions taken, (B,), and the mean entropy of pi(.|s)."""
+        log_probs = self.log_probs(obs, mask)  # (B, A)
+        entropy = -(log_probs.exp() * log_probs).sum(-1).mean()
+        return log_probs.gather(1, actions[:, None]).squeeze(1), entropy
+
     def value(self, obs: Tensor) -> Tensor:
         """V(s): (B, D) -> (B,)."""
         return self.critic(obs).squeeze(-1)  # (B, 1) -> (B,)
 
 
-def make_agent(env: Any, args: Args, seed: int) -> tuple[Agent, torch.optim.Optimizer]:
+def make_agent(env: Any, args: Args, seed: int, kind: type[Agent] = Agent) -> tuple[Agent, Any]:
     """An agent for an environment, and its optimiser; leaves the global random state alone."""
+    n_actions = getattr(env.action_space, "n", None) or env.action_space.shape[0]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        agent = Agent(int(np.prod(env.observation_space.shape)), int(env.action_space.n))
-    groups = [
-        {"params": agent.actor.parameters(), "lr": args.learning_rate},
-        {"params": agent.critic.parameters(), "lr": args.critic_learning_rate},
-    ]
-    return agent, torch.optim.Adam(groups)
+        agent = kind(int(np.prod(env.observation_space.shape)), int(n_actions))
+    actor = {"params": agent.actor.parameters(), "lr": args.learning_rate}
+    critic = {"params": agent.critic.parameters(), "lr": args.critic_learning_rate}
+    return agent, torch.optim.Adam([actor, critic])
 
 
 # --------------------------------------------- returns, advantage (Eq. 9), clipped objective (Eq. 8)
@@ -133,19 +146,27 @@ def advantage(returns: Tensor, values: Tensor) -> Tensor:
     return returns - values
 
 
+def gae(adv: Tensor, gamma: float, gae_lambda: float) -> Tensor:
+    """Generalised advantages of one episode, from Eq. 9's A_t = G_t - V(s_t) of the same gamma: (T,) -> (T,).
+
+    Sums (gamma lambda)^l delta_{t+l} over l (Schulman et al. 2016, Eq. 16). The TD error delta_t is
+    r_t + gamma V(s_{t+1}) - V(s_t), with V = 0 after the last step; as r_t = G_t - gamma G_{t+1}, it is
+    A_t - gamma A_{t+1}, whatever scale G and V share. Lambda 0 gives delta, 1 gives ``adv`` but for rounding.
+    """
+    delta = adv - gamma * nn.functional.pad(adv[1:], (0, 1))  # (T,)
+    return discounted_returns(delta, gamma * gae_lambda)
+
+
 def clipped_objective(ratio: Tensor, adv: Tensor, clip_coef: float) -> Tensor:
     """J of Eq. 8, as a mean, to be maximised. ratio: pi/pi_old (B,); adv: (B,) -> scalar."""
     return torch.min(ratio * adv, ratio.clamp(1 - clip_coef, 1 + clip_coef) * adv).mean()
 
 
-# -------------------------------------------------------------------------------------------- rollout
+# ----------------------------------------------------------------------------- rollout, update, learn
 
 
 class Episode(NamedTuple):
-    """One episode of T steps; ``info`` is the last one, ``infos`` are those that were acted on.
-
-    ``policies`` and ``infos`` are not needed to learn: they serve those who look on.
-    """
+    """One episode of T steps; ``policies`` and ``infos`` are for those who look on."""
 
     obs: list[Tensor]  # T of (D,)
     masks: list[Tensor]  # T of (A,) bool
@@ -153,19 +174,19 @@ class Episode(NamedTuple):
     policies: list[Tensor]  # T of (A,): the probabilities that each action was drawn from
     log_probs: list[Tensor]  # T scalars
     rewards: list[float]
-    infos: list[dict[str, Any]]
-    info: dict[str, Any]
+    infos: list[dict[str, Any]]  # T: those that were acted on
+    info: dict[str, Any]  # the last one
 
 
-@dataclass(frozen=True)
-class Rollout:
-    """Steps of whole episodes under one policy; B steps in all."""
+class Rollout(NamedTuple):
+    """Steps of whole episodes under one policy, end to end; B steps in all."""
 
     obs: Tensor  # (B, D)
     masks: Tensor  # (B, A) bool
     actions: Tensor  # (B,)
     log_probs: Tensor  # (B,) under the policy that acted
     returns: Tensor  # (B,)
+    lengths: list[int]  # of the episodes; their sum is B
 
 
 def play(
@@ -177,29 +198,19 @@ def play(
     options: dict[str, Any] | None = None,
 ) -> Episode:
     """One episode; actions are sampled, or the most probable where ``generator`` is None (Eq. 1)."""
-    columns: tuple[Any, ...] = ([], [], [], [], [], [], [])  # as in Episode
+    steps: list[tuple[Any, ...]] = []  # each as in Episode
     obs, info = env.reset(options=options)
-    done = False
+    done, every = False, np.ones(agent.n_actions)
     while not done:
         x = torch.as_tensor(obs, dtype=torch.float32).flatten()  # (D,)
-        legal = info.get("action_mask") if masked else None
-        if legal is None:
-            legal = np.ones(env.action_space.n)
+        legal = info.get("action_mask", every) if masked else every
         mask = torch.as_tensor(legal).bool()  # (A,)
         with torch.no_grad():
-            log_probs = agent.log_probs(x[None], mask[None])[0]  # (A,)
-            policy = log_probs.exp()  # (A,)
-        if generator is None:
-            action = int(log_probs.argmax())
-        else:
-            action = int(torch.multinomial(policy, 1, generator=generator))
-        acted_on = info
-        obs, reward, terminated, truncated, info = env.step(action)
-        done = terminated or truncated
-        step = (x, mask, action, policy, log_probs[action], float(reward), acted_on)
-        for column, value in zip(columns, step, strict=True):
-            column.append(value)
-    return Episode._make([*columns, info])
+            action, log_prob, policy = agent.act(x, mask, generator)
+        obs, reward, terminated, truncated, info_after = env.step(action)
+        steps.append((x, mask, action, policy, log_prob, float(reward), info))
+        done, info = terminated or truncated, info_after
+    return Episode._make([*map(list, zip(*steps, strict=True)), info])
 
 
 def collect(episodes: Sequence[Episode], gamma: float) -> Rollout:
@@ -207,13 +218,11 @@ def collect(episodes: Sequence[Episode], gamma: float) -> Rollout:
     return Rollout(
         obs=torch.stack([x for e in episodes for x in e.obs]),
         masks=torch.stack([m for e in episodes for m in e.masks]),
-        actions=torch.tensor([a for e in episodes for a in e.actions]),
+        actions=torch.as_tensor(np.array([a for e in episodes for a in e.actions])),
         log_probs=torch.stack([p for e in episodes for p in e.log_probs]),
         returns=torch.cat([discounted_returns(torch.tensor(e.rewards), gamma) for e in episodes]),
+        lengths=[len(e.rewards) for e in episodes],
     )
-
-
-# --------------------------------------------------------------------------------------------- update
 
 
 def update(
@@ -221,33 +230,30 @@ def update(
 ) -> dict[str, float]:
     """Full-batch epochs of PPO on one rollout; ``progress`` in [0, 1] anneals the entropy bonus.
 
-    Returns are normalised over the rollout, so that V need not learn their scale. Returns the
-    diagnostics: losses, entropy, approximate KL, clip fraction, explained variance, epochs; KL and clip
-    fraction are those before the last step.
+    Returns are normalised over the rollout, so that V, whose target they are, need not learn their scale.
+    Returns the diagnostics; KL and clip fraction are those before the last step.
     """
     returns = normalise(batch.returns)
-    with torch.no_grad():
-        values = agent.value(batch.obs)
-        adv = advantage(returns, values)  # Eq. 9
+    values = agent.value(batch.obs).detach()  # (B,), and fixed from here on
+    adv = advantage(returns, values)  # Eq. 9
+    if args.gae_lambda < 1:
+        adv = torch.cat([gae(a, args.gamma, args.gae_lambda) for a in adv.split(batch.lengths)])
     ent_coef = args.ent_coef + (args.ent_coef_end - args.ent_coef) * progress
     spread = returns.var(correction=0)
     explained = float(1 - (returns - values).var(correction=0) / spread) if spread > 0 else 0.0
     kl, epoch = 0.0, 0
     while epoch < args.update_epochs and (not args.target_kl or kl <= args.target_kl):
         epoch += 1
-        all_log_probs = agent.log_probs(batch.obs, batch.masks)  # (B, A)
-        log_probs = all_log_probs.gather(1, batch.actions[:, None]).squeeze(1)  # (B,)
+        log_probs, entropy = agent.judge(batch.obs, batch.masks, batch.actions)  # (B,)
         log_ratio = log_probs - batch.log_probs
         ratio = log_ratio.exp()
         objective = clipped_objective(ratio, adv, args.clip_coef)  # Eq. 8
-        entropy = -(all_log_probs.exp() * all_log_probs).sum(-1).mean()
         value_loss = (agent.value(batch.obs) - returns).pow(2).mean()
         loss = -objective + args.vf_coef * value_loss - ent_coef * entropy
         optimiser.zero_grad()
         loss.backward()
         optimiser.step()
-        with torch.no_grad():
-            kl = float((ratio - 1 - log_ratio).mean())  # Schulman's estimator k3, never negative
+        kl = float((ratio - 1 - log_ratio).detach().mean())  # Schulman's k3, never negative
     clipped = (ratio.detach() - 1).abs() > args.clip_coef  # (B,)
     return {
         "policy_objective": float(objective.detach()),
@@ -261,9 +267,6 @@ def update(
     }
 
 
-# ------------------------------------------------------------------------------------------ algorithm
-
-
 def learn(
     env: Any,
     args: Args,
@@ -275,16 +278,10 @@ def learn(
     done: int = 0,
     before_rollout: Callable[[int], None] | None = None,
 ) -> Iterator[tuple[list[Episode], dict[str, float]]]:
-    """Play and update in turn until ``episodes`` are played; yields after each update.
+    """Play and update in turn until ``episodes`` are played; yields each rollout's episodes and diagnostics.
 
-    Args:
-        env: with discrete actions; observations are flattened.
-        generator: draws the actions.
-        done: episodes already played, when resuming; passed to the environment as the option
-            ``episode`` of its first reset.
-        before_rollout: called with the number of episodes that come next.
-
-    Yields the episodes of each rollout and the update's diagnostics.
+    ``generator`` draws the actions; ``before_rollout`` is called with the number of episodes that come next.
+    ``done`` episodes were played before, when resuming; ``env``'s first reset gets it as option ``episode``.
     """
     options = {"episode": done} if done else None
     while done < episodes:
@@ -313,8 +310,11 @@ class Main(Args):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_values(self, {"episodes": ("at least 1", lambda v: v >= 1)})
-        check_values(self, {"seed": ("0 or more", lambda v: v >= 0)})
+        least = {
+            "episodes": ("at least 1", lambda v: v >= 1),
+            "seed": ("0 or more", lambda v: v >= 0),
+        }
+        check_values(self, least)
 
     def run(self) -> None:
         import gymnasium as gym

@@ -23,7 +23,7 @@ class Step(NamedTuple):
 
     ``source``: an expert's name, an operator's specification such as ``ties:density=0.3``, or ``base``.
     ``layer``: its place, k, or -1 for the *stem*, the weights outside layers and heads. ``scales``: with the
-    source ``task_arithmetic``, one scale for each of N >= 2 experts; else empty.
+    source ``task_arithmetic``, one for each of N >= 2 experts, or of ``LayerPool.members``; else empty.
     """
 
     source: str

@@ -470,6 +470,7 @@ OPTIONS = [
     *number("dar-lambda", "-1.0", "2.0", "nan"),
     *number("cma-share", "-1.0", "2.0", "nan"),
     *number("gamma", "0.0", "1.1", "nan"),
+    *number("gae-lambda", "-0.1", "1.1", "nan"),
     *number("clip-coef", "0.0", "-0.2", "nan", "inf"),
     *number("learning-rate", "0.0", "-0.001", "nan", "inf"),
     *number("critic-learning-rate", "-0.001"),

@@ -12,7 +12,7 @@ from benchmarks import bench
 from rmm_lab.errors import InputError
 from rmm_lab.reward import Step
 from rmm_lab.search.config import configure
-from rmm_lab.search.pipeline import make_scorer
+from rmm_lab.search.phases import make_scorer
 
 ROOT = Path(bench.__file__).parent.parent
 

@@ -291,7 +291,7 @@ from rmm_lab.search.pipeline import train
 from rmm_lab.search.problem import load_problem
 if "run" not in globals():
     problem = load_problem(("demo",), unit="both")
-    config = configure(episodes=16, data_fraction=0.02, finalists=3, quiet=True)
+    config = configure("weights", episodes=16, data_fraction=0.02, finalists=3, quiet=True)
     run = Run.of(train(config, problem, table=False), problem)
 """
 

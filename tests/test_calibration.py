@@ -27,6 +27,7 @@ from rmm_lab.path import LayerPath
 from rmm_lab.reward import Step, evaluate, parse_path
 from rmm_lab.search import problem as problems
 from rmm_lab.search.config import configure
+from rmm_lab.search.layer_scales import scales_of
 from rmm_lab.search.pipeline import train
 from rmm_lab.search.problem import load_problem
 from rmm_lab.tasks.text_task import TextBatch, TextTask
@@ -593,6 +594,40 @@ def test_the_path_before_matters_to_least_squares_alone(pool):
         pool.layer(FIRM, 1)
 
 
+def test_a_whole_fit_is_the_uniform_path_wherever_it_stands(pool):
+    whole = f"{FIRM},fit=whole"
+    path = (Step(FIRM, -1), *uniform(FIRM, pool.n_layers)[1:])
+    expected = layers_of(pool, path)
+    assert not pool.depends_on_path(whole)
+    for k in reversed(range(pool.n_layers)):  # the last first: it asks for those before
+        same(pool.weights(whole, k), expected[k])
+        assert pool.layer(whole, k, prefix=(STEM, Step(pool.names[0], 0))) is pool.layer(whole, k)
+    with pytest.raises(InputError, match="found lean, which stands for one operator per expert"):
+        pool.weights("least_squares:lean=3", 0, prefix=(STEM,))
+
+
+def test_scales_reach_merges_that_look_by_hand(pool):
+    whole = f"{FIRM},fit=whole"
+    more = LayerPool(pool.base, pool.experts, pool.names, ("ties", "regmean", FIRM, whole))
+    more.calibration = renewed(pool).calibration
+    first = more.sources[-1]
+    assert more.members == (*pool.names, "regmean", first)
+    scales = (0.5, -0.25, 1.5, 0.125)
+    for k in (-1, 1):
+        base = more.weights("base", k)
+        found = more.weights("task_arithmetic", k, scales)
+        for name, start in base.items():
+            deltas = [more.weights(m, k)[name] - start for m in more.members]
+            expected = start + sum(s * d for s, d in zip(scales, deltas, strict=True))
+            torch.testing.assert_close(found[name], expected, rtol=1e-5, atol=1e-5)
+        two = more.weights("task_arithmetic", k, scales[:2])  # of the experts alone
+        same(two, pool.weights("task_arithmetic", k, scales[:2]))
+    with pytest.raises(InputError, match="one for each of 4 experts, found 3"):
+        more.weights("task_arithmetic", 0, scales[:3])
+    found = scales_of(more, (Step("task_arithmetic", 1, scales), Step(first, 0)))
+    np.testing.assert_allclose(found, [scales, [0, 0, 0, 1]], atol=1e-2)
+
+
 def test_what_is_forgotten_is_free(pool, monkeypatch):
     monkeypatch.setattr(calibration, "FITTED", 0)
     pool.calibration = pool.calibration.anew()
@@ -765,18 +800,20 @@ def own(tmp_path):
 
 
 MIXED = (Step("regmean", -1), Step(FIRM, 0), Step("e1", 1), Step("least_squares", 2))
+BLENDED = tuple(Step("task_arithmetic", k, (0.2, 0.3, 0.5)) for k in range(-1, 3))  # and regmean
 
 
-def test_a_path_is_built_again_bit_for_bit(own, tmp_path):
+@pytest.mark.parametrize("steps", [MIXED, BLENDED], ids=["sources", "scales"])
+def test_a_path_is_built_again_bit_for_bit(own, tmp_path, steps):
     pool = tiny_pool(own, 40)
-    path = LayerPath.of(pool, MIXED)
+    path = LayerPath.of(pool, steps)
     again = LayerPath.from_json(path.to_json())
     assert again == path
     record = json.loads(path.to_json())["calibration"]
     assert (record["split"], record["seed"]) == ("train", 0)
     rows = [len(task["rows"]) for task in record["tasks"]]
     assert rows == [36, 36]  # all that there are
-    expected = dict(pool.assemble(MIXED).state_dict())
+    expected = dict(pool.assemble(steps).state_dict())
     same(dict(again.build(problems.pool_of(again)).state_dict()), expected)
     with pytest.raises(InputError, match="expected calibration inputs, found none"):
         again.build()
@@ -873,7 +910,7 @@ def test_data_that_have_changed_are_noticed(own, tmp_path):
 def searched(tiny, tmp_path, **options):
     defaults = {"operators": ("least_squares", "regmean", "ties"), "calibration": 8, "episodes": 12}
     given = tiny | defaults | {"run_dir": tmp_path / "run", "quiet": True} | options
-    config = configure("default", **given)
+    config = configure("weights", **given)
     problem = problems.problem_of(config.problem)
     return problem, train(config, problem, table=False)
 

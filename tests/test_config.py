@@ -16,6 +16,7 @@ OTHER = {  # one value per kind of option, none of them a default
     "operators": ("ties", "dare"),
     "unit": "sublayer",
     "gamma": 0.5,
+    "gae_lambda": 0.9,
     "mask_actions": False,
     "data_fraction": 0.3,
     "max_depth": 9,
@@ -73,22 +74,33 @@ def test_described_and_stored_options_come_back(preset, options):
         assert described == {"preset": preset, "seed": config.run.seed}
 
 
+@pytest.mark.parametrize("preset", PRESETS)
+def test_a_config_from_before_an_option_has_its_default(preset):
+    """Each of these came later, with a default that changes nothing."""
+    stored = configure(preset).stored()
+    del stored["agent"]["gae_lambda"], stored["run"]["shaping"], stored["run"]["actions"]
+    assert read_config(stored, "folder") == configure(preset, actions="sources")
+
+
 def test_a_config_is_described_by_the_preset_that_it_equals():
     """A preset's values under another preset's name: the name follows the values."""
-    agent, default = PRESETS["agent"], PRESETS["default"]
+    agent, weights = PRESETS["agent"], PRESETS["weights"]
     changed = configure("agent", unit="both", score_uniform_first=True, cma_share=0.8)
-    assert describe(changed) == describe(configure("default"))
-    assert describe(changed)["preset"] == "default"
-    assert agent != default
+    assert describe(changed) == describe(configure("weights"))
+    assert describe(changed)["preset"] == "weights"
+    assert agent != weights
 
 
 @pytest.mark.parametrize(
     ("preset", "options", "name"),
     [
-        ("default", {}, "agent + CMA-ES"),
-        ("default", {"experts": ("letters", "symbols"), "cma_share": 0.05}, "agent + CMA-ES"),
-        ("default", {"cma_share": 1.0}, "CMA-ES over scales"),
-        ("default", {"cma_share": 0.0}, "RMM (agent)"),  # an agent, after the uniform paths
+        ("default", {}, "RMM (agent)"),
+        ("default", {"actions": "sources", "observation": "map"}, "RMM (agent)"),
+        ("default", {"cma_share": 0.5}, "agent + CMA-ES"),
+        ("weights", {}, "agent + CMA-ES"),
+        ("weights", {"experts": ("letters", "symbols"), "cma_share": 0.05}, "agent + CMA-ES"),
+        ("weights", {"cma_share": 1.0}, "CMA-ES over scales"),
+        ("weights", {"cma_share": 0.0}, "RMM (agent)"),  # an agent, after the uniform paths
         ("agent", {}, "RMM (agent)"),
         ("agent", {"gamma": 0.99, "observation": "map"}, "RMM (agent)"),
         ("agent", {"cma_share": 0.5}, "agent + CMA-ES"),
@@ -135,7 +147,7 @@ def test_a_value_of_another_type_or_out_of_range_is_refused_by_name(option, valu
 def test_unknown_options_and_presets_are_refused():
     with pytest.raises(InputError, match="found 'finish'"):
         configure(finish=0.5)
-    with pytest.raises(InputError, match="default or agent or paper, found 'best'"):
+    with pytest.raises(InputError, match="default or weights or agent or paper, found 'best'"):
         configure("best")
     with pytest.raises(InputError, match="--cma-share: expected less than 1 without"):
         configure("agent", cma_share=1.0)

@@ -69,12 +69,12 @@ def test_an_unknown_reward_is_refused(problem):
 
 def test_a_search_by_likelihood_chooses_by_the_metric_at_the_end(trained):
     options = {"episodes": 60, "data_fraction": 0.1, "quiet": True, "unit": "block"}
-    result = train(configure(**options, reward="likelihood"), trained, table=False)
+    result = train(configure("weights", **options, reward="likelihood"), trained, table=False)
     soft, plain = (trained.scorer(fraction=0.1, seed=1, reward=r) for r in ("likelihood", "metric"))
     for episode in result.episodes[::7]:
         scores = soft.score(parse_path(episode["path"]), episode["subset"])
         assert episode["raw_reward"] == pytest.approx(scores.mean())
     for row in result.finalists:
         assert row["reward"] == pytest.approx(plain.score(parse_path(row["path"])).mean())
-    by_metric = train(configure(**options, reward="metric"), trained, table=False)
+    by_metric = train(configure("weights", **options, reward="metric"), trained, table=False)
     assert by_metric.episodes != result.episodes

@@ -126,6 +126,12 @@ def test_a_weighted_average_without_an_expert_leans_to_each():
     ]
     one = ops.expand_operators(["weighted_average:expert=2,share=0.6"], 3)
     assert one == ["weighted_average:expert=2,share=0.6"]
+    found = ops.expand_operators(["least_squares:lean=3,fit=whole", "least_squares"], 2)
+    assert found == [
+        "least_squares:fit=whole,weights=3/1",
+        "least_squares:fit=whole,weights=1/3",
+        "least_squares",
+    ]
 
 
 def test_task_arithmetic_by_hand():

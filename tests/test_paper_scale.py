@@ -171,7 +171,7 @@ def test_all_tables_come_out(measured):
         ("paper", 1, 0.8),
         *(("paper", f, dar) for f in (0.1, 0.01) for dar in (0.8, 0)),
     ]
-    assert [s[:2] for s in shares[5:]] == [("default", f) for f in (1, 0.1, 0.01, 0.1, 0.01)]
+    assert [s[:2] for s in shares[5:]] == [("weights", f) for f in (1, 0.1, 0.01, 0.1, 0.01)]
     assert {r["reward"] for r in rows_of(measured, "dar")[-2:]} == {"likelihood"}
     assert len(rows_of(measured, "dar-curve")) == 2 * 6
     for page in ("table-I", "table-II", "table-III", "table-IV"):

@@ -24,7 +24,8 @@ from rmm_lab.layers import LayerPool
 from rmm_lab.path import LayerPath
 from rmm_lab.reward import Step, evaluate, parse_path, path_text, reward
 from rmm_lab.search.config import configure, read_config
-from rmm_lab.search.pipeline import Search, choose, make_scorer, mean_policy, run_phases, train
+from rmm_lab.search.phases import Search, choose, make_scorer, mean_policy
+from rmm_lab.search.pipeline import run_phases, train
 from rmm_lab.search.problem import Problem, load_problem, problem_of
 from rmm_lab.search.run_folder import RunFolder, from_csv
 
@@ -38,7 +39,7 @@ def with_spec(problem: Problem, **changes) -> Problem:
     return dataclasses.replace(problem, spec=dataclasses.replace(problem.spec, **changes))
 
 
-def run(problem=None, preset="default", **options):
+def run(problem=None, preset="weights", **options):
     """A quiet search without a table."""
     return train(configure(preset, quiet=True, **options), problem, table=False)
 
@@ -49,19 +50,20 @@ def run(problem=None, preset="default", **options):
 def test_the_phases_come_in_order_and_spend_their_shares(tiny):
     """On sublayers: L = 3 blocks of two, a stem to choose, S = 4 sources."""
     operators = ("weight_average", "ties")
-    result = run(**tiny, operators=operators, episodes=104, data_fraction=0.25, cma_share=0.7)
+    result = run(**tiny, operators=operators, episodes=108, data_fraction=0.25, cma_share=0.7)
     rows = result.episodes
-    assert [r["episode"] for r in rows] == list(range(104))
-    # 104 - 4 uniform = 100, of which 70 are for CMA-ES
-    assert [r["phase"] for r in rows] == ["uniform"] * 4 + ["agent"] * 30 + ["scales"] * 70
-    assert [u["episodes"] for u in result.updates] == [24, 34]
+    assert [r["episode"] for r in rows] == list(range(108))
+    # 108 less 4 uniform ones on two subsets = 100, of which 70 are for CMA-ES
+    assert [r["phase"] for r in rows] == ["uniform"] * 8 + ["agent"] * 30 + ["scales"] * 70
+    assert [u["episodes"] for u in result.updates] == [28, 38]
     paths = [parse_path(r["path"]) for r in rows]
 
-    for source, row, path in zip(("e1", "e2", *operators), rows, paths, strict=False):
+    sources = ("e1", "e2", *operators) * 2
+    for i, (source, row, path) in enumerate(zip(sources, rows, paths, strict=False)):
         assert path == tuple(Step(source, k) for k in range(-1, 6))
-        assert (row["subset"], row["penalised"], row["actions"]) == (0, 0, "")
+        assert (row["subset"], row["penalised"], row["actions"]) == (i // 4, 0, "")
 
-    agent = slice(4, 34)
+    agent = slice(8, 38)
     assert [r["update"] for r in rows[agent]] == [0] * 20 + [1] * 10
     assert [r["subset"] for r in rows[agent]] == [0] * 20 + [1] * 10  # a subset for each update
     for row, path in zip(rows[agent], paths[agent], strict=True):
@@ -73,11 +75,11 @@ def test_the_phases_come_in_order_and_spend_their_shares(tiny):
             assert attention.layer % 2 == 0
             assert mlp.layer == attention.layer + 1
 
-    for path in paths[34:]:  # a scale for each of 2 experts at 7 places
+    for path in paths[38:]:  # a scale for each of 2 experts at 7 places
         assert [step.layer for step in path] == list(range(-1, 6))
         assert all(step.source == "task_arithmetic" and len(step.scales) == 2 for step in path)
     # 14 numbers: 4 + int(3 ln 14) = 11 in a generation, which shares a subset
-    assert [r["subset"] for r in rows[34:]] == [(1 + i // 11) % 4 for i in range(70)]
+    assert [r["subset"] for r in rows[38:]] == [(1 + i // 11) % 4 for i in range(70)]
 
     assert {f["found"] for f in result.finalists} == {"scales", "best", "greedy"}
     assert len(result.finalists) == 11
@@ -257,7 +259,7 @@ def test_the_search_never_reads_the_test_split(trained, monkeypatch):
         labels = (splits["test"].labels + 1) % len(task.classes)
         splits["test"] = dataclasses.replace(splits["test"], labels=labels)
         monkeypatch.setattr(task, "split", splits.__getitem__)
-    again = train(configure(episodes=24, quiet=True), trained)
+    again = train(configure("weights", episodes=24, quiet=True), trained)
     assert again.path == plain.path
     assert again.episodes == plain.episodes
     assert again.scores["fine-tuned"]["stripes"] < 0.5  # the altered split was what was reported
@@ -274,7 +276,7 @@ def test_a_run_is_determined_by_its_seed(trained):
     assert first.episodes != other.episodes
 
 
-@pytest.mark.parametrize("preset", ["default", "paper"])
+@pytest.mark.parametrize("preset", ["default", "weights", "paper"])
 def test_a_search_is_the_same_with_several_workers(trained, preset, monkeypatch):
     """What is looked ahead is what is played: each update's paths go to the workers at once."""
     asked = []

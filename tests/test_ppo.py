@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import runpy
 import sys
@@ -10,6 +11,8 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch.distributions import Categorical
 
 from rmm_lab import ppo
@@ -32,6 +35,43 @@ def test_advantage_is_return_minus_value():
         0.75,
         -0.5,
     ]
+
+
+def advantages(rewards, values, gamma, gae_lambda):
+    """GAE of one episode from lists of T rewards and T values."""
+    adv = ppo.discounted_returns(torch.tensor(rewards), gamma) - torch.tensor(values)
+    return ppo.gae(adv, gamma, gae_lambda).tolist()
+
+
+def test_generalised_advantages_by_hand():
+    """With gamma = 1/2 the TD errors are 1 + 1/2 - 2, 0 + 3/2 - 1, 4 + 0 - 3; lambda = 1/2 adds quarters."""
+    rewards, values = [1.0, 0.0, 4.0], [2.0, 1.0, 3.0]
+    assert advantages(rewards, values, 0.5, 0.5) == [-0.3125, 0.75, 1.0]
+    assert advantages(rewards, values, 0.5, 0.0) == [-0.5, 0.5, 1.0]  # the TD errors
+    assert advantages(rewards, values, 0.5, 1.0) == [0.0, 1.0, 1.0]  # returns 2, 2, 4 minus values
+    assert advantages([4.0], [3.0], 0.5, 0.5) == [1.0]
+
+
+@given(
+    st.lists(st.tuples(st.floats(-9, 9), st.floats(-9, 9)), min_size=1, max_size=8),
+    st.floats(0.1, 1),
+    st.floats(0, 1),
+)
+def test_generalised_advantages_are_the_weighted_mean_of_k_step_ones(steps, gamma, lam):
+    """Schulman et al. 2016, Eq. 15 and 16: weights (1 - lambda) lambda^(k-1), the rest for whole returns."""
+    rewards, values = map(list, zip(*steps, strict=True))
+    expected = []
+    for t in range(len(steps)):
+        left = len(steps) - t
+        k_step = [
+            sum(gamma**i * rewards[t + i] for i in range(k))
+            + (gamma**k * values[t + k] if k < left else 0)
+            - values[t]
+            for k in range(1, left + 1)
+        ]
+        weights = [(1 - lam) * lam ** (k - 1) for k in range(1, left)] + [lam ** (left - 1)]
+        expected.append(sum(w * a for w, a in zip(weights, k_step, strict=True)))
+    assert advantages(rewards, values, gamma, lam) == pytest.approx(expected, abs=1e-3)
 
 
 def test_clipped_objective_by_hand():
@@ -80,7 +120,7 @@ def batch(n=8, seed=0):
     with torch.no_grad():
         log_probs = Categorical(logits=agent.actor(obs)).log_prob(actions)
     returns = torch.rand(n, generator=g)
-    return agent, ppo.Rollout(obs, masks, actions, log_probs, returns)
+    return agent, ppo.Rollout(obs, masks, actions, log_probs, returns, [n])
 
 
 def test_the_first_gradient_is_the_policy_gradient():
@@ -95,6 +135,33 @@ def test_the_first_gradient_is_the_policy_gradient():
     objective.backward()
     for moved, start in zip(agent.actor.parameters(), twin.actor.parameters(), strict=True):
         assert torch.allclose(moved - start, start.grad, atol=1e-5)
+
+
+def test_the_first_gradient_with_generalised_advantages():
+    """Two episodes, V turned back into units of reward; the critic's target stays the return."""
+    gamma, lam, rewards = 0.9, 0.7, [[0.1, -0.4, 2.0], [0.3, 0.0, 0.5, -1.0, 1.0]]
+    agent, data = batch()
+    torch.nn.init.normal_(agent.critic[-1].weight)
+    twin = copy.deepcopy(agent)
+    returns = torch.cat([ppo.discounted_returns(torch.tensor(r), gamma) for r in rewards])
+    mean, deviation = returns.mean(), returns.std(correction=0)
+    values = twin.critic(data.obs).squeeze(-1).detach()
+    advs = []
+    for r, v in zip(rewards, (mean + deviation * values).split([3, 5]), strict=True):
+        v, adv = [*v.tolist(), 0.0], [0.0]
+        for t in reversed(range(len(r))):
+            adv.insert(0, r[t] + gamma * v[t + 1] - v[t] + gamma * lam * adv[0])
+        advs += adv[:-1]
+    adv = torch.tensor(advs) / deviation
+    (adv * Categorical(logits=twin.actor(data.obs)).log_prob(data.actions)).mean().backward()
+
+    args = Args(gamma=gamma, gae_lambda=lam, update_epochs=1, ent_coef=0.0, ent_coef_end=0.0)
+    data = data._replace(returns=returns, lengths=[3, 5])
+    row = ppo.update(agent, torch.optim.SGD(agent.actor.parameters(), lr=1.0), data, args, 0.5)
+    for moved, start in zip(agent.actor.parameters(), twin.actor.parameters(), strict=True):
+        assert torch.allclose(moved - start, start.grad, atol=1e-5)
+    residual = (returns - mean) / deviation - values
+    assert row["value_loss"] == pytest.approx(float(residual.pow(2).mean()), rel=1e-4)
 
 
 def test_diagnostics_match_torch_distributions():
@@ -143,6 +210,8 @@ def test_losses_stay_finite_with_one_step_in_a_batch():
         *(
             ("gamma", 1.5),
             ("gamma", 0),
+            ("gae_lambda", 1.5),
+            ("gae_lambda", -0.1),
             ("clip_coef", 0.0),
             ("update_epochs", 0),
             ("target_kl", -1),
@@ -214,6 +283,7 @@ def test_a_rollout_is_its_episodes_end_to_end():
     n, m = len(one.rewards), len(two.rewards)
     assert rollout.obs.shape == (n + m, 5)
     assert rollout.actions.tolist() == one.actions + two.actions
+    assert rollout.lengths == [n, m]
     assert rollout.returns[[0, n - 1, n, -1]].tolist() == [0.5 ** (n - 1), 1, 0.5 ** (m - 1), 1]
 
 

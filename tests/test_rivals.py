@@ -22,7 +22,7 @@ CHOICES = ("random search", "coordinate ascent", "TPE", "NSGA-II")  # a source a
 class Landscape:
     """A scorer by formula: each place has a best source, and rewards add up. Three subsets, no noise."""
 
-    sources, n_models, n_layers = ("a", "b", "ties"), 2, 4
+    sources, members, n_models, n_layers = ("a", "b", "ties"), ("a", "b"), 2, 4
     n_subsets, task_names, chooses_stem = 3, ["x"], True
     stacks = (range(4),)
     best = parse_path("ties@-1 a@0 b@1 ties@2 b@3")
@@ -41,7 +41,7 @@ class Landscape:
 class Wide(Landscape):
     """Nine places of seven sources, as the demo's: too many for chance."""
 
-    sources, n_layers, n_subsets = tuple("abcdefg"), 8, 10
+    sources, members, n_layers, n_subsets = tuple("abcdefg"), ("a", "b"), 8, 10
     stacks = (range(8),)
     best = tuple(Step("abcdefg"[(3 * k + 5) % 7], k) for k in range(-1, 8))
 
@@ -149,10 +149,12 @@ def test_a_missing_library_is_named(problem, monkeypatch, name):
 def test_random_search_draws_each_source_equally_often_and_takes_subsets_in_turn():
     scorer = Landscape()
     rivals.random_search(scorer, 3003, 0)
-    drawn = np.array([[step.source for step in path] for path, _ in scorer.calls[3:]])
+    drawn = np.array([[step.source for step in path] for path, _ in scorer.calls[9:]])
     shares = np.stack([(drawn == source).mean(0) for source in scorer.sources])  # (3, places)
     assert np.abs(shares - 1 / 3).max() < 0.04
-    assert [subset for _, subset in scorer.calls[:9]] == [0, 0, 0, 0, 1, 2, 0, 1, 2]
+    # The uniform paths on all three subsets, since a tenth of the evaluations is more than that.
+    assert [subset for _, subset in scorer.calls[:9]] == [0, 0, 0, 1, 1, 1, 2, 2, 2]
+    assert [subset for _, subset in scorer.calls[9:15]] == [0, 1, 2, 0, 1, 2]
 
 
 def test_coordinate_ascent_climbs_a_separable_landscape_in_one_sweep():
@@ -197,16 +199,16 @@ def test_cmaes_finds_the_bottom_of_a_bowl_in_the_scales():
     target = np.array([[0.9, 0.1], [0.4, 0.4], [-0.1, 1.2], [0.7, 0.0], [0.3, 0.8]])  # (places, N)
     scorer = Scaled(lambda scales: float(np.exp(-np.square(scales - target).sum())))
     scored = rivals.cmaes_scales(scorer, 700, 1)
-    asked = scorer.calls[3:]
-    assert [text for text, _ in scored[3:]] == [path_text(path) for path, _ in asked]
+    asked = scorer.calls[9:]  # three uniform paths on three subsets
+    assert [text for text, _ in scored[9:]] == [path_text(path) for path, _ in asked]
     assert len(scored.answers) > 1
     for one, (path, subset) in zip(rivals.SCALES, asked, strict=False):
         assert (scales_of(path) == one).all()  # the uniform scales come first
         assert subset == 0
-    every = np.stack([scales_of(path) for path, _ in asked])  # (697, places, N)
+    every = np.stack([scales_of(path) for path, _ in asked])  # (691, places, N)
     assert every.min() >= BOUNDS[0]
     assert every.max() <= BOUNDS[1]
-    best = scales_of(max(scored[3:], key=lambda s: s[1])[0])
+    best = scales_of(max(scored[9:], key=lambda s: s[1])[0])
     assert np.abs(best - target).max() < 0.02
     for text in scored.answers:  # its means
         assert np.abs(scales_of(text) - target).max() < 0.03
@@ -232,6 +234,21 @@ def test_the_scales_start_at_the_best_of_what_is_known():
         assert len(first) == 10
         assert np.abs(first.mean(0) - expected).max() < 0.35  # ten draws around it, sigma 0.2
         assert first.std() > 0.1
+
+
+def test_the_scales_start_at_a_merge_that_looks_where_that_is_best():
+    class Looks(Scaled):
+        sources, members = ("a", "b", "ties", "regmean"), ("a", "b", "regmean")
+
+        def value(self, path):
+            return 0.9 if path[0].source == "regmean" else super().value(path)
+
+    scorer = Looks(lambda scales: 0.5)
+    scored = rivals.cmaes_scales(scorer, 19, 1)
+    tried = [scales_of(text) for text, _ in scored[4:9]]
+    assert [one[0].tolist() for one in tried] == [[s, s, 0] for s in rivals.SCALES]
+    first = np.stack([scales_of(text) for text, _ in scored[9:]])  # (10, places, 3)
+    assert np.abs(first.mean(0) - [0, 0, 1]).max() < 0.35
 
 
 def test_a_path_of_scales_is_exported_as_a_timm_model(problem, tmp_path):

@@ -216,10 +216,10 @@ def test_a_path_without_a_stem_takes_the_problems(stem, source, first):
 
 @pytest.fixture(scope="module")
 def in_phases(tiny, tmp_path_factory):
-    """The same by the default preset: 4 uniform paths, 8 of the agent in blocks, 8 of scales."""
+    """The same by the preset weights: 4 uniform paths, 8 of the agent in blocks, 8 of scales."""
     folder = tmp_path_factory.mktemp("phases") / "run"
     config = configure(
-        **tiny, operators=("task_arithmetic:scale=0.5", "ties"), episodes=20,
+        "weights", **tiny, operators=("task_arithmetic:scale=0.5", "ties"), episodes=20,
         episodes_per_update=4, seed=3, data_fraction=0.5, finalists=3, cma_share=0.5, quiet=True,
         run_dir=folder,
     )  # fmt: skip
@@ -227,7 +227,7 @@ def in_phases(tiny, tmp_path_factory):
     return folder, train(config, problem, table=False), problem
 
 
-def test_a_run_of_the_default_preset_is_one_of_sublayers(in_phases):
+def test_a_run_of_the_preset_weights_is_one_of_sublayers(in_phases):
     folder, result, problem = in_phases
     for run in (Run.of(result, problem), Run.read(folder)):
         assert run.first == -1

@@ -223,7 +223,7 @@ def test_a_weight_average_is_the_same_model_in_either_unit(tiny):
 def test_a_search_over_sublayers_ends_in_a_model_that_scores_what_it_says(tiny, tmp_path):
     options = {"operators": ("weight_average", "ties"), "run_dir": tmp_path / "run"}
     options["compare"] = "paper"  # what it is compared with is not the point
-    config = configure(**tiny, **options, episodes=24, data_fraction=0.5, quiet=True)
+    config = configure("weights", **tiny, **options, episodes=24, data_fraction=0.5, quiet=True)
     assert config.problem.unit == "both"
     result = train(config)
     assert result.path.unit == "sublayer"

@@ -256,7 +256,7 @@ def test_table_iv_and_fig_3(small, tmp_path):
 
 
 def test_searches_of_other_lengths_do_not_share_a_mean(small, tmp_path, counted):
-    key = {"group": "digits+textures", "size": "tiny", "seed": 1, "method": "agent + CMA-ES"}
+    key = {"group": "digits+textures", "size": "tiny", "seed": 1, "method": "RMM (agent)"}
     values = {"mean": 1.0, "by_task": "p=1.0", "setting": "", "evaluations": 8}
     values |= {"sees": "labels", "seconds": 1.0, "reward_split": 1.0}
     config = json.dumps(describe(configure(episodes=8)))
@@ -271,11 +271,11 @@ def test_searches_of_other_lengths_do_not_share_a_mean(small, tmp_path, counted)
         Command("II", seeds=(1,), episodes=8, precision="bfloat16", out=tmp_path).run()
 
 
-def test_todays_default_preset_is_not_mixed_with_the_first_editions(counted, tmp_path):
-    """The rows that ship are of a default preset with a local search, which is gone."""
-    shutil.copy(RESULTS / "vision.csv", tmp_path)
+def test_todays_searches_are_not_mixed_with_the_first_editions(counted, tmp_path):
+    """The rows that ship are of a search with a local search at its end, which is gone."""
+    shutil.copy(RESULTS / "agent.csv", tmp_path)
     with pytest.raises(InputError, match=r"expected --cma-share 0.75 as in .*, found 0.8"):
-        Command("II", seeds=(6,), out=tmp_path).run()
+        Command("agent", seeds=(6,), out=tmp_path).run()
     assert not counted
 
 
@@ -295,13 +295,13 @@ def test_searches_have_a_row_and_a_curve_each(small, tmp_path, monkeypatch):
 
 
 def test_the_ablation_has_a_row_for_each_setting(small, tmp_path, monkeypatch):
-    settings = {"default preset": {}, "gone": None, "gamma 0.5": {"gamma": 0.5}}
+    settings = {"agent + CMA-ES": {}, "gone": None, "gamma 0.5": {"gamma": 0.5}}
     monkeypatch.setattr(tables, "AGENT", settings)
     Command("agent", seeds=(1,), episodes=6, out=tmp_path).run()
     found = [
         (r["setting"], config_of(r).agent.gamma) for _, r in read(tmp_path, "agent").iterrows()
     ]
-    assert found == [("default preset", 1.0), ("gamma 0.5", 0.5)]
+    assert found == [("agent + CMA-ES", 1.0), ("gamma 0.5", 0.5)]
 
 
 # ------------------------------------------------------------------------------ files and processes
@@ -576,9 +576,9 @@ def test_table_iv_by_hand():
             ("paper", "metric", 1.0, 0.8, (71, 72)),
             ("paper", "metric", 0.1, 0.8, (67, 68)),
             ("paper", "metric", 0.1, 0.0, (68, 68)),
-            ("default", "metric", 1.0, 0.0, (82, 82)),
-            ("default", "metric", 0.1, 0.0, (80, 80)),
-            ("default", "likelihood", 0.1, 0.0, (83, 83, 83)),
+            ("weights", "metric", 1.0, 0.0, (82, 82)),
+            ("weights", "metric", 0.1, 0.0, (80, 80)),
+            ("weights", "likelihood", 0.1, 0.0, (83, 83, 83)),
         )
         for seed, mean in enumerate(means)
     )
@@ -587,11 +587,11 @@ def test_table_iv_by_hand():
     assert line(ours, "Average", "paper's preset, with DAR") == ["71.5 ± 0.7", "67.5 ± 0.7"]
     # Its search at 100 % stands for both.
     assert line(ours, "Average", "paper's preset, without DAR") == ["71.5 ± 0.7", "68.0 ± 0.0"]
-    assert line(ours, "p", "default preset, by likelihood") == ["", "81.0 ± 0.0"]
+    assert line(ours, "p", "agent + CMA-ES, by likelihood") == ["", "81.0 ± 0.0"]
     # 67 - 68 and 68 - 68: mean -0.5, half width 12.706 * sqrt(0.5) / sqrt(2).
     assert line(ours, "Average", "with − without DAR") == ["", "−0.5 ± 6.4"]
-    assert line(ours, "Average", "default preset − itself at 100 %") == ["", "−2.0 ± 0.0"]
-    assert line(ours, "Average", "by likelihood − default preset at 100 %") == ["", "+1.0 ± 0.0"]
+    assert line(ours, "Average", "agent + CMA-ES − itself at 100 %") == ["", "−2.0 ± 0.0"]
+    assert line(ours, "Average", "by likelihood − agent + CMA-ES at 100 %") == ["", "+1.0 ± 0.0"]
     assert line(ours, "seconds", "paper's preset") == ["1000", "100"]
     # Without 100 % there is nothing to compare with.
     assert "itself at" not in page("table-IV", found[found["data_fraction"] < 1])
@@ -624,11 +624,11 @@ def test_searches_by_hand():
 def test_the_ablation_by_hand():
     found = pd.DataFrame(
         {"group": "g", "setting": s, "seed": seed, "evaluations": 9, "reward_split": r, "mean": 50}
-        for s, values in (("default preset", (70, 72)), ("x", (69, 69)))
+        for s, values in (("agent + CMA-ES", (70, 72)), ("x", (69, 69)))
         for seed, r in enumerate(values)
     )
     text = page("agent", found)
-    assert line(text, "g", "default preset") == ["71.0 ± 1.4", "", "50.0 ± 0.0", "2"]
+    assert line(text, "g", "agent + CMA-ES") == ["71.0 ± 1.4", "", "50.0 ± 0.0", "2"]
     assert line(text, "g", "x") == ["69.0 ± 0.0", "−2.0 ± 12.7", "50.0 ± 0.0", "2"]
 
 

@@ -325,7 +325,11 @@ def test_real_pictures_from_fine_tuning_to_a_merged_model(tmp_path, capsys):
     assert own[1] > 18  # ten classes of grey 28 px photographs: by chance 10, give or take 1.7
     run = tmp_path / "run"
     problem = {"base": "tiny-base", "experts": tuple(experts), "images": tuple(sets)}
-    train(configure(**problem, episodes=12, finalists=3, compare="paper", run_dir=run, quiet=True))
+    train(
+        configure(
+            "weights", **problem, episodes=12, finalists=3, compare="paper", run_dir=run, quiet=True
+        )
+    )
     table = {r["name"]: r["scores"] for r in json.loads((run / "table.json").read_text())}
     assert table["fine-tuned"]["mnist_png"] == pytest.approx(own[0] / 100, abs=0.0006)
     assert table["fine-tuned"]["cifar10_jpg"] == pytest.approx(own[1] / 100, abs=0.0006)

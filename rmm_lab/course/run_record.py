@@ -104,10 +104,11 @@ class Run:
     def policy(self, number: int) -> Tensor | None:
         """(places, actions): the policy that played an episode; after the agent's part, its last one.
 
-        None before the agent has acted, and where a search had no agent.
+        None before the agent has acted, and where a search had no agent, or one that chose scales.
         """
         row = self.episode(number)
-        if not len(self.policies) or row["phase"] == "uniform":
+        n_actions = len(self.problem.pool.sources) + 2
+        if self.policies.shape[-1] != n_actions or row["phase"] == "uniform":
             return None
         return self.policies[row["update"] if row["phase"] == "agent" else -1]
 

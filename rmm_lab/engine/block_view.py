@@ -25,6 +25,7 @@ class BlockView:
     def __init__(self, scorer: Scorer) -> None:
         self._scorer = scorer
         self.sources, self.n_models = scorer.sources, scorer.n_models
+        self.members = scorer.members
         self.n_subsets, self.task_names = scorer.n_subsets, scorer.task_names
         self.chooses_stem = scorer.chooses_stem
         self.blocks = scorer.blocks  # of each block the numbers of its sublayers

@@ -147,7 +147,8 @@ class Calibration(Inputs):
 
         pool: the ``LayerPool``; prefix: the path before, its stem's step first. Options of least squares:
 
-        * weights: one for each task;
+        * weights: one for each task; ``lean``, in a pool's list of operators, stands for N of them;
+        * fit: ``path``, or ``whole``, whose layers follow each other alone, whatever path they are put into;
         * anchor: ``average``, ``regmean``, or a scale of task arithmetic;
         * ridge: a number, or ``auto``: for each map the one that does best on held-out inputs;
         * readout: the class token's share among a ViT's tokens; 0: all count alike, as in PLeaS;
@@ -166,6 +167,11 @@ class Calibration(Inputs):
             if k < 0:
                 return self._embeddings(pool, anchor, torch.ones(pool.n_models))
             return self._regmean(pool, anchor, k, options.get("alpha", 0.9))
+        if "lean" in options:
+            raise InputError(
+                f"source {operator.name!r}: expected weights, found lean, which stands for one operator per "
+                "expert; name it among a pool's operators"
+            )
         weights = torch.tensor(options.get("weights", (1.0,) * pool.n_models), dtype=torch.float64)
         anchor = self._anchor(pool, options.get("anchor"), k)
         ridge, few = options.get("ridge", "auto"), min(map(len, self.rows)) < FEW

@@ -25,6 +25,7 @@ class RecordingScorer:
             scorer.n_models,
             scorer.n_layers,
         )
+        self.members = getattr(scorer, "members", ())  # a scorer by formula has none
         self.stacks, self.n_subsets = scorer.stacks, scorer.n_subsets
         self.task_names, self.chooses_stem = scorer.task_names, scorer.chooses_stem
         self._scorer: Any = scorer

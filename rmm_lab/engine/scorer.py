@@ -140,7 +140,7 @@ class Scorer:
         self.pool, self.tasks, self.split = pool, list(tasks), split
         self.architecture = pool.architecture  # now, since it finds weights that do not fit
         self.stem = "base" if stem == "agent" else stem
-        self.sources, self.n_models = pool.sources, pool.n_models
+        self.sources, self.n_models, self.members = pool.sources, pool.n_models, pool.members
         self.task_names = [task.name for task in tasks]
         self.n_layers, self.chooses_stem = pool.n_layers, stem == "agent"
         kept = (*self.sources, "base", self.stem)  # other sources are forgotten after use

@@ -37,7 +37,7 @@ SHORT = ["fine-tuned", "multi-task", BEST, BOTH, GAIN.format(BOTH)]
 
 
 def groups(read: Read) -> str:
-    """What merging loses in each group of experts, and what the default search wins back."""
+    """What merging loses in each group of experts, and what the searches win back."""
     tables = [
         methods_table(scores).loc[SHORT].T.assign(seeds=scores.loc[BOTH].count())
         for name in ("vision", "language")
@@ -63,7 +63,7 @@ def searches(read: Read) -> str:
 
 
 def agent(read: Read) -> str:
-    """The ablation's differences on the reward split; its first row is the default preset's score there."""
+    """The ablation's differences on the reward split; its first row is the unchanged search's score there."""
     table = agent_table(read("agent"))
     first = table.index.get_level_values("setting") == UNCHANGED
     own = table["difference"].mask(first, table["reward split, %"])

@@ -42,7 +42,8 @@ from rmm_lab.reward import path_text
 from rmm_lab.search import gradients, matched, rivals, uniform
 from rmm_lab.search.config import Config, configure, describe, searched
 from rmm_lab.search.finalists import candidates, legal, rank
-from rmm_lab.search.pipeline import Result, make_scorer, train
+from rmm_lab.search.phases import make_scorer
+from rmm_lab.search.pipeline import Result, train
 from rmm_lab.search.problem import Problem, problem_of
 from rmm_lab.tasks.files import write_file
 
@@ -63,7 +64,7 @@ KEYS: dict[str, tuple[str, ...]] = {
 # Values of these columns come in this order in a file, others in their natural one.
 ORDER: dict[str, Sequence[Any]] = {
     "method": tuple(METHODS.index),
-    "preset": ("paper", "default"),
+    "preset": ("paper", "weights"),
     "reward": ("metric", "likelihood"),
     "data_fraction": (1.0, 0.1, 0.01),
     "dar": (0.8, 0.0),

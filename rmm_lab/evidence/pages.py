@@ -175,17 +175,17 @@ def show_methods(
 SETTINGS = {
     ("paper", "metric", True): "paper's preset, with DAR",
     ("paper", "metric", False): "paper's preset, without DAR",
-    ("default", "metric", False): "default preset",
-    ("default", "likelihood", False): "default preset, by likelihood",
+    ("weights", "metric", False): BOTH,
+    ("weights", "likelihood", False): f"{BOTH}, by likelihood",
 }
-WITH_DAR, WITHOUT_DAR, DEFAULT, LIKELIHOOD = SETTINGS.values()
+WITH_DAR, WITHOUT_DAR, WEIGHTS, LIKELIHOOD = SETTINGS.values()
 FULL = "100 %"
 # Differences of averages: name, setting, and the setting it is compared with, at its own share or at 100 %.
 DAR_GAINS = (
     ("with − without DAR", WITH_DAR, WITHOUT_DAR, False),
     ("paper's preset − itself at 100 %", WITH_DAR, WITH_DAR, True),
-    ("default preset − itself at 100 %", DEFAULT, DEFAULT, True),
-    ("by likelihood − default preset at 100 %", LIKELIHOOD, DEFAULT, True),
+    (f"{BOTH} − itself at 100 %", WEIGHTS, WEIGHTS, True),
+    (f"by likelihood − {BOTH} at 100 %", LIKELIHOOD, WEIGHTS, True),
 )
 
 
@@ -244,7 +244,7 @@ def show_dar(rows: DataFrame) -> str:
     )
 
 
-UNCHANGED = "default preset"  # what the ablation's differences are to
+UNCHANGED = BOTH  # what the ablation's differences are to
 SEARCHES = {
     "seeds": ("seed", "nunique"),
     "reward split, %": ("reward_split", spread),
@@ -295,7 +295,7 @@ def show_searches(rows: DataFrame, curve: DataFrame) -> str:
 
 
 def show_agent(rows: DataFrame) -> str:
-    """The default preset and one choice changed."""
+    """The preset weights and one choice changed."""
     return (
         f"Mean ± sample standard deviation over seeds, {rows['evaluations'].iloc[0]} episodes. The "
         "difference is on the reward split, which also chose; it is paired by seed, ± its 95 % interval.\n\n"
@@ -350,6 +350,6 @@ PAGES = {
     "groups": Page(("vision",), "Groups of sets: Table II's methods", _GROUPS),
     "table-III": Page(("language",), "Table III: language tasks", _GROUPS, "III"),
     "table-IV": Page(("dar",), "Table IV: share of the data, DAR or not", show_dar, "IV"),
-    "searches": Page(_SEARCHES, "The default search beside others", show_searches),
-    "agent": Page(("agent",), "The default preset, one choice changed", show_agent),
+    "searches": Page(_SEARCHES, f"{BOTH} beside other searches", show_searches),
+    "agent": Page(("agent",), f"{BOTH}, one choice changed", show_agent),
 }

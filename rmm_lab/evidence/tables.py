@@ -6,9 +6,9 @@
     python -m rmm_lab tables IV           data share and DAR
     python -m rmm_lab tables fig3         reward per episode at 1 % of the data, with DAR and without
     python -m rmm_lab tables all          all of these; about three quarters of an hour with --jobs 2
-    python -m rmm_lab tables searches     the default search beside others, at the same number of evaluations
+    python -m rmm_lab tables searches     agent + CMA-ES beside others, at the same number of evaluations
     python -m rmm_lab tables groups       Table II's methods on other groups of sets
-    python -m rmm_lab tables agent        the default preset with one choice changed
+    python -m rmm_lab tables agent        agent + CMA-ES with one choice changed
     python -m rmm_lab tables show         only write the pages, figures and excerpts from the CSV files
 
 ``--scale paper`` takes the paper's models and sets, for Tables I to IV and Fig. 3: see ``paper_scale``.
@@ -32,7 +32,7 @@ from rmm_lab.evidence.paper_scale import Group, PaperScale
 from rmm_lab.evidence.rows import DRAWN, KINDS, read_csv
 from rmm_lab.figures.paths import png
 from rmm_lab.search import rivals
-from rmm_lab.search.config import configure, searched
+from rmm_lab.search.config import BOTH, configure, searched
 from rmm_lab.search.uniform import OF_TWO
 from rmm_lab.tasks.files import write_file
 from rmm_lab.tasks.image_task import data_folder
@@ -51,15 +51,15 @@ DATA = (1.0, 0.1, 0.01)  # Table IV's shares of the data
 DAR_SETTINGS: tuple[dict[str, Any], ...] = (  # at 100 % every other one
     {"preset": "paper"},
     {"preset": "paper", "dar_lambda": 0.0},
-    {"preset": "default"},
-    {"preset": "default", "reward": "likelihood"},
+    {"preset": "weights"},
+    {"preset": "weights", "reward": "likelihood"},
 )
 METHOD_TABLES = {"I": "halves", "II": "vision", "III": "language", "groups": "vision"}
 ALL = ("I", "II", "III", "IV", "fig3")
-# The default preset with one choice changed: name -> options. None: measured with the first edition's local
+# The preset weights with one choice changed: name -> options. None: measured with the first edition's local
 # search, which the kit no longer has; the rows stay.
 AGENT: dict[str, dict[str, Any] | None] = {
-    "default preset": {},
+    BOTH: {},
     "without the agent": None,
     "half as much agent": None,
     "without the local search": None,
@@ -79,7 +79,7 @@ AGENT: dict[str, dict[str, Any] | None] = {
     "paper preset": {"preset": "paper"},
 }
 # Those of them that are measured on texts, whose searches take minutes.
-ON_TEXTS = ("default preset", "likelihood as the reward", "agent preset")
+ON_TEXTS = (BOTH, "likelihood as the reward", "agent preset")
 # What every group has that depends on no seed: SLERP is for two experts.
 ONCE = ("fine-tuned", *(m for m in KINDS["uniform"] if m not in (*DRAWN, *OF_TWO)))
 PER_SEED = {"matched": measure.matched_rules, "gradients": measure.by_gradient}
@@ -215,7 +215,9 @@ class Command:
         for seed in self.seeds:
             options, at = self._options(group, seed), key | {"seed": seed}
             # Rules merge block by block, as published, whatever the agent decides on.
-            blocks = configure(**options | {"unit": "block", "calibration": self.calibration})
+            blocks = configure(
+                "weights", **options | {"unit": "block", "calibration": self.calibration}
+            )
             there = store.methods(table, at)
             if once and "uniform" in kinds:
                 yield Job(table, measure.rules, at, blocks)
@@ -228,7 +230,8 @@ class Command:
             if "search" not in kinds:
                 continue
             for preset in PRESETS_AT[self.scale]:
-                config = configure(preset, **options)
+                more = {"calibration": self.calibration} if preset == "default" else {}
+                config = configure(preset, **options | more)
                 own = at | {"method": searched(config)}
                 if not store.has(table, own, config):
                     yield Job(table, measure.trained, own, config)
@@ -253,7 +256,7 @@ class Command:
                     yield Job("dar", kind, key, config)
 
     def _rivals(self, name: str, group: Group, options: dict[str, Any]) -> Iterator[Job]:
-        config = configure(**options)
+        config = configure("weights", **options)
         for method in (searched(config), *rivals.SEARCHES):
             key = {"group": group.name, "seed": options["seed"], "method": method}
             yield Job("searches", measure.search, key, config)
@@ -262,7 +265,12 @@ class Command:
         for setting, changed in AGENT.items():
             if changed is not None and (group.name not in LANGUAGE or setting in ON_TEXTS):
                 key = {"group": group.name, "setting": setting, "seed": options["seed"]}
-                yield Job("agent", measure.trained, key, configure(**(options | changed)))
+                yield Job(
+                    "agent",
+                    measure.trained,
+                    key,
+                    configure(**({"preset": "weights"} | options | changed)),
+                )
 
 
 # ------------------------------------------------------------------------------- reading and showing

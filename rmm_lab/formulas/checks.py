@@ -69,6 +69,8 @@ OPTIONS: dict[str, Range] = {
     "weights": _POSITIVE,
     "readout": _BELOW_1,
     "residual": _UNIT,
+    "fit": _one_of("path", "whole"),
+    "lean": _POSITIVE,
     "anchor": _or(_one_of("average", "regmean"), _FINITE),
 }
 

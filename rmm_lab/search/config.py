@@ -31,6 +31,8 @@ class RunArgs:
     """Lambda of the Dynamic Average Reward, Eq. 10, in [0, 1]; 0 switches it off."""
     observation: Literal["map", "map+cursor", "map+cursor+drift"] = "map+cursor"
     """What the agent sees: the merging map of Eq. 5, its position, how far from each expert it has got."""
+    actions: Literal["sources", "scales"] = "sources"
+    """What the agent chooses at each place: a source, or a scale for each expert and merge that looks."""
     shaping: float = 0.0
     """Weight of a reward for each step by how much nearer to the experts it leads; 0 switches it off."""
     penalty: float = -0.1
@@ -42,7 +44,7 @@ class RunArgs:
     episodes_per_subset: int = 20
     """Episodes in a row that are scored on the same data subset."""
     score_uniform_first: bool = False
-    """Score the uniform path of each source first; these count as episodes."""
+    """Score the uniform path of each source first, for up to a tenth of the episodes."""
     cma_share: float = 0.0
     """Share of the remaining episodes for the last phase, CMA-ES over a scale per layer and expert."""
     finalists: int = 10
@@ -120,14 +122,23 @@ class Config:
         }
 
 
+# Merges that look at inputs, as whole models: equal weights, and one leaning to each task.
+MENU = ("least_squares:fit=whole", "least_squares:fit=whole,lean=3")
 PRESETS: dict[str, Config] = {
-    # The agent walks through whole blocks; then a scale for each sublayer and expert evolves around its best
-    # path. It measures best on the reward split: see docs/evidence.md.
+    # An agent that gives each place a scale for each expert and merge of the menu. It measures best on the
+    # reward split: see docs/evidence.md.
     "default": Config(
+        problem=ProblemSpec(operators=MENU, calibration=500, seed=1),
+        agent=ppo.Args(ent_coef=0.0, ent_coef_end=0.0),
+        run=RunArgs(actions="scales", score_uniform_first=True),
+    ),
+    # Without inputs to look at: the agent walks through whole blocks; then a scale for each sublayer and
+    # expert evolves around its best path.
+    "weights": Config(
         problem=ProblemSpec(unit="both", seed=1),
         run=RunArgs(score_uniform_first=True, cma_share=0.8),
     ),
-    # The agent alone, as it measures best on the reward split.
+    # As weights, the agent alone.
     "agent": Config(problem=ProblemSpec(seed=1)),
     # As published with the paper, but for the bounds on an episode.
     "paper": Config(
@@ -201,7 +212,7 @@ def describe(config: Config) -> dict[str, Any]:
 
 
 # What a search's row is called: an agent alone, as published or another; both; CMA-ES alone.
-BOTH = "agent + CMA-ES"  # the default preset
+BOTH = "agent + CMA-ES"  # the preset weights
 SEARCHED = ("RMM (paper)", "RMM (agent)", BOTH, "CMA-ES over scales")
 
 

@@ -18,6 +18,12 @@ def rewards(scorer: Any, wanted: Sequence[tuple[Path, int | None]]) -> list[floa
     return [reward(scorer.score(path, subset)) for path, subset in wanted]
 
 
+def rounds(evaluations: int, n_sources: int, n_subsets: int) -> int:
+    """On how many subsets a search first scores the uniform path of each source: for a tenth of its
+    evaluations, on one at least, and on each once at most."""
+    return max(1, min(n_subsets, evaluations // (10 * n_sources)))
+
+
 def legal(episodes: Iterable[Mapping[str, Any]]) -> list[tuple[str, float]]:
     """(path as text, reward) of a log's legal episodes."""
     return [(e["path"], e["raw_reward"]) for e in episodes if not e["penalised"]]

@@ -1,7 +1,7 @@
-"""A scale for each place and expert: the models between and beyond the experts, and CMA-ES over them.
+"""A scale for each place and member: the models between and beyond these, and CMA-ES over them.
 
-``layer_k = base_k + sum_i scale_{k,i} (expert_{i,k} - base_k)`` at each place k, the stem among them where it
-is chosen.
+``layer_k = base_k + sum_i scale_{k,i} (member_{i,k} - base_k)`` at each place k, the stem among them where it
+is chosen. The members (``LayerPool.members``) are the experts, then merges that look at inputs.
 
 Sources: Ilharco et al. 2022 for the models; Hansen 2016, "The CMA Evolution Strategy: A Tutorial"; Ros and
 Hansen 2008 for its separable form, which adapts one variance per number and so learns faster where there
@@ -27,32 +27,33 @@ SEEDS = 2**32  # cmaes and Optuna take seeds below this
 
 
 def path_of_scales(scales: np.ndarray, places: Sequence[int]) -> Path:
-    """The path of the scales ((P * N,) or (P, N)) of each place's experts, rounded to 3 digits."""
-    rows = scales.round(3).reshape(len(places), -1) + 0.0  # (P * N,) -> (P, N); no -0
+    """The path of the scales ((P * M,) or (P, M)) of each place's members, rounded to 3 digits."""
+    rows = scales.round(3).reshape(len(places), -1) + 0.0  # (P * M,) -> (P, M); no -0
     return tuple(
         Step("task_arithmetic", k, tuple(row.tolist())) for k, row in zip(places, rows, strict=True)
     )
 
 
 def scales_of(pool: LayerPool, path: Path, stem: str = "base") -> np.ndarray:
-    """The scales whose layers are nearest to those of a path: (P, N), by least squares over all weights.
+    """The scales whose layers are nearest to those of a path: (P, M), by least squares over all weights.
 
-    An expert's layer has scale 1 for itself and 0 for the others, task arithmetic its own scale; only what
+    A member's layer has scale 1 for itself and 0 for the others, task arithmetic its own scale; only what
     an operator trims or elects is lost. ``path`` has P steps; stem: its stem's source, unless it has one.
     """
     rows = []
     first, steps = split_stem(path, stem)
     for i, step in enumerate(path, start=len(steps) - len(path)):
+        names = pool.weights("base", step.layer)
         base, *layers = (
-            torch.cat([t.flatten().double() for t in weights.values()])  # (D,)
+            torch.cat([weights[name].flatten().double() for name in names])  # (D,)
             for weights in (
-                *(pool.weights(source, step.layer) for source in ("base", *pool.names)),
+                *(pool.weights(source, step.layer) for source in ("base", *pool.members)),
                 pool.weights(*step, prefix=(first, *steps[: max(0, i)])),
             )
         )
-        deltas = torch.stack(layers) - base  # (N + 1, D)
+        deltas = torch.stack(layers) - base  # (M + 1, D)
         products = deltas @ deltas.T
-        # The normal equations; experts that are equal here, or the base itself, share or get nothing.
+        # The normal equations; members that are equal here, or the base itself, share or get nothing.
         inverse = torch.linalg.pinv(products[:-1, :-1], hermitian=True, rtol=1e-9)
         rows.append((inverse @ products[:-1, -1]).numpy())
     return np.stack(rows)
@@ -141,6 +142,12 @@ def start_of(scorer: Any, episodes: Sequence[Mapping[str, Any]]) -> Path:
     return parse_path(best[0]) if best else tuple(Step(scorer.sources[0], k) for k in places)
 
 
+def start_scales(scorer: Any, episodes: Sequence[Mapping[str, Any]]) -> np.ndarray:
+    """The scales (P, M) nearest to the best path so far, within ``BOUNDS``."""
+    path = start_of(scorer, episodes)
+    return scales_of(scorer.pool, path, getattr(scorer, "stem", "base")).clip(*BOUNDS)
+
+
 def evolution_of(scorer: Any, episodes: Sequence[Mapping[str, Any]], seed: int) -> Evolution:
     """CMA-ES around the best path, as far as the episodes of the phase ``scales`` have brought it.
 
@@ -148,8 +155,7 @@ def evolution_of(scorer: Any, episodes: Sequence[Mapping[str, Any]], seed: int) 
     """
     before = [e for e in episodes if e["phase"] != "scales"]
     rewards = [e["raw_reward"] for e in episodes if e["phase"] == "scales"]
-    start = start_of(scorer, before)
-    first = scales_of(scorer.pool, start, getattr(scorer, "stem", "base")).clip(*BOUNDS).ravel()
+    first = start_scales(scorer, before).ravel()
     evolution = Evolution(first, BOUNDS, seed, separable=True)
     while rewards:
         asked = evolution.ask(len(rewards))

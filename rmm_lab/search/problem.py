@@ -20,6 +20,7 @@ from rmm_lab.layers import LayerPool
 from rmm_lab.operators import MATCHED, parse_operator
 from rmm_lab.path import LayerPath
 from rmm_lab.reward import PathScorer
+from rmm_lab.search.numbers import ScalesEnv
 
 # Measured on the reward split: see docs/evidence.md.
 OPERATORS = (
@@ -111,9 +112,15 @@ class Problem:
         return Scorer(self.pool, self.tasks, **options, workers=int(workers))
 
 
-def make_merging_env(scorer: PathScorer | None = None, **options: Any) -> MergingEnv:
-    """The environment behind ``rmm_lab/Merging-v0``; without a scorer it holds the demo's pair."""
-    return MergingEnv(load_problem(("demo",)).scorer() if scorer is None else scorer, **options)
+def make_merging_env(
+    scorer: PathScorer | None = None, *, actions: str = "sources", **options: Any
+) -> MergingEnv:
+    """The environment behind ``rmm_lab/Merging-v0``; without a scorer it holds the demo's pair.
+
+    actions: ``sources``, or ``scales``, see ``search.numbers.ScalesEnv``.
+    """
+    kind = ScalesEnv if actions == "scales" else MergingEnv
+    return kind(load_problem(("demo",)).scorer() if scorer is None else scorer, **options)
 
 
 def load_problem(experts: Sequence[str], **options: Any) -> Problem:

@@ -4,11 +4,12 @@
     coordinate ascent    one place at a time, with restarts
     TPE                  tree-structured Parzen estimator        Bergstra et al. 2011
     NSGA-II              an evolution of paths                   Deb et al. 2002
-    CMA-ES over scales   a scale per place and expert            Akiba et al. 2024, parameter space
+    CMA-ES over scales   a scale per place and member            Akiba et al. 2024, parameter space
     CMA-ES over orders   which experts' layers run, in a row     Akiba et al. 2024, data-flow space
 
-Each begins with the uniform path of every source, which any user has, on the first subset; they count. All
-score on the subsets of the reward split, which come in turn. The same seed gives the same search.
+Each begins with the uniform path of every source, which any user has, on the first subsets, for up to a
+tenth of its evaluations. All score on the subsets of the reward split, which come in turn. The same seed
+gives the same search.
 
 The first four choose among the agent's sources at each place, without skip and back: paths with them are
 worse on average.
@@ -25,7 +26,7 @@ import numpy as np
 
 from rmm_lab.errors import InputError
 from rmm_lab.reward import Path, Step, parse_path, path_text, places_of
-from rmm_lab.search.finalists import rewards, shortlist
+from rmm_lab.search.finalists import rewards, rounds, shortlist
 from rmm_lab.search.layer_scales import BOUNDS, SEEDS, Evolution, path_of_scales
 
 GROUP = 20  # evaluations that share a data subset, as the agent's episodes of one update do
@@ -54,15 +55,21 @@ def random_path(scorer: Any, rng: np.random.Generator) -> Path:
 class Scored(list[tuple[str, float]]):
     """(path as text, reward in [0, 1]) of each evaluation in order, the uniform paths first.
 
-    ``answers``: what a search arrived at, the best first; these need not have been scored. ``left``: what
-    is left of the budget of ``evaluations``.
+    ``known``: the mean reward of each of these. ``answers``: what a search arrived at, the best first; these
+    need not have been scored. ``left``: what is left of the budget of ``evaluations``.
     """
 
     def __init__(self, scorer: Any, evaluations: int) -> None:
         super().__init__()
         self.scorer, self.left = scorer, evaluations
         self.answers: list[Path] = []
-        self.score(uniform_paths(scorer), repeat(0))
+        paths = uniform_paths(scorer)
+        values = [
+            self.score(paths, repeat(subset))
+            for subset in range(rounds(evaluations, len(paths), scorer.n_subsets))
+        ]
+        scored = [[own[i] for own in values if i < len(own)] for i in range(len(paths))]
+        self.known = [float(np.mean(own)) for own in scored if own]
 
     def score(self, paths: Sequence[Path], subsets: Iterable[int]) -> list[float]:
         """The rewards of paths, each on its subset, as far as the budget goes."""
@@ -95,13 +102,15 @@ def coordinate_ascent(scorer: Any, evaluations: int, seed: int) -> Scored:
     takes the next subset.
     """
     rng, out = np.random.default_rng(seed), Scored(scorer, evaluations)
-    best, text = max(((value, text) for text, value in out), default=(0.0, ""))
-    path, sweep, changed = parse_path(text), 0, True
+    start = max(range(len(out.known)), key=lambda i: (out.known[i], out[i][0]), default=0)
+    path, sweep, changed = uniform_paths(scorer)[start], 0, True
     while out.left:
         subset = sweep % scorer.n_subsets
-        if sweep:  # in the first one the path has been scored on this subset
+        if sweep:
             path = path if changed else random_path(scorer, rng)
             [best] = out.score([path], [subset])
+        else:  # the path has been scored on this subset
+            best = out[start][1]
         sweep, changed = sweep + 1, False
         for place in rng.permutation(len(path)):
             others = [
@@ -157,7 +166,7 @@ def _by_optuna(
     try:
         draws = getattr(optuna.samplers, sampler)(seed=seed % SEEDS, **options)
         study = optuna.create_study(direction="maximize", sampler=draws)
-        for number, (_, value) in enumerate(out):  # the uniform paths
+        for number, value in enumerate(out.known):  # the uniform paths
             study.enqueue_trial(dict.fromkeys(choices, number))
             study.tell(study.ask(choices), value)
         while out.left:
@@ -179,22 +188,28 @@ def _by_optuna(
 
 
 def cmaes_scales(scorer: Any, evaluations: int, seed: int) -> Scored:
-    """CMA-ES over a scale for each place and expert: models between and beyond the experts.
+    """CMA-ES over a scale for each place and member: models between and beyond the experts.
 
     After the uniform paths come ``SCALES``, one for all experts and places; the best of these and of the
-    experts is the first mean. A generation shares a subset.
+    members is the first mean. A generation shares a subset.
     Source: Akiba et al. 2024, "Evolutionary Optimization of Model Merging Recipes", parameter space; they
     evolve TIES' densities beside the weights.
     """
-    places, n = places_of(scorer), scorer.n_models
+    places, n, members = places_of(scorer), scorer.n_models, scorer.members
 
     def path_of(scales: np.ndarray) -> Path:
         return path_of_scales(scales, places)
 
     out = Scored(scorer, evaluations)
-    # An expert is a scale of 1 for itself and of 0 for the others.
-    known = [(value, np.tile(np.eye(n)[i], len(places))) for i, (_, value) in enumerate(out[:n])]
-    tried = [np.full(n * len(places), scale) for scale in SCALES]
+    worth = dict(zip(scorer.sources, out.known, strict=False))
+    # A member is a scale of 1 for itself and of 0 for the others.
+    known = [
+        (worth[member], np.tile(np.eye(len(members))[i], len(places)))
+        for i, member in enumerate(members)
+        if member in worth
+    ]
+    equal = np.repeat([1.0, 0.0], [n, len(members) - n])
+    tried = [np.tile(scale * equal, len(places)) for scale in SCALES]
     known += zip(out.score(list(map(path_of, tried)), repeat(0)), tried, strict=False)
     if out.left:
         evolution = Evolution(max(known, key=lambda pair: pair[0])[1], BOUNDS, seed)
@@ -219,7 +234,7 @@ def cmaes_order(scorer: Any, evaluations: int, seed: int) -> Scored:
     out = Scored(scorer, evaluations)
     if not out.left:
         return out
-    best = int(np.argmax([value for _, value in out[: scorer.n_models]]))
+    best = int(np.argmax(out.known[: scorer.n_models]))
     mean = np.full((REPEATS, scorer.n_models, scorer.n_layers), -MEAN)
     mean[0, best] = MEAN
 
