@@ -156,8 +156,12 @@ def test_a_forest_by_hand():
     assert shown.lines == {"a": {"experts, own tasks": 99}}
     assert shown.left_out == 0
     assert "more" not in shown.caption
-    said = "Forest plot: mean accuracy of 5 methods. a: best agent + CMA-ES 69.0; "
+    said = "Forest plot: mean accuracy of 5 methods. a: best agent + CMA-ES 69.0, "
     assert shown.alt == said + "experts, own tasks 99.0."
+    begun = pd.DataFrame([result("b", 0, "base", 20), *few.to_dict("records")])
+    assert forest(begun).alt.startswith(
+        "Forest plot: mean accuracy of 5 methods. b: base 20.0. a: "
+    )
     one = forest(few[few["seed"] == 1]).points["a"]
     assert one["half"].isna().all()
     assert one.at["agent + CMA-ES", "mean"] == 70

@@ -61,9 +61,10 @@ class Forest(NamedTuple):
         text = f"Forest plot: mean accuracy of {n} methods"
         text += f" of {n + self.left_out}" if self.left_out else ""
         for panel, points in self.points.items():
-            best = points["mean"].idxmax()
-            bounds = ", ".join(f"{name} {x:.1f}" for name, x in self.lines[panel].items())
-            text += f". {panel}: best {best} {points.at[best, 'mean']:.1f}; {bounds}"
+            best = points["mean"].dropna().nlargest(1)  # none where no method was measured yet
+            said = [f"best {method} {mean:.1f}" for method, mean in best.items()]
+            said += [f"{name} {mean:.1f}" for name, mean in self.lines[panel].items()]
+            text += f". {panel}: {', '.join(said)}"
         return text + "."
 
 
