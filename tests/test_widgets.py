@@ -12,6 +12,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from matplotlib.text import Text
 from test_env import Scores
 from test_walk import agent_for
 
@@ -29,7 +30,7 @@ from rmm_lab.course.widgets import (
 from rmm_lab.env import MergingEnv
 from rmm_lab.errors import InputError
 from rmm_lab.figures import paths as plots
-from rmm_lab.reward import Step, path_text
+from rmm_lab.reward import Step, parse_path, path_text
 
 SOURCES = ("m0", "m1", "op0", "op1")
 NAN = float("nan")
@@ -450,8 +451,8 @@ def test_a_replay_says_what_proposed_each_episode():
     assert [t.get_text() for t in left.texts].count("0.5") == 4
     shown = {t.get_position(): t.get_text() for t in right.texts}
     assert {at: text for at, text in shown.items() if at[1] < 2} == {
-        **{(x, 0): f".{2 + x}0" for x in range(6)},  # 0.2, 0.3, ... of the first expert
-        **{(x, 1): "-.05" for x in range(6)},
+        **{(x, 0): f"0.{2 + x}0" for x in range(6)},  # 0.2, 0.3, ... of the first expert
+        **{(x, 1): "−0.05" for x in range(6)},
     }
     assert shown[6, 2] == "1"
 
@@ -547,7 +548,8 @@ def test_sources_and_layers_of_the_problem_can_be_given():
     assert "stem of op0, enc 0 of m0, enc 2 of m1" in sentence
     top = figure.axes[0]
     assert [t.get_text() for t in top.get_yticklabels()] == list(SOURCES)
-    assert [t.get_text() for t in top.get_xticklabels()] == ["enc 0", "enc 1", "enc 2", "dec 0"]
+    places = ["stem", "enc 0", "enc 1", "enc 2", "dec 0"]
+    assert [t.get_text() for t in top.get_xticklabels()] == places
 
 
 def test_no_rows_are_refused():
@@ -566,10 +568,113 @@ def test_place_names():
     assert [plots.place_name(k, (range(4),)) for k in (-1, 0, 3)] == ["stem", "layer 0", "layer 3"]
 
 
+def texts_of(axes) -> dict[tuple[float, float], str]:
+    """What stands in a map: (place, row) -> text."""
+    return {text.get_position(): text.get_text() for text in axes.texts}
+
+
+def labels_of(axes) -> list[str]:
+    return [label.get_text() for label in axes.get_yticklabels()]
+
+
+FITTED = ("least_squares:fit=whole", "least_squares:fit=whole,weights=3/1")
+
+
+def test_scales_stand_in_the_rows_of_their_members():
+    sources = ("digits", "textures", "weight_average", "ties", *FITTED)
+    members = ("digits", "textures", *FITTED)
+    path = (
+        Step("task_arithmetic", -1, (0.25, -0.5, 1.0, 0.125)),
+        Step("task_arithmetic", 0, (0.0, 1.5, -0.01, 0.3)),
+        Step("ties", 1),
+    )
+    figure = plots.path_picture(path, sources, 3, members=members)
+    top, bar = figure.axes  # no boxes: the map shows all
+    names = ["digits", "textures", "TIES", "least squares", "least squares 3:1"]
+    assert labels_of(top) == names  # nothing took the average
+    assert [t.get_text() for t in top.get_xticklabels()] == ["stem", "0", "1", "2"]
+    assert texts_of(top) == {
+        **{(0, 0): "0.25", (0, 1): "−0.50", (0, 3): "1", (0, 4): "0.12"},
+        **{(1, 1): "1.50", (1, 3): "−0.01", (1, 4): "0.30"},
+        **{(2, 2): "1", (3, 2): "skipped"},
+    }
+    bold = {t.get_text() for t in top.texts if t.get_fontweight() == "bold"}
+    assert bold == {"−0.50", "−0.01"}  # the pale one too
+    shown = np.asarray(top.images[0].get_array())
+    np.testing.assert_allclose(shown[:, 0], [0.25, -0.5, 0, 1, 0.125])
+    assert bar.get_ylim() == (-0.5, 1.5)
+
+
+def test_by_default_scales_are_of_the_first_sources():
+    path = tuple(Step("task_arithmetic", k, (0.5, 0.25)) for k in range(-1, 2))
+    figure = plots.path_picture(path, ("a", "b", "ties", *FITTED), 2)
+    assert labels_of(figure.axes[0]) == ["a", "b"]
+    assert texts_of(figure.axes[0]) == {
+        (x, y): ("0.50", "0.25")[y] for x in range(3) for y in (0, 1)
+    }
+
+
+def test_a_map_has_a_row_for_whatever_its_path_takes():
+    figure = plots.path_picture((Step("ties:density=0.3", 0),), ("a", "b", "ties"), 1)
+    assert labels_of(figure.axes[0]) == ["a", "b", "TIES", "base", "TIES (density=0.3)"]
+    assert texts_of(figure.axes[0]) == {(0, 3): "1", (1, 4): "1"}  # the stem is the base's
+
+
+@pytest.mark.parametrize(
+    ("text", "boxes"),
+    [
+        ("m0@0 m1@1 m0@2", 0),
+        ("m0@0 m1@2", 0),  # the column of layer 1 says that it is skipped
+        ("m0@0 m1@1 m0@1", 4),
+        ("m0@1 m1@0 m0@2", 4),
+        ("", 0),
+    ],
+)
+def test_boxes_say_what_a_map_cannot(text, boxes):
+    figure = plots.path_picture(parse_path(text), SOURCES, 3)
+    drawn = [axes for axes in figure.axes if axes.get_title() == "the same in running order"]
+    assert sum(len(axes.texts) for axes in drawn) == boxes
+    skipped = {x - 1 for (x, _), t in texts_of(figure.axes[0]).items() if t == "skipped"}
+    assert skipped == set(range(3)) - {step.layer for step in parse_path(text)}
+
+
+def test_short_names():
+    sources = {
+        "digits": "digits",
+        "my_birds": "my_birds",  # an expert's name is the user's
+        "weight_average": "average",
+        "weighted_average:expert=1,share=0.75": "digits 0.75 : 0.25",
+        "weighted_average:expert=2,share=0.5": "my_birds 0.5 : 0.5",
+        "task_arithmetic:scale=0.75": "task arithmetic × 0.75",
+        "ties": "TIES",
+        "iso_cts": "Iso-CTS",
+        FITTED[0]: "least squares",
+        FITTED[1]: "least squares 3:1",
+        "dare:drop_rate=0.5": "DARE (drop_rate=0.5)",  # two of one name keep their options
+        "dare:drop_rate=0.9": "DARE (drop_rate=0.9)",
+    }
+    assert plots.short_names(list(sources)) == list(sources.values())
+
+
+def test_a_picture_of_a_path_can_be_read_where_it_is_shown():
+    """9 pt at least, in a picture that a screen of 1366 pixels shows at full size."""
+    members = ("digits", "textures", *FITTED)
+    scales = tuple(Step("task_arithmetic", k, (0.5, -1.25, 0.1, 0.2)) for k in range(-1, 12))
+    for path in (scales, (*scales, Step("ties", 3))):
+        figure = plots.path_picture(path, (*members[:2], "ties", *FITTED), 12, members=members)
+        figure.draw_without_rendering()
+        texts = [t for t in figure.findobj(Text) if t.get_text() and t.get_visible()]
+        assert min(t.get_fontsize() for t in texts) >= 9
+        assert figure.get_figwidth() * 100 <= 1366
+        cell = figure.axes[0].get_window_extent().width / 13
+        written = [t.get_window_extent().width for t in figure.axes[0].texts]
+        assert max(written) < cell
+
+
 def test_a_long_path_goes_on_in_a_second_row():
-    path = tuple(Step("m0", k) for k in range(14))
-    figure = plots.path_picture(path, SOURCES, 14)
-    bottom = figure.axes[1]
-    heights = [t.get_position()[1] for t in bottom.texts]
-    assert heights == [1.5] * 10 + [0.5] * 5
+    path = tuple(Step("m0", k) for k in (*range(12), 11))
+    figure = plots.path_picture(path, SOURCES, 12)
+    assert texts_of(figure.axes[0])[12, 0] == "2"  # layer 11, behind the stem and 0 to 10
+    heights = [t.get_position()[1] for t in figure.axes[1].texts]
+    assert heights == [1.5] * 8 + [0.5] * 6
     assert figure.get_figwidth() <= 11

@@ -20,6 +20,7 @@ from rmm_lab.course.explorers import ClipExplorer, DarExplorer, DistanceMap, Tie
 from rmm_lab.course.run_record import Run, difference, source_text
 from rmm_lab.course.views import View, status
 from rmm_lab.errors import InputError, one_sentence
+from rmm_lab.figures import episodes
 from rmm_lab.figures import paths as plots
 from rmm_lab.reward import Path, parse_path, path_text
 
@@ -123,7 +124,7 @@ class MapStepper(View):
         """The map with the cursor; the agent's probabilities, at the end the scores."""
         walk, env, (pi, value) = self.walk, self.walk.env, self.walk.policy()
         words = [f"{step.source} ({walk.place(step.layer)})" for step in walk.env.path]
-        figure = plots.walk_picture(
+        figure = episodes.walk_picture(
             env.merging_map, walk.action_names, env.first, walk.stacks, env.layer, words,
             probabilities=pi, value=value, legal=walk.legal, scores=walk.scores,
         )  # fmt: skip
@@ -277,7 +278,7 @@ class TrainingReplay(View):
         if (phase := run.episode(number)["phase"]) != "agent":
             which = "no policy" if mean is None else "the agent's last policy"
             title = f"{phase} phase: {which}"
-        figure = plots.replay_picture(
+        figure = episodes.replay_picture(
             self.rewards, number, policy, counts, names, run.first, pool.stacks, stacks, title
         )
         if not self._boxes:

@@ -2,32 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 
 import numpy as np
 from matplotlib.figure import Figure
 from pandas import DataFrame
 
 from rmm_lab.errors import InputError
-from rmm_lab.evidence.pages import by_half, by_size, by_task, dar_scores, pair_of
+from rmm_lab.evidence.forest import AXIS, forest
+from rmm_lab.evidence.pages import dar_scores, pair_of
 from rmm_lab.evidence.rows import spread
 from rmm_lab.figures.paths import COLOURS, panels, tidy
-from rmm_lab.figures.results import seeds_picture
+from rmm_lab.figures.results import forest_picture
 from rmm_lab.figures.searches import dar_curve_picture, searches_picture
 
 
-def methods_picture(sections: Mapping[str, DataFrame]) -> Figure:
-    """``seeds_picture`` with a panel for each column of each section's scores."""
-    return seeds_picture(
-        {
-            f"{heading}: {column}": {
-                str(method): own[column].to_numpy()
-                for method, own in scores.groupby("method", sort=False)
-            }
-            for heading, scores in sections.items()
-            for column in scores
-        }
-    )
+def draw_methods(rows: DataFrame) -> Figure:
+    """``forest_picture`` of a table of methods."""
+    shown = forest(rows)
+    return forest_picture(shown.points, shown.lines, AXIS, shown.caption)
 
 
 def draw_dar(rows: DataFrame) -> Figure:
@@ -67,10 +60,10 @@ def draw_searches(rows: DataFrame, curve: DataFrame) -> Figure:
 
 
 DRAW: dict[str, Callable[..., Figure]] = {
-    "table-I": lambda rows: methods_picture(by_half(rows)),
-    "table-II": lambda rows: methods_picture(by_task(pair_of(rows))),
-    "groups": lambda rows: methods_picture(by_size(rows)),
-    "table-III": lambda rows: methods_picture(by_size(rows)),
+    "table-I": draw_methods,
+    "table-II": lambda rows: draw_methods(pair_of(rows)),
+    "groups": draw_methods,
+    "table-III": draw_methods,
     "table-IV": draw_dar,
     "fig-3": draw_rewards,
     "searches": draw_searches,

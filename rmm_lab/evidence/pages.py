@@ -16,8 +16,8 @@ import numpy as np
 import pandas as pd
 from pandas import DataFrame, Series
 
+from rmm_lab.evidence.forest import forest, with_best_expert
 from rmm_lab.evidence.rows import (
-    BEST_EXPERT,
     KINDS,
     METHODS,
     RULES,
@@ -60,16 +60,6 @@ def seconds_text(seconds: Series) -> str:
 
 # ----------------------------------------------------------------------------- tables of methods
 # Scores of methods are a frame with the index (method, seed) and a column for each group, or each task.
-
-
-def with_best_expert(rows: DataFrame) -> DataFrame:
-    """Of the experts, each used for all tasks, the one with the best mean on the test split stays.
-
-    It is a bound, no fair opponent.
-    """
-    alone = rows[kind_of(rows["method"]) == "expert"]
-    best = alone.loc[alone.groupby(["group", "size", "seed"])["mean"].idxmax()]
-    return pd.concat([rows.drop(alone.index), best.assign(method=BEST_EXPERT)])
 
 
 def _sections(
@@ -140,11 +130,15 @@ def methods_table(scores: DataFrame, compared: str = "") -> DataFrame:
 
 def show_methods(
     rows: DataFrame,
+    picture: str,
     sections: Callable[[DataFrame], dict[str, DataFrame]],
     by: str = "size",
     compared: str = "",
 ) -> str:
-    """Tables I to III and other groups, a section for each value of ``by``; empty without such rows."""
+    """Tables I to III and other groups, a section for each value of ``by``; empty without such rows.
+
+    ``picture``: the file of their forest plot.
+    """
     of = sections(rows)
     searches = rows[kind_of(rows["method"]) == "search"]
     if not of or searches.empty:
@@ -152,6 +146,7 @@ def show_methods(
     run = configure(**json.loads(searches["config"].iloc[0])).run
     n = rows.loc[rows["method"].isin(RULES), "method"].nunique()
     text = (
+        f"![{forest(rows).alt}]({picture})\n\n"
         f"Test split, %: mean over seeds ({seeds(searches, 'group', 'size', 'method')}), ± sample standard "
         f"deviation where a method draws. *{BEST.capitalize()}*: the best *on the test split* of the {n} "
         "merges that search nothing and follow no gradient. Last: the gain over it, paired by seed, ± its "
@@ -335,20 +330,23 @@ def papers_tables(rows: DataFrame) -> str:
     return text
 
 
-_HALVES = partial(show_methods, sections=by_half)
-_GROUPS = partial(show_methods, sections=by_size)
 _SEARCHES = ("searches", "searches-curve")
 
 
 def _pair(rows: DataFrame) -> str:
-    return show_methods(pair_of(rows), by_task, "group", "Average")
+    return show_methods(pair_of(rows), "table-II.png", by_task, "group", "Average")
 
 
+def _by_size(picture: str) -> Callable[[DataFrame], str]:
+    return partial(show_methods, picture=picture, sections=by_size)
+
+
+_HALVES = partial(show_methods, picture="table-I.png", sections=by_half)
 PAGES = {
     "table-I": Page(("halves",), "Table I: halves of each set, merged in pairs", _HALVES, "I"),
     "table-II": Page(("vision",), "Table II: two sets that differ more", _pair, "II"),
-    "groups": Page(("vision",), "Groups of sets: Table II's methods", _GROUPS),
-    "table-III": Page(("language",), "Table III: language tasks", _GROUPS, "III"),
+    "groups": Page(("vision",), "Groups of sets: Table II's methods", _by_size("groups.png")),
+    "table-III": Page(("language",), "Table III: language tasks", _by_size("table-III.png"), "III"),
     "table-IV": Page(("dar",), "Table IV: share of the data, DAR or not", show_dar, "IV"),
     "searches": Page(_SEARCHES, f"{BOTH} beside other searches", show_searches),
     "agent": Page(("agent",), f"{BOTH}, one choice changed", show_agent),

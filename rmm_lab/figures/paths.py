@@ -1,7 +1,7 @@
 """Figures of paths: rewards (Fig. 3), layer paths, merging maps, policies.
 
-Colours are okabe_ito; counts and probabilities go from white to dark blue, so that zero looks empty, and
-differences from orange to purple with white at zero.
+Colours are okabe_ito; counts and probabilities go from white to dark blue, so that zero looks empty, amounts
+below zero from white to brown, and differences from orange to purple with white at zero.
 """
 
 from __future__ import annotations
@@ -18,16 +18,38 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import LinearSegmentedColormap, to_rgb
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
+from matplotlib.ticker import MultipleLocator
 
+from rmm_lab.operators import SCOPE
 from rmm_lab.reward import Path, Step
 
 COLOURS = color_sequences["okabe_ito"]
 HATCHES = ("", "///", "...", "xxx", "\\\\\\", "ooo", "+++", "---")
 COUNTS = LinearSegmentedColormap.from_list("counts", ["white", "#004c7d"])
+AMOUNTS = LinearSegmentedColormap.from_list("amounts", ["#9c4a00", "white", "#004c7d"])
 DIFFERENCES = "PuOr"
 MIDDLE: dict[str, Any] = {"ha": "center", "va": "center"}
 ON_WHITE = {"fc": "white", "ec": "none", "pad": 1}  # behind a text
-BOXES = 10  # of a path in one row
+BOXES = 8  # of a path in one row
+SPELLED = {
+    name.lower().replace("-", "_"): name
+    for name in (
+        *(
+            "TIES",
+            "DARE",
+            "DARE-TIES",
+            "RegMean",
+            "TSV",
+            "Iso-C",
+            "Iso-CTS",
+            "WUDI",
+            "KnOTS",
+            "STAR",
+        ),
+        *("PCB", "Breadcrumbs", "DELLA", "Consensus", "EMR", "MagMax", "SCE", "WIDEN", "SLERP"),
+        *("LiNeS", "DOGE"),
+    )
+} | {"weight_average": "average"}
 
 
 def png(figure: Figure) -> bytes:
@@ -64,7 +86,7 @@ def tidy(
     axes.set_title(title, fontsize=10)
     axes.set_xlabel(xlabel, fontsize=9)
     axes.set_ylabel(ylabel, fontsize=9)
-    axes.tick_params(labelsize=8)
+    axes.tick_params(labelsize=9)
     axes.grid(axis=grid, alpha=0.3)
 
 
@@ -88,8 +110,37 @@ def heat_map(
             colour = "white" if dark else "black"
             axes.text(x, y, text, fontsize=fontsize, color=colour, **MIDDLE)
     axes.set_xticks(range(len(columns)), columns, fontsize=9)
-    axes.set_yticks(range(len(rows)), list(map(short_name, rows)), fontsize=9)
+    axes.set_yticks(range(len(rows)), short_names(rows), fontsize=9)
     return image
+
+
+def short_names(sources: Sequence[str]) -> list[str]:
+    """Sources as a reader calls them: ``average``, ``TIES``, ``digits 0.75 : 0.25``, ``least squares 3:1``.
+
+    ``sources``: experts first, so that an operator that leans to one can name it. Options that tell no two
+    sources apart are left out.
+    """
+    names = [_short_name(source, sources) for source in sources]
+    options = [source.partition(":")[2].replace(",", ", ") for source in sources]
+    return [
+        f"{name} ({more})" if more and names.count(name) > 1 else name
+        for name, more in zip(names, options, strict=True)
+    ]
+
+
+def _short_name(source: str, sources: Sequence[str]) -> str:
+    function, _, text = source.partition(":")
+    if function not in SCOPE:
+        return source  # an expert's
+    name = SPELLED.get(function, function.replace("_", " "))
+    options = dict(item.split("=") for item in text.split(",") if item)
+    if "expert" in options:
+        lead, share = int(options["expert"]) - 1, float(options.get("share", 0.75))
+        expert = sources[lead] if lead < len(sources) else f"expert {lead + 1}"
+        return f"{expert} {share:g} : {1 - share:g}"
+    if "weights" in options:
+        return f"{name} {options['weights'].replace('/', ':')}"
+    return f"{name} × {options['scale']}" if "scale" in options else name
 
 
 def draw_box(
@@ -108,7 +159,7 @@ def draw_box(
     axes.add_patch(Rectangle(corner, width, 0.74, fc=face, ec=edge, lw=1.5, hatch=hatch))
     behind = ON_WHITE | {"alpha": 0.0 if pale else 0.85}
     colour = "0.4" if pale else "black"
-    axes.text(x, y, text, fontsize=8, color=colour, bbox=behind, **MIDDLE)
+    axes.text(x, y, text, fontsize=9, color=colour, bbox=behind, **MIDDLE)
 
 
 def look_of(source: str, sources: Sequence[str]) -> tuple[Any, str]:
@@ -141,7 +192,7 @@ def reward_curve(episodes: Sequence[dict[str, Any]], width: int = 50) -> Figure:
     axes.plot(x, best, "--", color="black", lw=1, label="best so far, on its subset")
     tidy(axes, "", "episode", "mean score, %")
     axes.set_xlim(0, len(raw) + 1)
-    axes.legend(fontsize=8, loc="lower right")
+    axes.legend(fontsize=9, loc="lower right")
     return figure
 
 
@@ -160,51 +211,90 @@ def with_stem(path: Path, stem: str = "base") -> Path:
 
 
 def path_picture(
-    path: Path, sources: Sequence[str], n_layers: int, stacks: Sequence[range] = ()
+    path: Path,
+    sources: Sequence[str],
+    n_layers: int,
+    stacks: Sequence[range] = (),
+    members: Sequence[str] = (),
 ) -> Figure:
-    """A path as rows of boxes in running order, under its merging map (Eq. 5, sources by layers).
+    """What a path takes at each place: its merging map (Eq. 5), the stem as the first column.
 
-    One colour and hatch per source; the first box is the stem, the base's unless the path chooses one.
-    With two ``stacks`` (a T5's) layers are called enc 0, ..., dec 0, ..., and a line in the map separates
-    encoder and decoder.
+    The stem is the base's unless the path chooses one. ``members``: the sources that a step's scales are of;
+    by default the first. With two ``stacks`` (a T5's) layers are called enc 0, ..., dec 0, ..., and a line
+    separates encoder and decoder. Boxes in running order follow where a layer runs twice or out of order,
+    which a map cannot show.
     """
-    return paths_picture([("", path)], {}, sources, n_layers, stacks)
+    return paths_picture([("", path)], {}, sources, n_layers, stacks, members=members)
+
+
+def _rows_of(path: Path, sources: Sequence[str], members: Sequence[str]) -> list[str]:
+    """The rows of a path's map: all sources, and what else it takes.
+
+    Where it has scales, operators that it never takes would be most of the rows, and have none.
+    """
+    plain = [step.source for step in path if not step.scales]
+    rows = dict.fromkeys((*sources, *members, *plain))
+    if not any(step.scales for step in path):
+        return list(rows)
+    mixed = (members or sources)[: max(len(step.scales) for step in path)]
+    return [name for name in rows if name in (*mixed, *plain)]
+
+
+def _boxes_of(path: Path) -> int:
+    """How many rows of boxes a path needs below its map: none where layers run in order, once at most."""
+    layers = [step.layer for step in path]
+    return 0 if layers == sorted(set(layers)) else -(-len(path) // BOXES)
 
 
 def _draw_path(
-    figure: Any, path: Path, sources: Sequence[str], n_layers: int, stacks: Sequence[range]
+    figure: Any, path: Path, rows: Sequence[str], members: Sequence[str], n_layers: int, stacks: Any
 ) -> None:
-    """Map and boxes of one path, its stem first, into a part of a figure."""
-    rows = -(-len(path) // BOXES)
-    top, bottom = figure.subplots(2, 1, height_ratios=[0.45 * len(sources), 0.4 + 0.9 * rows])
-    draw_map(top, merging_map(path[1:], sources, 0, n_layers), sources, 0, stacks)
-    title = "merging map: how often each source's layer was taken"
+    """Map, and boxes if need be, of one path, its stem first, into a part of a figure."""
+    n_boxes = _boxes_of(path)
+    heights = [0.3 * len(rows) + 0.4, 0.9 * n_boxes][: 1 + bool(n_boxes)]
+    top, *more = figure.subplots(len(heights), 1, height_ratios=heights, squeeze=False)[:, 0]
+    counts = merging_map(path, rows, -1, 1 + n_layers, members)
+    image = draw_map(top, counts, rows, -1, stacks)
+    bar = figure.colorbar(image, ax=top, pad=0.01, fraction=0.03, aspect=12)
+    bar.ax.set_ylim(min(0.0, float(counts.min())), image.norm.vmax)
+    bar.ax.yaxis.set_major_locator(MultipleLocator(max(0.5, image.norm.vmax // 2)))
+    bar.ax.tick_params(labelsize=9)
+    for k in set(range(n_layers)) - {step.layer for step in path}:
+        skipped: dict[str, Any] = {"fc": "none", "ec": "0.75", "hatch": "//", "lw": 0}
+        top.add_patch(Rectangle((k + 0.5, -0.5), 1, len(rows), **skipped))
+        y, look = (len(rows) - 1) / 2, {"rotation": 90, "fontsize": 9, "bbox": ON_WHITE}
+        top.text(k + 1, y, "skipped", **look, **MIDDLE)
+    top.axvline(0.5, color="black", lw=1.5)
+    what = "how often each source's layer is taken"
     if any(step.scales for step in path):
-        title += "; for scales, how much of each expert"
-    top.set_title(title, fontsize=10)
-    for i, step in enumerate(path):
-        x, y = i % BOXES + 0.5, rows - 0.5 - i // BOXES
-        text = short_name(step.source).partition(":")[0].replace("_", "\n")
-        if step.scales:
-            text = "scales\n" + "/".join(f"{s:.2f}".replace("0.", ".") for s in step.scales)
-        text += f"\n{place_name(step.layer, stacks)}"
-        draw_box(bottom, x, y, 0.84, text, look_of(step.source, sources))
-    bottom.set(xlim=(-0.1, min(len(path), BOXES) + 0.1), ylim=(0, rows))
-    bottom.set_axis_off()
-    bottom.set_title("the path: the stem, then the layers in running order", fontsize=10)
+        what = "how much of each source goes into each layer"
+    top.set_title(f"merging map: {what}", fontsize=10)
+    for axes in more:
+        axes.set(xlim=(-0.1, min(len(path), BOXES) + 0.1), ylim=(0, n_boxes))
+        axes.set_axis_off()
+        axes.set_title("the same in running order", fontsize=10)
+        names = dict(zip(rows, short_names(rows), strict=True))
+        for i, step in enumerate(path):
+            x, y = i % BOXES + 0.5, n_boxes - 0.5 - i // BOXES
+            name = "mixture" if step.scales else fill(names[step.source], 11)
+            text = f"{name}\n{place_name(step.layer, stacks)}"
+            draw_box(axes, x, y, 0.9, text, look_of(step.source, rows))
 
 
-def merging_map(path: Path, sources: Sequence[str], first: int, n_places: int) -> np.ndarray:
+def merging_map(
+    path: Path, sources: Sequence[str], first: int, n_places: int, members: Sequence[str] = ()
+) -> np.ndarray:
     """How often a path takes each source's layer: (S, places from layer ``first`` on), Eq. 5.
 
-    A step with scales counts as its scales, at the experts, which are the first sources.
+    A step with scales counts as its scales, at the rows of ``members``, which are by default the first.
     """
     counts = np.zeros((len(sources), n_places))
+    rows = {source: row for row, source in enumerate(sources)}
     for step in path:
-        if step.scales:
-            counts[: len(step.scales), step.layer - first] += step.scales
-        elif step.source in sources:
-            counts[list(sources).index(step.source), step.layer - first] += 1
+        taken = zip(members or sources, step.scales, strict=False)
+        for source, amount in taken if step.scales else [(step.source, 1.0)]:
+            if source in rows:
+                counts[rows[source], step.layer - first] += amount
     return counts
 
 
@@ -215,40 +305,44 @@ def draw_map(
     first: int,
     stacks: Sequence[range] = (),
     cursor: int | None = None,
-) -> None:
-    """A merging map (rows sources, columns places from layer ``first`` on) with its counts.
+    fontsize: float = 9,
+) -> Any:
+    """A merging map (rows sources, columns places from layer ``first`` on); returns the image.
 
     ``names`` may be longer than the map: skip and back have rows without counts. ``cursor``: the layer
     to decide on, which gets a frame.
     """
 
     def write(n: float) -> str:
-        return "" if n == 0 else f"{n:.0f}" if n == round(n) else f"{n:.2f}".replace("0.", ".")
+        return "" if n == 0 else f"{n:.0f}" if n == round(n) else f"{n:.2f}".replace("-", "−")
 
-    (height, n_places), most = counts.shape, max(1.0, float(counts.max(initial=0)))
-    size = 9 if np.array_equal(counts, np.round(counts)) else 7
-    heat_map(axes, counts, names, (), write, high=most, fontsize=size)
+    (height, n_places), most = counts.shape, max(1.0, float(np.abs(counts).max(initial=0)))
+    image = heat_map(axes, counts, names, (), write, -most, most, AMOUNTS, fontsize)
+    for text in axes.texts:
+        if text.get_text().startswith("−"):  # by more than a colour that is pale near zero
+            text.set_fontweight("bold")
     # Thin lines between the cells, so that two counted neighbours read as two choices.
     below = height + (len(names) > height)
     axes.vlines(np.arange(1, n_places) - 0.5, -0.5, height - 0.5, color="0.75", lw=0.5)
     axes.hlines(np.arange(1, below) - 0.5, -0.5, n_places - 0.5, color="0.75", lw=0.5)
-    _name_places(axes, first, n_places, stacks)
+    name_places(axes, first, n_places, stacks)
     axes.set_ylim(len(names) - 0.5, -0.5)
     if len(names) > height:  # over the cursor's frame
         x, y = (n_places - 1) / 2, (height + len(names) - 1) / 2
-        axes.text(x, y, "not counted", fontsize=8, bbox=ON_WHITE, zorder=4, **MIDDLE)
+        axes.text(x, y, "not counted", fontsize=9, bbox=ON_WHITE, zorder=4, **MIDDLE)
     if cursor is not None and 0 <= cursor - first < n_places:
         x = cursor - first
         look: dict[str, Any] = {"fill": False, "ec": COLOURS[1], "lw": 3, "clip_on": False}
         axes.add_patch(Rectangle((x - 0.5, -0.5), 1, len(names), zorder=3, **look))
         axes.get_xticklabels()[x].set(fontweight="bold", bbox={"fc": "white", "ec": COLOURS[1]})
+    return image
 
 
-def _name_places(axes: Any, first: int, n_places: int, stacks: Sequence[range]) -> None:
+def name_places(axes: Any, first: int, n_places: int, stacks: Sequence[range]) -> None:
     """Name the columns, places from layer ``first`` on; a line separates two stacks."""
     places = [place_name(k, stacks).removeprefix("layer ") for k in range(first, first + n_places)]
     crowded = len(stacks) == 2 and n_places > 8
-    axes.set_xticks(range(n_places), places, fontsize=8 if crowded else 9)
+    axes.set_xticks(range(n_places), places, fontsize=9)
     if crowded:
         axes.tick_params("x", rotation=90)
     axes.set_xlabel("layer", fontsize=9)
@@ -256,54 +350,7 @@ def _name_places(axes: Any, first: int, n_places: int, stacks: Sequence[range]) 
         axes.axvline(stacks[1].start - first - 0.5, color="0.4", lw=2)
 
 
-def walk_picture(
-    merging_map: np.ndarray,
-    actions: Sequence[str],
-    first: int,
-    stacks: Sequence[range],
-    cursor: int,
-    path: Sequence[str],
-    *,
-    probabilities: np.ndarray | None,
-    legal: np.ndarray,
-    value: float | None,
-    scores: Mapping[str, float] | None,
-) -> Figure:
-    """A walk so far: the merging map (N+M, P) with the cursor, and below it the ``path`` in words.
-
-    A second panel shows ``probabilities`` (A,) of the agent's policy and its ``value``, or at the end the
-    ``scores`` (task -> metric in [0, 1]), if there are any.
-    """
-    ratios = [max(2.4, 0.5 * merging_map.shape[1])]
-    if probabilities is not None or scores is not None:
-        ratios.append(2.4)
-    width = sum(ratios) + (3.2 if len(ratios) == 1 else 3.7)
-    figure = Figure(figsize=(width, 1.1 + 0.29 * len(actions)), layout="constrained")
-    left, *others = figure.subplots(1, len(ratios), width_ratios=ratios, squeeze=False)[0]
-    draw_map(left, merging_map, actions, first, stacks, cursor)
-    left.set_title("merging map", fontsize=10)
-    if scores is not None:
-        _score_bars(others[0], {"": scores})
-    elif probabilities is not None:
-        (right,) = others
-        bars = right.barh(actions, probabilities, color=COLOURS[2], ec="black", lw=0.6, hatch="//")
-        notes = [
-            f"{p:.2f}{'' if ok else ' illegal'}" for p, ok in zip(probabilities, legal, strict=True)
-        ]
-        right.bar_label(bars, notes, fontsize=8, padding=3)
-        right.spines[["top", "right"]].set_visible(False)
-        right.set(xlim=(0, 1.3), ylim=(len(actions) - 0.5, -0.5))
-        right.set_xticks([0, 0.5, 1], ["0", "0.5", "1"], fontsize=8)
-        right.tick_params("y", labelleft=False)
-        title = "the agent's policy" + ("" if value is None else f"; value {value:+.2f}")
-        right.set_title(title, fontsize=10)
-        right.set_xlabel("probability", fontsize=9)
-    words = "path: " + (" → ".join(path) or "no layer yet")
-    figure.supxlabel(fill(words, int(12 * width)), fontsize=9, x=0.01, ha="left")
-    return figure
-
-
-def _score_bars(axes: Any, scores: Mapping[str, Mapping[str, float]]) -> None:
+def score_bars(axes: Any, scores: Mapping[str, Mapping[str, float]]) -> None:
     """Bars of each task's score in percent and of their mean; one colour and hatch per label."""
     height, names = 0.8 / len(scores), [*next(iter(scores.values())), "mean"]
     for i, (label, by_task) in enumerate(scores.items()):
@@ -311,13 +358,13 @@ def _score_bars(axes: Any, scores: Mapping[str, Mapping[str, float]]) -> None:
         y = np.arange(len(names)) + (i - (len(scores) - 1) / 2) * height
         look = {"color": COLOURS[(2, 1)[i]], "hatch": ("//", "..")[i], "ec": "black", "lw": 0.6}
         bars = axes.barh(y, 100 * np.array([*values, np.mean(values)]), height, label=label, **look)
-        axes.bar_label(bars, fmt="%.1f", fontsize=8, padding=3)
+        axes.bar_label(bars, fmt="%.1f", fontsize=9, padding=3)
     axes.set_yticks(range(len(names)), names, fontsize=9)
     axes.set_ylim(len(names) - 0.5, -0.5)
     axes.spines[["top", "right"]].set_visible(False)
     axes.set_xlim(0, 118)  # room for the numbers; the axis itself ends at 100
     axes.spines["bottom"].set_bounds(0, 100)
-    axes.set_xticks([0, 50, 100], ["0", "50", "100"], fontsize=8)
+    axes.set_xticks([0, 50, 100], ["0", "50", "100"], fontsize=9)
     axes.set_xlabel("score, %", fontsize=9)
     axes.set_title("score per task", fontsize=10)
 
@@ -329,92 +376,36 @@ def paths_picture(
     n_layers: int,
     stacks: Sequence[range] = (),
     caption: str = "score per task",
+    members: Sequence[str] = (),
 ) -> Figure:
     """Some paths, as (label, path), one below the other, and bars of their scores.
 
     ``scores``: label -> task -> metric in [0, 1], for at most two; ``caption`` says what they are.
+    ``members`` is that of ``path_picture``.
     """
-    width, heights = 6.0 if paths else 7.0, []
-    paths = [(label, with_stem(path)) for label, path in paths]
+    width, heights = max(7.0, 0.46 * n_layers + 3) if paths else 7.0, []
+    drawn = []
     for label, path in paths:
-        rows, boxes = -(-len(path) // BOXES), min(max(len(path), n_layers), BOXES)
-        width = max(width, 0.8 * boxes + 3, 0.45 * n_layers + 3)
-        heights.append(1.0 + 0.25 * len(sources) + 0.7 * rows + 0.3 * bool(label))
+        path = with_stem(path)
+        rows, n_boxes = _rows_of(path, sources, members), _boxes_of(path)
+        if n_boxes:
+            width = max(width, 0.95 * min(len(path), BOXES) + 2.6)
+        heights.append(0.95 + 0.29 * len(rows) + (0.35 + 0.8 * n_boxes) * bool(n_boxes))
+        heights[-1] += 0.3 * bool(label)
+        drawn.append((label, path, rows))
     if scores:
         n_tasks = len(next(iter(scores.values())))
         heights.append(0.8 + 0.24 * len(scores) * (n_tasks + 1))
     figure = Figure(figsize=(width, sum(heights)), layout="constrained")
     parts = figure.subfigures(len(heights), 1, height_ratios=heights, squeeze=False)[:, 0]
-    for part, (label, path) in zip(parts, paths, strict=False):
+    for part, (label, path, rows) in zip(parts, drawn, strict=False):
         if label:
             part.suptitle(label, fontsize=11, fontweight="bold", x=0.01, ha="left")
-        _draw_path(part, path, sources, n_layers, stacks)
+        _draw_path(part, path, rows, members, n_layers, stacks)
     if scores:
         axes = parts[-1].subplots()
-        _score_bars(axes, scores)
+        score_bars(axes, scores)
         axes.set_title(caption, fontsize=10)
         if len(scores) > 1:
-            axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
+            axes.legend(fontsize=9, loc="center left", bbox_to_anchor=(1.0, 0.5))
     return figure
-
-
-def replay_picture(
-    rewards: np.ndarray,
-    episode: int,
-    policy: np.ndarray,
-    merging_map: np.ndarray,
-    actions: Sequence[str],
-    first: int,
-    stacks: Sequence[range],
-    agent_stacks: Sequence[range],
-    title: str,
-) -> Figure:
-    """A search at one episode: all rewards, the agent's policy under a ``title``, the episode's map.
-
-    rewards: (T,) raw, in [0, 1]; policy: (P, A), NaN at places never visited; merging_map: (N+M, P').
-    The policy's places are those of ``agent_stacks``: blocks, where those of ``stacks`` are sublayers.
-    """
-    size = (3.5 + max(5.0, 0.75 * len(policy)), 3.1 + 0.25 * len(actions))
-    figure = Figure(figsize=size, layout="constrained")
-    ratios = [1.8, 0.8 + 0.25 * len(actions)]
-    axes: Any = figure.subplot_mosaic("TT;LR", height_ratios=ratios)
-    top, left, right = axes.values()
-    percent = 100 * rewards
-    top.plot(percent, ".", ms=3, color="0.45", label="raw reward of an episode (Eq. 7)")
-    top.plot(moving_average(percent, 50), color=COLOURS[5], lw=2, label="mean of the last 50")
-    top.axvline(episode, color="black", ls="--", lw=1)
-    look = {"ms": 9, "mfc": COLOURS[1], "mec": "black", "label": "this episode"}
-    top.plot([episode], percent[[episode]], "D", **look)
-    tidy(top, "", "episode", "mean score, %")
-    top.margins(x=0.02)
-    top.legend(fontsize=8, loc="lower right", ncols=3, bbox_to_anchor=(1, 1), frameon=False)
-    heat_map(
-        left,
-        np.nan_to_num(policy.T),
-        actions,
-        (),
-        lambda p: f"{p:.1f}" if p >= 0.1 else "",
-        fontsize=8,
-    )
-    for x in np.flatnonzero(np.isnan(policy).all(1)).tolist():
-        hatched: dict[str, Any] = {"fc": "white", "ec": "0.4", "hatch": "xx", "lw": 0}
-        left.add_patch(Rectangle((x - 0.5, -0.5), 1, len(actions), **hatched))
-        y = (len(actions) - 1) / 2
-        left.text(x, y, "not visited", rotation=90, fontsize=8, bbox=ON_WHITE, **MIDDLE)
-    _name_places(left, first, len(policy), agent_stacks)
-    left.set_title(title, fontsize=10)
-    draw_map(right, merging_map, actions, first, stacks)
-    right.tick_params("y", labelleft=False)
-    right.set_title(f"merging map of episode {episode}", fontsize=10)
-    if tuple(stacks) != tuple(agent_stacks):
-        left.set_xlabel("block", fontsize=9)
-        right.set_xlabel("sublayer", fontsize=9)
-        right.tick_params("x", rotation=90, labelsize=8)  # twice as many, in the same width
-    return figure
-
-
-def short_name(source: str) -> str:
-    """A source without the options of an operator that leans to an expert: ``weighted_average → 1``."""
-    name, _, options = source.partition(":")
-    leads = [o.partition("=")[2] for o in options.split(",") if o.startswith("expert=")]
-    return f"{name} → {leads[0]}" if leads else source

@@ -6,12 +6,22 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import torch
 from matplotlib import colormaps
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from rmm_lab.figures.paths import COLOURS, MIDDLE, draw_box, heat_map, panels, tidy, with_stem
+from rmm_lab.figures.paths import (
+    COLOURS,
+    MIDDLE,
+    ON_WHITE,
+    draw_box,
+    heat_map,
+    panels,
+    tidy,
+    with_stem,
+)
 from rmm_lab.operators import parse_operator
 from rmm_lab.reward import Path, Step
 
@@ -109,6 +119,63 @@ def seeds_picture(scores: Mapping[str, Mapping[str, np.ndarray]]) -> Figure:
         axes.set_yticks(range(len(methods)), methods)
         axes.set_ylim(len(methods) - 0.5, -0.5)
         tidy(axes, group, "score on the test split, %")
+    return figure
+
+
+# What a method looked at besides weights -> marker and colour.
+SIGHTS: dict[str, tuple[str, Any]] = {
+    "nothing": ("o", "0.35"),
+    "inputs": ("s", COLOURS[5]),
+    "labels": ("^", COLOURS[1]),
+    "gradients": ("X", COLOURS[7]),
+}
+SEES = tuple(SIGHTS)
+
+
+def forest_picture(
+    points: Mapping[str, pd.DataFrame],
+    lines: Mapping[str, Mapping[str, float]],
+    xlabel: str,
+    caption: str,
+) -> Figure:
+    """A forest plot: a row for each method, a point at its mean, a bar over its interval; panels by group.
+
+    ``points``: panel -> a frame with the methods as its index, the same and in the same order for all, and
+    the columns ``sees`` (one of ``SEES``), ``mean`` and ``half``, half the width of the interval; NaN where
+    there is none. ``lines``: panel -> name -> where a vertical line stands, the same three at most.
+    """
+    n, n_rows = len(points), len(next(iter(points.values())))
+    columns = n if n < 3 else 2 if n < 5 else 4
+    figure, grid = panels(n, columns, 9.5 / columns, 0.45 + 0.2 * n_rows, more=1.1, sharey=True)
+    styles = dict.fromkeys(name for by_name in lines.values() for name in by_name)
+    looks = dict(zip(styles, ("-", "--", ":"), strict=False))
+    for axes, (panel, frame) in zip(grid, points.items(), strict=True):
+        y = np.arange(n_rows)
+        for sees, (marker, colour) in SIGHTS.items():
+            own = (frame["sees"] == sees).to_numpy()
+            x, half = (frame.loc[own, name].to_numpy(float) for name in ("mean", "half"))
+            bar: dict[str, Any] = {"color": colour, "mec": "black", "mew": 0.5, "capsize": 2.5}
+            if own.any():
+                label = f"sees {sees}"
+                axes.errorbar(x, y[own], xerr=half, fmt=marker, ms=5.5, lw=1.6, label=label, **bar)
+        for name, x in lines[panel].items():
+            axes.axvline(x, color="black", lw=1, ls=looks[name], label=name, zorder=1)
+        across = axes.get_yaxis_transform()
+        empty: dict[str, Any] = {"fontsize": 9, "color": "0.4", "bbox": ON_WHITE} | MIDDLE
+        for row in np.flatnonzero(frame["mean"].isna()):
+            axes.text(0.5, row, "not measured", transform=across, **empty)
+        ends = np.flatnonzero(frame["sees"].iloc[1:].to_numpy() != frame["sees"].iloc[:-1])
+        axes.hlines(ends + 0.5, 0, 1, "0.5", lw=0.8, transform=across)
+        axes.set_yticks(y, list(frame.index))
+        axes.set_ylim(n_rows - 0.4, -0.6)
+        tidy(axes, panel)
+    shown = [pair for axes in grid for pair in zip(*axes.get_legend_handles_labels(), strict=True)]
+    handles = {label: handle for handle, label in shown}
+    names = [*(f"sees {s}" for s in SEES if f"sees {s}" in handles), *looks]
+    place: dict[str, Any] = {"ncols": len(names), "frameon": False, "columnspacing": 1.2}
+    place |= {"loc": "outside upper center", "handletextpad": 0.4, "fontsize": 9}
+    figure.legend([handles[name] for name in names], names, **place)
+    figure.supxlabel(f"{xlabel}\n{caption}", fontsize=9)
     return figure
 
 

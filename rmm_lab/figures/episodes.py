@@ -1,0 +1,126 @@
+"""Figures of the widgets that step through a walk or replay a search. Plain data in, a Figure out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from textwrap import fill
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+
+from rmm_lab.figures.paths import (
+    COLOURS,
+    MIDDLE,
+    ON_WHITE,
+    draw_map,
+    heat_map,
+    moving_average,
+    name_places,
+    score_bars,
+    tidy,
+)
+
+
+def walk_picture(
+    merging_map: np.ndarray,
+    actions: Sequence[str],
+    first: int,
+    stacks: Sequence[range],
+    cursor: int,
+    path: Sequence[str],
+    *,
+    probabilities: np.ndarray | None,
+    legal: np.ndarray,
+    value: float | None,
+    scores: Mapping[str, float] | None,
+) -> Figure:
+    """A walk so far: the merging map (N+M, P) with the cursor, and below it the ``path`` in words.
+
+    A second panel shows ``probabilities`` (A,) of the agent's policy and its ``value``, or at the end the
+    ``scores`` (task -> metric in [0, 1]), if there are any.
+    """
+    ratios = [max(2.4, 0.5 * merging_map.shape[1])]
+    if probabilities is not None or scores is not None:
+        ratios.append(2.4)
+    width = sum(ratios) + (3.2 if len(ratios) == 1 else 3.7)
+    figure = Figure(figsize=(width, 1.1 + 0.29 * len(actions)), layout="constrained")
+    left, *others = figure.subplots(1, len(ratios), width_ratios=ratios, squeeze=False)[0]
+    draw_map(left, merging_map, actions, first, stacks, cursor)
+    left.set_title("merging map", fontsize=10)
+    if scores is not None:
+        score_bars(others[0], {"": scores})
+    elif probabilities is not None:
+        (right,) = others
+        bars = right.barh(actions, probabilities, color=COLOURS[2], ec="black", lw=0.6, hatch="//")
+        notes = [
+            f"{p:.2f}{'' if ok else ' illegal'}" for p, ok in zip(probabilities, legal, strict=True)
+        ]
+        right.bar_label(bars, notes, fontsize=8, padding=3)
+        right.spines[["top", "right"]].set_visible(False)
+        right.set(xlim=(0, 1.3), ylim=(len(actions) - 0.5, -0.5))
+        right.set_xticks([0, 0.5, 1], ["0", "0.5", "1"], fontsize=8)
+        right.tick_params("y", labelleft=False)
+        title = "the agent's policy" + ("" if value is None else f"; value {value:+.2f}")
+        right.set_title(title, fontsize=10)
+        right.set_xlabel("probability", fontsize=9)
+    words = "path: " + (" → ".join(path) or "no layer yet")
+    figure.supxlabel(fill(words, int(12 * width)), fontsize=9, x=0.01, ha="left")
+    return figure
+
+
+def replay_picture(
+    rewards: np.ndarray,
+    episode: int,
+    policy: np.ndarray,
+    merging_map: np.ndarray,
+    actions: Sequence[str],
+    first: int,
+    stacks: Sequence[range],
+    agent_stacks: Sequence[range],
+    title: str,
+) -> Figure:
+    """A search at one episode: all rewards, the agent's policy under a ``title``, the episode's map.
+
+    rewards: (T,) raw, in [0, 1]; policy: (P, A), NaN at places never visited; merging_map: (N+M, P').
+    The policy's places are those of ``agent_stacks``: blocks, where those of ``stacks`` are sublayers.
+    """
+    size = (3.5 + max(5.0, 0.75 * len(policy)), 3.1 + 0.25 * len(actions))
+    figure = Figure(figsize=size, layout="constrained")
+    ratios = [1.8, 0.8 + 0.25 * len(actions)]
+    axes: Any = figure.subplot_mosaic("TT;LR", height_ratios=ratios)
+    top, left, right = axes.values()
+    percent = 100 * rewards
+    top.plot(percent, ".", ms=3, color="0.45", label="raw reward of an episode (Eq. 7)")
+    top.plot(moving_average(percent, 50), color=COLOURS[5], lw=2, label="mean of the last 50")
+    top.axvline(episode, color="black", ls="--", lw=1)
+    look = {"ms": 9, "mfc": COLOURS[1], "mec": "black", "label": "this episode"}
+    top.plot([episode], percent[[episode]], "D", **look)
+    tidy(top, "", "episode", "mean score, %")
+    top.margins(x=0.02)
+    top.legend(fontsize=8, loc="lower right", ncols=3, bbox_to_anchor=(1, 1), frameon=False)
+    heat_map(
+        left,
+        np.nan_to_num(policy.T),
+        actions,
+        (),
+        lambda p: f"{p:.1f}" if p >= 0.1 else "",
+        fontsize=8,
+    )
+    for x in np.flatnonzero(np.isnan(policy).all(1)).tolist():
+        hatched: dict[str, Any] = {"fc": "white", "ec": "0.4", "hatch": "xx", "lw": 0}
+        left.add_patch(Rectangle((x - 0.5, -0.5), 1, len(actions), **hatched))
+        y = (len(actions) - 1) / 2
+        left.text(x, y, "not visited", rotation=90, fontsize=8, bbox=ON_WHITE, **MIDDLE)
+    name_places(left, first, len(policy), agent_stacks)
+    left.set_title(title, fontsize=10)
+    whole = np.array_equal(merging_map, np.round(merging_map))
+    draw_map(right, merging_map, actions, first, stacks, fontsize=9 if whole else 7)
+    right.tick_params("y", labelleft=False)
+    right.set_title(f"merging map of episode {episode}", fontsize=10)
+    if tuple(stacks) != tuple(agent_stacks):
+        left.set_xlabel("block", fontsize=9)
+        right.set_xlabel("sublayer", fontsize=9)
+        right.tick_params("x", rotation=90, labelsize=8)  # twice as many, in the same width
+    return figure
