@@ -228,7 +228,8 @@ class PathInspector(View):
         paths = [(label, run.with_stem(run.path(name))) for label, name in chosen]
         scores = {label: s for label, name in chosen if (s := self.scores(name))}
         place = (pool.sources, pool.n_layers, pool.stacks)
-        figure = plots.paths_picture(paths, scores, *place, "score on the whole reward split")
+        more: Any = {"members": pool.members, "caption": "score on the whole reward split"}
+        figure = plots.paths_picture(paths, scores, *place, **more)
         words = [f"{label}: {path_words(path, pool.stacks)}" for label, path in paths]
         return figure, ". ".join(["Layer paths", *words, *self.sentences()]) + "."
 
@@ -270,7 +271,8 @@ class TrainingReplay(View):
         """The reward curve with a marker, the policy's heat map, the merging map of the episode."""
         run, pool, number = self.run, self.run.problem.pool, self.slider.value
         places = pool.n_layers - run.first
-        counts = plots.merging_map(run.path(number), pool.sources, run.first, places)
+        path = run.path(number)
+        counts = plots.merging_map(path, pool.sources, run.first, places, pool.members)
         mean, names, stacks = run.policy(number), run.action_names, run.agent_stacks
         n_places = stacks[-1].stop - run.first
         policy = np.full((n_places, len(names)), np.nan) if mean is None else mean.numpy()

@@ -177,7 +177,8 @@ def write_results(result: Result, rows: Sequence[Row], problem: Problem, folder:
         )
         folder.write("cross-task.png", figures.png(picture))
     folder.write("rewards.png", figures.png(figures.reward_curve(result.episodes)))
-    picture = figures.path_picture(path.path, pool.sources, pool.n_layers, stacks=pool.stacks)
+    names, members = pool.sources, pool.members
+    picture = figures.path_picture(path.path, names, pool.n_layers, pool.stacks, members=members)
     folder.write("path.png", figures.png(picture))
     merged = folder.path / "merged"
     if not (merged / "config.json").is_file():  # the file that is written last
