@@ -29,28 +29,29 @@ from rmm_lab.evidence.pages import (
     seeds,
 )
 from rmm_lab.evidence.rows import kind_of, of_experts, spread, task_scores
-from rmm_lab.search.config import BOTH
+from rmm_lab.search.config import BOTH, SEARCHED
 
 Read = Callable[[str], DataFrame]  # a table by its file's name
 
-SHORT = ["fine-tuned", "multi-task", BEST, BOTH, GAIN.format(BOTH)]
+LED = SEARCHED[1], BOTH  # the searches that an agent leads
+SHORT = ["fine-tuned", "multi-task", BEST, *LED, *map(GAIN.format, LED)]
 
 
 def groups(read: Read) -> str:
     """What merging loses in each group of experts, and what the searches win back."""
     tables = [
-        methods_table(scores).loc[SHORT].T.assign(seeds=scores.loc[BOTH].count())
+        methods_table(scores).reindex(SHORT).T.assign(seeds=scores.loc[BOTH].count())
         for name in ("vision", "language")
         for scores in by_size(read(name)).values()
     ]
     table = pd.concat(tables).rename_axis("experts").replace({"multi-task": {"": "none ships"}})
-    return markdown(table.rename(columns={SHORT[-1]: "gain"}))
+    return markdown(table.rename(columns={GAIN.format(name): f"{name}, gain" for name in LED}))
 
 
 def halves(read: Read) -> str:
     """Table I in short."""
     of = by_half(read("halves")).items()
-    tables = {size: methods_table(scores).loc[SHORT] for size, scores in of}
+    tables = {size: methods_table(scores).reindex(SHORT) for size, scores in of}
     return markdown(pd.concat(tables, names=["models", "method"]))
 
 
