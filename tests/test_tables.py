@@ -60,7 +60,7 @@ def small(tiny, monkeypatch):
 
 def replace_groups(monkeypatch, tiny) -> None:
     one = [Group("digits+textures", "tiny", dict(tiny))]
-    groups = dict.fromkeys(("II", "IV", "fig3", "searches", "agent"), one)
+    groups = dict.fromkeys(("II", "IV", "fig3", "searches", "menu", "agent"), one)
     monkeypatch.setattr(tables, "kit_groups", lambda: groups)
 
 
@@ -279,12 +279,16 @@ def test_todays_searches_are_not_mixed_with_the_first_editions(counted, tmp_path
     assert not counted
 
 
-def test_searches_have_a_row_and_a_curve_each(small, tmp_path, monkeypatch):
-    some = {name: rivals.SEARCHES[name] for name in ("random search", "coordinate ascent")}
-    monkeypatch.setattr(rivals, "SEARCHES", some)
-    Command("searches", seeds=(1, 2), episodes=12, out=tmp_path).run()
-    found, curve = read(tmp_path, "searches"), read(tmp_path, "searches-curve")
-    assert list(found["method"]) == ["agent + CMA-ES", *sorted(some)] * 2
+@pytest.mark.parametrize(
+    ("table", "first"), [("searches", "agent + CMA-ES"), ("menu", "RMM (agent)")]
+)
+def test_searches_have_a_row_and_a_curve_each(small, tmp_path, monkeypatch, table, first):
+    names = ("random search", "coordinate ascent", "CMA-ES over orders")[: 2 + (table == "menu")]
+    monkeypatch.setattr(rivals, "SEARCHES", {name: rivals.SEARCHES[name] for name in names})
+    some = names[:2]
+    Command(table, seeds=(1, 2), episodes=12, calibration=60, out=tmp_path).run()
+    found, curve = read(tmp_path, table), read(tmp_path, f"{table}-curve")
+    assert list(found["method"]) == [first, *sorted(some)] * 2
     for _, row in found.iterrows():  # the score in the file is that of the path in the file
         check_again(row, load(config_of(row)))
         assert row["evaluations"] == 12

@@ -14,6 +14,7 @@ from pandas import DataFrame
 
 from rmm_lab.errors import InputError
 from rmm_lab.evidence.pages import (
+    AGENT,
     BEST,
     GAIN,
     UNCHANGED,
@@ -29,11 +30,11 @@ from rmm_lab.evidence.pages import (
     seeds,
 )
 from rmm_lab.evidence.rows import kind_of, of_experts, spread, task_scores
-from rmm_lab.search.config import BOTH, SEARCHED
+from rmm_lab.search.config import BOTH
 
 Read = Callable[[str], DataFrame]  # a table by its file's name
 
-LED = SEARCHED[1], BOTH  # the searches that an agent leads
+LED = AGENT, BOTH  # the searches that an agent leads
 SHORT = ["fine-tuned", "multi-task", BEST, *LED, *map(GAIN.format, LED)]
 
 

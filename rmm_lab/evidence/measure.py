@@ -59,6 +59,8 @@ KEYS: dict[str, tuple[str, ...]] = {
     "dar-curve": ("dar", "seed", "episode"),
     "searches": ("group", "seed", "method"),
     "searches-curve": ("group", "seed", "method", "evaluations"),
+    "menu": ("group", "seed", "method"),
+    "menu-curve": ("group", "seed", "method", "evaluations"),
     "agent": ("group", "setting", "seed"),
 }
 # Values of these columns come in this order in a file, others in their natural one.

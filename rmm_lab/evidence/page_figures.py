@@ -67,4 +67,5 @@ DRAW: dict[str, Callable[..., Figure]] = {
     "table-IV": draw_dar,
     "fig-3": draw_rewards,
     "searches": draw_searches,
+    "menu": draw_searches,
 }

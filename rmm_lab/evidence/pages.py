@@ -28,10 +28,11 @@ from rmm_lab.evidence.rows import (
     spread,
     task_scores,
 )
-from rmm_lab.search.config import BOTH, configure
+from rmm_lab.search.config import BOTH, SEARCHED, configure
 
 PAIRS = ("digits+textures", "CUB+Dogs")  # Table II's, at the kit's scale and at the paper's
 BEST, GAIN = "best uniform merge", "{} − best uniform merge"
+AGENT = SEARCHED[1]  # the default preset's
 
 
 def markdown(table: DataFrame, left: Sequence[str] = ()) -> str:
@@ -240,14 +241,6 @@ def show_dar(rows: DataFrame) -> str:
 
 
 UNCHANGED = BOTH  # what the ablation's differences are to
-SEARCHES = {
-    "seeds": ("seed", "nunique"),
-    "reward split, %": ("reward_split", spread),
-    "test split, %": ("mean", spread),
-    f"{BOTH} − it, reward": ("reference − reward_split", interval),
-    f"{BOTH} − it, test": ("reference − mean", interval),
-    "seconds": ("seconds", lambda seconds: f"{seconds.mean():.0f}"),
-}
 ABLATION = {
     "reward split, %": ("reward_split", spread),
     "difference": ("reward_split − reference", interval),
@@ -270,11 +263,23 @@ def compared(rows: DataFrame, by: str, reference: str, columns: dict[str, Any]) 
     return table.rename_axis(["problem", "search" if by == "method" else by])
 
 
-searches_table = partial(compared, by="method", reference=BOTH, columns=SEARCHES)
+def searches_table(rows: DataFrame, reference: str = BOTH) -> DataFrame:
+    """Each problem's searches, and what ``reference`` has more than each."""
+    columns: dict[str, Any] = {
+        "seeds": ("seed", "nunique"),
+        "reward split, %": ("reward_split", spread),
+        "test split, %": ("mean", spread),
+        f"{reference} − it, reward": ("reference − reward_split", interval),
+        f"{reference} − it, test": ("reference − mean", interval),
+        "seconds": ("seconds", lambda seconds: f"{seconds.mean():.0f}"),
+    }
+    return compared(rows, "method", reference, columns)
+
+
 agent_table = partial(compared, by="setting", reference=UNCHANGED, columns=ABLATION)
 
 
-def show_searches(rows: DataFrame, curve: DataFrame) -> str:
+def show_searches(rows: DataFrame, curve: DataFrame, reference: str = BOTH) -> str:
     """All searches of each problem, the best on the reward split first."""
     best = rows.groupby(["group", "method"])["reward_split"].mean()
     names = list(rows["group"].unique())
@@ -282,10 +287,10 @@ def show_searches(rows: DataFrame, curve: DataFrame) -> str:
     return (
         f"All had {rows['evaluations'].iloc[0]} evaluations on the same subsets of the reward split. Each "
         "chose in the end among ten paths on all of it: those with the best scores, and where scales "
-        f"evolved, mostly the means that CMA-ES arrived at; {BOTH} had its agent's greedy path besides. "
+        f"were searched, mostly the means arrived at; {reference} had its agent's greedy path besides. "
         "Mean ± sample standard deviation over seeds, best first on the reward split. "
-        f"*{BOTH} − it* is paired by seed, ± its 95 % interval. Seconds are of searches that ran beside "
-        "other work.\n\n" + markdown(searches_table(rows).loc[order])
+        f"*{reference} − it* is paired by seed, ± its 95 % interval. Seconds are of searches that ran beside "
+        "other work.\n\n" + markdown(searches_table(rows, reference).loc[order])
     )
 
 
@@ -349,5 +354,10 @@ PAGES = {
     "table-III": Page(("language",), "Table III: language tasks", _by_size("table-III.png"), "III"),
     "table-IV": Page(("dar",), "Table IV: share of the data, DAR or not", show_dar, "IV"),
     "searches": Page(_SEARCHES, f"{BOTH} beside other searches", show_searches),
+    "menu": Page(
+        ("menu", "menu-curve"),
+        f"{AGENT} beside other searches on the same menu",
+        partial(show_searches, reference=AGENT),
+    ),
     "agent": Page(("agent",), f"{BOTH}, one choice changed", show_agent),
 }

@@ -7,6 +7,7 @@
     python -m rmm_lab tables fig3         reward per episode at 1 % of the data, with DAR and without
     python -m rmm_lab tables all          all of these; about three quarters of an hour with --jobs 2
     python -m rmm_lab tables searches     agent + CMA-ES beside others, at the same number of evaluations
+    python -m rmm_lab tables menu         the default search beside others on the same menu
     python -m rmm_lab tables groups       Table II's methods on other groups of sets
     python -m rmm_lab tables agent        agent + CMA-ES with one choice changed
     python -m rmm_lab tables show         only write the pages, figures and excerpts from the CSV files
@@ -100,15 +101,18 @@ def kit_groups() -> Groups:
     ]
     pair, agent = vision[:1], [vision[0], language[0]]
     papers = {"I": halves, "II": pair, "III": language, "IV": pair, "fig3": pair}
-    searches = [*pair, vision[3], *language]
-    return papers | {"groups": vision[1:], "searches": searches, "agent": agent}
+    searches, menu = [*pair, vision[3], *language], [*language, vision[3], vision[1]]
+    own = {"groups": vision[1:], "searches": searches, "menu": menu, "agent": agent}
+    return papers | own
 
 
 @dataclass
 class Command:
     """Measure a table, or go on with it, and write its page and figure."""
 
-    table: Literal["I", "II", "III", "IV", "fig3", "searches", "groups", "agent", "all", "show"]
+    table: Literal[
+        "I", "II", "III", "IV", "fig3", "searches", "menu", "groups", "agent", "all", "show"
+    ]
     """Which one; the list above says what each holds."""
     scale: Literal["kit", "paper"] = "kit"
     """kit: the models that ship, on a CPU; paper: the paper's models and sets."""
@@ -188,7 +192,8 @@ class Command:
 
     def jobs_of(self, name: str, groups: Sequence[Group], store: Store) -> Iterator[Job]:
         """What is not in the files yet."""
-        make = {"searches": self._rivals, "agent": self._agent, "IV": self._dar, "fig3": self._dar}
+        make = {"searches": self._rivals, "menu": self._rivals, "agent": self._agent}
+        make |= {"IV": self._dar, "fig3": self._dar}
         for group in groups:
             if name in METHOD_TABLES:
                 yield from self._methods(METHOD_TABLES[name], group, store)
@@ -256,10 +261,13 @@ class Command:
                     yield Job("dar", kind, key, config)
 
     def _rivals(self, name: str, group: Group, options: dict[str, Any]) -> Iterator[Job]:
-        config = configure("weights", **options)
-        for method in (searched(config), *rivals.SEARCHES):
+        config, others = configure("weights", **options), list(rivals.SEARCHES)
+        if name == "menu":
+            config = configure(**options, calibration=self.calibration)
+            others.remove("CMA-ES over orders")  # which takes experts' layers alone
+        for method in (searched(config), *others):
             key = {"group": group.name, "seed": options["seed"], "method": method}
-            yield Job("searches", measure.search, key, config)
+            yield Job(name, measure.search, key, config)
 
     def _agent(self, name: str, group: Group, options: dict[str, Any]) -> Iterator[Job]:
         for setting, changed in AGENT.items():

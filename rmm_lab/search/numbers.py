@@ -19,7 +19,9 @@ from rmm_lab.ppo import Agent
 from rmm_lab.reward import Step, path_text
 from rmm_lab.search.layer_scales import BOUNDS
 
-SIGMA = 0.05  # of the first policy, in units of a scale: best of 0.025, 0.05, 0.1 on the reward split
+SIGMA = (
+    0.05  # of the first policy, in units of a scale: best of 0.025, 0.05, 0.1 on the reward split
+)
 
 
 class ScalesEnv(MergingEnv):
