@@ -86,7 +86,7 @@ def a_problem(n_layers=3, stacks=(range(3),), blocks=(), unit="block") -> types.
     scorer = Scores(score=score, chooses_stem=True)
     return types.SimpleNamespace(
         pool=types.SimpleNamespace(
-            sources=SOURCES, n_layers=n_layers, stacks=stacks, blocks=blocks
+            sources=SOURCES, members=SOURCES[:2], n_layers=n_layers, stacks=stacks, blocks=blocks
         ),
         spec=types.SimpleNamespace(stem="agent", unit=unit),
         tasks=[types.SimpleNamespace(name=name) for name in scorer.task_names],
