@@ -130,4 +130,7 @@ def test_a_search_by_an_agent_of_scales(problem, tmp_path, workers):
         evaluate(problem.pool, problem.tasks, result.path.path, "reward").mean(), abs=1e-6
     )
     assert any(row["found"] == "scales" for row in result.finalists)
+    for row in result.finalists:  # three digits each, as the draws
+        scales = [s for step in parse_path(row["path"]) for s in step.scales]
+        assert scales == np.round(scales, 3).tolist()
     assert result.policies.shape[1:] == (4, len(members))

@@ -301,7 +301,7 @@ def choose(search: Search) -> list[Row]:
         means = evolution.answers(run.finalists - run.finalists // 4)
         answers = [path_of_scales(x, places_of(search.scorer)) for x in means]
     elif run.actions == "scales":
-        means = [p.numpy() for p in search.policies[::-1]]  # (P, M), the newest first
+        means = [p.double().numpy() for p in search.policies[::-1]]  # (P, M), the newest first
         means = [np.mean(means[:MEANS], axis=0), *means] if means else []
         paths = (path_of_scales(x.clip(*BOUNDS), places_of(search.view)) for x in means)
         answers = [search.expand(path) for path in paths]
