@@ -52,7 +52,7 @@ def groups(read: Read) -> str:
 def halves(read: Read) -> str:
     """Table I in short."""
     of = by_half(read("halves")).items()
-    tables = {size: methods_table(scores).reindex(SHORT) for size, scores in of}
+    tables = {size: methods_table(scores).reindex(SHORT).dropna(how="all") for size, scores in of}
     return markdown(pd.concat(tables, names=["models", "method"]))
 
 
