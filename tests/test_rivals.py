@@ -371,8 +371,8 @@ def frequencies(scores, n: int = 20_000) -> np.ndarray:
 
 
 def test_parents_compete_and_attract():
-    # Shared: [0.5, 0.25], [0.375, 0.25], [0.125, 0.5]; fitness 0.75, 0.625, 0.625 of 2 in all. The third alone
-    # has what the first lacks; it draws the second by 0.25 to 0.125, and itself is drawn by 0.375 and 0.25.
+    # Shared: [0.5, 0.25], [0.375, 0.25], [0.125, 0.5]; fitness 0.75, 0.625, 0.625 of 2 in all. The third
+    # alone attracts the first; to the second it is 0.25 and the first 0.125; to it they are 0.375 and 0.25.
     found = frequencies([[0.8, 0.2], [0.6, 0.2], [0.2, 0.4]])
     first = np.array([0.375, 0.3125, 0.3125])
     second = np.array([[0, 0, 1], [1 / 3, 0, 2 / 3], [0.6, 0.4, 0]])

@@ -87,7 +87,7 @@ class Neighbourhoods:
 
     The block's size (one of ``SIZES``) and what fills it are drawn by weights: scales around the incumbent,
     or a member's. After a segment a weight w that led to s successes in n draws becomes (1 - r) w + r s / n,
-    r being ``REACTION``: Ropke & Pisinger 2006, Sec. 3.4.1, where a success is worth 1. The width of draws
+    r being ``REACTION``: Ropke & Pisinger 2006, Sec. 3.4, where a success is worth 1. The width of draws
     around the incumbent follows the 1/5 success rule: Rechenberg 1973, as in Kern et al. 2004.
     """
 
