@@ -15,6 +15,14 @@ from rmm_lab.path import LayerPath
 from rmm_lab.reward import Step, evaluate, parse_path, path_text, reward
 from rmm_lab.search import rivals
 from rmm_lab.search.layer_scales import BOUNDS
+from rmm_lab.search.proposals import (
+    Neighbourhoods,
+    crossover,
+    draw_parents,
+    fittest,
+    mix,
+    shared,
+)
 
 CHOICES = ("random search", "coordinate ascent", "TPE", "NSGA-II")  # a source at each place
 
@@ -283,6 +291,243 @@ def test_a_path_of_scales_is_exported_as_a_timm_model(problem, tmp_path):
             logits = model(task.batch("reward", slice(None)))[:, slice(*heads[name])]
         scores.append((logits.argmax(-1) == split.labels).double().mean().item())
     assert rivals.whole(scorer, text) == pytest.approx(np.mean(scores), abs=1e-9)
+
+
+# -------------------------------------------------- natural niches, large-neighbourhood search
+
+TARGET = np.array([[0.9, 0.1], [0.4, 0.4], [-0.1, 1.2], [0.7, 0.0], [0.3, 0.8]])  # (places, N)
+MOVING = ("natural niches", "large-neighbourhood search")
+
+
+def bowl(scales: np.ndarray) -> float:
+    return float(np.exp(-np.square(scales - TARGET).sum()))
+
+
+@pytest.mark.parametrize("name", MOVING)
+def test_scales_climb_a_bowl_better_than_chance(name):
+    answers, chance = [], []
+    for seed in range(3):
+        scored = rivals.SEARCHES[name](Scaled(bowl), 700, seed)
+        assert len(scored.answers) == len(set(scored.answers)) > 1
+        every = np.stack([scales_of(text) for text, _ in scored[9:]])  # (691, places, N)
+        assert every.min() >= BOUNDS[0]
+        assert every.max() <= BOUNDS[1]
+        answers.append([bowl(scales_of(path)) for path in scored.answers])
+        # As many draws around the best of the starts, 0.5 for all, as wide as CMA-ES's first.
+        drawn = np.random.default_rng(seed).normal(0.5, 0.2, every.shape)
+        chance.append(max(map(bowl, drawn)))
+    assert max(chance) < 0.6
+    assert min(max(own) for own in answers) > 0.9
+    assert min(own[0] for own in answers) > 0.8  # the first to be chosen from
+
+
+@pytest.mark.parametrize("name", MOVING)
+def test_a_search_of_scales_is_in_the_table_of_the_agents_menu(name):
+    assert name in rivals.SAME_MENU
+    assert set(rivals.SAME_MENU) < set(rivals.SEARCHES)
+
+
+@pytest.mark.parametrize("name", MOVING)
+def test_twenty_evaluations_are_compared_on_the_same_examples(name):
+    scorer = Scaled(lambda scales: 0.5)
+    rivals.SEARCHES[name](scorer, 80, 1)  # 3 uniform paths on two subsets, 5 scales for all
+    subsets = [subset for _, subset in scorer.calls]
+    assert subsets[:11] == [0, 0, 0, 1, 1, 1, 0, 0, 0, 0, 0]
+    assert subsets[11:] == [1] * 20 + [2] * 20 + [0] * 20 + [1] * 9
+
+
+def test_the_scores_behind_each_reward_are_kept_by_task():
+    class Two(Landscape):
+        def score(self, path, subset=None):
+            return np.array([0.1 * (path[0].source == "a"), 0.5])
+
+    scored = rivals.random_search(Two(), 20, 1)
+    first = [0.1 * text.startswith("a@-1") for text, _ in scored]
+    assert [own.tolist() for own in scored.by_task] == [[x, 0.5] for x in first]
+    assert [value for _, value in scored] == pytest.approx([(x + 0.5) / 2 for x in first])
+
+
+def test_an_example_of_tasks_that_are_shared():
+    scores = np.array([[1.0, 0.0, 0.0], [1.0, 1.0, 0.0]])
+    assert shared(scores).tolist() == [[0.5, 0, 0], [0.5, 1, 0]]
+
+
+def test_who_leaves_the_archive():
+    # Fitness 0.8/1.4 = 0.57, 0.6/1.4 = 0.43 and 1: the only one that can do the second task stays.
+    assert fittest(np.array([[0.8, 0.0], [0.6, 0.0], [0.0, 0.3]]), 2) == [0, 2]
+    # 0.5, 0.5, 0.35, 0.33, 0.32 at first; without the last two the third has all of its task.
+    scores = np.array([[0.6, 0], [0.6, 0], [0, 0.35], [0, 0.33], [0, 0.32]])
+    assert fittest(scores, 3) == [0, 1, 2]
+    assert fittest(scores, 2) == [1, 2]  # of equals the oldest leaves
+    assert fittest(scores, 9) == [0, 1, 2, 3, 4]
+
+
+def frequencies(scores, n: int = 20_000) -> np.ndarray:
+    """(A, A): how often each pair of parents was drawn."""
+    rng, counts = np.random.default_rng(0), np.zeros((len(scores), len(scores)))
+    for _ in range(n):
+        counts[draw_parents(np.array(scores), rng)] += 1
+    return counts / n
+
+
+def test_parents_compete_and_attract():
+    # Shared: [0.5, 0.25], [0.375, 0.25], [0.125, 0.5]; fitness 0.75, 0.625, 0.625 of 2 in all. The third
+    # alone attracts the first; to the second it is 0.25 and the first 0.125; to it they are 0.375 and 0.25.
+    found = frequencies([[0.8, 0.2], [0.6, 0.2], [0.2, 0.4]])
+    first = np.array([0.375, 0.3125, 0.3125])
+    second = np.array([[0, 0, 1], [1 / 3, 0, 2 / 3], [0.6, 0.4, 0]])
+    assert np.abs(found - first[:, None] * second).max() < 0.015
+
+
+def test_where_nobody_attracts_the_partner_comes_by_fitness():
+    one_task = frequencies([[0.6], [0.2]])  # nothing draws the first to the second
+    assert np.abs(one_task - [[0.75 * 0.75, 0.75 * 0.25], [0.25, 0]]).max() < 0.015
+    assert np.abs(frequencies([[0.0, 0.0]] * 2) - 0.25).max() < 0.015
+
+
+def test_a_child_by_hand():
+    a, b = np.array([[1.0, 0.0]] * 3), np.array([[0.0, 1.0]] * 3)
+    assert mix(a, b, 1, 0.25).tolist() == [[0.75, 0.25], [0.25, 0.75], [0.25, 0.75]]
+    assert mix(a, b, 0, 1.0).tolist() == a.tolist()
+
+
+def test_children_are_split_anywhere_and_mutated():
+    rng = np.random.default_rng(0)
+    a, b = np.zeros((4, 2000)), np.ones((4, 2000))  # 2000 members, so that a mean shows the ratio
+    ratios, splits = [], []
+    for _ in range(300):
+        child = crossover(a, b, rng)
+        means = child.mean(1)  # (4,)
+        steps = np.flatnonzero(np.abs(np.diff(means)) > 0.03) + 1
+        assert len(steps) <= 1
+        assert means[-1] == pytest.approx(means[0] if not len(steps) else 1 - means[0], abs=0.04)
+        ratios.append(means[-1])
+        splits += list(steps)
+        inside = child[(means > 0.3) & (means < 0.7)]
+        if len(inside):
+            assert inside.std(1) == pytest.approx(np.full(len(inside), 0.1), rel=0.1)
+    assert np.histogram(ratios, 4, (0, 1))[0].min() > 50  # of 300, uniform
+    assert min(Counter(splits)[k] for k in (1, 2, 3)) > 50
+    extreme = crossover(np.full((4, 50), 1.5), np.full((4, 50), 1.5), rng)
+    assert extreme.max() == 1.5
+
+
+def test_the_niches_start_from_the_members_and_keep_a_specialist():
+    """Two tasks: a is perfect at the first, b is the best at the second, which pays less."""
+
+    class Niches(Scaled):
+        task_names = ["x", "y"]
+
+        def score(self, path, subset=None):
+            self.calls.append((path, subset))
+            if not path[0].scales:
+                return np.array([0.5, 0.5])
+            scales = scales_of(path)
+            return [1, 0.2] * np.exp(-np.square(scales - np.eye(2)[:, None]).sum((1, 2)))
+
+    scorer = Niches(None)
+    scored = rivals.natural_niches(scorer, 300, 1)  # 3 uniform paths on three subsets, 5 scales
+    first = [scales_of(path) for path, _ in scorer.calls[14:21]]
+    assert [one[0].tolist() for one in first] == [[1, 0], [0, 1], *([s, s] for s in rivals.SCALES)]
+    assert all((one == one[0]).all() for one in first)
+    kept = [scorer.score(path).tolist() for path in scored.answers[1:]]
+    assert max(x for x, _ in kept) > 0.9
+    assert max(y for _, y in kept) > 0.18
+    mean, *archive = map(scales_of, scored.answers)
+    assert len(archive) == 10
+    assert mean == pytest.approx(np.mean(archive, axis=0), abs=0.002)
+
+
+def test_the_archive_is_scored_anew_on_each_subset():
+    scorer = Scaled(bowl)
+    rivals.natural_niches(scorer, 94, 1)
+    asked = [path for path, _ in scorer.calls[14:]]
+    met = set(asked[:20])  # seven starts, thirteen children
+    assert len(met) == 20
+    for turn in (20, 40, 60):
+        kept, children = asked[turn : turn + 10], asked[turn + 10 : turn + 20]
+        assert len(set(kept)) == len(set(children)) == 10
+        assert set(kept) <= met
+        assert not met & set(children)
+        met |= set(children)
+
+
+def test_a_neighbourhood_is_one_block_of_places():
+    moves, incumbent = Neighbourhoods(6, 0), np.full((6, 3), 0.5)
+    sizes, firsts, filled = Counter(), Counter(), Counter()
+    for _ in range(2000):
+        drawn = moves.draw(incumbent)
+        changed = np.flatnonzero((drawn != incumbent).any(1))
+        assert (np.diff(changed) == 1).all()
+        sizes[len(changed)] += 1
+        firsts[int(changed[0])] += len(changed) == 1
+        block = drawn[changed]
+        member = block.max() == 1 and block.sum() == len(block)
+        if member:
+            assert (block == block[0]).all()  # one member for all of the block
+            filled[int(block[0].argmax())] += 1
+        else:
+            filled["around"] += 1
+            assert np.abs(block - 0.5).max() < 0.9  # 4.5 of 0.2
+    assert (incumbent == 0.5).all()
+    assert set(sizes) == {1, 2, 4}  # 8 is more than there is
+    assert min(sizes.values()) > 580  # a third of 2000, less 4 deviations
+    assert min(firsts[k] for k in range(6)) > 70
+    assert filled["around"] == pytest.approx(1000, abs=100)
+    assert min(filled[i] for i in range(3)) > 270
+
+
+def test_what_succeeds_is_drawn_more_often_and_widths_follow_one_success_in_five():
+    moves, incumbent = Neighbourhoods(1, 0), np.full((1, 2), 0.5)
+    width, members = 0.2, 0
+    for i in range(20):
+        drawn = moves.draw(incumbent)
+        if sorted(drawn[0]) == [0, 1]:
+            moves.tell(0.01)
+            members += 1
+        else:
+            gain = (-0.01, 0.0)[i % 2]
+            moves.tell(gain)
+            width *= 1.5 if gain == 0 else 1.5**-0.25
+            width = min(width, 0.5)
+        assert moves.width == pytest.approx(width)
+    assert 0 < members < 20
+    moves.settle()
+    sizes, fillings = moves.weights
+    assert sizes == pytest.approx([0.8 + 0.2 * members / 20])
+    assert fillings == pytest.approx([0.8, 1.0])
+    moves.settle()  # a segment without draws changes nothing
+    assert moves.weights[1] == pytest.approx([0.8, 1.0])
+
+
+@pytest.mark.parametrize(
+    ("worth", "start"),
+    [(lambda scales: 0.2, [0.3, 0.3]), (lambda scales: 1 - abs(scales - 0.8).mean(), [0.8, 0.8])],
+)
+def test_the_neighbourhoods_start_at_the_best_of_what_is_known_and_never_get_worse(worth, start):
+    scorer = Scaled(worth)
+    scored = rivals.neighbourhood_search(scorer, 300, 2)
+    found = [scales_of(text) for text, _ in scored[14:]]
+    assert (found[0] == start).all()  # the incumbent, on the next subset
+    drawn, last = found[1], found[0]
+    changed = np.flatnonzero((drawn != last).any(1))
+    assert 1 <= len(changed) <= 4
+    assert (np.diff(changed) == 1).all()
+    ends = [value for _, value in scored[14::20]]  # incumbents, at the start of each subset
+    assert ends == sorted(ends)
+    assert ends[0] == pytest.approx(worth(found[0]))
+
+
+def test_a_block_of_a_merge_that_looks_is_found():
+    """Two places want the third member, which no start has where the others want the first."""
+
+    class Looks(Scaled):
+        sources, members = ("a", "b", "regmean"), ("a", "b", "regmean")
+
+    target = np.eye(3)[[0, 0, 2, 2, 0]]
+    scorer = Looks(lambda scales: 1 - np.abs(scales - target).mean())
+    scored = rivals.neighbourhood_search(scorer, 600, 1)
+    assert scales_of(scored.answers[0]).tolist() == target.tolist()  # the same at the last ten ends
 
 
 # -------------------------------------------------------------------------------- CMA-ES over orders

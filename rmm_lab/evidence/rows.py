@@ -47,7 +47,7 @@ KINDS = {
     "search": SEARCHED[:3],  # with an agent
     "rival": (
         *("CMA-ES over orders", "CMA-ES over scales", "NSGA-II", "TPE"),
-        *("coordinate ascent", "random search"),
+        *("coordinate ascent", "large-neighbourhood search", "natural niches", "random search"),
         # Of the first edition's local search, in the ablation alone.
         *("agent + local search", "local search + CMA-ES", "local search"),
     ),

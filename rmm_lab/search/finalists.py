@@ -11,11 +11,17 @@ from rmm_lab.errors import InputError
 from rmm_lab.reward import Path, parse_path, path_text, reward
 
 
-def rewards(scorer: Any, wanted: Sequence[tuple[Path, int | None]]) -> list[float]:
-    """The reward in [0, 1] of each path on its subset, None for the whole split, by all workers at once."""
+def scores(scorer: Any, wanted: Sequence[tuple[Path, int | None]]) -> list[np.ndarray]:
+    """Each task's score (N,) in [0, 1] of each path on its subset, None for the whole split, by all workers
+    at once."""
     if hasattr(scorer, "prefetch"):  # a scorer by formula has no workers
         scorer.prefetch(wanted)
-    return [reward(scorer.score(path, subset)) for path, subset in wanted]
+    return [scorer.score(path, subset) for path, subset in wanted]
+
+
+def rewards(scorer: Any, wanted: Sequence[tuple[Path, int | None]]) -> list[float]:
+    """The reward in [0, 1] of each path on its subset, see ``scores``."""
+    return [reward(own) for own in scores(scorer, wanted)]
 
 
 def rounds(evaluations: int, n_sources: int, n_subsets: int) -> int:

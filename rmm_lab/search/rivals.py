@@ -6,6 +6,9 @@
     NSGA-II              an evolution of paths                   Deb et al. 2002
     CMA-ES over scales   a scale per place and member            Akiba et al. 2024, parameter space
     CMA-ES over orders   which experts' layers run, in a row     Akiba et al. 2024, data-flow space
+    natural niches       an archive of scales, crossed           Abrantes et al. 2025
+    large-neighbourhood  the scales of a block of places, drawn  Shaw 1998, Ropke & Pisinger 2006
+      search             anew around the best so far
 
 Each begins with the uniform path of every source, which any user has, on the first subsets, for up to a
 tenth of its evaluations. All score on the subsets of the reward split, which come in turn. The same seed
@@ -25,16 +28,18 @@ from typing import Any
 import numpy as np
 
 from rmm_lab.errors import InputError
-from rmm_lab.reward import Path, Step, parse_path, path_text, places_of
-from rmm_lab.search.finalists import rewards, rounds, shortlist
-from rmm_lab.search.layer_scales import BOUNDS, SEEDS, Evolution, path_of_scales
+from rmm_lab.reward import Path, Step, parse_path, path_text, places_of, reward
+from rmm_lab.search.finalists import rewards, rounds, scores, shortlist
+from rmm_lab.search.layer_scales import BOUNDS, MEANS, SEEDS, Evolution, path_of_scales
+from rmm_lab.search.proposals import Neighbourhoods, crossover, draw_parents, fittest
 
 GROUP = 20  # evaluations that share a data subset, as the agent's episodes of one update do
 STARTUP = 40  # evaluations before TPE models anything, the uniform paths among them
-ANSWERS = 20  # means of CMA-ES over scales that may be chosen from
+ANSWERS = 20  # of a search over scales, that may be chosen from
 LAST = 10  # evaluations at the end of CMA-ES over orders that score the mean of what it found
 SCALES = (0.3, 0.4, 0.5, 0.6, 0.8)  # one scale for all, tried before the scales evolve
 REPEATS = 2  # how often a path of CMA-ES over orders can take each expert's layer
+ARCHIVE = 10  # scales that natural niches keep
 MEAN = 0.25  # of a layer's number at the start of CMA-ES over orders: above 0 it runs, below not
 
 
@@ -56,13 +61,15 @@ class Scored(list[tuple[str, float]]):
     """(path as text, reward in [0, 1]) of each evaluation in order, the uniform paths first.
 
     ``known``: the mean reward of each of these. ``answers``: what a search arrived at, the best first; these
-    need not have been scored. ``left``: what is left of the budget of ``evaluations``.
+    need not have been scored. ``by_task``: the scores (N,) behind each reward. ``left``: what is left of the
+    budget of ``evaluations``.
     """
 
     def __init__(self, scorer: Any, evaluations: int) -> None:
         super().__init__()
         self.scorer, self.left = scorer, evaluations
         self.answers: list[Path] = []
+        self.by_task: list[np.ndarray] = []
         paths = uniform_paths(scorer)
         values = [
             self.score(paths, repeat(subset))
@@ -74,7 +81,9 @@ class Scored(list[tuple[str, float]]):
     def score(self, paths: Sequence[Path], subsets: Iterable[int]) -> list[float]:
         """The rewards of paths, each on its subset, as far as the budget goes."""
         wanted = list(zip(paths[: self.left], subsets, strict=False))
-        values = rewards(self.scorer, wanted)
+        found = scores(self.scorer, wanted)
+        values = [reward(own) for own in found]
+        self.by_task.extend(found)
         self.extend(zip((path_text(path) for path, _ in wanted), values, strict=True))
         self.left -= len(values)
         return values
@@ -184,7 +193,36 @@ def _by_optuna(
     return out
 
 
-# ------------------------------------------------------------------------------------------ CMA-ES
+# ------------------------------------------------------------------------- a scale per place and member
+
+
+def starts_of(out: Scored) -> list[tuple[float, np.ndarray]]:
+    """(reward, scales (P, M)) of what is known at the start: the members, then ``SCALES`` for all experts.
+
+    A member is a scale of 1 for itself and of 0 for the others. Scores the path of each of ``SCALES``.
+    """
+    scorer, members = out.scorer, out.scorer.members
+    places, n = places_of(scorer), scorer.n_models
+    worth = dict(zip(scorer.sources, out.known, strict=False))
+    known = [
+        (worth[member], np.tile(np.eye(len(members))[i], (len(places), 1)))
+        for i, member in enumerate(members)
+        if member in worth
+    ]
+    equal = np.repeat([1.0, 0.0], [n, len(members) - n])
+    tried = [np.tile(scale * equal, (len(places), 1)) for scale in SCALES]
+    values = out.score([path_of_scales(scales, places) for scales in tried], repeat(0))
+    return [*known, *zip(values, tried, strict=False)]
+
+
+def _best(known: Sequence[tuple[float, np.ndarray]]) -> np.ndarray:
+    return max(known, key=lambda pair: pair[0])[1]
+
+
+def _answer(out: Scored, found: Iterable[np.ndarray]) -> None:
+    """Let the final choice be among these scales, each ((P, M) or (P * M,)), the best first."""
+    paths = (path_of_scales(scales, places_of(out.scorer)) for scales in found)
+    out.answers = list(dict.fromkeys(paths))
 
 
 def cmaes_scales(scorer: Any, evaluations: int, seed: int) -> Scored:
@@ -195,27 +233,80 @@ def cmaes_scales(scorer: Any, evaluations: int, seed: int) -> Scored:
     Source: Akiba et al. 2024, "Evolutionary Optimization of Model Merging Recipes", parameter space; they
     evolve TIES' densities beside the weights.
     """
-    places, n, members = places_of(scorer), scorer.n_models, scorer.members
-
-    def path_of(scales: np.ndarray) -> Path:
-        return path_of_scales(scales, places)
-
     out = Scored(scorer, evaluations)
-    worth = dict(zip(scorer.sources, out.known, strict=False))
-    # A member is a scale of 1 for itself and of 0 for the others.
-    known = [
-        (worth[member], np.tile(np.eye(len(members))[i], len(places)))
-        for i, member in enumerate(members)
-        if member in worth
-    ]
-    equal = np.repeat([1.0, 0.0], [n, len(members) - n])
-    tried = [np.tile(scale * equal, len(places)) for scale in SCALES]
-    known += zip(out.score(list(map(path_of, tried)), repeat(0)), tried, strict=False)
+    known = starts_of(out)
     if out.left:
-        evolution = Evolution(max(known, key=lambda pair: pair[0])[1], BOUNDS, seed)
-        _evolve(out, evolution, path_of)
-        out.answers = list(dict.fromkeys(map(path_of, evolution.answers(ANSWERS))))
+        evolution = Evolution(_best(known).ravel(), BOUNDS, seed)
+        _evolve(out, evolution, lambda scales: path_of_scales(scales, places_of(scorer)))
+        _answer(out, evolution.answers(ANSWERS))
     return out
+
+
+def natural_niches(scorer: Any, evaluations: int, seed: int) -> Scored:
+    """An archive of scales: parents compete for tasks and look for partners that are good at others.
+
+    The archive begins with what CMA-ES over scales knows at its start. A child of two parents joins it, and
+    the least fit leaves once there are more than ``ARCHIVE``. For each ``GROUP`` evaluations comes the next
+    subset: the archive is scored on it first, so that all in it are compared on the same examples.
+    Source: Abrantes, Lange and Tang 2025, "Competition and Attraction Improve Model Fusion" (M2N2). Theirs
+    compete for examples and cross weights: here for tasks, whose scores a search sees, and scales.
+    """
+    out, rng, places = Scored(scorer, evaluations), np.random.default_rng(seed), places_of(scorer)
+    archive, turn = [scales for _, scales in starts_of(out)], 0
+
+    def score(scales: Sequence[np.ndarray]) -> list[np.ndarray]:
+        n = len(out)
+        out.score([path_of_scales(s, places) for s in scales], repeat(turn % scorer.n_subsets))
+        return out.by_task[n:]
+
+    while out.left:
+        turn, last = turn + 1, max(0, out.left - GROUP)
+        niches = score(archive)
+        while out.left > last:
+            a, b = draw_parents(np.array(niches), rng)
+            child = crossover(archive[a], archive[b], rng)
+            archive, niches = [*archive, child], [*niches, *score([child])]
+            kept = fittest(np.array(niches), ARCHIVE)
+            archive, niches = [archive[i] for i in kept], [niches[i] for i in kept]
+    if turn:
+        own = {path_text(path_of_scales(scales, places)): scales for scales in archive}
+        ranked = shortlist((pair for pair in out if pair[0] in own), ANSWERS)
+        _answer(out, [np.mean(archive, axis=0), *(own[text] for text in ranked)])
+    return out
+
+
+def neighbourhood_search(scorer: Any, evaluations: int, seed: int) -> Scored:
+    """Large-neighbourhood search: draw the scales of a block of places anew, keep what is better.
+
+    It starts from the best that CMA-ES over scales knows at its start. For each ``GROUP`` evaluations comes
+    the next subset: the incumbent is scored on it first, so that it is compared on the same examples.
+    Sources: Shaw 1998, "Using Constraint Programming and Local Search Methods to Solve Vehicle Routing
+    Problems"; Ropke and Pisinger 2006, "An Adaptive Large Neighborhood Search Heuristic for the Pickup and
+    Delivery Problem with Time Windows", for what adapts. It accepts by hill climbing, not by annealing.
+    """
+    out, places = Scored(scorer, evaluations), places_of(scorer)
+    known, turn = starts_of(out), 0
+    if not out.left:
+        return out
+    incumbent, ends = _best(known), []
+    moves = Neighbourhoods(len(places), seed)
+    while out.left:
+        turn, last = turn + 1, max(0, out.left - GROUP)
+        subset = turn % scorer.n_subsets
+        [best] = out.score([path_of_scales(incumbent, places)], [subset])
+        while out.left > last:
+            drawn = moves.draw(incumbent)
+            [value] = out.score([path_of_scales(drawn, places)], [subset])
+            moves.tell(value - best)
+            if value > best:
+                incumbent, best = drawn, value
+        moves.settle()
+        ends.append(incumbent)
+    _answer(out, [np.mean(ends[-MEANS:], axis=0), *reversed(ends[-ANSWERS:])])
+    return out
+
+
+# ------------------------------------------------------------------------------- CMA-ES over orders
 
 
 def cmaes_order(scorer: Any, evaluations: int, seed: int) -> Scored:
@@ -282,7 +373,14 @@ SEARCHES: dict[str, Search] = {
     "NSGA-II": nsga2,
     "CMA-ES over scales": cmaes_scales,
     "CMA-ES over orders": cmaes_order,
+    "natural niches": natural_niches,
+    "large-neighbourhood search": neighbourhood_search,
 }
+# Of a table of the preset ``default``: what chooses sources or scales from the agent's menu.
+SAME_MENU = (
+    *("random search", "TPE", "CMA-ES over scales"),
+    *("natural niches", "large-neighbourhood search"),
+)
 
 
 # ------------------------------------------------------------------------------- what they found
