@@ -262,7 +262,7 @@ class LayerPool:
             if self.calibration is None:
                 raise InputError(
                     f"source {source!r}: expected calibration inputs, found none; give --calibration N, or "
-                    "set the pool's calibration"
+                    "take search.problem.pool_of(path)"
                 )
             if not self.depends_on_path(source):  # its layers follow each other
                 prefix = tuple(Step(source, j) for j in range(-1, k))

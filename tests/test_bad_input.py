@@ -829,7 +829,7 @@ def test_interrupted_before_there_is_a_folder(own, capsys, monkeypatch):
         ({"episodes": 0}, "--episodes.* 0"),
         ({"operators": ("tied",)}, "'tied'"),
         ({"scope": "block"}, "layer.*tensor.*global.*'block'"),
-        ({"preset": "fast"}, "default or agent or paper.*'fast'"),
+        ({"preset": "fast"}, "default or weights or agent or paper.*'fast'"),
         ({"resume": Path("nowhere"), "run_dir": None}, "nowhere"),
         ({"colour": "red"}, "colour"),
     ],

@@ -322,12 +322,6 @@ def test_scales_climb_a_bowl_better_than_chance(name):
 
 
 @pytest.mark.parametrize("name", MOVING)
-def test_a_search_of_scales_is_in_the_table_of_the_agents_menu(name):
-    assert name in rivals.SAME_MENU
-    assert set(rivals.SAME_MENU) < set(rivals.SEARCHES)
-
-
-@pytest.mark.parametrize("name", MOVING)
 def test_twenty_evaluations_are_compared_on_the_same_examples(name):
     scorer = Scaled(lambda scales: 0.5)
     rivals.SEARCHES[name](scorer, 80, 1)  # 3 uniform paths on two subsets, 5 scales for all

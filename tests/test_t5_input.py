@@ -20,6 +20,7 @@ from rmm_lab.families import t5
 from rmm_lab.families.checkpoint import architecture, read_checkpoint
 from rmm_lab.path import LayerPath
 from rmm_lab.reward import Step, predict
+from rmm_lab.search import problem as problems
 from rmm_lab.search.problem import load_problem
 from rmm_lab.zoo.training import fine_tune
 
@@ -90,7 +91,7 @@ def test_the_untouched_problem_is_accepted(own, capsys):
     assert own.run() == 0
     assert capsys.readouterr().err == ""
     path = LayerPath.from_json((Path("run") / "path.json").read_text())
-    assert type(path.build()) is T5ForConditionalGeneration
+    assert type(path.build(problems.pool_of(path))) is T5ForConditionalGeneration
 
 
 def test_the_command_line_refuses_with_the_same_sentence(own, capsys):

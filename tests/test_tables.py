@@ -183,11 +183,11 @@ def test_a_table_of_methods_goes_on_where_it_was(small, two_seeds):
     assert re.findall(r"(\d+) jobs to measure", told) == ["2", "2"]
     names = list(first["method"])
     assert names[0] == "base"
-    assert names[-1] == "agent + CMA-ES"
+    assert names[-1] == "RMM (agent)"
     assert names.index("fine-tuned") < names.index("TIES") < names.index("DARE, tuned")
     # What does not draw has the same row under each seed.
     one, two = (both[both["seed"] == s].set_index("method").drop(columns="seed") for s in (1, 2))
-    fixed = [name for name in names if not name.startswith(("DARE", "DELLA", "agent"))]
+    fixed = [name for name in names if not name.startswith(("DARE", "DELLA", "RMM"))]
     assert one.loc[fixed].equals(two.loc[fixed])
     assert list(first)[: len(FIRST)] == FIRST
     before = (folder / "vision.csv").read_text()
@@ -205,7 +205,7 @@ def test_rows_are_those_of_the_functions_that_they_name(two_seeds):
     scores: list[dict[str, tuple[float, ...]]] = []
     for seed, own in read(two_seeds[0], "vision").groupby("seed"):
         own = own.set_index("method")
-        config = config_of(own.loc["agent + CMA-ES"])
+        config = config_of(own.loc["RMM (agent)"])
         assert (config.run.seed, config.run.episodes) == (seed, 8)
         expected = list(uniform.rows(load(configure(config, unit="block"))))
         scores.append({row.name: row.scores for row in expected})
@@ -216,9 +216,9 @@ def test_rows_are_those_of_the_functions_that_they_name(two_seeds):
             )
             told = [own.at[row.name, column] for column in ("setting", "sees", "evaluations")]
             assert told == [row.setting, row.sees, row.evaluations]
-        told = [own.at["agent + CMA-ES", column] for column in ("setting", "sees", "evaluations")]
+        told = [own.at["RMM (agent)", column] for column in ("setting", "sees", "evaluations")]
         assert told == ["8 episodes", "labels", 8]
-        check_again(own.loc["agent + CMA-ES"], load(config))
+        check_again(own.loc["RMM (agent)"], load(config))
     one, two = scores
     assert "DARE" in {name for name in one if one[name] != two[name]} <= set(rows.DRAWN)
 

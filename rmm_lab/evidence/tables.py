@@ -126,7 +126,7 @@ class Command:
     """Folder of the results; by default results, at the paper's scale results-paper."""
     kinds: tuple[Literal["uniform", "matched", "gradients", "search"], ...] = ()
     """Methods of Tables I to III and groups to measure now, by kind; all by default."""
-    calibration: int = 300
+    calibration: int = 500
     """Inputs per task that RegMean and least squares look at."""
     jobs: int = 1
     """Searches to run at once, each in a process of its own."""

@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 from rmm_lab import ppo
 from rmm_lab.errors import InputError
+from rmm_lab.layers import LayerPool
 from rmm_lab.path import LayerPath
 from rmm_lab.reward import path_text
 from rmm_lab.search import report
@@ -47,6 +48,7 @@ class Result:
     ``episodes``, ``updates``: one row each, as in the run folder. ``policies``: (U, P, A), see
     ``mean_policy``. ``scores``: method -> task -> test metric in [0, 1]; empty if ``train`` was told not to
     report. ``agent``: the trained policy. ``finalists``: the candidates for the path, the best first.
+    ``pool``: what the path was chosen from, to build it: ``path.build(pool)``.
     ``seconds``: from loaded models to the path; NaN for a run that was resumed.
     """
 
@@ -60,6 +62,7 @@ class Result:
     folder: Path | None = None
     finalists: list[Row] = field(default_factory=list)
     seconds: float = float("nan")
+    pool: LayerPool | None = None
 
 
 # ----------------------------------------------------------------------------------------- the whole
@@ -133,6 +136,7 @@ def train(config: Config, problem: Problem | None = None, *, table: bool = True)
             folder=folder.path,
             finalists=[row | {"path": path_text(row["path"])} for row in finalists],
             seconds=seconds,
+            pool=problem.pool,
         )
         say(f"path: {path_text(path.path)}")
         how = f"on the whole reward split, best of {len(finalists)}"

@@ -376,11 +376,6 @@ SEARCHES: dict[str, Search] = {
     "natural niches": natural_niches,
     "large-neighbourhood search": neighbourhood_search,
 }
-# Of a table of the preset ``default``: what chooses sources or scales from the agent's menu.
-SAME_MENU = (
-    *("random search", "TPE", "CMA-ES over scales"),
-    *("natural niches", "large-neighbourhood search"),
-)
 
 
 # ------------------------------------------------------------------------------- what they found
