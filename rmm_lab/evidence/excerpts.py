@@ -108,7 +108,7 @@ def _one_seed(rows: DataFrame) -> str:
 
 IN_README = (
     *("weight average", "TIES, tuned", "weight per expert, tuned", "TSV", "WUDI"),
-    *("RegMean", "least squares", "least squares, weighted"),
+    "least squares",
 )
 
 
