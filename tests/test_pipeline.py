@@ -446,6 +446,22 @@ def test_a_search_stopped_in_any_phase_ends_as_an_unbroken_one(
         assert (folder / name).read_bytes() == (whole.folder / name).read_bytes(), name
 
 
+def test_a_stopped_agent_of_scales_ends_as_an_unbroken_one(tiny, tmp_path, monkeypatch):
+    """Its first mean came from the uniform paths, and its deviations are learned: both are stored."""
+    menu = ("least_squares:fit=whole,ridge=0.01",)
+    options = dict(tiny) | {"preset": "default", "operators": menu, "calibration": 10}
+    options |= {"episodes": 24, "episodes_per_update": 5, "data_fraction": 0.25}
+    whole, folder = run(**options, run_dir=tmp_path / "whole"), tmp_path / "run"
+    with monkeypatch.context() as patched:
+        stop_at(patched, 9)
+        with pytest.raises(Stop):
+            run(**options, run_dir=folder)
+    again = run(**options, resume=folder)
+    assert again.episodes == whole.episodes
+    for name in RESULT:
+        assert (folder / name).read_bytes() == (whole.folder / name).read_bytes(), name
+
+
 HANGING = """
 import os, signal, sys
 from rmm_lab.__main__ import main
