@@ -158,7 +158,7 @@ def test_all_tables_come_out(measured):
         (g, s) for g in ("CIFAR10", "CIFAR100", "CUB", "Dogs") for s in ("ViT-S/32", "ViT-B/16")
     }
     methods = ["fine-tuned", "multi-task", "weight average", "task arithmetic", "TIES", "DARE"]
-    methods += ["RMM (paper)", "agent + CMA-ES"]
+    methods += ["RMM (paper)", "RMM (agent)"]
     for name, groups in (("halves", 8), ("vision", 1), ("language", 4)):
         found = [r["method"] for r in rows_of(measured, name)]
         assert all(found.count(m) == groups for m in methods), name

@@ -471,7 +471,7 @@ def test_real_texts_from_fine_tuning_to_a_merged_model(tmp_path, capsys, monkeyp
         == 0
     )
     table = {r["name"]: r for r in json.loads((Path("run") / "table.json").read_text())}
-    assert set(table["agent + CMA-ES"]["scores"]) == {"dev", "wsc"}
+    assert set(table["RMM (agent)"]["scores"]) == {"dev", "wsc"}
     merged = T5ForConditionalGeneration.from_pretrained("run/merged").eval()
     task = t5.make_tasks(read_checkpoint("run/merged"), [sets[1]])[0]
     labels, right = task.split("test").labels.tolist(), 0
@@ -483,4 +483,4 @@ def test_real_texts_from_fine_tuning_to_a_merged_model(tmp_path, capsys, monkeyp
                 loss = merged(input_ids=ids, labels=torch.tensor([choice])).loss
             scores.append(-float(loss) * len(choice))
         right += scores.index(max(scores)) == label
-    assert table["agent + CMA-ES"]["scores"]["wsc"] == pytest.approx(right / len(labels), abs=0.011)
+    assert table["RMM (agent)"]["scores"]["wsc"] == pytest.approx(right / len(labels), abs=0.011)
