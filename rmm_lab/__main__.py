@@ -40,7 +40,7 @@ class Merge:
     agent: ppo.Args
     search: RunArgs
     preset: Literal["default", "weights", "agent", "paper"] = "default"
-    """default: what measures best here; agent: its agent alone; paper: as published."""
+    """default: best here; weights: looks at no inputs; agent: that one's agent; paper: as published."""
 
     def run(self) -> None:
         """Run the search, in a new folder or in the one that is resumed."""

@@ -242,6 +242,19 @@ def test_an_illegal_greedy_rollout_is_no_candidate(trained, finalists):
     assert {c["found"] for c in candidates} == {"best"}
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"actions": "scales"},
+        {"score_uniform_first": True},
+        {"cma_share": 0.5},
+    ],
+)
+def test_a_phase_that_skips_no_layer_needs_room_for_all(trained, options):
+    with pytest.raises(InputError, match=r"--max-depth: expected at least \d+ layers, found 1"):
+        run(trained, "agent", episodes=20, max_depth=1, **options)
+
+
 def test_a_search_without_a_legal_path_says_so(trained):
     config = configure("paper", quiet=True)
     search = Search.start(config, make_scorer(trained, config), RunFolder(None))

@@ -457,6 +457,34 @@ def test_a_replay_says_what_proposed_each_episode():
     assert shown[6, 2] == "1"
 
 
+def test_scales_are_shown_at_the_members_of_the_problem():
+    run = a_default_run()
+    run.problem.pool.members = (SOURCES[0], SOURCES[2])
+    replay, inspector = TrainingReplay(run), PathInspector(run)
+    replay.go(5)
+    inspector.select("best", 5)
+    right = replay.still()[0].axes[2]
+    assert {t.get_position()[1] for t in right.texts if t.get_text() == "−0.05"} == {2}
+    second = inspector.still()[0].axes
+    at = [
+        axes.get_yticklabels()[int(t.get_position()[1])].get_text()
+        for axes in second
+        for t in axes.texts
+        if t.get_text() == "−0.05"
+    ]
+    assert set(at) == {SOURCES[2]}
+
+
+def test_a_replay_of_an_agent_of_scales_shows_no_list():
+    run = a_default_run()
+    run.policies = torch.full((1, 4, 2), 0.5)  # the mean scales of two members
+    run.episodes[4] = run.episodes[5] | {"episode": 4, "phase": "agent", "update": 0}
+    view = TrainingReplay(run)
+    view.go(4)
+    assert view.still()[0].axes[1].get_title() == "agent phase: it set scales"
+    assert alt(view.place).endswith("The agent set scales.")
+
+
 def test_a_replay_of_two_stacks_names_blocks_and_their_parts():
     run = a_default_run(stacks=(range(2), range(2, 6)))
     figure, _ = TrainingReplay(run).still()

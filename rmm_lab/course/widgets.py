@@ -276,8 +276,10 @@ class TrainingReplay(View):
         mean, names, stacks = run.policy(number), run.action_names, run.agent_stacks
         n_places = stacks[-1].stop - run.first
         policy = np.full((n_places, len(names)), np.nan) if mean is None else mean.numpy()
-        title = "the policy that acted: mean probability"
-        if (phase := run.episode(number)["phase"]) != "agent":
+        title, phase = "the policy that acted: mean probability", run.episode(number)["phase"]
+        if phase == "agent" and mean is None:
+            title = "agent phase: it set scales"
+        elif phase != "agent":
             which = "no policy" if mean is None else "the agent's last policy"
             title = f"{phase} phase: {which}"
         figure = episodes.replay_picture(
@@ -295,7 +297,7 @@ class TrainingReplay(View):
             likeliest.append(f"{plots.place_name(k, stacks).replace('layer', kind)} {best}")
         words = f"Most probable actions: {', '.join(likeliest)}."
         if mean is None:
-            words = "No policy acted."
+            words = "The agent set scales." if phase == "agent" else "No policy acted."
         return figure, f"Search at {self.sentence()}. {words}"
 
 

@@ -46,7 +46,7 @@ class RunArgs:
     score_uniform_first: bool = False
     """Score the uniform path of each source first, for up to a tenth of the episodes."""
     cma_share: float = 0.0
-    """Share of the remaining episodes for the last phase, CMA-ES over a scale per layer and expert."""
+    """Share of the remaining episodes for the last phase, CMA-ES over a scale per layer and member."""
     finalists: int = 10
     """Best paths, besides the greedy one, that are scored on the whole reward split at the end."""
 
@@ -138,7 +138,7 @@ PRESETS: dict[str, Config] = {
         problem=ProblemSpec(unit="both", seed=1),
         run=RunArgs(score_uniform_first=True, cma_share=0.8),
     ),
-    # As weights, the agent alone.
+    # The agent of weights, alone.
     "agent": Config(problem=ProblemSpec(seed=1)),
     # As published with the paper, but for the bounds on an episode.
     "paper": Config(
@@ -243,13 +243,14 @@ def read_config(stored: Mapping[str, Any], where: str | Path) -> Config:
 
 
 def check_depth(scorer: Any, config: Config) -> None:
-    """InputError where the phases around the agent's need more layers than a path may have."""
+    """InputError where a phase needs more layers than a path may have."""
     run = config.run
     needed, most = scorer.n_layers, run.max_depth
     if config.problem.unit == "both":
         needed = len(scorer.blocks)
-    if (run.score_uniform_first or run.cma_share) and most is not None and most < needed:
+    skips_none = run.score_uniform_first or run.cma_share or run.actions == "scales"
+    if skips_none and most is not None and most < needed:
         raise InputError(
-            f"--max-depth: expected at least {needed} layers, found {most}; the uniform paths and CMA-ES "
-            "skip none: use --no-score-uniform-first --cma-share 0"
+            f"--max-depth: expected at least {needed} layers, found {most}; the uniform paths, CMA-ES and an "
+            "agent of scales skip none: use --no-score-uniform-first --cma-share 0 --actions sources"
         )

@@ -22,7 +22,7 @@ from rmm_lab.env import DynamicAverageReward
 from rmm_lab.errors import InputError
 from rmm_lab.reward import Path, Step, path_text, places_of, reward
 from rmm_lab.search.config import Config
-from rmm_lab.search.finalists import candidates, legal, rank, rounds
+from rmm_lab.search.finalists import candidates, legal, rank, rounds, scores
 from rmm_lab.search.layer_scales import (
     BOUNDS,
     MEANS,
@@ -181,13 +181,11 @@ class Search:
 
     def score(self, phase: str, paths: Sequence[Path], subset: int) -> list[float]:
         """Score paths that no agent walked on one subset, log and save them; their rewards."""
-        if hasattr(self.scorer, "prefetch"):
-            self.scorer.prefetch([(path, subset) for path in paths])
         rewards = []
-        for path in paths:
-            scores = self.scorer.score(path, subset)
-            by_task = dict(zip(self.scorer.task_names, scores.tolist(), strict=True))
-            rewards.append(reward(scores))
+        found = scores(self.scorer, [(path, subset) for path in paths])
+        for path, own in zip(paths, found, strict=True):
+            by_task = dict(zip(self.scorer.task_names, own.tolist(), strict=True))
+            rewards.append(reward(own))
             self.log(phase, subset, path, {"raw_reward": rewards[-1], "scores": by_task})
         self.save()
         return rewards
@@ -264,7 +262,7 @@ def agent_phase(search: Search) -> Iterator[int]:
 
 
 def scales_phase(search: Search) -> Iterator[int]:
-    """CMA-ES over a scale for each layer and expert, around the best path so far."""
+    """CMA-ES over a scale for each layer and member, around the best path so far."""
     n = search.shares.scales - search.count("scales")
     if n <= 0:
         return
@@ -292,8 +290,8 @@ def mean_policy(played: Sequence[ppo.Episode], places: Sequence[int]) -> Tensor:
 def choose(search: Search) -> list[Row]:
     """The candidates for the final path, scored on the whole reward split, the best first.
 
-    They are the greedy rollout (Eq. 1) and ``run.finalists`` paths: the shortlist, and where scales
-    evolved, three quarters of them the means that CMA-ES arrived at.
+    They are the greedy rollout (Eq. 1) and ``run.finalists`` paths: the shortlist, and where scales were
+    searched, three quarters of them the means that CMA-ES or the agent's policies arrived at.
     """
     run, answers = search.config.run, []
     if search.count("scales"):

@@ -9,7 +9,7 @@ import numpy as np
 
 from rmm_lab.search.layer_scales import BOUNDS, SIGMA
 
-MUTATION = 0.1  # standard deviation, of a child's scales: that of the agent's first policy
+MUTATION = 0.1  # standard deviation, of a child's scales
 SIZES = (1, 2, 4, 8)  # places in a block that is drawn anew
 WIDTHS = (0.02, 0.5)  # bounds of the standard deviation of draws around the incumbent
 REACTION = 0.2  # how far a move's weight goes to its last rate of success
