@@ -13,8 +13,8 @@ Every operator takes ``base: (*shape)``, a weight of the base model, and ``exper
 weight of N fine-tuned models. It returns ``(*shape)`` in the dtype of ``base``, and never changes its inputs;
 half precision is computed in float32. An operator trims over everything it is given: ``LayerPool`` passes a
 flattened layer, as in Eq. 4, unless told otherwise. NaN stays visible in the result. Wrong shapes, dtypes
-and options raise InputError. The operators of later papers are in ``formulas``, the steps that all share in
-``formulas.steps``; those operators refuse NaN, and some see whole matrices or tensors (``SCOPE``).
+and options raise InputError. Operators of later papers are in ``formulas``, steps that all share in
+``formulas.steps``; those refuse NaN, and some see whole matrices or tensors (``SCOPE``).
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from rmm_lab.formulas.averages import (
     weighted_average,
     widen,
 )
-from rmm_lab.formulas.checks import OPTIONS, Option, Rng, add, check_for, checked
+from rmm_lab.formulas.checks import OPTIONS, Option, Rng, add, check_for, checked, weighed
 from rmm_lab.formulas.sparse import breadcrumbs, consensus, dare_ties, della, emr, magmax, pcb, sce
 from rmm_lab.formulas.spectral import doge, iso_c, iso_cts, knots, star, tsv, wudi
 from rmm_lab.formulas.steps import disjoint_merge, drop_and_rescale, elect_sign, task_vectors, trim
@@ -70,16 +70,18 @@ def ties(
     base: Tensor,
     experts: Tensor,
     *,
-    density: float = 0.3,
-    scale: float = 1.0,
+    density: float | tuple[float, ...] = 0.3,
+    scale: float | tuple[float, ...] = 1.0,
     merge: str = "mean",
     generator: Rng = None,
 ) -> Tensor:
     """TIES: trim, elect sign, disjoint merge; ignores generator (Yadav et al. 2023, Alg. 1).
 
-    density: fraction to keep, in (0, 1]; scale: finite; merge: "mean" (the TIES paper) or "sum".
+    density: fraction to keep, in (0, 1]; scale: finite; merge: "mean" (the TIES paper) or "sum". Density
+    and scale may be tuples of one for each expert; such scales weigh what is trimmed, before a sign is
+    elected (Akiba et al. 2024).
     """
-    deltas = trim(task_vectors(base, experts), density)
+    deltas, scale = weighed(trim(task_vectors(base, experts), density), scale)
     return add(base, disjoint_merge(deltas, elect_sign(deltas), merge), scale)
 
 
@@ -127,12 +129,9 @@ SCOPE: dict[str, str] = {
     **{operator.__name__: "tensor" for operator in _TENSOR},
     **dict.fromkeys(MATCHED, "pool"),
 }
-# Options with a value for each expert, as in "task_arithmetic:scale=0.3/0.6".
-_EACH = {
-    ("task_arithmetic", "scale"),
-    ("metrics_weighted_average", "metrics"),
-    ("least_squares", "weights"),
-}
+# Options with a value for each expert, or that may have one, as in "task_arithmetic:scale=0.3/0.6".
+_EACH = {("metrics_weighted_average", "metrics"), ("least_squares", "weights")}
+_MAY = {("task_arithmetic", "scale"), ("ties", "scale"), ("ties", "density")}
 
 # ---------------------------------------------------------------- operators as text
 
@@ -191,7 +190,7 @@ def parse_operator(text: str, n: int | None = None) -> OperatorSpec:
             allowed = f"key=value once each, out of {', '.join(known)}" if known else "no option"
             found = f"{key!r} twice" if key in options else repr(key)
             raise InputError(f"operator {text!r}: expected {allowed}, found {found}; correct it")
-        each = (function, key) in _EACH and (key != "scale" or "/" in value)
+        each = (function, key) in _EACH or ((function, key) in _MAY and "/" in value)
         try:
             options[key] = tuple(map(float, value.split("/"))) if each else float(value)
         except ValueError:

@@ -39,7 +39,7 @@ class Step(NamedTuple):
 Path = tuple[Step, ...]
 _NUMBER = r"-?\d+\.?\d*(?:e[+-]?\d+)?"
 _STEP = re.compile(
-    rf"(?P<source>\S+?)(:scale=(?P<scales>{_NUMBER}(/{_NUMBER})+))?@(?P<layer>-?\d+)"
+    rf"(?P<source>\S+?)((?<=^task_arithmetic):scale=(?P<scales>{_NUMBER}(/{_NUMBER})+))?@(?P<layer>-?\d+)"
 )
 
 

@@ -222,6 +222,26 @@ def test_ties_by_hand_mean_and_sum():
     assert ops.ties(BASE, EXPERTS, density=0.4, scale=2).tolist() == [1 + 2 * x for x in mean]
 
 
+def test_ties_with_a_density_and_a_scale_for_each_expert_by_hand():
+    base = torch.tensor([1.0, 1.0, 1.0, 1.0])
+    experts = base + torch.tensor([[4.0, -2.0, 1.0, 0.0], [-1.0, 3.0, 2.0, 5.0]])
+    # Trimmed: 4 0 0 0 and -1 3 2 5. Times 2 and 0.5: 8 0 0 0 and -0.5 1.5 1 2.5. Signs: all +.
+    merged = ops.ties(base, experts, density=(0.25, 1.0), scale=(2.0, 0.5), merge="sum")
+    assert merged.tolist() == [9.0, 2.5, 2.0, 3.5]
+    # Times 1 and -5: 4 0 0 0 and 5 -15 -10 -25. The first agree, and their mean is 4.5.
+    merged = ops.ties(base, experts, density=(0.25, 1.0), scale=(1.0, -5.0))
+    assert merged.tolist() == [5.5, -14.0, -9.0, -24.0]
+    one = ops.ties(base, experts, density=0.5, scale=(0.7, 0.7))
+    assert_close(one, ops.ties(base, experts, density=0.5, scale=0.7))
+    spec = ops.parse_operator("ties:scale=2/0.5,density=0.25/1,merge=sum", 2)
+    assert spec.name == "ties:density=0.25/1,merge=sum,scale=2/0.5"
+    assert spec(base, experts).tolist() == [9.0, 2.5, 2.0, 3.5]
+    with pytest.raises(InputError, match="densities: expected one for each of 3 experts, found 2"):
+        ops.parse_operator("ties:density=0.25/1", 3)
+    with pytest.raises(InputError, match="scales: expected one for each of 2 experts, found 3"):
+        ops.ties(base, experts, scale=(1.0, 1.0, 1.0))
+
+
 def test_ties_keeps_the_base_where_the_sum_is_zero():
     base = torch.tensor([5.0, 5.0])
     experts = torch.tensor([[7.0, 6.0], [3.0, 6.0]])
@@ -680,8 +700,8 @@ def test_a_spec_passes_the_generator_on():
         ("dare:drop_rate=1", r"drop_rate: expected a number in \[0, 1\), found 1\.0"),
         ("dare:drop_rate=-0.1", r"drop_rate: .*-0\.1"),
         ("ties:scale=inf", r"scale: expected a finite number, found inf"),
-        ("ties:scale=0.3/0.5", r"scale: expected a finite number, found '0.3/0.5'"),
-        ("ties:density=0.3/0.5", r"density: expected a number in \(0, 1\], found '0.3/0.5'"),
+        ("dare:scale=0.3/0.5", r"scale: expected a finite number, found '0.3/0.5'"),
+        ("ties:density=0.3/1.5", r"density: expected a number in \(0, 1\], found 1.5"),
         ("task_arithmetic:scale=0.3/", r"scale: expected a finite number, found '0.3/'"),
         ("task_arithmetic:scale=0.3/inf", r"scale: expected a finite number, found inf"),
         ("ties:merge=median", r"merge: expected 'mean' or 'sum', found 'median'"),
@@ -754,7 +774,7 @@ def test_a_sign_of_another_shape_is_refused():
         ("ties", "scale", math.nan),
         ("dare", "scale", -math.inf),
         ("dare_ties", "scale", None),
-        ("ties", "scale", (0.5, 0.5, 0.5)),
+        ("dare", "scale", (0.5, 0.5, 0.5)),
         ("ties", "merge", "max"),
         ("dare_ties", "merge", None),
     ],

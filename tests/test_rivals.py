@@ -11,6 +11,7 @@ import torch
 
 from rmm_lab.errors import InputError
 from rmm_lab.families.checkpoint import read_checkpoint
+from rmm_lab.operators import parse_operator
 from rmm_lab.path import LayerPath
 from rmm_lab.reward import Step, evaluate, parse_path, path_text, reward
 from rmm_lab.search import rivals
@@ -291,6 +292,45 @@ def test_a_path_of_scales_is_exported_as_a_timm_model(problem, tmp_path):
             logits = model(task.batch("reward", slice(None)))[:, slice(*heads[name])]
         scores.append((logits.argmax(-1) == split.labels).double().mean().item())
     assert rivals.whole(scorer, text) == pytest.approx(np.mean(scores), abs=1e-9)
+
+
+# ----------------------------------------------------------------- CMA-ES over scales and densities
+
+
+def numbers_of(path) -> np.ndarray:
+    """A path of TIES, or its text -> (places, 2, N): its scales and densities."""
+    steps = parse_path(path) if isinstance(path, str) else path
+    options = [dict(parse_operator(step.source, 2).options) for step in steps]
+    return np.array([[own["scale"], own["density"]] for own in options])
+
+
+def test_cmaes_over_densities_finds_the_bottom_of_a_bowl():
+    target = np.stack([TARGET, np.linspace(0.2, 0.9, 10).reshape(5, 2)], axis=1)  # (places, 2, N)
+
+    class Bowl(Landscape):
+        def value(self, path):
+            if not path[0].source.startswith("ties:"):
+                return 0.1
+            return float(np.exp(-np.square(numbers_of(path) - target).sum()))
+
+    scored = rivals.cmaes_densities(Bowl(), 1500, 1)
+    asked = np.stack([numbers_of(text) for text, _ in scored[9:]])  # (n, places, 2, N)
+    assert (asked[:5, :, 0] == np.reshape(rivals.SCALES, (5, 1, 1))).all()
+    assert BOUNDS[0] <= asked[:, :, 0].min() <= asked[:, :, 0].max() <= BOUNDS[1]
+    assert rivals.THIN <= asked[:, :, 1].min() <= asked[:, :, 1].max() <= 1
+    for text in scored.answers:  # its means
+        assert np.abs(numbers_of(text) - target).max() < 0.05
+
+
+def test_the_densities_start_at_the_best_expert_where_no_merge_works():
+    class Second(Landscape):
+        def value(self, path):
+            return 0.9 if path[0].source == "b" else 0.1
+
+    scored = rivals.cmaes_densities(Second(), 20, 1)
+    first = np.stack([numbers_of(text) for text, _ in scored[8:]])  # (12, places, 2, N)
+    assert np.abs(first[:, :, 0].mean(0) - [0, 1]).max() < 0.35  # draws around it, sigma 0.2
+    assert first[:, :, 1].mean() > 0.8  # nearly whole
 
 
 # -------------------------------------------------- natural niches, large-neighbourhood search

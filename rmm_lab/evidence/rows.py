@@ -46,7 +46,8 @@ KINDS = {
     ),
     "search": SEARCHED[:3],  # with an agent
     "rival": (
-        *("CMA-ES over orders", "CMA-ES over scales", "NSGA-II", "TPE"),
+        *("CMA-ES over orders", "CMA-ES over scales", "CMA-ES over scales and densities"),
+        *("NSGA-II", "TPE"),
         *("coordinate ascent", "large-neighbourhood search", "natural niches", "random search"),
         # Of the first edition's local search, in the ablation alone.
         *("agent + local search", "local search + CMA-ES", "local search"),

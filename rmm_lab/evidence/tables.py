@@ -264,7 +264,8 @@ class Command:
         config, others = configure("weights", **options), list(rivals.SEARCHES)
         if name == "menu":
             config = configure(**options, calibration=self.calibration)
-            others.remove("CMA-ES over orders")  # which takes experts' layers alone
+            # Two take experts alone, whatever the menu has.
+            others = [name for name in others if name not in rivals.OF_EXPERTS]
         for method in (searched(config), *others):
             key = {"group": group.name, "seed": options["seed"], "method": method}
             yield Job(name, measure.search, key, config)

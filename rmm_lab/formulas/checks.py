@@ -92,7 +92,7 @@ def check_for(n: int | None, **options: Option) -> None:
         if n is not None and key == "expert" and float(each[0]) > n:
             raise InputError(f"option expert: expected 1 to {n}, found {each[0]:g}; correct it")
         if n is not None and each is value and len(each) != n:
-            what = key if key.endswith("s") else f"{key}s"
+            what = key if key.endswith("s") else f"{key}s".replace("ys", "ies")
             raise InputError(f"{what}: expected one for each of {n} experts, found {len(each)}")
 
 
@@ -149,3 +149,16 @@ def add(base: Tensor, merged: Tensor, scale: float) -> Tensor:
     """``base + scale * merged``, both (*shape), in the dtype of base: every paper's last step."""
     check_options(scale=scale)
     return (scale * merged).add_(base.to(merged.dtype)).to(base.dtype)
+
+
+def weighed(deltas: Tensor, scale: float | tuple[float, ...]) -> tuple[Tensor, float]:
+    """Task vectors (N, *shape) times a scale of their own, and the scale that is left for their merge.
+
+    scale: finite; a tuple of N weighs each, which leaves 1.
+    """
+    check_stack("deltas", deltas)
+    if not isinstance(scale, tuple):
+        return deltas, scale
+    check_for(len(deltas), scale=scale)
+    weights = deltas.new_tensor(scale).reshape(-1, *[1] * (deltas.dim() - 1))
+    return deltas * weights, 1.0  # (N, *shape) * (N, 1, ...) -> (N, *shape)

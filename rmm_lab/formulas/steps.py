@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from rmm_lab.errors import InputError
-from rmm_lab.formulas.checks import Rng, check_options, check_stack, checked
+from rmm_lab.formulas.checks import Rng, check_for, check_options, check_stack, checked
 
 BLOCK = 2**16  # entries computed at a time, so that intermediate results fit a core's cache
 
@@ -24,16 +24,18 @@ def task_vectors(base: Tensor, experts: Tensor) -> Tensor:
     return experts - base  # (N, *shape) - (*shape) -> (N, *shape)
 
 
-def trim(deltas: Tensor, density: float) -> Tensor:
+def trim(deltas: Tensor, density: float | tuple[float, ...]) -> Tensor:
     """Keep each expert's largest entries, set the rest to 0 (Yadav et al. 2023, Alg. 1, step 1).
 
-    deltas: (N, *shape) task vectors; density: fraction to keep, in (0, 1]. Keeps exactly
+    deltas: (N, *shape) task vectors; density: fraction to keep, in (0, 1], or N of them. Keeps exactly
     ``k = max(1, int(density * numel))`` entries per expert, by magnitude over its whole tensor; among equal
     magnitudes the lower index wins. An expert with a NaN keeps only the NaN. Returns (N, *shape).
     """
     check_stack("deltas", deltas)
-    check_options(density=density)
-    return torch.stack([delta * largest(delta, density) for delta in deltas])
+    check_for(len(deltas), density=density)
+    each = density if isinstance(density, tuple) else (density,) * len(deltas)
+    kept = zip(deltas, each, strict=True)
+    return torch.stack([delta * largest(delta, share) for delta, share in kept])
 
 
 def elect_sign(deltas: Tensor) -> Tensor:

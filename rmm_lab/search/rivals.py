@@ -5,6 +5,8 @@
     TPE                  tree-structured Parzen estimator        Bergstra et al. 2011
     NSGA-II              an evolution of paths                   Deb et al. 2002
     CMA-ES over scales   a scale per place and member            Akiba et al. 2024, parameter space
+    CMA-ES over scales   TIES with a scale and a density per     the same, as they have it
+      and densities      place and expert
     CMA-ES over orders   which experts' layers run, in a row     Akiba et al. 2024, data-flow space
     natural niches       an archive of scales, crossed           Abrantes et al. 2025
     large-neighbourhood  the scales of a block of places, drawn  Shaw 1998, Ropke & Pisinger 2006
@@ -28,6 +30,7 @@ from typing import Any
 import numpy as np
 
 from rmm_lab.errors import InputError
+from rmm_lab.operators import OperatorSpec
 from rmm_lab.reward import Path, Step, parse_path, path_text, places_of, reward
 from rmm_lab.search.finalists import rewards, rounds, scores, shortlist
 from rmm_lab.search.layer_scales import BOUNDS, MEANS, SEEDS, Evolution, path_of_scales
@@ -38,6 +41,7 @@ STARTUP = 40  # evaluations before TPE models anything, the uniform paths among 
 ANSWERS = 20  # of a search over scales, that may be chosen from
 LAST = 10  # evaluations at the end of CMA-ES over orders that score the mean of what it found
 SCALES = (0.3, 0.4, 0.5, 0.6, 0.8)  # one scale for all, tried before the scales evolve
+THIN = 0.05  # the smallest density of an expert's task vector
 REPEATS = 2  # how often a path of CMA-ES over orders can take each expert's layer
 ARCHIVE = 10  # scales that natural niches keep
 MEAN = 0.25  # of a layer's number at the start of CMA-ES over orders: above 0 it runs, below not
@@ -231,7 +235,7 @@ def cmaes_scales(scorer: Any, evaluations: int, seed: int) -> Scored:
     After the uniform paths come ``SCALES``, one for all experts and places; the best of these and of the
     members is the first mean. A generation shares a subset.
     Source: Akiba et al. 2024, "Evolutionary Optimization of Model Merging Recipes", parameter space; they
-    evolve TIES' densities beside the weights.
+    evolve densities beside the weights, see ``cmaes_densities``.
     """
     out = Scored(scorer, evaluations)
     known = starts_of(out)
@@ -240,6 +244,47 @@ def cmaes_scales(scorer: Any, evaluations: int, seed: int) -> Scored:
         _evolve(out, evolution, lambda scales: path_of_scales(scales, places_of(scorer)))
         _answer(out, evolution.answers(ANSWERS))
     return out
+
+
+def cmaes_densities(scorer: Any, evaluations: int, seed: int) -> Scored:
+    """CMA-ES over a scale and a density for each place and expert, of TIES with merge=sum.
+
+    The best expert, or the best of ``SCALES`` at the middle density, is the first mean. A generation shares a
+    subset. Merges that look at inputs take no part: their difference from the base is no task vector.
+    Source: Akiba et al. 2024, parameter space. Theirs drop at random before TIES (DARE), these trim: what
+    is scored must be what is built.
+    """
+    out, places, n = Scored(scorer, evaluations), places_of(scorer), scorer.n_models
+    middle = np.full((len(places), n), sum(BOUNDS) / 2)
+
+    def path_of(numbers: np.ndarray) -> Path:
+        scales, densities = numbers.reshape(2, len(places), n)
+        return path_of_densities(scales, densities, places)
+
+    tried = [np.stack([np.full_like(middle, scale), middle]) for scale in SCALES]
+    values = out.score([path_of(numbers) for numbers in tried], repeat(0))
+    if out.left:
+        experts = [np.tile(row, (len(places), 1)) for row in np.eye(n)]  # alone and whole
+        alone = [np.stack([scales, np.full_like(middle, BOUNDS[1])]) for scales in experts]
+        best = _best([*zip(out.known, alone, strict=False), *zip(values, tried, strict=True)])
+        evolution = Evolution(best.ravel(), BOUNDS, seed)
+        _evolve(out, evolution, path_of)
+        out.answers = list(dict.fromkeys(map(path_of, evolution.answers(ANSWERS))))
+    return out
+
+
+def path_of_densities(scales: np.ndarray, densities: np.ndarray, places: Sequence[int]) -> Path:
+    """The path of TIES with these numbers (P, N), both within ``BOUNDS``, rounded to 3 digits.
+
+    A density's number runs over the bounds as the density from ``THIN`` to 1.
+    """
+    low, high = BOUNDS
+    shares = THIN + (1 - THIN) * (densities - low) / (high - low)  # (P, N) in [THIN, 1]
+    steps = []
+    for k, scale, share in zip(places, scales.round(3) + 0.0, shares.round(3), strict=True):
+        own = {"scale": tuple(scale.tolist()), "density": tuple(share.tolist())}
+        steps.append(Step(OperatorSpec.of("ties", {"merge": "sum", **own}).name, k))
+    return tuple(steps)
 
 
 def natural_niches(scorer: Any, evaluations: int, seed: int) -> Scored:
@@ -372,10 +417,12 @@ SEARCHES: dict[str, Search] = {
     "TPE": tpe,
     "NSGA-II": nsga2,
     "CMA-ES over scales": cmaes_scales,
+    "CMA-ES over scales and densities": cmaes_densities,
     "CMA-ES over orders": cmaes_order,
     "natural niches": natural_niches,
     "large-neighbourhood search": neighbourhood_search,
 }
+OF_EXPERTS = ("CMA-ES over orders", "CMA-ES over scales and densities")  # that take these alone
 
 
 # ------------------------------------------------------------------------------- what they found
