@@ -38,7 +38,7 @@ class Step(NamedTuple):
 
 Path = tuple[Step, ...]
 _NUMBER = r"-?\d+\.?\d*(?:e[+-]?\d+)?"
-_STEP = re.compile(
+_STEP = re.compile(  # scales of another operator than task_arithmetic belong to its source
     rf"(?P<source>\S+?)((?<=^task_arithmetic):scale=(?P<scales>{_NUMBER}(/{_NUMBER})+))?@(?P<layer>-?\d+)"
 )
 

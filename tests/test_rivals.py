@@ -304,6 +304,15 @@ def numbers_of(path) -> np.ndarray:
     return np.array([[own["scale"], own["density"]] for own in options])
 
 
+def test_a_step_of_ties_with_scales_alone_is_read_as_it_was_written(problem):
+    """Only the scales of task arithmetic are the step's own; others are the operator's option."""
+    path = (Step("task_arithmetic", 0, (0.3, 0.5)), Step("ties:scale=1/0.2", 1), Step("ties", 2))
+    assert path_text(path) == "task_arithmetic:scale=0.3/0.5@0 ties:scale=1/0.2@1 ties@2"
+    assert parse_path(path_text(path)) == path
+    assert LayerPath.from_json(LayerPath.of(problem.pool, path).to_json()).path[-3:] == path
+    assert rivals.whole(problem.scorer(fraction=0.25, stem="base"), path_text(path)) > 0
+
+
 def test_cmaes_over_densities_finds_the_bottom_of_a_bowl():
     target = np.stack([TARGET, np.linspace(0.2, 0.9, 10).reshape(5, 2)], axis=1)  # (places, 2, N)
 

@@ -250,9 +250,9 @@ def cmaes_densities(scorer: Any, evaluations: int, seed: int) -> Scored:
     """CMA-ES over a scale and a density for each place and expert, of TIES with merge=sum.
 
     The best expert, or the best of ``SCALES`` at the middle density, is the first mean. A generation shares a
-    subset. Merges that look at inputs take no part: their difference from the base is no task vector.
-    Source: Akiba et al. 2024, parameter space. Theirs drop at random before TIES (DARE), these trim: what
-    is scored must be what is built.
+    subset. Merges that look at inputs take no part.
+    Source: Akiba et al. 2024, parameter space. Theirs drop entries at random before TIES (DARE); these trim,
+    so that a small change of a density is a small change of the model.
     """
     out, places, n = Scored(scorer, evaluations), places_of(scorer), scorer.n_models
     middle = np.full((len(places), n), sum(BOUNDS) / 2)
