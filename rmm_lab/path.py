@@ -10,10 +10,11 @@ from typing import Any
 
 from rmm_lab.errors import InputError
 from rmm_lab.families.checkpoint import Checkpoint, read_checkpoint, write_checkpoint
-from rmm_lab.families.shipped import locate
+from rmm_lab.families.shipped import MODELS, locate_stored
 from rmm_lab.layers import LayerPool
 from rmm_lab.operators import MATCHED
 from rmm_lab.reward import Path, Step, split_stem
+from rmm_lab.tasks.files import shipped_name
 
 SCHEMA = "rmm_lab/layer-path/1"
 _OLD_SCALES = "task_arithmetic:scale="  # older files have a step's scales in its source
@@ -34,9 +35,9 @@ class Origin:
     def of(cls, name: str, checkpoint: Checkpoint) -> Origin:
         """The origin of a checkpoint, valid from any working directory."""
         source = checkpoint.source
-        if locate(source) == source and not source.startswith("hf-hub:"):
-            source = str(checkpoint.folder.resolve())
-        return cls(name, source, checkpoint.sha256)
+        if not (place := shipped_name(source, MODELS)) and not source.startswith("hf-hub:"):
+            place = str(checkpoint.folder.resolve())
+        return cls(name, place or source, checkpoint.sha256)
 
 
 @dataclass(frozen=True)
@@ -132,7 +133,7 @@ class LayerPath:
         """Read the models that the path names; InputError if their weights have changed since."""
         checkpoints = []
         for origin in (self.base, *self.experts):
-            checkpoint = read_checkpoint(locate(origin.source))
+            checkpoint = read_checkpoint(locate_stored(origin.source))
             if checkpoint.sha256 != origin.sha256:
                 raise InputError(
                     f"model {origin.source!r}: expected weights of SHA-256 {origin.sha256[:12]}..., "

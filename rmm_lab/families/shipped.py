@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from rmm_lab.tasks import image_task, small_texts
-from rmm_lab.tasks.files import data_folder
+from rmm_lab.tasks.files import data_folder, recalled, shipped_name, spelled
 
 # Names of the ViTs of a second, smaller size start with this.
 TINY = "tiny-"
@@ -44,6 +44,8 @@ GROUPS: dict[str, tuple[str, ...]] = {
 # The multi-task models and the experts whose tasks each has learned.
 MULTI_TASK: dict[str, tuple[str, ...]] = {"+".join(pair): pair for pair in PAIRS} | TEXT_GROUPS
 BASE, TINY_BASE, TEXT_BASE = "base", "tiny-base", "text-base"
+# All names of models: what an option may call a base or an expert.
+MODELS = (*SETS, BASE, TINY_BASE, TEXT_BASE)
 
 
 def model_folder(name: str) -> Path:
@@ -67,6 +69,26 @@ def multi_task_of(experts: Sequence[str]) -> Path | None:
     return None
 
 
-def locate(name: str) -> str:
-    """The folder of a model that ships, by its name; any other source as it is."""
-    return str(model_folder(name)) if name in (*SETS, BASE, TINY_BASE, TEXT_BASE) else name
+def locate(source: str) -> str:
+    """The folder of a model that ships, by its name, see ``shipped_name``; any other source as it is."""
+    name = shipped_name(source, MODELS)
+    return str(model_folder(name)) if name else source
+
+
+def locate_stored(source: str) -> str:
+    """``locate`` for a source in a file, where a bare name is always that of a model that ships."""
+    return locate(recalled(source, MODELS))
+
+
+def expand(experts: Sequence[str]) -> list[str]:
+    """Sources of experts with the members of groups in the groups' place, spelled as ``spelled`` does.
+
+    A folder called like a group wins if it holds a model (a ``config.json`` or ``adapter_config.json``).
+    """
+    out: list[str] = []
+    for source in experts:
+        held = any(Path(source, f"{kind}config.json").is_file() for kind in ("", "adapter_"))
+        group = source in GROUPS and not held
+        name = source if group else shipped_name(source, (*GROUPS, *MODELS))
+        out += map(spelled, GROUPS.get(name, (name,))) if name else [source]
+    return out

@@ -12,7 +12,7 @@ import torch
 
 from rmm_lab import ppo
 from rmm_lab.errors import InputError, check_values
-from rmm_lab.search.problem import SEED_RANGE, ProblemSpec
+from rmm_lab.search.problem import SEED_RANGE, ProblemSpec, at_hand
 
 
 @dataclass(frozen=True)
@@ -234,6 +234,7 @@ def read_config(stored: Mapping[str, Any], where: str | Path) -> Config:
         for name, kind in kinds.items():
             values = {k: tuple(v) if isinstance(v, list) else v for k, v in stored[name].items()}
             parts[name] = kind(**values)
+        parts["problem"] = at_hand(parts["problem"])
     except (KeyError, TypeError, AttributeError, InputError) as error:
         raise InputError(
             f"--resume: expected the config of this version in {where}, found another ({error}); start "

@@ -36,7 +36,7 @@ from rmm_lab.search.phases import (
     uniform_phase,
     view_of,
 )
-from rmm_lab.search.problem import Problem, problem_of
+from rmm_lab.search.problem import Problem, at_rest, check_places, problem_of
 from rmm_lab.search.run_folder import Row, RunFolder, check_new
 
 
@@ -115,7 +115,8 @@ def train(config: Config, problem: Problem | None = None, *, table: bool = True)
             if run.resume is not None:
                 folder = RunFolder(run.resume)
             else:
-                folder = RunFolder.create(run.run_dir, config.stored())
+                stored = dataclasses.replace(config, problem=at_rest(config.problem)).stored()
+                folder = RunFolder.create(run.run_dir, stored)
             start = time.perf_counter()
             search = Search.start(config, scorer, folder)
             run_phases(search)
@@ -155,12 +156,16 @@ def train(config: Config, problem: Problem | None = None, *, table: bool = True)
 def check_same_config(config: Config, stored: dict[str, Any]) -> None:
     """InputError unless a run that is resumed has the options that it had before."""
     folder = config.run.resume
-    before = read_config(stored, folder or "").stored()
-    for part, values in config.stored().items():
+    old = read_config(stored, folder or "")
+    check_places(old.problem)
+    before, now = (
+        dataclasses.replace(c, problem=at_rest(c.problem)).stored() for c in (old, config)
+    )
+    for part, values in now.items():
         for name, value in values.items():
-            if (old := before[part][name]) != value:
+            if (was := before[part][name]) != value:
                 raise InputError(
-                    f"--resume: expected --{name.replace('_', '-')} {old} as in {folder}, found {value}; "
+                    f"--resume: expected --{name.replace('_', '-')} {was} as in {folder}, found {value}; "
                     "leave the option out, or start a new run"
                 )
 

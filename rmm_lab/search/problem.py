@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -15,12 +15,21 @@ from rmm_lab.engine.scorer import Scorer
 from rmm_lab.env import MergingEnv
 from rmm_lab.errors import InputError, Range, check_values
 from rmm_lab.families.checkpoint import Checkpoint, check_same_architecture, read_checkpoint
-from rmm_lab.families.shipped import GROUPS, SETS, base_of, locate, multi_task_of
+from rmm_lab.families.shipped import GROUPS, MODELS, SETS, base_of, expand, locate, multi_task_of
 from rmm_lab.layers import LayerPool
 from rmm_lab.operators import MATCHED, parse_operator
 from rmm_lab.path import LayerPath
 from rmm_lab.reward import PathScorer
 from rmm_lab.search.numbers import ScalesEnv
+from rmm_lab.tasks.files import (
+    SHIPPED,
+    absolute,
+    or_shipped,
+    place_in,
+    recalled,
+    shipped_name,
+    spelled,
+)
 
 # Measured on the reward split: see docs/evidence.md.
 OPERATORS = (
@@ -38,7 +47,8 @@ class ProblemSpec:
     """What is merged, by name: a problem is loaded from it, and a run folder keeps it."""
 
     experts: tuple[str, ...] = ("demo",)
-    """Models to merge: a group that ships (demo, glyphs, vision, qa, mixed), names, folders, hub names."""
+    """Models to merge: a group that ships (demo, glyphs, vision, qa, mixed), names, folders, hub names. A
+    folder wins over a name that ships, which shipped:NAME means in any case; so for all options."""
     base: str | None = None
     """The model that they were fine-tuned from: a folder, a hub name, base or text-base."""
     images: tuple[str, ...] = ()
@@ -120,7 +130,7 @@ def make_merging_env(
     actions: ``sources``, or ``scales``, see ``search.numbers.ScalesEnv``.
     """
     kind = ScalesEnv if actions == "scales" else MergingEnv
-    return kind(load_problem(("demo",)).scorer() if scorer is None else scorer, **options)
+    return kind(load_problem(("shipped:demo",)).scorer() if scorer is None else scorer, **options)
 
 
 def load_problem(experts: Sequence[str], **options: Any) -> Problem:
@@ -143,7 +153,8 @@ def problem_of(spec: ProblemSpec) -> Problem:
     """
     experts, base, images, texts = spec.experts, spec.base, spec.images, spec.texts
     operators, stem, scope = spec.operators, spec.stem, spec.scope
-    names = [n for e in map(str, experts) for n in GROUPS.get(e, (e,))]
+    names = expand(list(map(str, experts)))
+    ships = [shipped_name(n, SETS) for n in names]  # "" for those that do not
     for text in operators:
         if parse_operator(text).function in MATCHED and not spec.calibration:
             raise InputError(
@@ -160,15 +171,15 @@ def problem_of(spec: ProblemSpec) -> Problem:
             "--texts: expected either --images (for ViTs) or --texts (for T5s), found both; one model "
             "cannot take both"
         )
-    all_ship = all(n in SETS for n in names)
+    all_ship = all(ships)
     option = "--texts" if texts else "--images"
     if not images and not texts and not all_ship:
-        first = next(n for n in names if n not in SETS)
+        first = next(n for n, name in zip(names, ships, strict=True) if not name)
         raise InputError(
             f"--images: expected a folder for each expert (ViTs), or --texts (T5s), found none for "
             f"{first!r}"
         )
-    shipped_sets = [SETS.get(n, n) for n in names]
+    shipped_sets = [spelled(SETS[n]) if n else "" for n in ships]
     sets = list(map(str, images or texts)) or shipped_sets
     if len(sets) != len(names):
         raise InputError(
@@ -180,7 +191,7 @@ def problem_of(spec: ProblemSpec) -> Problem:
             "--base: expected the model that the experts were fine-tuned from, found none; name its "
             "folder or hub name"
         )
-    origin = _read(base or base_of(names[0]))
+    origin = _read(base or SHIPPED + base_of(ships[0]))
     checkpoints = [_read(name) for name in names]
     for name, checkpoint in zip(names, checkpoints, strict=True):
         if checkpoint.family is not origin.family:
@@ -201,7 +212,7 @@ def problem_of(spec: ProblemSpec) -> Problem:
         family.check_task(checkpoint, task)
     for task, name in zip(tasks, _distinct([t.name for t in tasks]), strict=True):
         task.name = name
-    short = _distinct([Path(n.partition("@")[0]).name.replace(" ", "_") for n in names])
+    short = _distinct([_short(n) for n in names])
     unit = "sublayer" if spec.unit == "both" else spec.unit
     pool = LayerPool(origin, checkpoints, short, operators, scope=scope, seed=spec.seed, unit=unit)
     if spec.calibration:
@@ -214,7 +225,7 @@ def problem_of(spec: ProblemSpec) -> Problem:
     if spec.multi_task is not None:
         joint = read_checkpoint(spec.multi_task)
     elif all_ship and sets == shipped_sets and base is None:
-        folder = multi_task_of(names)
+        folder = multi_task_of(ships)
         joint = read_checkpoint(folder) if folder else None
     if joint is not None:
         check_same_architecture(origin, [joint])
@@ -233,7 +244,9 @@ def pool_of(path: LayerPath) -> LayerPool:
     pool = path.load_pool()
     if path.calibration is not None:
         try:
-            sources = [str(task["source"]) for task in path.calibration["tasks"]]
+            sources = [
+                recalled(str(task["source"]), SETS.values()) for task in path.calibration["tasks"]
+            ]
             tasks = pool.base.family.make_tasks(pool.base, sources)
             pool.calibration = Calibration.of_record(tasks, path.calibration)
         except (KeyError, TypeError, ValueError) as error:
@@ -244,9 +257,53 @@ def pool_of(path: LayerPath) -> LayerPool:
     return pool
 
 
-def _read(name: str) -> Checkpoint:
-    """A checkpoint whose source is the name as given, also where it is one that ships."""
-    return dataclasses.replace(read_checkpoint(locate(name)), source=name)
+def at_rest(spec: ProblemSpec) -> ProblemSpec:
+    """A problem that means the same in any working directory, as files hold it: see ``files.absolute``."""
+    return _renamed(spec, absolute)
+
+
+def at_hand(spec: ProblemSpec) -> ProblemSpec:
+    """The inverse of ``at_rest``: what ships is spelled ``shipped:NAME`` where a folder is in the way."""
+    return _renamed(spec, recalled)
+
+
+def check_places(spec: ProblemSpec) -> None:
+    """Raise InputError where a folder or file of a stored problem is not there any more."""
+    known = (*GROUPS, *MODELS, *SETS.values())
+    for source in (spec.base, spec.multi_task, *spec.experts, *spec.images, *spec.texts):
+        if not source or shipped_name(source, known) or "hf-hub" in source:
+            continue
+        if not place_in(source):
+            raise InputError(
+                f"--resume: expected {source!r} as when the run started, found no such folder or file from "
+                f"{Path.cwd()}; resume from the folder where the run was started, or put it back"
+            )
+
+
+def _renamed(spec: ProblemSpec, change: Callable[[str, Collection[str]], str]) -> ProblemSpec:
+    models, sets = (*GROUPS, *MODELS), tuple(SETS.values())
+    return dataclasses.replace(
+        spec,
+        experts=tuple(change(str(e), models) for e in spec.experts),
+        base=spec.base and change(str(spec.base), MODELS),
+        images=tuple(change(str(s), sets) for s in spec.images),
+        texts=tuple(change(str(s), sets) for s in spec.texts),
+        multi_task=spec.multi_task and change(str(spec.multi_task), ()),
+    )
+
+
+def _read(source: str) -> Checkpoint:
+    """A checkpoint whose source is as given, also where it is one that ships."""
+    name = shipped_name(source, MODELS)
+    with or_shipped(source, () if name else MODELS):
+        checkpoint = read_checkpoint(locate(source))
+    return dataclasses.replace(checkpoint, source=spelled(name) if name else source)
+
+
+def _short(source: str) -> str:
+    """What an expert is called in paths and tables: its name, or the last part of its folder's."""
+    source = absolute(source, MODELS).partition("@")[0]
+    return Path(source).name.replace(" ", "_")
 
 
 def _distinct(names: Sequence[str]) -> list[str]:

@@ -65,13 +65,13 @@ class RunFolder:
     """Creates, continues and reads a run folder. ``path`` None keeps everything in memory."""
 
     def __init__(self, path: Path | None) -> None:
-        self.path = path
+        self.path = path and path.expanduser()
 
     @classmethod
     def create(cls, path: Path | None, config: Mapping[str, Any]) -> RunFolder:
         """A new folder with its config; InputError if there are files in it already."""
         folder = cls(path)
-        if path is not None:
+        if (path := folder.path) is not None:
             check_new(path)
             path.mkdir(parents=True, exist_ok=True)
             folder.write("config.json", json.dumps(config, indent=2) + "\n")

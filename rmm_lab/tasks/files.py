@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ import numpy as np
 from rmm_lab.errors import InputError
 
 SPLITS = ("train", "reward", "test")  # to fine-tune, to search, to report once
+SHIPPED = "shipped:"  # before the name of what ships, where a folder has the same name
 SPLIT_SEED = 0  # fixed, so that fine-tuning and search agree on the splits that we draw
 
 
@@ -43,19 +45,68 @@ def format_of(source: str, formats: Collection[str], thing: str) -> str:
     return ""
 
 
-def absolute(source: str, known: Collection[str]) -> str:
-    """A source that means the same in any working directory: the folder or file in it by its whole path.
+def shipped_name(source: str, known: Collection[str]) -> str:
+    """Which of the ``known`` names of what ships a source means, or "" for anything else.
 
-    known: sources that are no folders, whatever there is beside them.
+    ``shipped:NAME`` always means what ships. A bare NAME does, unless the working directory has a folder
+    of that name, which then wins. Raises InputError for ``shipped:`` and an unknown name.
     """
-    if source in known:
+    name = source.removeprefix(SHIPPED)
+    if name == source:
+        return name if name in known and not _in_the_way(name) else ""
+    if name not in known:
+        raise InputError(
+            f"{source!r}: expected a name that ships ({', '.join(known)}), found {name!r}; correct it"
+        )
+    return name
+
+
+def spelled(name: str) -> str:
+    """How to spell the name of something that ships: ``shipped:NAME`` where a folder is called NAME."""
+    return SHIPPED + name if _in_the_way(name) else name
+
+
+def _in_the_way(name: str) -> bool:
+    return Path(name).is_dir() or Path(name.partition(":")[0]).is_dir()  # NAME:first
+
+
+@contextmanager
+def or_shipped(source: str, known: Collection[str]) -> Iterator[None]:
+    """Where a folder that took the place of something that ships is refused, say how to name the latter."""
+    try:
+        yield
+    except InputError as error:
+        if source not in known:
+            raise
+        raise InputError(f"{error}; what ships under this name is {SHIPPED}{source}") from error
+
+
+def absolute(source: str, known: Collection[str]) -> str:
+    """A source for a file that outlives the working directory: a bare NAME is always what ships.
+
+    A folder or file is named by its whole path; ``known``: what ships. ``recalled`` is the inverse.
+    """
+    if name := shipped_name(source, known):
+        return name
+    if not (parts := place_in(source)):
         return source
+    before, place, after = parts
+    return before + os.path.abspath(Path(place).expanduser()) + after  # links keep their names
+
+
+def place_in(source: str) -> tuple[str, str, str] | None:
+    """A source as what is before, the file or folder in it, what is after; None if there is no such place."""
     head, _, rest = source.partition(":")
     for before, place in (("", source), (f"{head}:", rest)):  # FORMAT:FOLDER
         for folder in (place, place.rpartition(":")[0]):  # FOLDER:first
-            if folder and Path(folder).expanduser().exists():
-                return before + str(Path(folder).expanduser().resolve()) + place[len(folder) :]
-    return source
+            if head != "hf-hub" and folder and Path(folder).expanduser().exists():
+                return before, folder, place[len(folder) :]
+    return None
+
+
+def recalled(source: str, known: Collection[str]) -> str:
+    """A source as ``absolute`` wrote it, as it is spelled in this working directory."""
+    return spelled(source) if source in known else source
 
 
 def content(folder: Path) -> str:

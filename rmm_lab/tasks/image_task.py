@@ -19,7 +19,7 @@ from rmm_lab.errors import InputError
 from rmm_lab.tasks import image_folder as images
 from rmm_lab.tasks import image_formats
 from rmm_lab.tasks import small_images as render
-from rmm_lab.tasks.files import SPLITS, data_folder, format_of
+from rmm_lab.tasks.files import SPLITS, data_folder, format_of, or_shipped, shipped_name, spelled
 from rmm_lab.tasks.image_folder import InputFormat, Listing, Pictures
 from rmm_lab.tasks.metrics import mean_of
 
@@ -31,6 +31,7 @@ SMALL: dict[str, tuple[list[str], tuple[int, int, int]]] = {
     "symbols": (list(render.SYMBOLS), (150, 50, 83)),
     "textures": (list(render.TEXTURES), (250, 75, 125)),
 }
+NAMES = (*SMALL, *(f"{name}:{half}" for name in SMALL for half in HALVES))  # with halves
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,8 @@ class Task:
     Args:
         source: one of
 
-            * a set that ships: digits, letters, symbols, textures;
+            * a set that ships: digits, letters, symbols, textures, or shipped:digits and so on where a
+              folder has the same name;
             * a folder of images: ``SPLIT/CLASS/image`` with splits train, reward (or val) and test, or
               ``CLASS/image``;
             * ``FORMAT:FOLDER`` or ``FORMAT:hf-hub``: cifar10, cifar100, cub200 or dogs as downloaded, see
@@ -70,11 +72,14 @@ class Task:
     metric = "accuracy"
 
     def __init__(self, source: str, input_format: InputFormat) -> None:
-        self.source, self.format = source, input_format
+        self.format = input_format
         self._splits: dict[str, Split] = {}
         self._files: Listing = {}
-        self._place, half = _halved(source)
-        if self._place in SMALL:
+        ships = shipped_name(source, NAMES)
+        self.source = spelled(ships) if ships else source
+        self._place, half = _halved(ships or source)
+        self._ships = bool(ships)
+        if ships:
             self.name, classes = self._place, SMALL[self._place][0]
         elif format_of(self._place, image_formats.FORMATS, f"images {source!r}"):
             self.name, classes, self._files = image_formats.load(self._place)
@@ -85,7 +90,8 @@ class Task:
                 f"({', '.join(image_formats.FORMATS)})"
             )
             self.name = root.resolve().name
-            classes, self._files = images.list_folder(root, expected)
+            with or_shipped(source, NAMES):
+                classes, self._files = images.list_folder(root, expected)
         self._kept = range(len(classes))  # class numbers in the whole set
         if half:
             self.name = f"{self.name}-{half}"
@@ -101,7 +107,7 @@ class Task:
         if name not in SPLITS:
             raise InputError(f"split {name!r}: expected one of {', '.join(SPLITS)}")
         if name not in self._splits:
-            if self._place in SMALL:
+            if self._ships:
                 pixels, per_class = _small(self._place, name, self._kept)
                 labels = torch.arange(len(self.classes)).repeat_interleave(per_class)
                 self._splits[name] = Split(_fit(pixels, self.format), labels)

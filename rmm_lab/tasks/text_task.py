@@ -22,7 +22,7 @@ from rmm_lab.errors import InputError, one_sentence
 from rmm_lab.tasks import small_texts as grammar
 from rmm_lab.tasks import text_formats as formats
 from rmm_lab.tasks import text_rows
-from rmm_lab.tasks.files import SPLITS, data_folder
+from rmm_lab.tasks.files import SPLITS, data_folder, or_shipped, shipped_name, spelled
 from rmm_lab.tasks.metrics import mean_of
 
 # Rows of the small tasks in reward and test; the train split is made when something asks for it.
@@ -187,12 +187,14 @@ class TextTask:
     ) -> None:
         if metric not in METRICS:
             raise InputError(f"metric: expected one of {', '.join(METRICS)}, found {metric!r}")
-        self.source, self.format, self.normalise_length = source, text_format, normalise_length
+        self._ships = shipped_name(source, grammar.TASKS)
+        self.source = spelled(self._ships) if self._ships else source
+        self.format, self.normalise_length = text_format, normalise_length
         self._splits: dict[str, TextSplit] = {}
         self._padded: dict[str, TextBatch] = {}
         self._asked_metric = metric
-        if source in grammar.TASKS:
-            self.name = source
+        if self._ships:
+            self.name = self._ships
             self._rows: dict[str, list[dict[str, Any]]] = {}  # read when first asked for
         else:
             head, _, rest = source.partition(":")
@@ -200,14 +202,15 @@ class TextTask:
             hub = place.startswith("hf-hub")
             name = Path(place).expanduser().resolve().name
             self.name = head if hub else re.sub(r"\.(jsonl|tsv|csv)$", "", name)
-            self._rows = formats.load(source)
+            with or_shipped(source, grammar.TASKS):
+                self._rows = formats.load(source)
 
     def rows(self, name: str) -> list[dict[str, Any]]:
         """A split as ``input``, ``choices``, ``label``."""
         if name not in SPLITS:
             raise InputError(f"split {name!r}: expected one of {', '.join(SPLITS)}")
         if name not in self._rows:
-            self._rows[name] = _small(self.source, name)
+            self._rows[name] = _small(self._ships, name)
         return self._rows[name]
 
     def split(self, name: str) -> TextSplit:
