@@ -60,7 +60,7 @@ def small(tiny, monkeypatch):
 
 def replace_groups(monkeypatch, tiny) -> None:
     one = [Group("digits+textures", "tiny", dict(tiny))]
-    groups = dict.fromkeys(("II", "IV", "fig3", "searches", "menu", "agent"), one)
+    groups = dict.fromkeys(("II", "IV", "fig3", "searches", "menu", "agent", "default"), one)
     monkeypatch.setattr(tables, "kit_groups", lambda: groups)
 
 
@@ -151,10 +151,34 @@ def test_bad_options_are_refused_before_anything_is_measured(
     assert not list(tmp_path.iterdir())
 
 
-def test_settings_of_the_ablation_are_options():
-    for options in tables.AGENT.values():
+def test_settings_of_the_ablations_are_options():
+    for options in (*tables.AGENT.values(), *tables.DEFAULT.values()):
         configure(**(options or {}))
-    assert next(iter(tables.AGENT.values())) == {}
+    assert next(iter(tables.AGENT.values())) == next(iter(tables.DEFAULT.values())) == {}
+
+
+def test_the_defaults_ablation_is_of_an_agent_of_scales(tmp_path, counted):
+    Command("default", seeds=(2, 4), out=tmp_path).run()
+    groups = {"digits+textures", "digits+letters+textures", "qa"}
+    keys = {(g, s, seed) for g in groups for s in tables.DEFAULT for seed in (2, 4)}
+    assert {(j.key["group"], j.key["setting"], j.key["seed"]) for j in counted} == keys
+    assert len(counted) == len(keys)
+    for job in counted:
+        run = job.config.run
+        assert (job.table, run.actions, job.config.problem.calibration) == (
+            "default",
+            "scales",
+            500,
+        )
+        changed = {
+            run.observation[-5:] == "drift",
+            run.shaping > 0,
+            job.config.agent.gae_lambda < 1,
+        }
+        assert changed == {
+            "RMM (agent)": {False},
+            "all three": {True},
+        }.get(job.key["setting"], {True, False})
 
 
 # ------------------------------------------------------------------------------- small measurements
@@ -306,6 +330,18 @@ def test_the_ablation_has_a_row_for_each_setting(small, tmp_path, monkeypatch):
         (r["setting"], config_of(r).agent.gamma) for _, r in read(tmp_path, "agent").iterrows()
     ]
     assert found == [("agent + CMA-ES", 1.0), ("gamma 0.5", 0.5)]
+
+
+def test_the_defaults_settings_are_measured_by_the_default(small, tmp_path, monkeypatch):
+    some = {name: tables.DEFAULT[name] for name in ("RMM (agent)", "all three")}
+    monkeypatch.setattr(tables, "DEFAULT", some)
+    Command("default", seeds=(1,), episodes=12, calibration=20, out=tmp_path).run()
+    found = read(tmp_path, "default")
+    assert list(found["setting"]) == list(some)
+    for _, row in found.iterrows():
+        assert row["method"] == "RMM (agent)"
+        check_again(row, load(config_of(row)))
+    assert (tmp_path / "default.png").is_file()
 
 
 # ------------------------------------------------------------------------------ files and processes
@@ -634,6 +670,33 @@ def test_the_ablation_by_hand():
     text = page("agent", found)
     assert line(text, "g", "agent + CMA-ES") == ["71.0 ± 1.4", "", "50.0 ± 0.0", "2"]
     assert line(text, "g", "x") == ["69.0 ± 0.0", "−2.0 ± 12.7", "50.0 ± 0.0", "2"]
+
+
+def test_the_defaults_ablation_by_hand():
+    found = pd.DataFrame(
+        {"group": g, "setting": s, "seed": seed, "evaluations": 9, "reward_split": r, "mean": t}
+        for g, s, reward, test in (
+            ("g", "RMM (agent)", (70, 72), (60, 60)),
+            ("g", "x", (69, 69), (58, 61)),
+            ("g", "y", (69,), (61,)),
+            ("h", "RMM (agent)", (70,), (60,)),
+            ("h", "x", (71, 50), (64, 50)),  # the second has nothing to be compared with
+        )
+        for seed, (r, t) in enumerate(zip(reward, test, strict=True))
+    )
+    text = page("default", found)
+    assert line(text, "g", "RMM (agent)") == ["71.0 ± 1.4", "", "60.0 ± 0.0", "2"]
+    assert line(text, "g", "x") == ["69.0 ± 0.0", "−2.0 ± 12.7", "59.5 ± 2.1", "2"]
+    # Test split: -2 and 1, mean -0.5; of one difference there is no interval.
+    said = "g: x −0.5, y +1.0. h: x +4.0."
+    assert f"differences to RMM (agent) on the test split. {said}](default.png)" in text
+    axes = page_figures.DRAW["default"](found).axes
+    assert [a.get_title() for a in axes] == ["g", "h"]
+    shown = axes[0].containers[0]
+    assert list(shown.lines[0].get_xdata()) == pytest.approx([-0.5, 1.0])
+    # 12.706 * sd / sqrt(2), with sd = 3 / sqrt(2).
+    ends = shown.lines[2][0].get_segments()[0][:, 0]
+    assert list(ends) == pytest.approx([-0.5 - 19.059, -0.5 + 19.059], abs=0.01)
 
 
 def test_intervals_are_scipys():

@@ -62,6 +62,7 @@ KEYS: dict[str, tuple[str, ...]] = {
     "menu": ("group", "seed", "method"),
     "menu-curve": ("group", "seed", "method", "evaluations"),
     "agent": ("group", "setting", "seed"),
+    "default": ("group", "setting", "seed"),
 }
 # Values of these columns come in this order in a file, others in their natural one.
 ORDER: dict[str, Sequence[Any]] = {
