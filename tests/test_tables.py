@@ -60,7 +60,9 @@ def small(tiny, monkeypatch):
 
 def replace_groups(monkeypatch, tiny) -> None:
     one = [Group("digits+textures", "tiny", dict(tiny))]
-    groups = dict.fromkeys(("II", "IV", "fig3", "searches", "menu", "agent", "default"), one)
+    groups = dict.fromkeys(
+        ("II", "IV", "fig3", "searches", "menu", "agent", "default", "budgets"), one
+    )
     monkeypatch.setattr(tables, "kit_groups", lambda: groups)
 
 
@@ -179,6 +181,24 @@ def test_the_defaults_ablation_is_of_an_agent_of_scales(tmp_path, counted):
             "RMM (agent)": {False},
             "all three": {True},
         }.get(job.key["setting"], {True, False})
+
+
+def test_every_budget_is_a_search_that_knows_it(tmp_path, counted):
+    Command("budgets", seeds=(1, 2), budgets=(50, 100), only=("qa", "mixed"), out=tmp_path).run()
+    methods = ("RMM (agent)", "CMA-ES over scales", "TPE", "coordinate ascent", "random search")
+    keys = {
+        (g, n, m, s) for g in ("qa", "mixed") for n in (50, 100) for m in methods for s in (1, 2)
+    }
+    names = ("group", "evaluations", "method", "seed")
+    assert {tuple(job.key[name] for name in names) for job in counted} == keys
+    assert len(counted) == len(keys)
+    assert all(job.config.run.episodes == job.key["evaluations"] for job in counted)
+    counted.clear()
+    Command("budgets", seeds=(1,), out=tmp_path).run()
+    assert len({job.key["group"] for job in counted}) == 6
+    assert {job.key["evaluations"] for job in counted} == {50, 100, 200, 700}
+    with pytest.raises(InputError, match="--budgets: expected one or more of at least 1, found"):
+        Command("budgets", budgets=(50, 0), out=tmp_path).run()
 
 
 # ------------------------------------------------------------------------------- small measurements
@@ -332,6 +352,7 @@ def test_the_ablation_has_a_row_for_each_setting(small, tmp_path, monkeypatch):
     assert found == [("agent + CMA-ES", 1.0), ("gamma 0.5", 0.5)]
 
 
+@pytest.mark.slow
 def test_the_defaults_settings_are_measured_by_the_default(small, tmp_path, monkeypatch):
     some = {name: tables.DEFAULT[name] for name in ("RMM (agent)", "all three")}
     monkeypatch.setattr(tables, "DEFAULT", some)
@@ -342,6 +363,26 @@ def test_the_defaults_settings_are_measured_by_the_default(small, tmp_path, monk
         assert row["method"] == "RMM (agent)"
         check_again(row, load(config_of(row)))
     assert (tmp_path / "default.png").is_file()
+
+
+@pytest.mark.slow
+def test_budgets_go_on_where_they_were(small, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(tables, "ON_A_BUDGET", ("TPE",))
+    options = {"seeds": (1,), "calibration": 20, "out": tmp_path}
+    for budgets in ((7,), (12, 7)):
+        Command("budgets", budgets=budgets, **options).run()
+    assert re.findall(r"(\d+) jobs to measure", capsys.readouterr().out) == ["2", "2"]
+    found = read(tmp_path, "budgets")
+    assert list(found["evaluations"]) == [7, 7, 12, 12]
+    assert list(found["method"]) == ["RMM (agent)", "TPE"] * 2
+    for _, row in found.iterrows():
+        config = config_of(row)
+        assert config.run.episodes == row["evaluations"]
+        check_again(row, load(config))
+    assert not (tmp_path / "budgets-curve.csv").exists()
+    assert (tmp_path / "budgets.png").is_file()
+    with pytest.raises(InputError, match=r"--calibration 20 as in the rows of .*, found 21"):
+        Command("budgets", **options | {"calibration": 21, "budgets": (7,)}).run()
 
 
 # ------------------------------------------------------------------------------ files and processes
@@ -697,6 +738,42 @@ def test_the_defaults_ablation_by_hand():
     # 12.706 * sd / sqrt(2), with sd = 3 / sqrt(2).
     ends = shown.lines[2][0].get_segments()[0][:, 0]
     assert list(ends) == pytest.approx([-0.5 - 19.059, -0.5 + 19.059], abs=0.01)
+
+
+def test_budgets_by_hand():
+    values = {  # (group, method, budget) -> test scores of seeds 0 and 1
+        ("g", "RMM (agent)", 50): (60, 62),
+        ("g", "TPE", 50): (55, 57),  # 5 and 5 less
+        ("g", "RMM (agent)", 700): (70, 72),
+        ("g", "TPE", 700): (71, 71),  # 1 more, 1 less
+        ("g", "random search", 700): (72, 74),  # 2 and 2 more
+        ("h", "RMM (agent)", 50): (60, 60),
+        ("h", "TPE", 50): (59, 61),
+        ("h", "random search", 50): (1, 2),
+    }
+    found = pd.DataFrame(
+        {"group": g, "method": m, "evaluations": n, "seed": seed, "mean": mean}
+        for (g, m, n), own in values.items()
+        for seed, mean in enumerate(own)
+    )
+    text, _, second = page("budgets", found).partition("## h")
+    assert line(text, "evaluations") == ["50", "700"]
+    assert line(text, "RMM (agent)") == ["61.0 ± 1.4", "71.0 ± 1.4"]
+    assert line(text, "RMM (agent) − TPE") == ["+5.0 ± 0.0", "+0.0 ± 12.7"]
+    assert line(text, "RMM (agent) − random search") == ["", "−2.0 ± 0.0"]
+    # 59 and 58: 12.706 * sqrt(0.5) / sqrt(2).
+    assert line(second, "RMM (agent) − random search") == ["+58.5 ± 6.4"]
+    summary, _, text = text.partition("## g")
+    assert line(summary, "TPE") == ["1 / 1 / 0", "0 / 1 / 0"]
+    assert line(summary, "random search") == ["1 / 0 / 0", "0 / 0 / 1"]
+    assert "over seeds (2)" in summary
+    shown = "g: 50: TPE +5.0, 700: TPE +0.0, 700: random search −2.0. h: 50: TPE +0.0, "
+    assert f"{shown}50: random search +58.5.](budgets.png)" in summary
+    axes = page_figures.DRAW["budgets"](found).axes[0]
+    names = [text.get_text() for text in axes.get_yticklabels()]
+    assert names == ["50: TPE", "50: random search", "700: TPE", "700: random search"]
+    drawn = axes.containers[0].lines[0].get_xdata()
+    assert list(drawn) == pytest.approx([5, np.nan, 0, -2], nan_ok=True)
 
 
 def test_intervals_are_scipys():

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from pandas import DataFrame, Index, Series
+from pandas import DataFrame, Index, Series, concat
 
-from rmm_lab.evidence.markdown import markdown
+from rmm_lab.evidence.markdown import markdown, seeds
 from rmm_lab.evidence.rows import interval, spread
 from rmm_lab.figures.searches import t_interval
 from rmm_lab.search.config import BOTH, SEARCHED
@@ -79,6 +79,79 @@ def show_ablation(rows: DataFrame, reference: str = UNCHANGED, picture: str = ""
     )
 
 
+# --------------------------------------------------------------------------------- by their budgets
+
+VERDICTS = ("ahead", "level", "behind")
+
+
+def budget_gains(rows: DataFrame, reference: str = AGENT) -> DataFrame:
+    """What ``reference`` has more than each search of the same problem, budget and seed, in points of the
+    test split, in the column ``more``."""
+    gains = differences(rows, "method", reference, ("group", "evaluations", "seed"))
+    return gains.assign(more=-gains["gain"])
+
+
+def verdict(gains: Series) -> str:
+    """``ahead``, ``level`` or ``behind`` by the 95 % interval of the differences; empty for one of them."""
+    if len(gains) < 2:
+        return ""
+    mean, half = t_interval(gains)
+    return VERDICTS[0 if mean - half > 0 else 2 if mean + half < 0 else 1]
+
+
+def verdicts_table(gains: DataFrame) -> DataFrame:
+    """By search and budget: on how many problems the reference is ahead, level and behind."""
+    each = gains.groupby(["method", "evaluations", "group"], sort=False)["more"].agg(verdict)
+
+    def counted(own: Series) -> str:
+        return " / ".join(str((own == name).sum()) for name in VERDICTS) if own.any() else ""
+
+    return each.groupby(["method", "evaluations"], sort=False).agg(counted).unstack()
+
+
+def show_budgets(rows: DataFrame) -> str:
+    """Searches whose budget was given beforehand, at several budgets."""
+    gains = budget_gains(rows)
+    text = (
+        f"![{budgets_alt(rows)}](budgets.png)\n\n"
+        "Test split, %: mean ± sample standard deviation over seeds "
+        f"({seeds(rows, 'group', 'evaluations', 'method')}), by the number of evaluations. Every cell is a "
+        "search of its own, which was told its budget beforehand: a tenth of it goes to "
+        "the uniform paths that all begin with. So no search is cut short in its first rounds, and no column "
+        "is read off a longer run. All take the same menu of sources or scales, the "
+        "same subsets of the reward split and the same start, and choose in the end among ten paths on all "
+        f"of it, {AGENT} among eleven, which no budget counts. CMA-ES over scales and densities is not here: "
+        f"it takes experts alone. *{AGENT} − it*: paired by seed, ± the 95 % interval (Student's t).\n"
+    )
+    if len(gains):
+        text += (
+            f"\nOn how many problems {AGENT} is ahead / level / behind, by whether the interval is above "
+            f"zero, contains it, or is below:\n\n{markdown(verdicts_table(gains))}"
+        )
+    for group, own in rows.groupby("group", sort=False):
+        scores = own.groupby(["method", "evaluations"], sort=False)["mean"].agg(spread).unstack()
+        more = gains[gains["group"] == group]
+        more = more.groupby(["method", "evaluations"], sort=False)["more"].agg(interval).unstack()
+        more = more.rename(index=lambda name: f"{AGENT} − {name}")
+        table = concat([scores, more]).rename_axis("evaluations")
+        text += f"\n## {group}\n\n{markdown(table)}"
+    return text
+
+
+def budget_points(rows: DataFrame) -> dict[str, DataFrame]:
+    """What ``forest_picture`` shows: problem -> a point for each budget and search, as of ``points_of``."""
+    gains = budget_gains(rows)
+    order = [m for m in dict.fromkeys(rows["method"]) if m != AGENT]
+    names = [f"{n}: {name}" for n in sorted(set(rows["evaluations"])) for name in order]
+    at = gains["evaluations"].astype(str) + ": " + gains["method"]
+    return points_of(gains["more"], gains["group"], at, names)
+
+
+def budgets_alt(rows: DataFrame) -> str:
+    """One sentence on that plot, and one on each panel."""
+    return _alt(f"what {AGENT} has more than others at each budget", budget_points(rows))
+
+
 # ------------------------------------------------------------------------ differences as a forest plot
 
 
@@ -96,24 +169,36 @@ def differences(
     return rows.assign(gain=rows["mean"] - rows["base"]).dropna(subset="gain")
 
 
+def points_of(
+    gains: Series, group: Series, name: Series, names: Sequence[str]
+) -> dict[str, DataFrame]:
+    """What ``forest_picture`` shows: group -> a frame with the index ``names`` and the ``mean`` of the gains,
+    ``half`` the width of their 95 % interval, and what they ``sees``; NaN where there is none."""
+    points = {}
+    for panel, own in gains.groupby(group, sort=False):
+        by_name = own.groupby(name)
+        half = {key: t_interval(gain)[1] for key, gain in by_name if len(gain) > 1}
+        frame = DataFrame({"sees": "labels"}, index=Index(names))
+        points[str(panel)] = frame.assign(mean=by_name.mean(), half=Series(half, dtype=float))
+    return points
+
+
 def difference_points(rows: DataFrame, by: str, reference: str) -> dict[str, DataFrame]:
-    """What ``forest_picture`` shows: problem -> each ``by``'s ``mean`` difference on the test split, ``half``
-    the width of its 95 % interval, and what it ``sees``."""
+    """Problem -> a point for each ``by``, as of ``points_of``: its difference on the test split."""
     gains = differences(rows, by, reference)
     names = [name for name in dict.fromkeys(rows[by]) if name != reference]
-    points = {}
-    for group, own in gains.groupby("group", sort=False):
-        by_name = own.groupby(by)["gain"]
-        half = {name: t_interval(gain)[1] for name, gain in by_name if len(gain) > 1}
-        frame = DataFrame({"sees": "labels"}, index=Index(names))
-        points[str(group)] = frame.assign(mean=by_name.mean(), half=Series(half, dtype=float))
-    return points
+    return points_of(gains["gain"], gains["group"], gains[by], names)
 
 
 def difference_alt(rows: DataFrame, by: str, reference: str) -> str:
     """One sentence on that plot, and one on each panel."""
-    text = f"Forest plot: differences to {reference} on the test split"
-    for group, points in difference_points(rows, by, reference).items():
-        said = [f"{name} {mean:+.1f}" for name, mean in points["mean"].dropna().items()]
+    points = difference_points(rows, by, reference)
+    return _alt(f"differences to {reference} on the test split", points)
+
+
+def _alt(what: str, points: Mapping[str, DataFrame]) -> str:
+    text = f"Forest plot: {what}"
+    for group, own in points.items():
+        said = [f"{name} {mean:+.1f}" for name, mean in own["mean"].dropna().items()]
         text += f". {group}: {', '.join(said)}".replace("-", "−")
     return text + "."

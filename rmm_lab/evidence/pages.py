@@ -14,7 +14,7 @@ from functools import partial
 import pandas as pd
 from pandas import DataFrame
 
-from rmm_lab.evidence.comparisons import AGENT, show_ablation, show_searches
+from rmm_lab.evidence.comparisons import AGENT, show_ablation, show_budgets, show_searches
 from rmm_lab.evidence.forest import forest, with_best_expert
 from rmm_lab.evidence.markdown import markdown, seconds_text, seeds, span
 from rmm_lab.evidence.rows import (
@@ -276,4 +276,5 @@ PAGES = {
         f"{AGENT}, one choice changed",
         partial(show_ablation, reference=AGENT, picture="default.png"),
     ),
+    "budgets": Page(("budgets",), f"{AGENT} beside other searches by budget", show_budgets),
 }

@@ -11,6 +11,7 @@
     python -m rmm_lab tables groups       Table II's methods on other groups of sets
     python -m rmm_lab tables agent        agent + CMA-ES with one choice changed
     python -m rmm_lab tables default      the default search with one choice changed
+    python -m rmm_lab tables budgets      some of these at 50, 100, 200 and 700 evaluations
     python -m rmm_lab tables show         only write the pages, figures and excerpts from the CSV files
 
 ``--scale paper`` takes the paper's models and sets, for Tables I to IV and Fig. 3: see ``paper_scale``.
@@ -88,6 +89,8 @@ DEFAULT: dict[str, dict[str, Any]] = {
     "GAE": {"gae_lambda": 0.95},
     "all three": {"observation": "map+cursor+drift", "shaping": 1.0, "gae_lambda": 0.95},
 }
+# What the default search is beside at small budgets: rivals that take all of its menu.
+ON_A_BUDGET = ("CMA-ES over scales", "TPE", "coordinate ascent", "random search")
 # Of AGENT, those that are measured on texts, whose searches take minutes.
 ON_TEXTS = (BOTH, "likelihood as the reward", "agent preset")
 # What every group has that depends on no seed: SLERP is for two experts.
@@ -112,7 +115,7 @@ def kit_groups() -> Groups:
     papers = {"I": halves, "II": pair, "III": language, "IV": pair, "fig3": pair}
     searches, menu = [*pair, vision[3], *language], [*language, vision[3], vision[1]]
     own = {"groups": vision[1:], "searches": searches, "menu": menu, "agent": agent}
-    own["default"] = [vision[0], vision[3], language[0]]
+    own |= {"default": [vision[0], vision[3], language[0]], "budgets": [*vision, *language]}
     return papers | own
 
 
@@ -131,6 +134,7 @@ class Command:
         "groups",
         "agent",
         "default",
+        "budgets",
         "all",
         "show",
     ]
@@ -141,6 +145,8 @@ class Command:
     """Seeds of the search."""
     episodes: int = 700
     """Evaluations of each search."""
+    budgets: tuple[int, ...] = (50, 100, 200, 700)
+    """Evaluations of each search of the table budgets, in place of --episodes."""
     only: tuple[str, ...] = ()
     """Groups, or Table IV's shares of the data such as 0.01, to measure now; all by default."""
     out: Path | None = None
@@ -162,7 +168,13 @@ class Command:
 
     def run(self) -> None:
         """Measure what is not in the files yet, then write pages, figures and excerpts."""
-        check_values(self, {"episodes jobs threads": ("at least 1", lambda v: v >= 1)})
+        check_values(
+            self,
+            {
+                "episodes jobs threads": ("at least 1", lambda v: v >= 1),
+                "budgets": ("one or more of at least 1", lambda v: len(v) > 0 and min(v) >= 1),
+            },
+        )
         if not 1 <= len(set(self.seeds)) == len(self.seeds):
             raise InputError(
                 "--seeds: expected one or more different numbers, found "
@@ -215,6 +227,7 @@ class Command:
         """What is not in the files yet."""
         make = {"searches": self._rivals, "menu": self._rivals, "agent": self._agent}
         make |= {"IV": self._dar, "fig3": self._dar, "default": self._default}
+        make |= {"budgets": self._budgets}
         for group in groups:
             if name in METHOD_TABLES:
                 yield from self._methods(METHOD_TABLES[name], group, store)
@@ -307,6 +320,13 @@ class Command:
             key = {"group": group.name, "setting": setting, "seed": options["seed"]}
             config = configure(**options, calibration=self.calibration, **changed)
             yield Job(name, measure.trained, key, config)
+
+    def _budgets(self, name: str, group: Group, options: dict[str, Any]) -> Iterator[Job]:
+        for n in self.budgets:
+            config = configure(**options | {"episodes": n, "calibration": self.calibration})
+            for method in (searched(config), *ON_A_BUDGET):
+                key = {"group": group.name, "evaluations": n, "seed": options["seed"]}
+                yield Job(name, measure.search_alone, key | {"method": method}, config)
 
 
 # ------------------------------------------------------------------------------- reading and showing
