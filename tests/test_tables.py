@@ -60,7 +60,9 @@ def small(tiny, monkeypatch):
 
 def replace_groups(monkeypatch, tiny) -> None:
     one = [Group("digits+textures", "tiny", dict(tiny))]
-    groups = dict.fromkeys(("II", "IV", "fig3", "searches", "menu", "agent"), one)
+    groups = dict.fromkeys(
+        ("II", "IV", "fig3", "searches", "menu", "agent", "default", "budgets"), one
+    )
     monkeypatch.setattr(tables, "kit_groups", lambda: groups)
 
 
@@ -151,10 +153,52 @@ def test_bad_options_are_refused_before_anything_is_measured(
     assert not list(tmp_path.iterdir())
 
 
-def test_settings_of_the_ablation_are_options():
-    for options in tables.AGENT.values():
+def test_settings_of_the_ablations_are_options():
+    for options in (*tables.AGENT.values(), *tables.DEFAULT.values()):
         configure(**(options or {}))
-    assert next(iter(tables.AGENT.values())) == {}
+    assert next(iter(tables.AGENT.values())) == next(iter(tables.DEFAULT.values())) == {}
+
+
+def test_the_defaults_ablation_is_of_an_agent_of_scales(tmp_path, counted):
+    Command("default", seeds=(2, 4), out=tmp_path).run()
+    groups = {"digits+textures", "digits+letters+textures", "qa"}
+    keys = {(g, s, seed) for g in groups for s in tables.DEFAULT for seed in (2, 4)}
+    assert {(j.key["group"], j.key["setting"], j.key["seed"]) for j in counted} == keys
+    assert len(counted) == len(keys)
+    for job in counted:
+        run = job.config.run
+        assert (job.table, run.actions, job.config.problem.calibration) == (
+            "default",
+            "scales",
+            500,
+        )
+        changed = {
+            run.observation[-5:] == "drift",
+            run.shaping > 0,
+            job.config.agent.gae_lambda < 1,
+        }
+        assert changed == {
+            "RMM (agent)": {False},
+            "all three": {True},
+        }.get(job.key["setting"], {True, False})
+
+
+def test_every_budget_is_a_search_that_knows_it(tmp_path, counted):
+    Command("budgets", seeds=(1, 2), budgets=(50, 100), only=("qa", "mixed"), out=tmp_path).run()
+    methods = ("RMM (agent)", "CMA-ES over scales", "TPE", "coordinate ascent", "random search")
+    keys = {
+        (g, n, m, s) for g in ("qa", "mixed") for n in (50, 100) for m in methods for s in (1, 2)
+    }
+    names = ("group", "evaluations", "method", "seed")
+    assert {tuple(job.key[name] for name in names) for job in counted} == keys
+    assert len(counted) == len(keys)
+    assert all(job.config.run.episodes == job.key["evaluations"] for job in counted)
+    counted.clear()
+    Command("budgets", seeds=(1,), out=tmp_path).run()
+    assert len({job.key["group"] for job in counted}) == 6
+    assert {job.key["evaluations"] for job in counted} == {50, 100, 200, 700}
+    with pytest.raises(InputError, match="--budgets: expected one or more of at least 1, found"):
+        Command("budgets", budgets=(50, 0), out=tmp_path).run()
 
 
 # ------------------------------------------------------------------------------- small measurements
@@ -306,6 +350,39 @@ def test_the_ablation_has_a_row_for_each_setting(small, tmp_path, monkeypatch):
         (r["setting"], config_of(r).agent.gamma) for _, r in read(tmp_path, "agent").iterrows()
     ]
     assert found == [("agent + CMA-ES", 1.0), ("gamma 0.5", 0.5)]
+
+
+@pytest.mark.slow
+def test_the_defaults_settings_are_measured_by_the_default(small, tmp_path, monkeypatch):
+    some = {name: tables.DEFAULT[name] for name in ("RMM (agent)", "all three")}
+    monkeypatch.setattr(tables, "DEFAULT", some)
+    Command("default", seeds=(1,), episodes=12, calibration=20, out=tmp_path).run()
+    found = read(tmp_path, "default")
+    assert list(found["setting"]) == list(some)
+    for _, row in found.iterrows():
+        assert row["method"] == "RMM (agent)"
+        check_again(row, load(config_of(row)))
+    assert (tmp_path / "default.png").is_file()
+
+
+@pytest.mark.slow
+def test_budgets_go_on_where_they_were(small, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(tables, "ON_A_BUDGET", ("TPE",))
+    options = {"seeds": (1,), "calibration": 20, "out": tmp_path}
+    for budgets in ((7,), (12, 7)):
+        Command("budgets", budgets=budgets, **options).run()
+    assert re.findall(r"(\d+) jobs to measure", capsys.readouterr().out) == ["2", "2"]
+    found = read(tmp_path, "budgets")
+    assert list(found["evaluations"]) == [7, 7, 12, 12]
+    assert list(found["method"]) == ["RMM (agent)", "TPE"] * 2
+    for _, row in found.iterrows():
+        config = config_of(row)
+        assert config.run.episodes == row["evaluations"]
+        check_again(row, load(config))
+    assert not (tmp_path / "budgets-curve.csv").exists()
+    assert (tmp_path / "budgets.png").is_file()
+    with pytest.raises(InputError, match=r"--calibration 20 as in the rows of .*, found 21"):
+        Command("budgets", **options | {"calibration": 21, "budgets": (7,)}).run()
 
 
 # ------------------------------------------------------------------------------ files and processes
@@ -634,6 +711,69 @@ def test_the_ablation_by_hand():
     text = page("agent", found)
     assert line(text, "g", "agent + CMA-ES") == ["71.0 ± 1.4", "", "50.0 ± 0.0", "2"]
     assert line(text, "g", "x") == ["69.0 ± 0.0", "−2.0 ± 12.7", "50.0 ± 0.0", "2"]
+
+
+def test_the_defaults_ablation_by_hand():
+    found = pd.DataFrame(
+        {"group": g, "setting": s, "seed": seed, "evaluations": 9, "reward_split": r, "mean": t}
+        for g, s, reward, test in (
+            ("g", "RMM (agent)", (70, 72), (60, 60)),
+            ("g", "x", (69, 69), (58, 61)),
+            ("g", "y", (69,), (61,)),
+            ("h", "RMM (agent)", (70,), (60,)),
+            ("h", "x", (71, 50), (64, 50)),  # the second has nothing to be compared with
+        )
+        for seed, (r, t) in enumerate(zip(reward, test, strict=True))
+    )
+    text = page("default", found)
+    assert line(text, "g", "RMM (agent)") == ["71.0 ± 1.4", "", "60.0 ± 0.0", "2"]
+    assert line(text, "g", "x") == ["69.0 ± 0.0", "−2.0 ± 12.7", "59.5 ± 2.1", "2"]
+    # Test split: -2 and 1, mean -0.5; of one difference there is no interval.
+    said = "g: x −0.5, y +1.0. h: x +4.0."
+    assert f"differences to RMM (agent) on the test split. {said}](default.png)" in text
+    axes = page_figures.DRAW["default"](found).axes
+    assert [a.get_title() for a in axes] == ["g", "h"]
+    shown = axes[0].containers[0]
+    assert list(shown.lines[0].get_xdata()) == pytest.approx([-0.5, 1.0])
+    # 12.706 * sd / sqrt(2), with sd = 3 / sqrt(2).
+    ends = shown.lines[2][0].get_segments()[0][:, 0]
+    assert list(ends) == pytest.approx([-0.5 - 19.059, -0.5 + 19.059], abs=0.01)
+
+
+def test_budgets_by_hand():
+    values = {  # (group, method, budget) -> test scores of seeds 0 and 1
+        ("g", "RMM (agent)", 50): (60, 62),
+        ("g", "TPE", 50): (55, 57),  # 5 and 5 less
+        ("g", "RMM (agent)", 700): (70, 72),
+        ("g", "TPE", 700): (71, 71),  # 1 more, 1 less
+        ("g", "random search", 700): (72, 74),  # 2 and 2 more
+        ("h", "RMM (agent)", 50): (60, 60),
+        ("h", "TPE", 50): (59, 61),
+        ("h", "random search", 50): (1, 2),
+    }
+    found = pd.DataFrame(
+        {"group": g, "method": m, "evaluations": n, "seed": seed, "mean": mean}
+        for (g, m, n), own in values.items()
+        for seed, mean in enumerate(own)
+    )
+    text, _, second = page("budgets", found).partition("## h")
+    assert line(text, "evaluations") == ["50", "700"]
+    assert line(text, "RMM (agent)") == ["61.0 ± 1.4", "71.0 ± 1.4"]
+    assert line(text, "RMM (agent) − TPE") == ["+5.0 ± 0.0", "+0.0 ± 12.7"]
+    assert line(text, "RMM (agent) − random search") == ["", "−2.0 ± 0.0"]
+    # 59 and 58: 12.706 * sqrt(0.5) / sqrt(2).
+    assert line(second, "RMM (agent) − random search") == ["+58.5 ± 6.4"]
+    summary, _, text = text.partition("## g")
+    assert line(summary, "TPE") == ["1 / 1 / 0", "0 / 1 / 0"]
+    assert line(summary, "random search") == ["1 / 0 / 0", "0 / 0 / 1"]
+    assert "over seeds (2)" in summary
+    shown = "g: 50: TPE +5.0, 700: TPE +0.0, 700: random search −2.0. h: 50: TPE +0.0, "
+    assert f"{shown}50: random search +58.5.](budgets.png)" in summary
+    axes = page_figures.DRAW["budgets"](found).axes[0]
+    names = [text.get_text() for text in axes.get_yticklabels()]
+    assert names == ["50: TPE", "50: random search", "700: TPE", "700: random search"]
+    drawn = axes.containers[0].lines[0].get_xdata()
+    assert list(drawn) == pytest.approx([5, np.nan, 0, -2], nan_ok=True)
 
 
 def test_intervals_are_scipys():

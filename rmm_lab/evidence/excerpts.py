@@ -13,21 +13,16 @@ import pandas as pd
 from pandas import DataFrame
 
 from rmm_lab.errors import InputError
+from rmm_lab.evidence.comparisons import AGENT, UNCHANGED, ablation_table, searches_table
+from rmm_lab.evidence.markdown import markdown, seconds_text, seeds
 from rmm_lab.evidence.pages import (
-    AGENT,
     BEST,
     GAIN,
-    UNCHANGED,
-    agent_table,
     by_half,
     by_size,
     dar_table,
-    markdown,
     methods_table,
     percent,
-    searches_table,
-    seconds_text,
-    seeds,
 )
 from rmm_lab.evidence.rows import kind_of, of_experts, spread, task_scores
 from rmm_lab.search.config import BOTH
@@ -66,7 +61,7 @@ def searches(read: Read) -> str:
 
 def agent(read: Read) -> str:
     """The ablation's differences on the reward split; its first row is the unchanged search's score there."""
-    table = agent_table(read("agent"))
+    table = ablation_table(read("agent"))
     first = table.index.get_level_values("setting") == UNCHANGED
     own = table["difference"].mask(first, table["reward split, %"])
     return markdown(own.unstack(0, sort=False))

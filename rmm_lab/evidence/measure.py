@@ -27,6 +27,7 @@ import torch
 from tqdm import tqdm
 
 from rmm_lab.engine.cache import free_bytes
+from rmm_lab.engine.scorer import Scorer
 from rmm_lab.errors import InputError
 from rmm_lab.evidence.rows import (
     BEST_EXPERT,
@@ -62,6 +63,8 @@ KEYS: dict[str, tuple[str, ...]] = {
     "menu": ("group", "seed", "method"),
     "menu-curve": ("group", "seed", "method", "evaluations"),
     "agent": ("group", "setting", "seed"),
+    "default": ("group", "setting", "seed"),
+    "budgets": ("group", "evaluations", "seed", "method"),
 }
 # Values of these columns come in this order in a file, others in their natural one.
 ORDER: dict[str, Sequence[Any]] = {
@@ -257,24 +260,37 @@ def trained_curve(job: Job) -> Measured:
     return {f"{job.table}-curve": curve, job.table: [row]}
 
 
-def search(job: Job) -> Measured:
-    """A search by the key's method; its curve is ``rivals.curve_of``, and at the end its final choice."""
-    problem, run, method = load(job.config), job.config.run, job.key["method"]
-    scorer = make_scorer(problem, job.config)
+def _searched(
+    job: Job, problem: Problem, scorer: Scorer
+) -> tuple[dict[str, Any], list[tuple[str, float]]]:
+    """The row of a search by the key's method, and (path as text, reward) of what it scored."""
+    run, method = job.config.run, job.key["method"]
     if method not in rivals.SEARCHES:
         row, result = _trained(job, problem)
-        scored = legal(result.episodes)
-    else:
-        start = time.perf_counter()
-        scored = rivals.SEARCHES[method](scorer, run.episodes, run.seed)
-        ranked = rank(scorer, candidates(scored, run.finalists, scored.answers))
-        # Of equal ones the last by name, as in the rows that ship.
-        best = max(ranked, key=lambda r: (r["reward"], path_text(r["path"])))
-        row = chosen(job, problem, start, best["path"], best["reward"])
-    curve = list(rivals.curve_of(scorer, scored))
+        return row, legal(result.episodes)
+    start = time.perf_counter()
+    scored = rivals.SEARCHES[method](scorer, run.episodes, run.seed)
+    ranked = rank(scorer, candidates(scored, run.finalists, scored.answers))
+    # Of equal ones the last by name, as in the rows that ship.
+    best = max(ranked, key=lambda r: (r["reward"], path_text(r["path"])))
+    return chosen(job, problem, start, best["path"], best["reward"]), scored
+
+
+def search(job: Job) -> Measured:
+    """A search by the key's method; its curve is ``rivals.curve_of``, and at the end its final choice."""
+    problem = load(job.config)
+    with closing(make_scorer(problem, job.config)) as scorer:
+        row, scored = _searched(job, problem, scorer)
+        curve = list(rivals.curve_of(scorer, scored))
     curve[-1]["reward_split"] = row["reward_split"]  # what is chosen in the end
-    scorer.close()
     return {f"{job.table}-curve": curve, job.table: [row]}
+
+
+def search_alone(job: Job) -> Measured:
+    """The same without its curve, whose paths are scored on the whole reward split."""
+    problem = load(job.config)
+    with closing(make_scorer(problem, job.config)) as scorer:
+        return {job.table: [_searched(job, problem, scorer)[0]]}
 
 
 def measure(job: Job) -> dict[str, pd.DataFrame]:

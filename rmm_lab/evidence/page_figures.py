@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from functools import partial
 
 import numpy as np
 from matplotlib.figure import Figure
 from pandas import DataFrame
 
 from rmm_lab.errors import InputError
+from rmm_lab.evidence.comparisons import AGENT, budget_points, difference_points
 from rmm_lab.evidence.forest import AXIS, forest
 from rmm_lab.evidence.pages import dar_scores, pair_of
 from rmm_lab.evidence.rows import spread
@@ -59,6 +61,24 @@ def draw_searches(rows: DataFrame, curve: DataFrame) -> Figure:
     return searches_picture(curve, rows.groupby(["group", "method"])["mean"].agg(spread).to_dict())
 
 
+def draw_differences(rows: DataFrame, by: str) -> Figure:
+    """``forest_picture`` of differences to ``AGENT``, paired by seed."""
+    return _paired(difference_points(rows, by, AGENT), f"test split, points above {AGENT}")
+
+
+def draw_budgets(rows: DataFrame) -> Figure:
+    """The other way round, at each budget: what ``AGENT`` has more."""
+    return _paired(budget_points(rows), f"test split, points by which {AGENT} is above")
+
+
+def _paired(points: Mapping[str, DataFrame], xlabel: str) -> Figure:
+    caption = (
+        "Point: mean of the differences, paired by seed; bar: its 95 % interval (Student's t)."
+    )
+    lines = {panel: {AGENT: 0.0} for panel in points}
+    return forest_picture(points, lines, xlabel, caption)
+
+
 DRAW: dict[str, Callable[..., Figure]] = {
     "table-I": draw_methods,
     "table-II": lambda rows: draw_methods(pair_of(rows)),
@@ -68,4 +88,6 @@ DRAW: dict[str, Callable[..., Figure]] = {
     "fig-3": draw_rewards,
     "searches": draw_searches,
     "menu": draw_searches,
+    "default": partial(draw_differences, by="setting"),
+    "budgets": draw_budgets,
 }

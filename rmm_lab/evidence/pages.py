@@ -7,16 +7,16 @@ differences are paired by seed with a 95 % interval.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
-import numpy as np
 import pandas as pd
-from pandas import DataFrame, Series
+from pandas import DataFrame
 
+from rmm_lab.evidence.comparisons import AGENT, show_ablation, show_budgets, show_searches
 from rmm_lab.evidence.forest import forest, with_best_expert
+from rmm_lab.evidence.markdown import markdown, seconds_text, seeds, span
 from rmm_lab.evidence.rows import (
     KINDS,
     METHODS,
@@ -28,36 +28,10 @@ from rmm_lab.evidence.rows import (
     spread,
     task_scores,
 )
-from rmm_lab.search.config import BOTH, SEARCHED, configure
+from rmm_lab.search.config import BOTH, configure
 
 PAIRS = ("digits+textures", "CUB+Dogs")  # Table II's, at the kit's scale and at the paper's
 BEST, GAIN = "best uniform merge", "{} − best uniform merge"
-AGENT = SEARCHED[1]  # the default preset's
-
-
-def markdown(table: DataFrame, left: Sequence[str] = ()) -> str:
-    """A table in Markdown: the index and the columns ``left`` aligned left, the others right."""
-    n = table.index.nlevels
-    align = ["left"] * n + ["left" if c in left else "right" for c in table.columns]
-    body = table.fillna("").astype(str).reset_index()
-    return body.to_markdown(index=False, disable_numparse=True, colalign=align) + "\n"
-
-
-def seeds(rows: DataFrame, *key: str) -> str:
-    """The number of seeds of the rows with equal ``key``: ``5``, or ``3 to 5`` where it differs."""
-    return span(rows.groupby(list(key))["seed"].nunique())
-
-
-def span(numbers: Series) -> str:
-    """``5``, or ``3 to 5`` where they differ."""
-    return " to ".join(dict.fromkeys([str(numbers.min()), str(numbers.max())]))
-
-
-def seconds_text(seconds: Series) -> str:
-    """The mean; empty where none was measured."""
-    mean = seconds.mean()
-    return "" if np.isnan(mean) else f"{mean:.0f}" if mean >= 9.95 else f"{mean:.1f}"
-
 
 # ----------------------------------------------------------------------------- tables of methods
 # Scores of methods are a frame with the index (method, seed) and a column for each group, or each task.
@@ -165,7 +139,7 @@ def show_methods(
     return text
 
 
-# -------------------------------------------------------------- Table IV, searches, the ablation
+# ------------------------------------------------------------------------------------- Table IV
 
 # Preset, reward, with DAR or not -> what the tables call it.
 SETTINGS = {
@@ -240,69 +214,6 @@ def show_dar(rows: DataFrame) -> str:
     )
 
 
-UNCHANGED = BOTH  # what the ablation's differences are to
-ABLATION = {
-    "reward split, %": ("reward_split", spread),
-    "difference": ("reward_split − reference", interval),
-    "test split, %": ("mean", spread),
-    "seeds": ("seed", "nunique"),
-}
-
-
-def compared(rows: DataFrame, by: str, reference: str, columns: dict[str, Any]) -> DataFrame:
-    """By problem and ``by``: ``columns``, heading -> (column, how to aggregate it), as text.
-
-    There are more columns to aggregate: what each split's score is above, and below, that at the same group
-    and seed where ``by`` is ``reference``.
-    """
-    splits, key = ["reward_split", "mean"], ["group", "seed"]
-    base = rows[rows[by] == reference].set_index(key)[splits]
-    gain = (rows[splits] - rows[key].join(base, on=key)[splits]).mask(rows[by] == reference)
-    rows = rows.join(gain.add_suffix(" − reference")).join((-gain).add_prefix("reference − "))
-    table = rows.groupby(["group", by], sort=False).agg(**columns)
-    return table.rename_axis(["problem", "search" if by == "method" else by])
-
-
-def searches_table(rows: DataFrame, reference: str = BOTH) -> DataFrame:
-    """Each problem's searches, and what ``reference`` has more than each."""
-    columns: dict[str, Any] = {
-        "seeds": ("seed", "nunique"),
-        "reward split, %": ("reward_split", spread),
-        "test split, %": ("mean", spread),
-        f"{reference} − it, reward": ("reference − reward_split", interval),
-        f"{reference} − it, test": ("reference − mean", interval),
-        "seconds": ("seconds", lambda seconds: f"{seconds.mean():.0f}"),
-    }
-    return compared(rows, "method", reference, columns)
-
-
-agent_table = partial(compared, by="setting", reference=UNCHANGED, columns=ABLATION)
-
-
-def show_searches(rows: DataFrame, curve: DataFrame, reference: str = BOTH) -> str:
-    """All searches of each problem, the best on the reward split first."""
-    best = rows.groupby(["group", "method"])["reward_split"].mean()
-    names = list(rows["group"].unique())
-    order = sorted(best.index, key=lambda at: (names.index(at[0]), -best[at]))
-    return (
-        f"All had {rows['evaluations'].iloc[0]} evaluations on the same subsets of the reward split. Each "
-        "chose in the end among ten paths on all of it: those with the best scores, and where scales "
-        f"were searched, mostly the means arrived at; {reference} had its agent's greedy path besides. "
-        "Mean ± sample standard deviation over seeds, best first on the reward split. "
-        f"*{reference} − it* is paired by seed, ± its 95 % interval. Seconds are of searches that ran beside "
-        "other work.\n\n" + markdown(searches_table(rows, reference).loc[order])
-    )
-
-
-def show_agent(rows: DataFrame) -> str:
-    """The preset weights and one choice changed."""
-    return (
-        f"Mean ± sample standard deviation over seeds, {rows['evaluations'].iloc[0]} episodes. The "
-        "difference is on the reward split, which also chose; it is paired by seed, ± its 95 % interval.\n\n"
-        + markdown(agent_table(rows))
-    )
-
-
 # ----------------------------------------------------------------------------------------- pages
 
 
@@ -359,5 +270,11 @@ PAGES = {
         f"{AGENT} beside other searches on the same menu",
         partial(show_searches, reference=AGENT),
     ),
-    "agent": Page(("agent",), f"{BOTH}, one choice changed", show_agent),
+    "agent": Page(("agent",), f"{BOTH}, one choice changed", show_ablation),
+    "default": Page(
+        ("default",),
+        f"{AGENT}, one choice changed",
+        partial(show_ablation, reference=AGENT, picture="default.png"),
+    ),
+    "budgets": Page(("budgets",), f"{AGENT} beside other searches by budget", show_budgets),
 }

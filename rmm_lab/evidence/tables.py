@@ -10,6 +10,8 @@
     python -m rmm_lab tables menu         the default search beside others on the same menu
     python -m rmm_lab tables groups       Table II's methods on other groups of sets
     python -m rmm_lab tables agent        agent + CMA-ES with one choice changed
+    python -m rmm_lab tables default      the default search with one choice changed
+    python -m rmm_lab tables budgets      some of these at 50, 100, 200 and 700 evaluations
     python -m rmm_lab tables show         only write the pages, figures and excerpts from the CSV files
 
 ``--scale paper`` takes the paper's models and sets, for Tables I to IV and Fig. 3: see ``paper_scale``.
@@ -33,7 +35,7 @@ from rmm_lab.evidence.paper_scale import Group, PaperScale
 from rmm_lab.evidence.rows import DRAWN, KINDS, read_csv
 from rmm_lab.figures.paths import png
 from rmm_lab.search import rivals
-from rmm_lab.search.config import BOTH, configure, searched
+from rmm_lab.search.config import BOTH, SEARCHED, configure, searched
 from rmm_lab.search.uniform import OF_TWO
 from rmm_lab.tasks.files import write_file
 from rmm_lab.tasks.image_task import data_folder
@@ -79,14 +81,24 @@ AGENT: dict[str, dict[str, Any] | None] = {
     "agent preset": {"preset": "agent"},
     "paper preset": {"preset": "paper"},
 }
-# Those of them that are measured on texts, whose searches take minutes.
+# The default preset with one choice changed.
+DEFAULT: dict[str, dict[str, Any]] = {
+    SEARCHED[1]: {},
+    "drift seen": {"observation": "map+cursor+drift"},
+    "shaping by drift": {"shaping": 1.0},
+    "GAE": {"gae_lambda": 0.95},
+    "all three": {"observation": "map+cursor+drift", "shaping": 1.0, "gae_lambda": 0.95},
+}
+# What the default search is beside at small budgets: rivals that take all of its menu.
+ON_A_BUDGET = ("CMA-ES over scales", "TPE", "coordinate ascent", "random search")
+# Of AGENT, those that are measured on texts, whose searches take minutes.
 ON_TEXTS = (BOTH, "likelihood as the reward", "agent preset")
 # What every group has that depends on no seed: SLERP is for two experts.
 ONCE = ("fine-tuned", *(m for m in KINDS["uniform"] if m not in (*DRAWN, *OF_TWO)))
 PER_SEED = {"matched": measure.matched_rules, "gradients": measure.by_gradient}
 # Scale -> presets whose searches are in Tables I to III.
 PRESETS_AT = {"kit": ("default",), "paper": ("paper", "default")}
-ORDER = {"group": (*SETS, *VISION, *LANGUAGE), "size": tuple(SIZES), "setting": tuple(AGENT)}
+ORDER = {"group": (*SETS, *VISION, *LANGUAGE), "size": tuple(SIZES), "setting": (*AGENT, *DEFAULT)}
 Groups = Mapping[str, Sequence[Group]]  # table -> its groups of experts
 
 
@@ -103,6 +115,7 @@ def kit_groups() -> Groups:
     papers = {"I": halves, "II": pair, "III": language, "IV": pair, "fig3": pair}
     searches, menu = [*pair, vision[3], *language], [*language, vision[3], vision[1]]
     own = {"groups": vision[1:], "searches": searches, "menu": menu, "agent": agent}
+    own |= {"default": [vision[0], vision[3], language[0]], "budgets": [*vision, *language]}
     return papers | own
 
 
@@ -111,7 +124,19 @@ class Command:
     """Measure a table, or go on with it, and write its page and figure."""
 
     table: Literal[
-        "I", "II", "III", "IV", "fig3", "searches", "menu", "groups", "agent", "all", "show"
+        "I",
+        "II",
+        "III",
+        "IV",
+        "fig3",
+        "searches",
+        "menu",
+        "groups",
+        "agent",
+        "default",
+        "budgets",
+        "all",
+        "show",
     ]
     """Which one; the list above says what each holds."""
     scale: Literal["kit", "paper"] = "kit"
@@ -120,6 +145,8 @@ class Command:
     """Seeds of the search."""
     episodes: int = 700
     """Evaluations of each search."""
+    budgets: tuple[int, ...] = (50, 100, 200, 700)
+    """Evaluations of each search of the table budgets, in place of --episodes."""
     only: tuple[str, ...] = ()
     """Groups, or Table IV's shares of the data such as 0.01, to measure now; all by default."""
     out: Path | None = None
@@ -141,7 +168,13 @@ class Command:
 
     def run(self) -> None:
         """Measure what is not in the files yet, then write pages, figures and excerpts."""
-        check_values(self, {"episodes jobs threads": ("at least 1", lambda v: v >= 1)})
+        check_values(
+            self,
+            {
+                "episodes jobs threads": ("at least 1", lambda v: v >= 1),
+                "budgets": ("one or more of at least 1", lambda v: len(v) > 0 and min(v) >= 1),
+            },
+        )
         if not 1 <= len(set(self.seeds)) == len(self.seeds):
             raise InputError(
                 "--seeds: expected one or more different numbers, found "
@@ -193,7 +226,8 @@ class Command:
     def jobs_of(self, name: str, groups: Sequence[Group], store: Store) -> Iterator[Job]:
         """What is not in the files yet."""
         make = {"searches": self._rivals, "menu": self._rivals, "agent": self._agent}
-        make |= {"IV": self._dar, "fig3": self._dar}
+        make |= {"IV": self._dar, "fig3": self._dar, "default": self._default}
+        make |= {"budgets": self._budgets}
         for group in groups:
             if name in METHOD_TABLES:
                 yield from self._methods(METHOD_TABLES[name], group, store)
@@ -280,6 +314,19 @@ class Command:
                     key,
                     configure(**({"preset": "weights"} | options | changed)),
                 )
+
+    def _default(self, name: str, group: Group, options: dict[str, Any]) -> Iterator[Job]:
+        for setting, changed in DEFAULT.items():
+            key = {"group": group.name, "setting": setting, "seed": options["seed"]}
+            config = configure(**options, calibration=self.calibration, **changed)
+            yield Job(name, measure.trained, key, config)
+
+    def _budgets(self, name: str, group: Group, options: dict[str, Any]) -> Iterator[Job]:
+        for n in self.budgets:
+            config = configure(**options | {"episodes": n, "calibration": self.calibration})
+            for method in (searched(config), *ON_A_BUDGET):
+                key = {"group": group.name, "evaluations": n, "seed": options["seed"]}
+                yield Job(name, measure.search_alone, key | {"method": method}, config)
 
 
 # ------------------------------------------------------------------------------- reading and showing
