@@ -19,7 +19,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from rmm_lab.errors import InputError
-from rmm_lab.families import reading, t5, vit
+from rmm_lab.families import adapters, reading, t5, vit
 from rmm_lab.families.parts import outside_head, shapes_of
 from rmm_lab.families.protocol import Architecture, Family, Model
 from rmm_lab.tasks.files import write_file
@@ -136,19 +136,49 @@ def _is_whole(folder: Path, allow_pickle: bool) -> bool:
     return not needed or any((folder / name).is_file() for name in needed)
 
 
-def read_checkpoint(source: str | Path, *, allow_pickle: bool = False) -> Checkpoint:
+def read_checkpoint(
+    source: str | Path, *, base: Model | None = None, allow_pickle: bool = False
+) -> Checkpoint:
     """Read a folder or hub model: config, weights in float32, and the SHA-256 of the weights' file.
 
-    allow_pickle: whether weights that are only there as a pickle are read, by torch's restricted loader.
+    An adapter of peft's becomes a whole model.
+
+    Args:
+        source: what ``resolve`` takes.
+        base: what an adapter is applied to; by default the model that its own config names.
+        allow_pickle: whether weights that are only there as a pickle are read, by torch's restricted loader.
 
     Raises InputError for a missing or broken file, an unknown family, NaN or Inf.
     """
     text, folder = str(source), resolve(source, allow_pickle=allow_pickle)
-    config = reading.read_config(text, folder / "config.json", _CONFIG)
+    whole = folder
+    if reading.is_adapter(folder):
+        adapter = adapters.read_adapter_config(text, folder)
+        whole = base.folder if base else _base_folder(text, adapter, allow_pickle)
+    config = reading.read_config(text, whole / "config.json", _CONFIG)
     family = family_of(text, config)
-    stored = reading.read_weights(text, folder, allow_pickle=allow_pickle)
-    weights = family.canonical(text, config, stored.weights)
-    return Checkpoint(text, folder, config, weights, stored.sha256, pickled=stored.pickled)
+    stored = reading.read_weights(text, whole, allow_pickle=allow_pickle)
+    weights, sha256, pickled = stored.weights, stored.sha256, stored.pickled
+    notes: tuple[str, ...] = ()
+    if whole != folder:
+        own = reading.read_weights(text, folder, allow_pickle=allow_pickle)
+        weights, replaced = adapters.apply_adapter(text, adapter, own.weights, weights)
+        config = adapters.refit(config, weights, replaced)
+        sha256, pickled = own.sha256, own.pickled or pickled
+        notes = (f"a LoRA adapter, applied to {base.source if base else whole}",)
+    weights = family.canonical(text, config, weights)
+    return Checkpoint(text, folder, config, weights, sha256, pickled, notes)
+
+
+def _base_folder(source: str, adapter: Mapping[str, Any], allow_pickle: bool) -> Path:
+    """The folder of the model that an adapter names as its base."""
+    folder = resolve(adapters.base_of_adapter(source, adapter), allow_pickle=allow_pickle)
+    if reading.is_adapter(folder):
+        raise InputError(
+            f"model {source!r}: expected the base of an adapter to be a whole model, found an adapter in "
+            f"{folder}; merge that one into its base first"
+        )
+    return folder
 
 
 def keep_converted(model: Checkpoint, folder: Path) -> Checkpoint:

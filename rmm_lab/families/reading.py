@@ -60,7 +60,8 @@ def read_config(source: str, file: Path, expected: str) -> dict[str, Any]:
 
 def is_adapter(folder: Path) -> bool:
     """Whether a folder holds an adapter of peft's and no whole model."""
-    return (folder / ADAPTER).is_file() and not (folder / WEIGHTS).is_file()
+    whole = any((folder / name).is_file() for name in (WEIGHTS, INDEX))
+    return (folder / ADAPTER).is_file() and not whole
 
 
 def weight_files(folder: Path) -> tuple[list[Path], list[Path]]:
@@ -96,6 +97,8 @@ def read_weights(source: str, folder: Path, *, allow_pickle: bool = False) -> St
     else:
         pickled = _the_pickle(source, folder, pickles, allow_pickle)
         files, tensors = [pickled], _unpickle(source, pickled)
+    if is_adapter(folder):
+        files.append(folder / ADAPTER)  # which holds the scale
     weights = bare_names(source, {n: _float32(source, n, t) for n, t in tensors.items()})
     return Stored(weights, digest(files), pickled)
 

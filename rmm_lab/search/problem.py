@@ -201,7 +201,7 @@ def problem_of(spec: ProblemSpec) -> Problem:
             "folder or hub name"
         )
     origin = _read(base or base_of(names[0]), spec)
-    checkpoints = [_read(name, spec) for name in names]
+    checkpoints = [_read(name, spec, origin) for name in names]
     for name, checkpoint in zip(names, checkpoints, strict=True):
         if checkpoint.family is not origin.family:
             raise InputError(
@@ -232,7 +232,8 @@ def problem_of(spec: ProblemSpec) -> Problem:
         pool.check_stem(stem)
     joint = None
     if spec.multi_task is not None:
-        joint = read_checkpoint(spec.multi_task, allow_pickle=spec.allow_pickle)
+        allowed = spec.allow_pickle
+        joint = read_checkpoint(spec.multi_task, base=origin, allow_pickle=allowed)
     elif all_ship and sets == shipped_sets and base is None:
         folder = multi_task_of(names)
         joint = read_checkpoint(folder) if folder else None
@@ -264,9 +265,9 @@ def pool_of(path: LayerPath) -> LayerPool:
     return pool
 
 
-def _read(name: str, spec: ProblemSpec) -> Checkpoint:
+def _read(name: str, spec: ProblemSpec, base: Checkpoint | None = None) -> Checkpoint:
     """A checkpoint whose source is the name as given, also where it is one that ships."""
-    found = read_checkpoint(locate(name), allow_pickle=spec.allow_pickle)
+    found = read_checkpoint(locate(name), base=base, allow_pickle=spec.allow_pickle)
     return dataclasses.replace(found, source=name)
 
 
