@@ -131,9 +131,10 @@ class LayerPath:
 
     def load_pool(self) -> LayerPool:
         """Read the models that the path names; InputError if their weights have changed since."""
-        checkpoints = []
+        checkpoints: list[Checkpoint] = []  # the base first: adapters are applied to it
         for origin in (self.base, *self.experts):
-            checkpoint = read_checkpoint(locate_stored(origin.source))
+            place, base = locate_stored(origin.source), next(iter(checkpoints), None)
+            checkpoint = read_checkpoint(place, base=base)
             if checkpoint.sha256 != origin.sha256:
                 raise InputError(
                     f"model {origin.source!r}: expected weights of SHA-256 {origin.sha256[:12]}..., "

@@ -7,26 +7,31 @@ inside is the family's business. Weights are read from safetensors only, kept in
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
 from rmm_lab.errors import InputError
-from rmm_lab.families import t5, vit
-from rmm_lab.families.parts import Weights, outside_head, shapes_of
+from rmm_lab.families import adapters, reading, t5, vit
+from rmm_lab.families.parts import outside_head, shapes_of
 from rmm_lab.families.protocol import Architecture, Family, Model
 from rmm_lab.tasks.files import write_file
 
 FAMILIES: dict[str, Family] = {"vit": vit, "t5": t5}
-_FILES = ("config.json", "model.safetensors")
+_PICKLES = list(reading.PICKLES)
+# What a download takes besides the families' own files.
+_FILES = (
+    *("config.json", reading.WEIGHTS, reading.INDEX, reading.SHARDS),
+    *(reading.ADAPTER, reading.ADAPTER_WEIGHTS, "preprocessor_config.json"),
+)
+_CONFIG = "with an 'architecture' (timm) or a 'model_type' (transformers)"
 
 
 class Checkpoint(Model):
@@ -56,47 +61,52 @@ def architecture(config: Mapping[str, Any], unit: str = "block") -> Architecture
     return family_of("config.json", config).architecture(config, unit)
 
 
-def resolve(source: str | Path) -> Path:
+def resolve(source: str | Path, *, allow_pickle: bool = False) -> Path:
     """The local folder behind a source: a folder, ``local-dir:FOLDER`` or ``hf-hub:OWNER/NAME``.
 
-    Hub models are downloaded once into the hub's own cache: config, weights and the family's files.
+    Hub models are downloaded once into the hub's own cache: config, weights and the family's files; pickles
+    only where they are allowed and there is nothing else.
     """
     text = str(source)
     if text.startswith("hf-hub:"):
-        return _from_hub(text)
+        return _from_hub(text, allow_pickle)
     folder = Path(text.removeprefix("local-dir:")).expanduser()
     if not folder.is_dir():
         raise InputError(
             f"model {text!r}: expected a folder with config.json and model.safetensors, or "
             f"hf-hub:OWNER/NAME, but there is no folder {folder}; check the spelling"
         )
-    for name in _FILES:
-        if not (folder / name).is_file():
-            raise InputError(
-                f"model {text!r}: expected config.json and model.safetensors in {folder}, found no "
-                f"{name}; save the model in one file with timm's save_for_hf(..., "
-                "safe_serialization=True) or transformers' save_pretrained"
-            )
+    if not (folder / "config.json").is_file() and not reading.is_adapter(folder):
+        raise InputError(
+            f"model {text!r}: expected config.json and model.safetensors in {folder}, found no "
+            "config.json; save the model with timm's save_for_hf(..., safe_serialization=True) or "
+            "transformers' save_pretrained"
+        )
     return folder
 
 
-def _from_hub(source: str) -> Path:
+def _from_hub(source: str, allow_pickle: bool) -> Path:
     repository, _, revision = source.removeprefix("hf-hub:").partition("@")
     os.environ.setdefault("HF_HUB_ETAG_TIMEOUT", "2")  # seconds: a closed network must answer fast
     from huggingface_hub import HfApi, snapshot_download
 
     files = [*_FILES, *(name for family in FAMILIES.values() for name in family.FILES)]
-    which: dict[str, Any] = {"revision": revision or None, "allow_patterns": files}
+    which: dict[str, Any] = {"revision": revision or None}
     try:
         try:
-            folder = str(snapshot_download(repository, **which, local_files_only=True))
-            cached = _is_whole(Path(folder))  # another program may have cached a part of it
+            local = snapshot_download(
+                repository, **which, allow_patterns=[*files, *_PICKLES], local_files_only=True
+            )
+            cached = _is_whole(folder := Path(local), allow_pickle)  # a part may be cached
         except OSError:
             cached = False
         if not cached:
             # One cheap question first: snapshot_download itself retries for minutes without a network.
-            HfApi().model_info(repository, revision=which["revision"], timeout=2)
-            folder = str(snapshot_download(repository, **which))
+            info = HfApi().model_info(repository, revision=which["revision"], timeout=2)
+            names = [file.rfilename for file in getattr(info, "siblings", None) or ()]
+            if allow_pickle and not any(name.endswith(".safetensors") for name in names):
+                files += _PICKLES
+            folder = Path(snapshot_download(repository, **which, allow_patterns=files))
     except Exception as error:  # whatever the network stack raises, the user needs one sentence
         raise InputError(
             f"model {source!r}: expected the hub or a copy in its cache, found neither "
@@ -106,60 +116,87 @@ def _from_hub(source: str) -> Path:
     return resolve(folder)
 
 
-def _is_whole(folder: Path) -> bool:
+def _is_whole(folder: Path, allow_pickle: bool) -> bool:
     """Whether config and weights are there, and the files that the model's family needs."""
-    if not all((folder / name).is_file() for name in _FILES):
+    files, pickles = reading.weight_files(folder)
+    if not files and not (allow_pickle and pickles):
+        return False
+    if reading.is_adapter(folder):
+        return True
+    try:
+        if files and files[0].name == reading.INDEX:
+            reading.shards(str(folder), files[0])
+        config = reading.read_config(str(folder), folder / "config.json", _CONFIG)
+    except InputError:
         return False
     try:
-        needed = family_of(str(folder), _read_config(str(folder), folder)).NEEDED
+        needed = family_of(str(folder), config).NEEDED
     except InputError:
         return True  # whole, if of no use: ``read_checkpoint`` says why
     return not needed or any((folder / name).is_file() for name in needed)
 
 
-def _read_config(source: str, folder: Path) -> dict[str, Any]:
-    try:
-        config = json.loads((folder / "config.json").read_text("utf-8"))
-        if not isinstance(config, dict):
-            raise TypeError(f"a {type(config).__name__}")
-        return config
-    except (ValueError, TypeError) as error:
-        raise InputError(
-            f"model {source!r}: expected a JSON object with an 'architecture' (timm) or a "
-            f"'model_type' (transformers) in {folder / 'config.json'}, found something else ({error}); "
-            "save the model with timm or transformers again"
-        ) from error
-
-
-def read_checkpoint(source: str | Path) -> Checkpoint:
+def read_checkpoint(
+    source: str | Path, *, base: Model | None = None, allow_pickle: bool = False
+) -> Checkpoint:
     """Read a folder or hub model: config, weights in float32, and the SHA-256 of the weights' file.
+
+    An adapter of peft's becomes a whole model.
+
+    Args:
+        source: what ``resolve`` takes.
+        base: what an adapter is applied to; by default the model that its own config names.
+        allow_pickle: whether weights that are only there as a pickle are read, by torch's restricted loader.
 
     Raises InputError for a missing or broken file, an unknown family, NaN or Inf.
     """
-    text, folder = str(source), resolve(source)
-    config = _read_config(text, folder)
+    text, folder = str(source), resolve(source, allow_pickle=allow_pickle)
+    whole = folder
+    if reading.is_adapter(folder):
+        adapter = adapters.read_adapter_config(text, folder)
+        whole = base.folder if base else _base_folder(text, adapter, allow_pickle)
+    config = reading.read_config(text, whole / "config.json", _CONFIG)
     family = family_of(text, config)
-    file = folder / "model.safetensors"
-    weights: Weights = {}
-    try:
-        with safe_open(file, framework="pt") as tensors:
-            for name in tensors.keys():  # noqa: SIM118 - a safe_open is no dict
-                weights[name] = tensors.get_tensor(name).float()
-    except (SafetensorError, ValueError) as error:
-        raise InputError(
-            f"model {text!r}: expected a whole safetensors file, but {file} is truncated or "
-            f"altered ({error}); copy or download it again"
-        ) from error
-    for name, tensor in weights.items():
-        if bad := int((~torch.isfinite(tensor)).sum()):
-            raise InputError(
-                f"model {text!r}: expected finite weights, found {bad} NaN or Inf in tensor "
-                f"{name!r}; fine-tune it again or take an earlier checkpoint"
-            )
+    stored = reading.read_weights(text, whole, allow_pickle=allow_pickle)
+    weights, sha256, pickled = stored.weights, stored.sha256, stored.pickled
+    notes: tuple[str, ...] = ()
+    if whole != folder:
+        own = reading.read_weights(text, folder, allow_pickle=allow_pickle)
+        weights, replaced = adapters.apply_adapter(text, adapter, own.weights, weights)
+        config = adapters.refit(config, weights, replaced)
+        sha256, pickled = own.sha256, own.pickled or pickled
+        notes = (f"a LoRA adapter, applied to {base.source if base else whole}",)
     weights = family.canonical(text, config, weights)
-    with open(file, "rb") as stream:
-        sha256 = hashlib.file_digest(stream, "sha256").hexdigest()
-    return Checkpoint(text, folder, config, weights, sha256)
+    return Checkpoint(text, folder, config, weights, sha256, pickled, notes)
+
+
+def _base_folder(source: str, adapter: Mapping[str, Any], allow_pickle: bool) -> Path:
+    """The folder of the model that an adapter names as its base."""
+    folder = resolve(adapters.base_of_adapter(source, adapter), allow_pickle=allow_pickle)
+    if reading.is_adapter(folder):
+        raise InputError(
+            f"model {source!r}: expected the base of an adapter to be a whole model, found an adapter in "
+            f"{folder}; merge that one into its base first"
+        )
+    return folder
+
+
+def keep_converted(model: Checkpoint, folder: Path) -> Checkpoint:
+    """A model whose weights came from a pickle, written to a folder as safetensors; any other as it is.
+
+    Its config.json says of which file it is made. What is there already of the same file is kept.
+    """
+    if model.pickled is None:
+        return model
+    made = {"file": str(model.pickled), "sha256": model.sha256}
+    config = model.config | {"rmm_lab": {**(model.config.get("rmm_lab") or {}), "converted": made}}
+    there = folder / "config.json"
+    if not there.is_file() or reading.read_config(str(folder), there, _CONFIG) != config:
+        write_checkpoint(folder, config, model.weights, beside=model.folder)
+    sha256 = reading.digest([folder / reading.WEIGHTS])
+    return replace(
+        model, source=str(folder), folder=folder, config=config, sha256=sha256, pickled=None
+    )
 
 
 def write_checkpoint(

@@ -21,13 +21,19 @@ Config = Mapping[str, Any]  # a config.json
 
 @dataclass(frozen=True)
 class Model:
-    """A model as data. ``source`` is what the user typed, ``sha256`` that of the weights' file."""
+    """A model as data. ``source`` is what the user typed, ``sha256`` that of the weights' file.
+
+    ``pickled``: the file of the weights, where it is a pickle. ``notes``: what a reader must know about how
+    the model was read.
+    """
 
     source: str
     folder: Path
     config: dict[str, Any]
     weights: Weights = field(repr=False)
     sha256: str
+    pickled: Path | None = None
+    notes: tuple[str, ...] = ()
 
     @property
     def num_classes(self) -> int:

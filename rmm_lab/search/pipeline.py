@@ -106,7 +106,7 @@ def train(config: Config, problem: Problem | None = None, *, table: bool = True)
             for split in splits:
                 task.split(split)
         say = (lambda *a: None) if run.quiet else print
-        for note in report.notes(problem.tasks, splits):
+        for note in [*problem.notes(), *report.notes(problem.tasks, splits)]:
             say(f"note: {note}")
         scorer = make_scorer(problem, config)
         with contextlib.closing(scorer):
@@ -117,6 +117,8 @@ def train(config: Config, problem: Problem | None = None, *, table: bool = True)
             else:
                 stored = dataclasses.replace(config, problem=at_rest(config.problem)).stored()
                 folder = RunFolder.create(run.run_dir, stored)
+            if folder.path is not None:
+                problem.keep_converted(folder.path / "converted")
             start = time.perf_counter()
             search = Search.start(config, scorer, folder)
             run_phases(search)

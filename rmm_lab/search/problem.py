@@ -14,7 +14,12 @@ from rmm_lab.engine.calibration import Calibration
 from rmm_lab.engine.scorer import Scorer
 from rmm_lab.env import MergingEnv
 from rmm_lab.errors import InputError, Range, check_values
-from rmm_lab.families.checkpoint import Checkpoint, check_same_architecture, read_checkpoint
+from rmm_lab.families.checkpoint import (
+    Checkpoint,
+    check_same_architecture,
+    keep_converted,
+    read_checkpoint,
+)
 from rmm_lab.families.shipped import GROUPS, MODELS, SETS, base_of, expand, locate, multi_task_of
 from rmm_lab.layers import LayerPool
 from rmm_lab.operators import MATCHED, parse_operator
@@ -61,6 +66,8 @@ class ProblemSpec:
     """For T5s: divide a choice's log-probability by its number of tokens; the paper takes the sum."""
     multi_task: str | None = None
     """Folder of a multi-task model to compare with; those that ship need no mention."""
+    allow_pickle: bool = False
+    """Read weights that come as .bin or .pth alone, by torch's restricted loader; trust their source."""
     operators: tuple[str, ...] = OPERATORS
     """Merging actions, such as ties, task_arithmetic:scale=0.5 or dare:drop_rate=0.5,scale=1."""
     scope: Literal["layer", "tensor", "global"] = "layer"
@@ -96,6 +103,19 @@ class Problem:
     def stem(self) -> str:
         """The stem's source, or ``agent``."""
         return self.spec.stem
+
+    def notes(self) -> list[str]:
+        """What a reader of the scores must know about how the models were read."""
+        models = (self.pool.base, *self.pool.experts)
+        return [f"model {model.source}: {note}" for model in models for note in model.notes]
+
+    def keep_converted(self, folder: Path) -> None:
+        """Write what came as a pickle to a folder as safetensors, from where the pool's paths read it."""
+        pool, names = self.pool, ("base", *self.pool.names)
+        pool.base, *pool.experts = (
+            keep_converted(model, folder / name)
+            for name, model in zip(names, (pool.base, *pool.experts), strict=True)
+        )
 
     def scorer(self, *, workers: int | str = 1, **options: Any) -> Scorer:
         """A scorer of paths; the options are those of ``Scorer``.
@@ -191,8 +211,8 @@ def problem_of(spec: ProblemSpec) -> Problem:
             "--base: expected the model that the experts were fine-tuned from, found none; name its "
             "folder or hub name"
         )
-    origin = _read(base or SHIPPED + base_of(ships[0]))
-    checkpoints = [_read(name) for name in names]
+    origin = _read(base or SHIPPED + base_of(ships[0]), spec)
+    checkpoints = [_read(name, spec, origin) for name in names]
     for name, checkpoint in zip(names, checkpoints, strict=True):
         if checkpoint.family is not origin.family:
             raise InputError(
@@ -223,7 +243,8 @@ def problem_of(spec: ProblemSpec) -> Problem:
         pool.check_stem(stem)
     joint = None
     if spec.multi_task is not None:
-        joint = read_checkpoint(spec.multi_task)
+        allowed = spec.allow_pickle
+        joint = read_checkpoint(spec.multi_task, base=origin, allow_pickle=allowed)
     elif all_ship and sets == shipped_sets and base is None:
         folder = multi_task_of(ships)
         joint = read_checkpoint(folder) if folder else None
@@ -292,12 +313,12 @@ def _renamed(spec: ProblemSpec, change: Callable[[str, Collection[str]], str]) -
     )
 
 
-def _read(source: str) -> Checkpoint:
+def _read(source: str, spec: ProblemSpec, base: Checkpoint | None = None) -> Checkpoint:
     """A checkpoint whose source is as given, also where it is one that ships."""
     name = shipped_name(source, MODELS)
     with or_shipped(source, () if name else MODELS):
-        checkpoint = read_checkpoint(locate(source))
-    return dataclasses.replace(checkpoint, source=spelled(name) if name else source)
+        found = read_checkpoint(locate(source), base=base, allow_pickle=spec.allow_pickle)
+    return dataclasses.replace(found, source=spelled(name) if name else source)
 
 
 def _short(source: str) -> str:

@@ -6,6 +6,7 @@ updates.csv             one row per policy update: the diagnostics
 checkpoint.safetensors  agent, optimiser, generator, counters, and what the policy did, (U, P, A)
 policy.safetensors, policies.safetensors, path.json, finalists.json, table.json, table.md, *.png, merged/
                         the result
+converted/              models that came as pickles, as safetensors
 
 Every file is written whole, to a temporary name, and renamed. The checkpoint comes last: a search that was
 stopped between two files may leave more rows than the checkpoint knows of, and they are dropped.

@@ -37,6 +37,8 @@ class Finetune:
     """Peak learning rate."""
     batch_size: int = 128
     """Examples per step."""
+    allow_pickle: bool = False
+    """Read a base whose weights come as .bin or .pth alone (restricted loader); trust its source."""
     threads: int = 0
     """CPU threads for torch; 0 leaves the choice to torch."""
     seed: int = 0
@@ -49,7 +51,7 @@ class Finetune:
         assert self.out is not None
         if self.threads:
             torch.set_num_threads(self.threads)
-        base = read_checkpoint(locate(self.base))
+        base = read_checkpoint(locate(self.base), allow_pickle=self.allow_pickle)
         family = base.family
         if data != family.DATA:
             raise InputError(

@@ -1,0 +1,169 @@
+"""LoRA adapters of peft's, applied to their base when they are read: W + scale * B A.
+
+An adapter is a folder with ``adapter_config.json`` and ``adapter_model.safetensors``; it becomes a whole
+model, as peft's ``merge_and_unload`` makes it. Sources: Hu et al. 2022, Sec. 4.1; Kalajdzievski 2023
+(rank-stabilised).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from rmm_lab.errors import InputError
+from rmm_lab.families.parts import Weights
+from rmm_lab.families.reading import ADAPTER, read_config
+
+_PREFIX = "base_model.model."
+_WHOLE = "merge it with peft first: model.merge_and_unload().save_pretrained(FOLDER)"
+# The parts of a LoRA by what their names end with; peft may leave the adapter's name, "default", in between.
+_PART = re.compile(
+    r"(?P<module>.+)\.lora_(?P<part>A|B|embedding_A|embedding_B)(?:\.default)?(?P<kind>\.weight|\.bias|)"
+)
+# Options that change what an adapter computes, and must be off.
+_OFF = (
+    *("use_dora", "use_qalora", "use_bdlora", "layer_replication", "target_parameters"),
+    *("alora_invocation_tokens", "trainable_token_indices", "megatron_config", "arrow_config"),
+)
+# These initialisations subtract something from the base's weights, which then are no longer the base's.
+_CHANGES_BASE = ("pissa", "olora", "loftq", "corda")
+
+
+def read_adapter_config(source: str, folder: Path) -> dict[str, Any]:
+    """adapter_config.json; InputError for anything but a plain LoRA."""
+    config = read_config(source, folder / ADAPTER, "with a 'peft_type'")
+    if config.get("peft_type") != "LORA":
+        found = f"peft_type {config.get('peft_type')!r}"
+    elif odd := next((name for name in _OFF if config.get(name)), None):
+        found = f"{odd} = {config[odd]!r}"
+    elif str(config.get("init_lora_weights")).lower().startswith(_CHANGES_BASE):
+        found = (
+            f"init_lora_weights = {config['init_lora_weights']!r}, which changes the base's weights"
+        )
+    else:
+        return config
+    raise InputError(
+        f"model {source!r}: expected a plain LoRA adapter in {folder / ADAPTER}, found {found}; {_WHOLE}"
+    )
+
+
+def base_of_adapter(source: str, config: Mapping[str, Any]) -> str:
+    """The source of the model that an adapter names as its base; InputError if it names none."""
+    name = config.get("base_model_name_or_path")
+    if isinstance(name, str) and Path(name).expanduser().is_dir():
+        return name
+    if isinstance(name, str) and re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+        return f"hf-hub:{name}"
+    raise InputError(
+        f"model {source!r}: expected the folder or hub name of the adapter's base as "
+        f"'base_model_name_or_path' in {ADAPTER}, found {name!r}; correct it, or {_WHOLE}"
+    )
+
+
+def apply_adapter(
+    source: str,
+    adapter: Mapping[str, Any],
+    tensors: Mapping[str, Tensor],
+    base: Mapping[str, Tensor],
+    rename: Callable[[str], str] = str,
+) -> tuple[Weights, set[str]]:
+    """The base's weights with an adapter applied, and the names of the tensors that it replaces as a whole.
+
+    Those are of ``modules_to_save``, such as a new classifier, of trained biases and of resized embeddings.
+
+    Args:
+        source: the adapter's name in messages.
+        adapter: its adapter_config.json.
+        tensors: its weights, as in the file: A is (r, in), B (out, r).
+        base: the base's weights, in the names of its file.
+        rename: a name in the adapter's model -> the name in ``base``, where they differ.
+
+    Raises InputError where the adapter is of another model, or of a kind that is not a plain LoRA.
+    """
+    pairs: dict[str, dict[str, Tensor]] = {}
+    whole: Weights = {}
+    for name, tensor in tensors.items():
+        bare = name.removeprefix(_PREFIX)
+        if match := _PART.fullmatch(bare):
+            key = match["part"] + match["kind"].removesuffix(".weight")
+            pairs.setdefault(match["module"], {})[key] = tensor
+        elif "lora_" in bare or "trainable_tokens" in bare:
+            kind = "DoRA" if "magnitude" in bare else "unknown"
+            raise InputError(
+                f"model {source!r}: expected the matrices lora_A and lora_B in the adapter, found {name!r} "
+                f"({kind}); {_WHOLE}"
+            )
+        elif ".original_module." not in bare:
+            bare = re.sub(r"\.(modules_to_save(\.default)?|base_layer)\.", ".", bare)
+            whole[rename(bare)] = tensor
+    out = dict(base) | whole
+    for module, parts in pairs.items():
+        target = rename(f"{module}.weight")
+        out[target] = _added(source, adapter, module, parts, out.get(target))
+        if (bias := parts.get("B.bias")) is not None:
+            there = rename(f"{module}.bias")
+            rank = len(parts["A"])
+            out[there] = out[there] + bias * _scale(adapter, module, rank)
+    return out, set(whole)
+
+
+def _added(
+    source: str,
+    adapter: Mapping[str, Any],
+    module: str,
+    parts: Mapping[str, Tensor],
+    weight: Tensor | None,
+) -> Tensor:
+    """One module's weight with its LoRA added; InputError where the two do not fit."""
+    first, second = parts.get("A"), parts.get("B")
+    embedding = "embedding_A" in parts
+    if embedding:
+        first, second = parts["embedding_A"], parts.get("embedding_B")
+    if first is None or second is None:
+        raise InputError(
+            f"model {source!r}: expected lora_A and lora_B of {module!r} in the adapter, found only "
+            f"{', '.join('lora_' + name for name in parts)}; save it again with peft's save_pretrained, or "
+            f"{_WHOLE}"
+        )
+    rank = len(first)
+    delta = second.flatten(1) @ first.flatten(1)  # (out, r) (r, in) -> (out, in); kernels are flat
+    if embedding or adapter.get("fan_in_fan_out"):
+        delta = delta.T
+    if weight is None or second.shape[1] != rank or delta.numel() != weight.numel():
+        found = "none" if weight is None else str(tuple(weight.shape))
+        raise InputError(
+            f"model {source!r}: expected {module + '.weight'!r} in the adapter's base to fit a change of "
+            f"shape {tuple(delta.shape)}, found {found}; name the base that the adapter was trained on"
+        )
+    return weight + _scale(adapter, module, rank) * delta.reshape(weight.shape)
+
+
+def _scale(adapter: Mapping[str, Any], module: str, rank: int) -> float:
+    """alpha / r, or alpha / sqrt(r) where the adapter is rank-stabilised; alpha may be the module's own."""
+    alpha = adapter.get("lora_alpha", 8)  # peft's default
+    for pattern, own in (adapter.get("alpha_pattern") or {}).items():
+        if re.match(rf"(.*\.)?({pattern})$", module):
+            alpha = own
+            break
+    return float(alpha / (rank**0.5 if adapter.get("use_rslora") else rank))
+
+
+def refit(
+    config: Mapping[str, Any], weights: Mapping[str, Tensor], whole: set[str]
+) -> dict[str, Any]:
+    """The base's config.json for a model whose classifier or embeddings came with an adapter."""
+    out = {k: v for k, v in config.items() if k != "rmm_lab"}
+    for name in ("shared.weight", "model.embed_tokens.weight"):
+        if name in whole and "vocab_size" in out:
+            out["vocab_size"] = len(weights[name])
+    if "head.weight" in whole:  # timm's
+        n = out["num_classes"] = len(weights["head.weight"])
+        out["model_args"] = dict(out.get("model_args") or {}) | {"num_classes": n}
+        out.pop("label_names", None)  # of the base's head
+    if "classifier.weight" in whole:  # transformers'
+        out["id2label"] = {str(i): f"LABEL_{i}" for i in range(len(weights["classifier.weight"]))}
+    return out
