@@ -19,12 +19,12 @@ from safetensors.torch import save
 from torch import Tensor
 
 from rmm_lab.errors import InputError
-from rmm_lab.families import adapters, reading, t5, vit
+from rmm_lab.families import adapters, causal_lm, reading, t5, vit
 from rmm_lab.families.parts import outside_head, shapes_of
 from rmm_lab.families.protocol import Architecture, Family, Model
 from rmm_lab.tasks.files import write_file
 
-FAMILIES: dict[str, Family] = {"vit": vit, "t5": t5}
+FAMILIES: dict[str, Family] = {"vit": vit, "t5": t5, "causal_lm": causal_lm}
 _PICKLES = list(reading.PICKLES)
 # What a download takes besides the families' own files.
 _FILES = (
@@ -51,8 +51,9 @@ def family_of(source: str, config: Mapping[str, Any]) -> Family:
     kind = config.get("model_type")
     raise InputError(
         f"model {source!r}: expected timm's config.json with an 'architecture' or transformers' with "
-        f"the model_type 't5', found {'neither' if kind is None else f'the model_type {kind!r}'}; save "
-        "it with timm or transformers again, other families are not supported"
+        f"the model_type 't5' or a decoder-only language model's ({', '.join(causal_lm.LAYOUTS)}), found "
+        f"{'neither' if kind is None else f'the model_type {kind!r}'}; save it with timm or transformers "
+        "again, other families are not supported"
     )
 
 

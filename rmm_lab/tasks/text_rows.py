@@ -1,6 +1,8 @@
 """Rows of language tasks: reading files of them, checking them, and drawing splits.
 
-A row is ``{"input": prompt, "choices": [texts], "label": number of the right choice}``.
+A row is ``{"input": prompt, "choices": [texts], "label": number of the right choice}``. For language models
+it may be ``{"input": prompt, "target": text to write}`` or ``{"text": text to read}`` too. They become rows
+with one choice, the latter without a prompt.
 """
 
 from __future__ import annotations
@@ -98,13 +100,22 @@ def checked(records: Iterable[tuple[str, Any]], thing: str, convert: Convert) ->
 
 
 def check(row: Row, where: str) -> Row:
-    """The three fields of a row; raises InputError, beginning with ``where``, if they are wrong."""
+    """The three fields of a row; raises InputError, beginning with ``where``, if they are wrong.
+
+    A row with a ``target``, or with a ``text`` alone, has it as its only choice.
+    """
 
     def refuse(expected: str, found: str, remedy: str = "correct the row") -> InputError:
         return wrong(where, expected, found, remedy)
 
     if not isinstance(row, dict):
         raise refuse("an object with input, choices and label", short(row))
+    if not row.keys() & {"choices", "label"} and row.keys() & {"target", "text"}:
+        names = ["input", "target"] if "target" in row else ["text"]
+        for name in names:
+            if not isinstance(row.get(name), str) or not row[name].strip():
+                raise refuse(f"{name!r} to be a text that is not empty", short(row.get(name)))
+        return {"input": row["input"] if names[1:] else "", "choices": [row[names[-1]]], "label": 0}
     missing = [key for key in ("input", "choices", "label") if row.get(key) is None]
     if missing == ["label"]:
         raise refuse(
@@ -149,13 +160,18 @@ def split(parts: dict[str, list[Row]], thing: str) -> dict[str, list[Row]]:
     else:
         rows, shares = parts["train"], {"train": 4, "reward": 1}
         held_out = {"test": parts.get("test") or parts["validation"]}  # reported, not searched
-    inputs = sorted({row["input"] for row in rows})
+    inputs = sorted({_drawn_by(row) for row in rows})
     if len(inputs) < len(shares):
         expected = f"at least {len(shares)} different inputs, for {', '.join(shares)}"
         raise wrong(thing, expected, str(len(inputs)), "add rows or provide the splits")
     dealt = draw(len(inputs), shares, np.random.default_rng(SPLIT_SEED))
     owner = {inputs[i]: name for name, numbers in dealt.items() for i in numbers}
-    return {name: [r for r in rows if owner[r["input"]] == name] for name in shares} | held_out
+    return {name: [r for r in rows if owner[_drawn_by(r)] == name] for name in shares} | held_out
+
+
+def _drawn_by(row: Row) -> str:
+    """What rows of one split share: the input, or the text of a row without one."""
+    return str(row["input"] or row["choices"][0])
 
 
 def majority(rows: Sequence[Row]) -> tuple[int, float]:

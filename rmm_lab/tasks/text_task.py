@@ -51,7 +51,7 @@ class TextFormat:
 
         source: the model's name in messages; embeddings: how many tokens it knows.
         """
-        tokenizer, settings = _read_tokenizer(source, folder)
+        tokenizer, settings = read_tokenizer(source, folder)
         pad, end = (config.get(f"{n}_token_id", i) for i, n in enumerate(("pad", "eos")))
         for name, default, number in (("pad", "<pad>", pad), ("eos", "</s>", end)):
             token = settings.get(f"{name}_token", default)
@@ -78,7 +78,7 @@ class TextFormat:
     def check_same_tokenizer(self, source: str, folder: Path) -> None:
         """Raise InputError unless an expert's folder holds this tokenizer."""
         mine = self.tokenizer.get_vocab()
-        theirs = _read_tokenizer(source, folder)[0].get_vocab()
+        theirs = read_tokenizer(source, folder)[0].get_vocab()
         if mine != theirs:
             other = min(mine.items() ^ theirs.items())[0]
             raise InputError(
@@ -92,11 +92,19 @@ class TextFormat:
         return [[*text.ids, self.end] for text in found]
 
 
-def _read_tokenizer(source: str, folder: Path) -> tuple[Any, dict[str, Any]]:
-    """A Rust tokenizer without padding and truncation, and tokenizer_config.json."""
-    if not any((folder / name).is_file() for name in ("tokenizer.json", "spiece.model")):
+T5_FILES = ("tokenizer.json", "spiece.model")  # either is a T5's whole tokenizer
+
+
+def read_tokenizer(
+    source: str, folder: Path, files: Sequence[str] = T5_FILES
+) -> tuple[Any, dict[str, Any]]:
+    """A Rust tokenizer without padding and truncation, and tokenizer_config.json.
+
+    files: those of which one at least must be there.
+    """
+    if not any((folder / name).is_file() for name in files):
         raise InputError(
-            f"model {source!r}: expected its tokenizer (tokenizer.json or spiece.model) in {folder}, found "
+            f"model {source!r}: expected its tokenizer ({' or '.join(files)}) in {folder}, found "
             "none; save it there with tokenizer.save_pretrained"
         )
     file, remedy = folder / "tokenizer_config.json", "save it again with tokenizer.save_pretrained"
@@ -204,6 +212,15 @@ class TextTask:
             self.name = head if hub else re.sub(r"\.(jsonl|tsv|csv)$", "", name)
             with or_shipped(source, grammar.TASKS):
                 self._rows = formats.load(source)
+            self._check_rows()
+
+    def _check_rows(self) -> None:
+        """Raise InputError for a row that has no choices."""
+        if any(len(row["choices"]) < 2 for rows in self._rows.values() for row in rows):
+            raise InputError(
+                f"texts {self.source!r}: expected 'choices' and a 'label' in every row, as a T5 chooses, "
+                "found a row with a 'target' or a 'text' alone; only language models write and read"
+            )
 
     def rows(self, name: str) -> list[dict[str, Any]]:
         """A split as ``input``, ``choices``, ``label``."""
