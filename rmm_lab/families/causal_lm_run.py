@@ -314,6 +314,7 @@ def mask_of(batch: LMBatch, window: int, dtype: torch.dtype) -> Tensor:
 def _use_linear_maps(block: nn.Module) -> None:
     """GPT-2's layers with linear maps in the orientation of all others: (out, in)."""
     for module in list(block.modules()):
-        for name, child in list(module.named_children()):
+        children: list[tuple[str, Any]] = list(module.named_children())
+        for name, child in children:
             if type(child).__name__ == "Conv1D":
                 setattr(module, name, nn.Linear(child.nx, child.nf))
