@@ -292,7 +292,7 @@ def lead(scores: Tensor, targets: Tensor) -> Tensor:
     others = scores.scatter(-1, targets[:, None], -torch.inf).amax(-1)
     tiny = torch.finfo(scores.dtype).tiny
     ahead = own - others
-    return torch.where(best == targets, ahead.clamp(min=tiny), ahead.clamp(max=0))
+    return torch.where(best == targets, ahead.clamp(min=tiny), ahead)
 
 
 def mask_of(batch: LMBatch, window: int, dtype: torch.dtype) -> Tensor:
