@@ -3,7 +3,7 @@
 python -m rmm_lab                                                  the demo: digits and textures
 python -m rmm_lab --experts qa                                     three T5s
 python -m rmm_lab --base B --experts E1 E2 --images D1 D2          your own ViTs
-python -m rmm_lab --base B --experts E1 E2 --texts D1 D2           your own T5s
+python -m rmm_lab --base B --experts E1 E2 --texts D1 D2           your own T5s or language models
 python -m rmm_lab finetune --base B --images D1 --out E1           make an expert
 python -m rmm_lab tables show                                      the paper's tables
 """

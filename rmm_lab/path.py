@@ -1,4 +1,4 @@
-"""What a search chose, as data: a ``LayerPath`` is JSON that turns into a real timm ViT or T5."""
+"""What a search chose, as data: a ``LayerPath`` is JSON that turns into a real model."""
 
 from __future__ import annotations
 
@@ -147,10 +147,10 @@ class LayerPath:
         return LayerPool(base, experts, names, self.operators, seed=self.seed, **options)
 
     def build(self, pool: LayerPool | None = None) -> Any:
-        """The merged model: a timm VisionTransformer or a T5ForConditionalGeneration, ready to run.
+        """The merged model of timm or transformers, such as a VisionTransformer, ready to run.
 
         A ViT's classifier holds the heads of all tasks one after another; ``rmm_lab.heads`` in the saved
-        folder's config.json says which logits are whose. A T5's tokenizer is the base's.
+        folder's config.json says which logits are whose. A text model's tokenizer is the base's.
 
         pool: by default read anew; where layers were fitted to inputs, ``search.problem.pool_of(path)``.
         """
@@ -162,7 +162,7 @@ class LayerPath:
         """Write the merged model as a folder that timm or transformers loads.
 
         ``timm.create_model("local-dir:FOLDER", pretrained=True)`` or
-        ``T5ForConditionalGeneration.from_pretrained(FOLDER)``. config.json carries the path (and a
+        ``AutoModelForCausalLM.from_pretrained(FOLDER)``, say. config.json carries the path (and a
         ViT's slices of the classifier); a repeated layer is stored as a copy.
         """
         pool, folder = pool or self.load_pool(), pathlib.Path(folder)

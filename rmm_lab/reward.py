@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from rmm_lab.errors import InputError
+from rmm_lab.tasks.metrics import answers
 
 
 class Step(NamedTuple):
@@ -154,7 +155,7 @@ def predict(
         for layer in layers:
             state = architecture.apply(layer, state)
         logits = architecture.logits(stem, state, head)  # (n, answers)
-        found.append(logits.argmax(-1).cpu())  # (n, answers) -> (n,)
+        found.append(answers(task, logits))  # (n, answers) -> (n,)
     return torch.cat(found)
 
 
@@ -175,7 +176,5 @@ def evaluate(
     pool: Any, tasks: Sequence[Task], path: Path, split: str, device: str = "cpu"
 ) -> np.ndarray:
     """Each task's metric of a path on a whole split, (N,) in [0, 1]; ``reward`` of it is Eq. 7."""
-    answers = predict_all(pool, tasks, path, split, device)
-    return np.array(
-        [t.score(a, t.split(split).labels) for t, a in zip(tasks, answers, strict=True)]
-    )
+    pairs = zip(tasks, predict_all(pool, tasks, path, split, device), strict=True)
+    return np.array([task.score(found, task.split(split).labels) for task, found in pairs])

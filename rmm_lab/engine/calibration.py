@@ -1,4 +1,4 @@
-"""Layers that look at inputs: RegMean and layer-wise least squares of whole models, for ViTs and T5s alike.
+"""Layers that look at inputs: RegMean and layer-wise least squares of whole models, of any family.
 
 ``Calibration`` holds some inputs of each task, never their labels. A layer of the source ``regmean`` depends
 on them and on the experts alone. One of ``least_squares`` also depends on the path before it: its linear maps
@@ -72,7 +72,7 @@ class Calibration(Inputs):
 
     def _forget(self) -> None:
         self._cache, self._fitted = Cache(BUDGET), Cache(FITTED)
-        self._outputs: dict[tuple, Tensor] = {}
+        self._outputs: dict[tuple, Any] = {}  # tensors, or tuples that begin with one
         self._kept = 0  # bytes of these
         self._stages: dict[int, Stages] = {}
         self._helps: dict[str, bool] = {}  # operator -> whether it does better than its anchor
@@ -303,9 +303,11 @@ class Calibration(Inputs):
         """
         names = self._stages_of(pool, key[0]).done(done)
 
-        def remembered(name: str, module: nn.Module, *args: Any, **options: Any) -> Tensor:
+        def remembered(name: str, module: nn.Module, *args: Any, **options: Any) -> Any:
             if (y := self._outputs.get((layer, key, name))) is None:
                 y = type(module).forward(module, *args, **options)
+                if isinstance(y, tuple):  # a language model's attention, whose scores nobody needs
+                    y = (y[0], *(None for _ in y[1:]))
                 self._keep((layer, key, name), y)
                 inner = [
                     o
@@ -313,15 +315,15 @@ class Calibration(Inputs):
                     if o[:2] == (layer, key) and o[2].startswith(f"{name}.")
                 ]
                 for old in inner if (layer, key, name) in self._outputs else ():
-                    self._kept -= self._outputs.pop(old).nbytes  # the larger module stands for it
+                    self._kept -= _bytes(self._outputs.pop(old))  # the larger module stands for it
             return y
 
         return remembering(layer, names, remembered)
 
-    def _keep(self, key: tuple, output: Tensor) -> None:
-        if self._kept + output.nbytes <= INSIDE and key not in self._outputs:
+    def _keep(self, key: tuple, output: Any) -> None:
+        if self._kept + _bytes(output) <= INSIDE and key not in self._outputs:
             self._outputs[key] = output
-            self._kept += output.nbytes
+            self._kept += _bytes(output)
 
     def _note(self, text: str) -> None:
         if not any(note[:10] == text[:10] for note in self.notes):  # once of each kind
@@ -435,6 +437,10 @@ def _at(where: str) -> Iterator[None]:
         yield
     except InputError as error:
         raise InputError(f"{where}: {error}") from error
+
+
+def _bytes(output: Any) -> int:
+    return int((output[0] if isinstance(output, tuple) else output).nbytes)
 
 
 def _take(batch: Any, rows: slice) -> Any:

@@ -21,7 +21,7 @@ from rmm_lab.engine.cache import Cache, free_bytes
 from rmm_lab.errors import InputError
 from rmm_lab.layers import LayerPool
 from rmm_lab.reward import Path, Step, Task, partition, split_stem
-from rmm_lab.tasks.metrics import REWARDS, likelihood, mean_of
+from rmm_lab.tasks.metrics import REWARDS, answers, likelihood, mean_of
 
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -329,7 +329,8 @@ class Scorer:
                 labels = self._labels(*self.parts(job.subset)[job.part])
                 found.append(likelihood(logits, labels))
             else:
-                found.append(logits.argmax(-1).cpu())  # (n, answers) -> (n,)
+                task = self.tasks[self.parts(job.subset)[job.part][0]]
+                found.append(answers(task, logits))  # (n, answers) -> (n,)
             layers += n
         return found, layers
 

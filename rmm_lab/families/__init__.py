@@ -1,1 +1,1 @@
-"""What knows a model family: ViTs and T5s as layers."""
+"""What knows a model family: ViTs, T5s and decoder-only language models as layers."""

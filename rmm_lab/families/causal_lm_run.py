@@ -292,7 +292,7 @@ def lead(scores: Tensor, targets: Tensor) -> Tensor:
     others = scores.scatter(-1, targets[:, None], -torch.inf).amax(-1)
     tiny = torch.finfo(scores.dtype).tiny
     ahead = own - others
-    return torch.where(best == targets, ahead.clamp(min=tiny), ahead.clamp(max=0))
+    return torch.where(best == targets, ahead.clamp(min=tiny), ahead)
 
 
 def mask_of(batch: LMBatch, window: int, dtype: torch.dtype) -> Tensor:
@@ -314,6 +314,7 @@ def mask_of(batch: LMBatch, window: int, dtype: torch.dtype) -> Tensor:
 def _use_linear_maps(block: nn.Module) -> None:
     """GPT-2's layers with linear maps in the orientation of all others: (out, in)."""
     for module in list(block.modules()):
-        for name, child in list(module.named_children()):
+        children: list[tuple[str, Any]] = list(module.named_children())
+        for name, child in children:
             if type(child).__name__ == "Conv1D":
                 setattr(module, name, nn.Linear(child.nx, child.nf))

@@ -59,11 +59,12 @@ class ProblemSpec:
     images: tuple[str, ...] = ()
     """For ViTs: an image folder per expert, in the experts' order; needed for your own experts."""
     texts: tuple[str, ...] = ()
-    """For T5s: per expert a folder or file of jsonl, FORMAT:FOLDER, FORMAT:hf-hub, or a set that ships."""
+    """For T5s and language models: a folder or file of jsonl per expert, FORMAT:FOLDER, FORMAT:hf-hub, or a
+    set that ships."""
     metric: Literal["auto", "accuracy", "balanced"] = "auto"
-    """For T5s: auto balances the answers of a task where one of them is much more frequent."""
+    """For texts: auto balances the answers of a task where one of them is much more frequent."""
     normalise_length: bool = False
-    """For T5s: divide a choice's log-probability by its number of tokens; the paper takes the sum."""
+    """For texts: divide a choice's log-probability by its number of tokens; the paper takes the sum."""
     multi_task: str | None = None
     """Folder of a multi-task model to compare with; those that ship need no mention."""
     allow_pickle: bool = False
@@ -188,7 +189,7 @@ def problem_of(spec: ProblemSpec) -> Problem:
         )
     if images and texts:
         raise InputError(
-            "--texts: expected either --images (for ViTs) or --texts (for T5s), found both; one model "
+            "--texts: expected either --images (for ViTs) or --texts (for others), found both; one model "
             "cannot take both"
         )
     all_ship = all(ships)
@@ -196,7 +197,7 @@ def problem_of(spec: ProblemSpec) -> Problem:
     if not images and not texts and not all_ship:
         first = next(n for n, name in zip(names, ships, strict=True) if not name)
         raise InputError(
-            f"--images: expected a folder for each expert (ViTs), or --texts (T5s), found none for "
+            f"--images: expected a folder for each expert (ViTs), or --texts (others), found none for "
             f"{first!r}"
         )
     shipped_sets = [spelled(SETS[n]) if n else "" for n in ships]

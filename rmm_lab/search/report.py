@@ -15,6 +15,7 @@ from rmm_lab.search.config import SEARCHED, Config, searched
 from rmm_lab.search.problem import Problem
 from rmm_lab.search.run_folder import RunFolder
 from rmm_lab.search.uniform import EXPERT, OWN, Row
+from rmm_lab.tasks.metrics import PERPLEXITY
 
 if TYPE_CHECKING:
     from rmm_lab.search.pipeline import Result
@@ -29,9 +30,11 @@ def notes(tasks: Sequence[Any], splits: Sequence[str]) -> list[str]:
                 out.append(
                     f"texts {task.name}: {cut} of {len(task.split(name))} inputs of the {name} split are "
                     f"longer than the {task.format.max_length} tokens that the model takes, and lost "
-                    "their end"
+                    f"their {task.loses}"
                 )
-        if task.metric != "accuracy":
+        if task.metric == PERPLEXITY:
+            out.append(f"texts {task.name}: scored by {PERPLEXITY}, a token's probability")
+        elif task.metric != "accuracy":
             out.append(
                 f"texts {task.name}: scored by {task.metric} accuracy, the mean over its answers"
             )
@@ -77,7 +80,7 @@ def remarks(rows: Sequence[Row], tasks: Sequence[Any]) -> list[str]:
     names = [row.name.removeprefix(EXPERT) for row in rows if row.name.startswith(EXPERT)]
     for name, task, score in zip(names, tasks, own_scores(rows) or (), strict=False):
         chance = task.chance("test")
-        if score <= chance + LUCK * (1 - chance):
+        if score <= chance + LUCK * (1 - chance) and task.metric != PERPLEXITY:
             out.append(
                 f"expert {name} has {100 * score:.1f} % on its own task {task.name}, where chance is "
                 f"{100 * chance:.1f} %: there is hardly anything to merge"
@@ -104,8 +107,8 @@ def frame(rows: Sequence[Row], tasks: Sequence[Any]) -> Any:
     """
     import pandas as pd
 
-    skewed = [t.name for t in tasks if t.metric != "accuracy"]
-    names = [f"{t.name} ({t.metric})" if t.name in skewed else t.name for t in tasks]
+    skewed = [t.name for t in tasks if t.metric == "balanced"]
+    names = [t.name if t.metric == "accuracy" else f"{t.name} ({t.metric})" for t in tasks]
     lines = [
         {"method": row.name}
         | {name: 100 * s for name, s in zip(names, row.scores, strict=True)}

@@ -67,7 +67,7 @@ def row(problem: Problem, name: str, setting: str, found: Sequence[Tensor], **to
     for task, answer in zip(problem.tasks, found, strict=True):
         labels = task.split("test").labels
         scores.append(task.score(answer, labels))
-        if task.metric != "accuracy":
+        if task.metric == "balanced":
             plain[task.name] = float((answer == labels).double().mean())
     return Row(name, setting, tuple(scores), plain, **took)
 
@@ -258,7 +258,7 @@ def rows(problem: Problem, names: Collection[str] = tuple(GRIDS)) -> Iterator[Ro
     pool, tasks, family = problem.pool, problem.tasks, problem.pool.base.family
     for trivial in family.trivial_rows(tasks):
         accuracies = zip(tasks, trivial.accuracies, strict=True)
-        plain = {task.name: a for task, a in accuracies if task.metric != "accuracy"}
+        plain = {task.name: a for task, a in accuracies if task.metric == "balanced"}
         yield Row(trivial.name, trivial.setting, trivial.scores, plain, sees=trivial.sees)
     yield path_row(problem, "base", family.BASE_SETTING, uniform_path(problem, "base"))
     own: list[Tensor] = []

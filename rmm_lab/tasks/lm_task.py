@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,6 +24,7 @@ import torch
 from torch import Tensor
 
 from rmm_lab.errors import InputError
+from rmm_lab.tasks.metrics import PERPLEXITY
 from rmm_lab.tasks.text_task import TextTask, pad, read_tokenizer
 
 CHOOSE, WRITE, READ, NEXT = range(4)  # what is asked: see ``CausalLM.logits``
@@ -166,6 +168,11 @@ class LMTask(TextTask):
 
     kind = CHOOSE  # the sets that ship have choices
 
+    @property
+    def loses(self) -> str:  # type: ignore[override]
+        """What is cut of a row that is too long; the question is at the end of its prompt."""
+        return "end" if self.kind == READ else "beginning"
+
     def _check_rows(self) -> None:
         """Raise InputError unless all rows ask for the same; sets ``kind``."""
         kinds = {kind_of(row) for rows in self._rows.values() for row in rows}
@@ -182,7 +189,7 @@ class LMTask(TextTask):
     def _encoded(self, choices: Sequence[Sequence[str]], rows: Sequence[dict[str, Any]]) -> LMSplit:
         """choices: those of each row that are wanted."""
         pairs = [(r["input"], c) for r, own in zip(rows, choices, strict=True) for c in own]
-        flat, out, cut = iter(self.format.encode(pairs)), [], 0  # type: ignore[arg-type]
+        flat, out, cut = iter(self.format.encode(pairs)), [], 0
         for own in choices:
             whole = [next(flat) for _ in own]
             first = whole[0][0]
@@ -198,10 +205,15 @@ class LMTask(TextTask):
         return LMSplit(out, torch.tensor(wanted), cut)
 
     def _shortened(self, row: Answers, lost: int) -> Answers:
-        """A row without the first ``lost`` tokens of its prompt; what a text begins with stays."""
+        """A row that is ``lost`` tokens shorter: its prompt's first ones, or of a text that is read the last.
+
+        What texts begin with stays.
+        """
         if lost <= 0:
             return row
-        keep = len(self.format.begin)  # type: ignore[attr-defined]
+        if self.kind == READ:
+            return Answers(row.prompt, [(tokens[:-lost], n) for tokens, n in row.choices])
+        keep = len(self.format.begin)
         if keep + lost >= len(row.prompt):
             raise InputError(
                 f"texts {self.source!r}: expected answers that fit into the {self.format.max_length} tokens "
@@ -240,14 +252,40 @@ class LMTask(TextTask):
     def _pad(self, data: Any) -> Any:
         return make_batch(data.rows, self.kind, self.normalise_length or self.kind == READ)
 
+    @cached_property
+    def metric(self) -> str:
+        """As for T5s; the share written right (accuracy); or 1 / perplexity."""
+        if self.kind == CHOOSE:
+            return str(super().metric)
+        if self._asked_metric == "balanced":
+            raise InputError(
+                f"texts {self.source!r}: expected choices in every row, which the balanced metric needs, "
+                "found none; use --metric auto"
+            )
+        return PERPLEXITY if self.kind == READ else "accuracy"
+
+    def found(self, logits: Tensor) -> Tensor:
+        """The best choice's number; 1 for what is written right; of a text that is read 1 / perplexity."""
+        return logits[:, 1].double().exp() if self.kind == READ else logits.argmax(-1)
+
+    def score(self, found: Tensor, labels: Tensor) -> float:
+        """The metric of what was found: (n,), (n,) -> [0, 1]; over texts the geometric mean."""
+        if self.kind == READ:
+            return float(found.double().log().mean().exp())
+        return super().score(found, labels)
+
     def chance(self, name: str) -> float:
-        """Expected accuracy of guessing: the mean of 1 / number of choices; 0 for what is written."""
+        """Expected score of guessing; 0 for what is written, and 1 / number of tokens for what is read."""
+        if self.kind == READ:
+            return 1 / int(self.format.tokenizer.get_vocab_size())
         return super().chance(name) if self.kind == CHOOSE else 0.0
 
     def majority(self, name: str) -> tuple[float, float]:
         """Metric and accuracy of the reward split's most frequent answer, given always."""
         if self.kind == CHOOSE:
             return super().majority(name)
+        if self.kind == READ:
+            return (self.chance(name),) * 2
         (answer, _), *_ = Counter(r["choices"][0] for r in self.rows("reward")).most_common(1)
         rows = self.rows(name)
         share = sum(r["choices"][0] == answer for r in rows) / len(rows)
@@ -263,14 +301,14 @@ def kind_of(row: dict[str, Any]) -> int:
 
 def make_batch(rows: Sequence[Answers], kind: int, by_length: bool) -> LMBatch:
     """Rows padded to the longest. by_length: whether a choice's tokens count 1 / their number each."""
-    ids, positions, groups = [], [], []
+    read: tuple[list[list[int]], ...] = ([], [], [])  # tokens, positions, groups
     c = max(len(row.choices) for row in rows)
     targets: list[list[int]] = []  # of n C choices
     at: list[list[int]] = []
     counts: list[list[int]] = []
     for row in rows:
         n = len(row.prompt)
-        own = list(row.prompt), list(range(n)), [0] * n
+        own = (list(row.prompt), list(range(n)), [0] * n)
         for i, (tokens, skipped) in enumerate(row.choices, start=1):
             start, m = len(own[0]), len(tokens) - 1  # the last token is not read
             own[0].extend(tokens[:-1])
@@ -284,16 +322,16 @@ def make_batch(rows: Sequence[Answers], kind: int, by_length: bool) -> LMBatch:
             counts.append([1] * (len(tokens) - first))
         for part in (targets, at, counts):
             part.extend([[]] * (c - len(row.choices)))
-        for part, values in zip((ids, positions, groups), own, strict=True):
+        for part, values in zip(read, own, strict=True):
             part.append(values)
     shape = (len(rows), c, -1)
     shares = pad(counts, 0)[0].view(shape).double() * (kind != NEXT)
     if by_length:
         shares /= shares.sum(-1, keepdim=True).clamp(min=1)
     return LMBatch(
-        pad(ids, 0)[0],
-        pad(positions, 0)[0],
-        pad(groups, -1)[0],
+        pad(read[0], 0)[0],
+        pad(read[1], 0)[0],
+        pad(read[2], -1)[0],
         pad(targets, 0)[0].view(shape),
         pad(at, 0)[0].view(shape),
         shares.float(),

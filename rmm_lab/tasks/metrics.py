@@ -2,11 +2,23 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
+PERPLEXITY = "1/perplexity"  # of texts that a language model reads
 REWARDS = ("metric", "likelihood")  # what a subset's scores may be
 LOWEST = -6.0  # log-probability of the right answer, below which an answer is plainly wrong
+
+
+def answers(task: Any, logits: Tensor) -> Tensor:
+    """A model's answers by its scores: (n, answers) -> (n,), on the CPU: as a rule the best one's number.
+
+    A task may have a method ``found`` that says otherwise.
+    """
+    found = getattr(task, "found", None)
+    return (logits.argmax(-1) if found is None else found(logits)).cpu()
 
 
 def mean_of(metric: str, right: Tensor, labels: Tensor) -> float:
@@ -15,9 +27,9 @@ def mean_of(metric: str, right: Tensor, labels: Tensor) -> float:
     ``accuracy``: the mean. ``balanced``: the mean over the answers that occur in ``labels``, of which a small
     subset may lack one.
     """
-    if metric == "accuracy":
-        return float(right.mean())
-    return float(torch.stack([right[labels == k].mean() for k in labels.unique()]).mean())
+    if metric == "balanced":
+        return float(torch.stack([right[labels == k].mean() for k in labels.unique()]).mean())
+    return float(right.mean())
 
 
 def likelihood(logits: Tensor, labels: Tensor) -> Tensor:

@@ -177,7 +177,7 @@ class TextTask:
     Args:
         source: a name that ships (``grammar.TASKS``) or whatever ``formats.load`` reads: a folder or
             file of jsonl, ``FORMAT:FOLDER`` or ``FORMAT:hf-hub``.
-        text_format: what the models take.
+        text_format: what the models take, a ``TextFormat``; for language models an ``LMFormat``.
         metric: ``accuracy``; ``balanced``, the mean over answers of the share predicted right, for tasks
             whose rows share their choices; or ``auto``: balanced where one answer is right in 60 % or more
             of the reward split, else accuracy.
@@ -185,10 +185,12 @@ class TextTask:
             counts); the paper takes the sum.
     """
 
+    loses = "end"  # what is cut of an input that is too long
+
     def __init__(
         self,
         source: str,
-        text_format: TextFormat,
+        text_format: Any,
         *,
         metric: str = "auto",
         normalise_length: bool = False,

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from rmm_lab.errors import InputError, Range, check_values
-from rmm_lab.families.checkpoint import Checkpoint, read_checkpoint, write_checkpoint
+from rmm_lab.families.checkpoint import read_checkpoint, write_checkpoint
 from rmm_lab.families.shipped import locate
 from rmm_lab.reward import predict
 from rmm_lab.zoo.training import fine_tune
@@ -22,7 +22,7 @@ class Finetune:
     """Fine-tune a base on image folders or texts: one makes an expert, several a multi-task model."""
 
     base: str = ""
-    """Base model: a timm or T5 folder, hf-hub:OWNER/NAME, or base or text-base for those that ship."""
+    """Base model: a folder of timm or transformers, hf-hub:OWNER/NAME, or base or text-base, which ship."""
     out: Path | None = None
     """New or empty folder to write the fine-tuned model to."""
     images: tuple[str, ...] = ()
@@ -30,7 +30,8 @@ class Finetune:
     cifar100, cub200, dogs), or sets that ship; with :first or :second behind, half of its classes. The
     split train is used."""
     texts: tuple[str, ...] = ()
-    """For a T5: folders or files of jsonl, FORMAT:FOLDER, FORMAT:hf-hub, or sets that ship; train is used."""
+    """For a T5 or a language model: folders or files of jsonl, FORMAT:FOLDER, FORMAT:hf-hub, or sets that
+    ship; train is used."""
     steps: int = 1000
     """Optimiser steps."""
     learning_rate: float = 1e-3
@@ -78,8 +79,8 @@ class Finetune:
             batch_size=self.batch_size,
         )
         write_checkpoint(self.out, config, weights, beside=base.folder)
-        model = Checkpoint(str(self.out), self.out, config, weights, "")
-        architecture, parts = family.architecture(config), family.split(weights)
+        model = read_checkpoint(self.out)  # as it is written
+        architecture, parts = family.architecture(config), family.split(model.weights)
         stem = architecture.stem(parts.stem)
         layers = [architecture.layer(k, w) for k, w in enumerate(parts.layers)]
         for task in tasks:
@@ -99,7 +100,7 @@ class Finetune:
         check_values(self, ranges)
         if not sources or (self.images and self.texts):
             raise InputError(
-                f"--images: expected at least one folder, or --texts for a T5, found "
+                f"--images: expected at least one folder, or --texts for a T5 or language model, found "
                 f"{'both' if sources else 'none'}; name one"
             )
         if self.batch_size < len(sources):
