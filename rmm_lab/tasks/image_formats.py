@@ -215,6 +215,7 @@ def _track(picture: Path) -> str:
 
 # ---------------------------------------------------------------------------------- what is common
 
+# Those of the paper.
 FORMATS: dict[str, ImageFormat] = {
     "cifar10": ImageFormat(
         read=_read_cifar,
@@ -233,16 +234,19 @@ FORMATS: dict[str, ImageFormat] = {
         read=_read_cub,
         fetch="unpack CUB_200_2011.tgz from www.vision.caltech.edu/datasets/cub_200_2011 there",
     ),
+    "dogs": ImageFormat(
+        read=_read_dogs,
+        fetch="unpack images.tar there and lists.tar in its folder lists, both from "
+        "vision.stanford.edu/aditya86/ImageNetDogs",
+    ),
+}
+# All that are read: the paper's, and what others ask for.
+ALL = FORMATS | {
     "gtsrb": ImageFormat(
         read=_read_gtsrb,
         fetch="unpack GTSRB_Final_Training_Images.zip of benchmark.ini.rub.de there, and for its test split "
         "GTSRB_Final_Test_Images.zip and GT-final_test.csv",
         group=_track,
-    ),
-    "dogs": ImageFormat(
-        read=_read_dogs,
-        fetch="unpack images.tar there and lists.tar in its folder lists, both from "
-        "vision.stanford.edu/aditya86/ImageNetDogs",
     ),
 }
 
@@ -268,7 +272,7 @@ def load(source: str) -> tuple[str, list[str], Listing]:
     """
     thing = f"images {source!r}"
     name, _, rest = source.partition(":")
-    form = FORMATS[name]
+    form = ALL[name]
     if not rest:
         raise InputError(
             f"{thing}: expected a folder or hf-hub after the colon, found nothing; name one"

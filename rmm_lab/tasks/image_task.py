@@ -61,7 +61,7 @@ class Task:
               folder has the same name;
             * a folder of images: ``SPLIT/CLASS/image`` with splits train, reward (or val) and test, or
               ``CLASS/image``;
-            * ``FORMAT:FOLDER`` or ``FORMAT:hf-hub``: cifar10, cifar100, cub200 or dogs as downloaded, see
+            * ``FORMAT:FOLDER`` or ``FORMAT:hf-hub``: cifar10, cifar100, cub200, dogs, gtsrb as downloaded, see
               ``image_formats``;
             * any of these followed by ``:first`` or ``:second``: that half of its classes in the set's
               order (Han et al. 2025, Sec. III-A1), numbered from 0. Of an odd number of classes the first
@@ -87,13 +87,13 @@ class Task:
         self._ships = bool(ships)
         if ships:
             self.name, classes = self._place, SMALL[self._place][0]
-        elif format_of(self._place, image_formats.FORMATS, f"images {source!r}"):
+        elif format_of(self._place, image_formats.ALL, f"images {source!r}"):
             self.name, classes, self._files = image_formats.load(self._place)
         else:
             root = Path(self._place).expanduser()
             expected = (
                 f"a folder SPLIT/CLASS/image, a name that ships ({', '.join(SMALL)}), or FORMAT:FOLDER "
-                f"({', '.join(image_formats.FORMATS)})"
+                f"({', '.join(image_formats.ALL)})"
             )
             self.name = root.resolve().name
             with or_shipped(source, NAMES):
