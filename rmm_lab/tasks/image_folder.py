@@ -414,6 +414,8 @@ def _walk(folder: Path) -> Iterable[Path]:
         folders[:] = [] if real in seen else sorted(folders)
         if real not in seen:
             yield from (Path(place, f) for f in files)
+            if not files and not folders and Path(place).suffix.lower() in suffixes():
+                yield Path(place)  # an empty folder in a picture's place: it cannot be read
         seen.add(real)
 
 

@@ -61,8 +61,8 @@ class Task:
               folder has the same name;
             * a folder of images: ``SPLIT/CLASS/image`` with splits train, reward (or val) and test, or
               ``CLASS/image``;
-            * ``FORMAT:FOLDER`` or ``FORMAT:hf-hub``: cifar10, cifar100, cub200, dogs, gtsrb as downloaded, see
-              ``image_formats``;
+            * ``FORMAT:FOLDER`` or ``FORMAT:hf-hub``: cifar10, cifar100, cub200, dogs, gtsrb as
+              downloaded, see ``image_formats``;
             * any of these followed by ``:first`` or ``:second``: that half of its classes in the set's
               order (Han et al. 2025, Sec. III-A1), numbered from 0. Of an odd number of classes the first
               half has one more. The splits are those of the whole set.
