@@ -278,8 +278,8 @@ MODELS = {
         lambda o: o.config(label_names=["class0", "cat", "class2"]),
         *("expert1", "'class1'", "'cat'"),
     ),
-    "reordered": (
-        lambda o: o.config(label_names=["class0", "class2", "class1"]),
+    "twice": (
+        lambda o: o.config(label_names=["class0", "class2", "class2"]),
         *("expert1", "class 1", "'class2'"),
     ),
     "fewer": (lambda o: o.config(label_names=["class0"]), "expert1", "label_names"),

@@ -542,8 +542,8 @@ def test_majority_and_chance_by_hand():
         (row() | {"choices": ["a", " "]}, ["no empty choice", "found ['a', ' ']"]),
         (row() | {"choices": ["a", "b", " b"]}, ["different choices", "found 'b' twice"]),
         (row() | {"choices": "x" * 100}, ["found '" + "x" * 56 + "...;"]),
-        (row() | {"label": True}, ["'label' to be a whole number", "found True"]),
-        (row() | {"label": "0"}, ["'label' to be a whole number", "found '0'"]),
+        (row() | {"label": "maybe"}, ["'label' to be one of the choices", "found 'maybe'"]),
+        (row() | {"label": "2"}, ["'label' to be one of the choices", "found '2'"]),
         (row() | {"label": 1.0}, ["'label' to be a whole number", "found 1.0"]),
         (row() | {"label": 2}, ["'label' from 0 to 1", "found 2"]),
         (row() | {"label": -1}, ["'label' from 0 to 1", "found -1"]),
@@ -624,7 +624,9 @@ PAWS_HEAD = "id\tsentence1\tsentence2\tlabel\n"
             f'{PAWS_HEAD}1\t"A .\tB .\t0\n' + "1\tA .\tB .\t0\n" * 20000,  # the quote never ends
             ["a table", "broken columns"],
         ),
-        ("rows.parquet", "x", ["expected .jsonl,", "found '.parquet'"]),
+        ("rows.parquet", "x", ["a parquet file that can be read"]),
+        ("rows.jsonl.gz", "x", ["a whole .gz file"]),
+        ("rows.xlsx", "x", ["expected .jsonl,", "found '.xlsx'"]),
         ("rows", "x", ["expected .jsonl,", "found ''"]),
     ],
 )

@@ -559,7 +559,9 @@ def test_a_head_must_have_the_tasks_classes(tmp_path):
         task.check_head("model", 4, None)
     message = re.escape("class 1 to be 'class1'") + ".*'class2'"
     with pytest.raises(InputError, match=message):
-        task.check_head("model", 3, ["class0", "class2", "class1"])
+        task.check_head("model", 3, ["class0", "class2", "class2"])
+    # Another order: which row of the head is which class.
+    assert task.check_head("model", 3, ["class2", "class0", "class1"]) == [1, 2, 0]
 
 
 @pytest.mark.parametrize("names", [["class0"], ["class0", "class1", "class2", "class3"]])

@@ -12,6 +12,7 @@ from torch import Tensor
 from rmm_lab.errors import InputError
 from rmm_lab.families.shipped import SETS
 from rmm_lab.tasks.files import absolute
+from rmm_lab.tasks.groups import at_rest
 
 BATCH = 32  # examples that go through a layer at a time
 
@@ -21,6 +22,7 @@ class _Named(NamedTuple):
 
     name: str
     source: str
+    groups: str = ""
 
 
 class Inputs:
@@ -72,7 +74,7 @@ class Inputs:
     def __getstate__(self) -> dict[str, Any]:
         """With its inputs in place of the tasks, since another process may not have this split."""
         batches = {(i, j): self._batch(i, j) for i in range(len(self.rows)) for j in self._parts(i)}
-        tasks = [_Named(task.name, task.source) for task in self.tasks]
+        tasks = [_Named(task.name, task.source, getattr(task, "groups", "")) for task in self.tasks]
         return vars(self) | {"tasks": tasks, "_batches": batches}
 
     def record(self) -> dict[str, Any]:
@@ -84,6 +86,7 @@ class Inputs:
                 "rows": rows.tolist(),
                 "sha256": self._sha256(i),
             }
+            | ({"groups": at_rest(groups)} if (groups := getattr(task, "groups", "")) else {})
             for i, (task, rows) in enumerate(zip(self.tasks, self.rows, strict=True))
         ]
         return {"split": self.split, "seed": self.seed, "tasks": tasks}

@@ -182,10 +182,16 @@ class Family(Protocol):
         metric: str = "auto",
         normalise_length: bool = False,
     ) -> list[Any]:
-        """One task for each source, in the input format of the base. metric, normalise_length: of texts."""
+        """One task for each source, in the input format of the base. metric, normalise_length: of texts.
 
-    def check_task(self, expert: Model, task: Any) -> None:
-        """Raise InputError unless the expert's head answers this task."""
+        A family of images takes ``groups`` too, see ``vit.make_tasks``.
+        """
+
+    def check_task(self, expert: Model, task: Any) -> Model | None:
+        """Raise InputError unless the expert's head answers this task.
+
+        An expert whose head has the task's classes in another order: with its rows in the task's; else None.
+        """
 
     def check_inputs(self, base: Model, expert: Model) -> None:
         """Raise InputError unless the expert takes its inputs as the base does."""

@@ -12,6 +12,7 @@ What has no docstring here does what ``Family`` says of it.
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -117,15 +118,30 @@ def architecture(config: Config, unit: str = "block") -> ViT:
 
 
 def make_tasks(
-    base: Model, sources: Sequence[str], *, metric: str = "auto", normalise_length: bool = False
+    base: Model,
+    sources: Sequence[str],
+    *,
+    metric: str = "auto",
+    normalise_length: bool = False,
+    groups: Sequence[str] = (),
 ) -> list[Task]:
-    """One ``Task`` for each source, its images as the base takes them; the metric is accuracy."""
+    """One ``Task`` for each source, its images as the base takes them; the metric is accuracy.
+
+    groups: what keeps pictures together, one for all sources or one for each, see ``tasks.groups.reader``.
+    """
     input_format = InputFormat.of(base.config)
-    return [Task(source, input_format) for source in sources]
+    each = groups if len(groups) == len(sources) else [*groups, ""][:1] * len(sources)
+    return [Task(s, input_format, g) for s, g in zip(sources, each, strict=True)]
 
 
-def check_task(expert: Model, task: Task) -> None:
-    task.check_head(expert.source, expert.num_classes, expert.label_names)
+def check_task(expert: Model, task: Task) -> Model | None:
+    order = task.check_head(expert.source, expert.num_classes, expert.label_names)
+    if order is None:
+        return None
+    rows = {name: head[order] for name, head in split(expert.weights).head.items()}
+    weights = expert.weights | {f"head.{name}": value for name, value in rows.items()}
+    config = expert.config | {"label_names": list(task.classes)}
+    return dataclasses.replace(expert, config=config, weights=weights)
 
 
 def check_inputs(base: Model, expert: Model) -> None:
@@ -147,7 +163,11 @@ def task_head(joint: Model, task: Task) -> Weights:
             f"slice of {len(task.classes)} classes for {task.name!r}, found {heads or 'none'}; "
             "make it with rmm-lab finetune and all image folders"
         )
-    return {key: value[start:stop] for key, value in split(joint.weights).head.items()}
+    names = joint.label_names or []
+    own = [str(name).removeprefix(f"{task.name}/") for name in names[start:stop]]
+    order = task.check_head(joint.source, stop - start, own or None)
+    head = {key: value[start:stop] for key, value in split(joint.weights).head.items()}
+    return head if order is None else {key: value[order] for key, value in head.items()}
 
 
 def trivial_rows(tasks: Sequence[Any]) -> list[TrivialRow]:

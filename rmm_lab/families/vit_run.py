@@ -14,6 +14,7 @@ from rmm_lab.errors import InputError
 from rmm_lab.families.class_token import class_attention, class_token, pools_token
 from rmm_lab.families.parts import Place, Shapes, Weights, begins, fill, gather, join, shapes_of
 from rmm_lab.families.protocol import Config
+from rmm_lab.tasks.image_folder import preprocessing
 
 # The modules of a pre-norm block's sublayers: norm, function, scale.
 SUBLAYERS = (("norm1", "attn", "ls1"), ("norm2", "mlp", "ls2"))
@@ -212,7 +213,7 @@ def model_config(config: Config, *, depth: int | None, num_classes: int) -> dict
     out = {k: copy.deepcopy(v) for k, v in config.items() if k not in ("label_names", "rmm_lab")}
     out["num_classes"] = num_classes
     out["model_args"] = dict(config.get("model_args") or {}) | {"num_classes": num_classes}
-    out.setdefault("pretrained_cfg", {})["num_classes"] = num_classes
+    out["pretrained_cfg"] = preprocessing(out) | {"num_classes": num_classes}
     if depth is not None:
         out["model_args"]["depth"] = depth
     return out

@@ -26,6 +26,7 @@ from rmm_lab.operators import MATCHED, parse_operator
 from rmm_lab.path import LayerPath
 from rmm_lab.reward import PathScorer
 from rmm_lab.search.numbers import ScalesEnv
+from rmm_lab.tasks import groups as picture_groups
 from rmm_lab.tasks.files import (
     SHIPPED,
     absolute,
@@ -59,8 +60,11 @@ class ProblemSpec:
     images: tuple[str, ...] = ()
     """For ViTs: an image folder per expert, in the experts' order; needed for your own experts."""
     texts: tuple[str, ...] = ()
-    """For T5s and language models: a folder or file of jsonl per expert, FORMAT:FOLDER, FORMAT:hf-hub, or a
+    """For T5s and language models: a folder or file of rows per expert, FORMAT:FOLDER, FORMAT:hf-hub, or a
     set that ships."""
+    groups: tuple[str, ...] = ()
+    """For ViTs: pictures that stay in one split: a CSV of file and group, or a regular expression whose
+    bracket is the group; one for all image folders, or one each ("" for none)."""
     metric: Literal["auto", "accuracy", "balanced"] = "auto"
     """For texts: auto balances the answers of a task where one of them is much more frequent."""
     normalise_length: bool = False
@@ -227,10 +231,16 @@ def problem_of(spec: ProblemSpec) -> Problem:
             f"{option}; give the data by --{family.DATA}"
         )
     tasks = family.make_tasks(
-        origin, sets, metric=spec.metric, normalise_length=spec.normalise_length
+        origin,
+        sets,
+        metric=spec.metric,
+        normalise_length=spec.normalise_length,
+        **of_groups(spec.groups, sets, family.DATA),
     )
-    for checkpoint, task in zip(checkpoints, tasks, strict=True):
-        family.check_task(checkpoint, task)
+    checkpoints = [
+        family.check_task(checkpoint, task) or checkpoint
+        for checkpoint, task in zip(checkpoints, tasks, strict=True)
+    ]
     for task, name in zip(tasks, _distinct([t.name for t in tasks]), strict=True):
         task.name = name
     short = _distinct([_short(n) for n in names])
@@ -257,6 +267,18 @@ def problem_of(spec: ProblemSpec) -> Problem:
     return Problem(pool, tasks, spec, joint)
 
 
+def of_groups(groups: Sequence[str], sources: Sequence[str], data: str) -> dict[str, Any]:
+    """``groups`` as an option of ``make_tasks``, which only images have; InputError for a wrong number."""
+    if not any(groups):
+        return {}
+    if data != "images" or len(groups) not in (1, len(sources)):
+        raise InputError(
+            f"--groups: expected one for all image folders, or one for each of {len(sources)}, found "
+            f"{len(groups)} for {data}; texts keep equal inputs together by themselves"
+        )
+    return {"groups": tuple(groups)}
+
+
 def pool_of(path: LayerPath) -> LayerPool:
     """The pool that a path was made from, also where its layers were fitted to calibration inputs.
 
@@ -269,7 +291,10 @@ def pool_of(path: LayerPath) -> LayerPool:
             sources = [
                 recalled(str(task["source"]), SETS.values()) for task in path.calibration["tasks"]
             ]
-            tasks = pool.base.family.make_tasks(pool.base, sources)
+            groups = [str(task.get("groups", "")) for task in path.calibration["tasks"]]
+            family = pool.base.family
+            more = of_groups(groups, sources, family.DATA)
+            tasks = family.make_tasks(pool.base, sources, **more)
             pool.calibration = Calibration.of_record(tasks, path.calibration)
         except (KeyError, TypeError, ValueError) as error:
             raise InputError(
@@ -296,9 +321,10 @@ def check_places(spec: ProblemSpec) -> None:
         if not source or shipped_name(source, known) or "hf-hub" in source:
             continue
         if not place_in(source):
+            place = Path.cwd() / source
             raise InputError(
-                f"--resume: expected {source!r} as when the run started, found no such folder or file from "
-                f"{Path.cwd()}; resume from the folder where the run was started, or put it back"
+                f"--resume: expected {place.name!r} in {place.parent} as when the run started, found no such "
+                "folder or file; resume from the folder where the run was started, or put it back"
             )
 
 
@@ -311,6 +337,7 @@ def _renamed(spec: ProblemSpec, change: Callable[[str, Collection[str]], str]) -
         images=tuple(change(str(s), sets) for s in spec.images),
         texts=tuple(change(str(s), sets) for s in spec.texts),
         multi_task=spec.multi_task and change(str(spec.multi_task), ()),
+        groups=tuple(map(picture_groups.at_rest, spec.groups)),
     )
 
 

@@ -25,6 +25,7 @@ def notes(tasks: Sequence[Any], splits: Sequence[str]) -> list[str]:
     """What a reader of the scores must know about the data: inputs that were cut, skewed tasks."""
     out = []
     for task in tasks:
+        out += getattr(task, "notes", ())
         for name in splits:
             if cut := getattr(task.split(name), "cut", 0):
                 out.append(
@@ -61,6 +62,10 @@ def evaluate_on_test(result: Result, problem: Problem, config: Config) -> list[R
     return [*rows, uniform.path_row(problem, name, setting, path, sees="labels", **took)]
 
 
+# What makes a good ViT guess, besides training.
+CAUSES = (
+    "experts or of their images, classes in another order, or another normalisation of the images"
+)
 NEAR = 2.0  # points: a search's result is hardly another than an unmerged expert's
 LUCK = 0.05  # share of the way from chance to 1 that an expert has to be beyond, on its own task
 
@@ -83,7 +88,8 @@ def remarks(rows: Sequence[Row], tasks: Sequence[Any]) -> list[str]:
         if score <= chance + LUCK * (1 - chance) and task.metric != PERPLEXITY:
             out.append(
                 f"expert {name} has {100 * score:.1f} % on its own task {task.name}, where chance is "
-                f"{100 * chance:.1f} %: there is hardly anything to merge"
+                f"{100 * chance:.1f} %: there is hardly anything to merge; likely causes: the order of the "
+                + ("experts or of their data" if hasattr(task, "rows") else CAUSES)
             )
     return out
 

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import functools
 import io
-from collections.abc import Iterator, Mapping, Sequence
+import os
+import re
+import unicodedata
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,12 +21,28 @@ from torch import Tensor
 
 from rmm_lab.errors import InputError
 from rmm_lab.tasks.files import SPLIT_SEED, SPLITS, draw
+from rmm_lab.tasks.groups import GroupOf, deal
 
 KEPT_MB = 1024  # a split that is larger when decoded is decoded batch by batch instead
 Picture = Path | bytes  # a picture's file, or the file's content
 Listing = dict[str, list[tuple[Picture, int]]]  # split -> its pictures with their class numbers
 _REWARD = ("reward", "val", "valid", "validation")  # names of the reward split's folder
-_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".ppm", ".tif", ".tiff"}
+# What a folder has of the splits -> the shares of what is drawn from it.
+_DRAWN = {
+    "all": {"train": 3, "reward": 1, "test": 1},
+    "train": {"train": 4, "reward": 1},
+}
+_NO_PICTURES = {
+    "BUFR",
+    "GRIB",
+    "HDF5",
+    "MPEG",
+    "EPS",
+    "WMF",
+    "IPTC",
+}  # named, but not decoded by Pillow alone
+_MODES = {1: "L", 3: "RGB", 4: "RGBA"}  # channels of a model -> Pillow's name
+_HOW = ("input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode")  # in a config
 
 
 @dataclass(frozen=True)
@@ -38,15 +58,21 @@ class InputFormat:
 
     @classmethod
     def of(cls, config: Mapping[str, Any]) -> InputFormat:
-        """From a timm config.json; ``model_args`` win over ``pretrained_cfg`` where both speak."""
-        cfg, args = dict(config.get("pretrained_cfg") or {}), config.get("model_args") or {}
+        """From a timm config.json; ``model_args`` win over ``pretrained_cfg`` where both speak.
+
+        Without mean and std, all that is missing is timm's own for the architecture.
+        Raises InputError for other channels than 1 (grey), 3 (RGB) and 4 (RGBA).
+        """
+        cfg, args = preprocessing(config), config.get("model_args") or {}
         c, h, w = cfg.get("input_size") or (3, 224, 224)
         size = args.get("img_size", (h, w))
         h, w = (size, size) if isinstance(size, int) else size
         c = args.get("in_chans", c)
-        mean, std = (tuple(cfg.get(key) or (0.5,) * c) for key in ("mean", "std"))
-        # One mean for a grey model made from a colour one, as timm does.
-        mean, std = (v if len(v) == c else (sum(v) / len(v),) * c for v in (mean, std))
+        if c not in _MODES:
+            raise InputError(
+                f"model: expected 1 channel (grey), 3 (RGB) or 4 (RGBA), found {c}; pictures have no others"
+            )
+        mean, std = (_channels(cfg.get(key) or (0.5,), c) for key in ("mean", "std"))
         return cls(
             (c, h, w),
             mean,
@@ -61,6 +87,32 @@ class InputFormat:
         mean = torch.tensor(self.mean).view(-1, 1, 1)  # (C, 1, 1)
         std = torch.tensor(self.std).view(-1, 1, 1)  # (C, 1, 1)
         return (images.float() / 255 - mean) / std
+
+
+def preprocessing(config: Mapping[str, Any]) -> dict[str, Any]:
+    """``pretrained_cfg`` of a timm config.json, completed by timm's for the architecture if it has no mean.
+
+    Old config.json files have its keys at their top.
+    """
+    cfg = {k: config[k] for k in _HOW if k in config} | dict(config.get("pretrained_cfg") or {})
+    if cfg.get("mean") or cfg.get("std") or "architecture" not in config:
+        return cfg
+    from timm.models import get_pretrained_cfg
+
+    try:
+        own = get_pretrained_cfg(config["architecture"])
+    except RuntimeError:  # the model cannot be built either, and ``create`` says so
+        own = None
+    known = own.to_dict() if own else {}
+    return {k: known[k] for k in (*_HOW, "fixed_input_size") if k in known} | cfg
+
+
+def _channels(values: Sequence[float], c: int) -> tuple[float, ...]:
+    """A mean or deviation for c channels: of RGB for a grey model, the mean of the three, as timm does."""
+    usual = sum(values) / len(values)
+    if c == 4 and len(values) == 3:
+        return (*values, usual)
+    return tuple(values) if len(values) == c else (usual,) * c
 
 
 # ---------------------------------------------------------------------------------------- decoding
@@ -82,9 +134,10 @@ class Pictures:
 
     def __init__(self, pictures: Sequence[Picture], input_format: InputFormat) -> None:
         self._pictures, self._format = list(pictures), input_format
+        self.seen: Counter[str] = Counter()  # how many were changed in which way: see ``_ways``
         for picture in self._pictures:
-            with _opened(picture):  # reads the size and mode alone
-                pass
+            with _opened(picture) as opened:  # reads the size and mode alone
+                self.seen.update(_ways(opened, input_format.shape[0]))
 
     def __len__(self) -> int:
         return len(self._pictures)
@@ -104,20 +157,53 @@ class Pictures:
 
     def __getstate__(self) -> dict[str, Any]:
         pictures = [p.read_bytes() if isinstance(p, Path) else p for p in self._pictures]
-        return {"_pictures": pictures, "_format": self._format}
+        return {"_pictures": pictures, "_format": self._format, "seen": self.seen}
 
-
-def read(pictures: Sequence[Picture], input_format: InputFormat) -> Tensor | Pictures:
-    """n pictures as uint8 (n, C, H, W): decoded now up to ``KEPT_MB``, else whenever asked for."""
-    found = Pictures(pictures, input_format)
-    size = len(pictures) * int(np.prod(input_format.shape))  # bytes
-    return found if size > KEPT_MB * 2**20 else found[:]
+    def decoded(self) -> Tensor | Pictures:
+        """All as uint8 (n, C, H, W) if that takes at most ``KEPT_MB``, else themselves."""
+        size = len(self) * int(np.prod(self._format.shape))  # bytes
+        return self if size > KEPT_MB * 2**20 else self[:]
 
 
 def _decode(picture: Picture, fmt: InputFormat) -> Tensor:
     """One picture resized and cropped as timm does at evaluation, without normalising: (C, H, W)."""
     with _opened(picture) as opened:
-        return _transform(fmt)(opened.convert("L" if fmt.shape[0] == 1 else "RGB"))
+        return _transform(fmt)(_upright(opened).convert(_MODES[fmt.shape[0]]))
+
+
+def _ways(opened: Any, channels: int) -> Iterator[str]:
+    """What is done to a picture besides resizing, for notes."""
+    if _turned(opened):
+        yield "turned upright as their EXIF orientation says"
+    if opened.mode.startswith("I"):
+        yield "of 16 bits of grey, scaled to 8 bits"
+    if channels != 4 and (opened.mode in ("LA", "PA", "RGBA") or "transparency" in opened.info):
+        yield "with an alpha channel, which is dropped as timm does"
+
+
+def _turned(opened: Any) -> bool:
+    """Whether a camera says that the picture lies on its side; Pillow turns TIFF files by itself."""
+    if "exif" not in opened.info or opened.format == "TIFF":
+        return False
+    try:
+        return opened.getexif().get(0x0112, 1) in range(2, 9)
+    except Exception:  # broken EXIF data: the pixels may be whole, and timm reads them
+        return False
+
+
+def _upright(opened: Any) -> Any:
+    """A picture as it is meant to be seen, with 8 bits a channel."""
+    from PIL import Image, ImageOps
+
+    if opened.mode == "F":
+        raise ValueError("32-bit numbers without a range")
+    turned = _turned(opened)
+    if opened.mode.startswith("I"):  # convert would clip all that is above 255
+        deep = np.asarray(opened).astype(np.int64).clip(0, 65_535)  # (H, W)
+        flat = Image.fromarray(((deep + 128) // 257).astype(np.uint8))
+        flat.info = opened.info
+        opened = flat
+    return ImageOps.exif_transpose(opened) if turned else opened
 
 
 @contextmanager
@@ -151,10 +237,24 @@ def _transform(fmt: InputFormat) -> Any:
 # ----------------------------------------------------------------------------------------- listing
 
 
+def natural(name: str) -> tuple[list[str | int], str]:
+    """A key that sorts classes as timm's reader does: numbers by value, letters without their case."""
+    parts = re.split("([0-9]+)", name.lower())  # texts and numbers in turn
+    return [int(p) if i % 2 else p for i, p in enumerate(parts)], name
+
+
+def composed(name: str) -> str:
+    """A name with accents in one character, whichever way a file system wrote it (NFC)."""
+    return unicodedata.normalize("NFC", name)
+
+
 def list_folder(
-    root: Path, expected: str = "a folder SPLIT/CLASS/image"
+    root: Path, expected: str = "a folder SPLIT/CLASS/image", group_of: GroupOf | None = None
 ) -> tuple[list[str], Listing]:
     """Class names and, for each split, its files with their class numbers; no picture is opened.
+
+    Classes are in the order of timm's reader, see ``natural``. Pictures may lie in folders of a class's
+    folder. Hidden files and ``__MACOSX`` are no pictures.
 
     Missing splits are drawn within each class with a fixed seed: of train and test alone, a fifth of train
     becomes reward; classes alone are split 60 : 20 : 20.
@@ -162,6 +262,7 @@ def list_folder(
     Args:
         root: ``SPLIT/CLASS/picture`` with splits train, reward (or val) and test, or ``CLASS/picture``.
         expected: what an error says of a folder that is not there.
+        group_of: pictures of a group stay in one of the splits that are drawn.
     """
     if not root.is_dir():
         raise InputError(
@@ -185,7 +286,7 @@ def list_folder(
             "(a class must not be called like a split)"
         )
     tree = {name: _list_classes(p) for name, p in (parts or {"all": root}).items()}
-    classes = sorted(next(iter(tree.values())))
+    classes = sorted(next(iter(tree.values())))  # splits are drawn in this order
     for name, listing in tree.items():
         if sorted(listing) != classes:
             odd = sorted(set(listing) ^ set(classes))
@@ -194,11 +295,32 @@ def list_folder(
                 f"in one of {', '.join(tree)} only (see {name}); add or remove that folder"
             )
     piles = [{name: tree[name][c] for name in tree} for c in classes]
-    return classes, split(piles, classes, f"images {str(root)!r}")
+    drawn = split(piles, classes, f"images {str(root)!r}", group_of)
+    order = sorted(classes, key=natural)
+    number = [order.index(c) for c in classes]
+    listing = {
+        s: sorted(((p, number[c]) for p, c in rows), key=lambda row: row[1])
+        for s, rows in drawn.items()
+    }
+    return order, listing
+
+
+def left_out(root: Path, listing: Listing) -> str:
+    """What a folder holds besides the pictures in use: how many files of which kind, or ""."""
+    used = {picture for rows in listing.values() for picture, _ in rows}
+    kinds = Counter(
+        f"hidden {p.suffix}" if _hidden(p.relative_to(root)) else p.suffix.lower() or "no suffix"
+        for p in _walk(root)
+        if p not in used and (not _hidden(p.relative_to(root)) or p.suffix.lower() in suffixes())
+    )
+    return ", ".join(f"{n} {kind}" for kind, n in sorted(kinds.items()))
 
 
 def split(
-    piles: Sequence[Mapping[str, Sequence[Picture]]], names: Sequence[str], thing: str
+    piles: Sequence[Mapping[str, Sequence[Picture]]],
+    names: Sequence[str],
+    thing: str,
+    group_of: GroupOf | None = None,
 ) -> Listing:
     """Three splits of the pictures of each class, class by class.
 
@@ -206,15 +328,15 @@ def split(
         piles: for each class its pictures, of train, reward and test; of train and test, and a fifth of
             train is drawn for reward; or of ``all``, which is split 60 : 20 : 20.
         names: the classes' names; thing: what an error speaks of.
+        group_of: what a picture belongs to; what is drawn keeps groups together, over all classes.
     """
     rng = np.random.default_rng(SPLIT_SEED)
     listing: Listing = {name: [] for name in SPLITS}
+    if group_of is not None:
+        piles = _dealt(piles, names, thing, group_of, rng)
     for label, (pile, name) in enumerate(zip(piles, names, strict=True)):
         parts = dict(pile)
-        for key, shares in (
-            ("all", {"train": 3, "reward": 1, "test": 1}),
-            ("train", {"train": 4, "reward": 1}),
-        ):
+        for key, shares in _DRAWN.items():
             if key not in parts or "reward" in parts:
                 continue
             pictures = parts.pop(key)
@@ -233,19 +355,78 @@ def split(
     return listing
 
 
+def _dealt(
+    piles: Sequence[Mapping[str, Sequence[Picture]]],
+    names: Sequence[str],
+    thing: str,
+    group_of: GroupOf,
+    rng: np.random.Generator,
+) -> list[dict[str, Sequence[Picture]]]:
+    """``piles`` with the splits that they lack, drawn by groups."""
+    out: list[dict[str, Sequence[Picture]]] = [dict(pile) for pile in piles]
+    for key, shares in _DRAWN.items():
+        if key not in piles[0] or "reward" in piles[0]:
+            continue
+        drawn = deal([pile[key] for pile in piles], shares, group_of, rng)
+        for pile, parts, name in zip(out, drawn, names, strict=True):
+            del pile[key]
+            pile |= parts
+            if empty := [s for s in shares if not parts[s]]:
+                raise InputError(
+                    f"{thing}, class {name!r}: expected at least {len(shares)} groups of pictures to make "
+                    f"the splits {', '.join(shares)}, found none for {empty[0]}; add pictures or provide "
+                    "the splits"
+                )
+    return out
+
+
 def _subfolders(folder: Path) -> dict[str, Path]:
-    return {
-        p.name: p for p in sorted(folder.iterdir()) if p.is_dir() and not p.name.startswith(".")
-    }
+    """Folders by their composed names, without hidden ones and what macOS leaves in archives."""
+    found: dict[str, Path] = {}
+    for path in sorted(p for p in folder.iterdir() if p.is_dir() and not _hidden(Path(p.name))):
+        if (name := composed(path.name)) in found:
+            raise InputError(
+                f"images: expected different names in {folder}, found {name!r} twice, with composed and "
+                "with combining accents; put them together"
+            )
+        found[name] = path
+    return found
+
+
+def _hidden(path: Path) -> bool:
+    return any(part.startswith(".") or part == "__MACOSX" for part in path.parts)
+
+
+@functools.cache
+def suffixes() -> frozenset[str]:
+    """Of all kinds of pictures that Pillow reads, in lower case, with their dot."""
+    from PIL import Image
+
+    known = Image.registered_extensions()
+    return frozenset(s for s, f in known.items() if f in Image.OPEN and f not in _NO_PICTURES)
+
+
+def _walk(folder: Path) -> Iterable[Path]:
+    """All files in a folder and below it, each place once, wherever links lead."""
+    seen = set()
+    for place, folders, files in os.walk(folder, followlinks=True):
+        real = os.path.realpath(place)
+        folders[:] = [] if real in seen else sorted(folders)
+        if real not in seen:
+            yield from (Path(place, f) for f in files)
+            if not files and not folders and Path(place).suffix.lower() in suffixes():
+                yield Path(place)  # an empty folder in a picture's place: it cannot be read
+        seen.add(real)
 
 
 def _list_classes(folder: Path) -> dict[str, list[Path]]:
     listing = {}
     for name, path in _subfolders(folder).items():
-        files = sorted(p for p in path.iterdir() if p.suffix.lower() in _SUFFIXES)
+        below = (p for p in _walk(path) if p.suffix.lower() in suffixes())
+        files = sorted(p for p in below if not _hidden(p.relative_to(path)))
         if not files:
             raise InputError(
-                f"images: expected pictures ({', '.join(sorted(_SUFFIXES))}) in class folder "
+                f"images: expected pictures that Pillow reads (.png, .jpg, .tif, ...) in class folder "
                 f"{path}, found none; fill it or remove it"
             )
         listing[name] = files

@@ -1,11 +1,13 @@
-"""The paper's four image sets, as they are downloaded: CIFAR-10, CIFAR-100, CUB-200 and Stanford Dogs.
+"""Image sets as they are downloaded: the paper's CIFAR-10, CIFAR-100, CUB-200 and Stanford Dogs; GTSRB.
 
-The official test split is ``test``. A fifth of the official train split, drawn within each class with a
-fixed seed, is ``reward``, and the rest ``train``. What is read is checked first; no picture is decoded.
+The official test split is ``test``; GTSRB without its own is split 60 : 20 : 20. A fifth of the official
+train split, drawn within each class with a fixed seed, is ``reward``, and the rest ``train``. What is read is
+checked first; no picture is decoded.
 """
 
 from __future__ import annotations
 
+import csv
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +17,7 @@ from rmm_lab.errors import InputError
 from rmm_lab.tasks import hub
 from rmm_lab.tasks import image_folder as images
 from rmm_lab.tasks.files import content
+from rmm_lab.tasks.groups import GroupOf
 from rmm_lab.tasks.image_folder import Listing, Picture
 
 PARTS = ("train", "test")  # the official splits
@@ -30,6 +33,7 @@ class ImageFormat:
     fetch: str  # what to fetch from where, and what the folder then holds
     hub: str | None = None  # data set with parquet files of pictures and labels
     label: str = "label"  # its column of class numbers
+    group: GroupOf | None = None  # what pictures belong together in the splits that are drawn
 
 
 # --------------------------------------------------------------- CIFAR-10 and CIFAR-100: parquet
@@ -165,8 +169,53 @@ def _matlab(file: Path, refuse: Refuse) -> list[tuple[str, int]]:
         refuse(f"file_list and labels in {file}", found)
 
 
+# -------------------------------------------------------------------------------------------- GTSRB
+
+
+def _read_gtsrb(folder: Path, form: ImageFormat, refuse: Refuse) -> Official:
+    """``Final_Training/Images/000NN/*.ppm`` with a GT-000NN.csv in each; the test split if it has labels."""
+    root = _inner(folder, "GTSRB", "Final_Training")
+    images = root / "Final_Training" / "Images"
+    if not images.is_dir():
+        refuse(f"the folder Final_Training/Images in {root}", content(root))
+    classes = sorted(p.name for p in images.iterdir() if p.is_dir() and p.name.isdecimal())
+    parts: Listing = {"train": []}
+    for number, name in enumerate(classes):
+        table = images / name / f"GT-{name}.csv"
+        for file, label in _signs(table, refuse):
+            if label != int(name):
+                refuse(f"class {int(name)} in {table}", f"{label} for {file}")
+            parts["train"].append((images / name / file, number))
+    tests = root / "Final_Test" / "Images"
+    tables = [p / n for p in (tests, root) for n in ("GT-final_test.csv",) if (p / n).is_file()]
+    if tests.is_dir() and not tables:
+        refuse(f"the classes of {tests}, GT-final_test.csv (of GTSRB_Final_Test_GT.zip)", "none")
+    if tests.is_dir():
+        numbers = [int(name) for name in classes]
+        signs = _signs(tables[0], refuse)
+        if odd := sorted({label for _, label in signs} - set(numbers)):
+            refuse(f"the classes of {images} in {tables[0]}", str(odd[0]))
+        parts["test"] = [(tests / file, numbers.index(label)) for file, label in signs]
+    return classes, parts
+
+
+def _signs(file: Path, refuse: Refuse) -> list[tuple[str, int]]:
+    """File names and classes of a table of GTSRB."""
+    try:
+        rows = list(csv.DictReader(file.read_text("utf-8-sig").splitlines(), delimiter=";"))
+        return [(row["Filename"], int(row["ClassId"])) for row in rows]
+    except (OSError, KeyError, ValueError, TypeError, csv.Error) as error:
+        refuse(f"Filename and ClassId, separated by semicolons, in {file}", f"others ({error!r})")
+
+
+def _track(picture: Path) -> str:
+    """The track of a frame: 30 pictures of one sign, ``00012_00000.ppm`` to ``00012_00029.ppm``."""
+    return f"{picture.parent.name}/{picture.name.partition('_')[0]}"
+
+
 # ---------------------------------------------------------------------------------- what is common
 
+# Those of the paper.
 FORMATS: dict[str, ImageFormat] = {
     "cifar10": ImageFormat(
         read=_read_cifar,
@@ -191,6 +240,15 @@ FORMATS: dict[str, ImageFormat] = {
         "vision.stanford.edu/aditya86/ImageNetDogs",
     ),
 }
+# All that are read: the paper's, and what others ask for.
+ALL = FORMATS | {
+    "gtsrb": ImageFormat(
+        read=_read_gtsrb,
+        fetch="unpack GTSRB_Final_Training_Images.zip of benchmark.ini.rub.de there, and for its test split "
+        "GTSRB_Final_Test_Images.zip and GT-final_test.csv",
+        group=_track,
+    ),
+}
 
 
 def load(source: str) -> tuple[str, list[str], Listing]:
@@ -204,7 +262,9 @@ def load(source: str) -> tuple[str, list[str], Listing]:
               depth, or ``train/CLASS/picture`` and ``test/CLASS/picture``; the 100 fine labels;
             * ``cub200``: ``CUB_200_2011`` with classes.txt, images.txt, image_class_labels.txt,
               train_test_split.txt and images/, or the folder that it lies in;
-            * ``dogs``: ``Images`` and ``lists`` with train_list.mat and test_list.mat.
+            * ``dogs``: ``Images`` and ``lists`` with train_list.mat and test_list.mat;
+            * ``gtsrb``: ``Final_Training/Images``, and ``Final_Test/Images`` with GT-final_test.csv; the
+              30 frames of a track stay in one split, and pictures are not cut to the sign.
 
     Memory: pictures in parquet files are held encoded, 0.15 GB for CIFAR-10; of others only the names.
 
@@ -212,7 +272,7 @@ def load(source: str) -> tuple[str, list[str], Listing]:
     """
     thing = f"images {source!r}"
     name, _, rest = source.partition(":")
-    form = FORMATS[name]
+    form = ALL[name]
     if not rest:
         raise InputError(
             f"{thing}: expected a folder or hf-hub after the colon, found nothing; name one"
@@ -236,7 +296,7 @@ def load(source: str) -> tuple[str, list[str], Listing]:
         refuse(f"a folder {rest}", "none")
     if len(classes) < 2:
         refuse("at least 2 classes", str(len(classes)))
-    piles: list[dict[str, list[Picture]]] = [{part: [] for part in PARTS} for _ in classes]
+    piles: list[dict[str, list[Picture]]] = [{part: [] for part in parts} for _ in classes]
     seen: set[Path] = set()
     for part, pairs in parts.items():
         for picture, label in pairs:
@@ -250,9 +310,11 @@ def load(source: str) -> tuple[str, list[str], Listing]:
                 seen.add(picture)
             piles[label][part].append(picture)
     for pile, c in zip(piles, classes, strict=True):
-        if not pile["test"]:
+        if not pile.get("test", True):
             refuse(f"pictures of each class in test, {c!r} too", "none")
-    return name, classes, images.split(piles, classes, thing)
+        if "test" not in pile:
+            pile["all"] = pile.pop("train")
+    return name, classes, images.split(piles, classes, thing, form.group)
 
 
 def _from_hub(form: ImageFormat, name: str, rest: str, thing: str) -> Any:

@@ -6,6 +6,7 @@ once. Images are kept as uint8 and normalised batch by batch.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import zip_longest
@@ -20,7 +21,9 @@ from rmm_lab.tasks import image_folder as images
 from rmm_lab.tasks import image_formats
 from rmm_lab.tasks import small_images as render
 from rmm_lab.tasks.files import SPLITS, data_folder, format_of, or_shipped, shipped_name, spelled
-from rmm_lab.tasks.image_folder import InputFormat, Listing, Pictures
+from rmm_lab.tasks.groups import reader as group_reader
+from rmm_lab.tasks.groups import series
+from rmm_lab.tasks.image_folder import InputFormat, Listing, Pictures, composed
 from rmm_lab.tasks.metrics import mean_of
 
 HALVES = ("first", "second")  # of a set's classes: NAME:first and NAME:second
@@ -58,12 +61,13 @@ class Task:
               folder has the same name;
             * a folder of images: ``SPLIT/CLASS/image`` with splits train, reward (or val) and test, or
               ``CLASS/image``;
-            * ``FORMAT:FOLDER`` or ``FORMAT:hf-hub``: cifar10, cifar100, cub200 or dogs as downloaded, see
-              ``image_formats``;
+            * ``FORMAT:FOLDER`` or ``FORMAT:hf-hub``: cifar10, cifar100, cub200, dogs, gtsrb as
+              downloaded, see ``image_formats``;
             * any of these followed by ``:first`` or ``:second``: that half of its classes in the set's
               order (Han et al. 2025, Sec. III-A1), numbered from 0. Of an odd number of classes the first
               half has one more. The splits are those of the whole set.
         input_format: what the models take; images are resized, cropped and recoloured to it.
+        groups: what pictures of a folder belong together and stay in one split, see ``groups.reader``.
 
     ``name``: the set's, folder's or format's, with ``-first`` or ``-second`` for a half. ``list_folder``
     says how the splits of a folder are drawn that has not all three.
@@ -71,8 +75,10 @@ class Task:
 
     metric = "accuracy"
 
-    def __init__(self, source: str, input_format: InputFormat) -> None:
-        self.format = input_format
+    def __init__(self, source: str, input_format: InputFormat, groups: str = "") -> None:
+        self.format, self.groups = input_format, groups
+        self._said: list[str] = []  # notes on the folder
+        self._seen: dict[str, Counter[str]] = {}  # split -> what was done to how many pictures
         self._splits: dict[str, Split] = {}
         self._files: Listing = {}
         ships = shipped_name(source, NAMES)
@@ -81,17 +87,19 @@ class Task:
         self._ships = bool(ships)
         if ships:
             self.name, classes = self._place, SMALL[self._place][0]
-        elif format_of(self._place, image_formats.FORMATS, f"images {source!r}"):
+        elif format_of(self._place, image_formats.ALL, f"images {source!r}"):
             self.name, classes, self._files = image_formats.load(self._place)
         else:
             root = Path(self._place).expanduser()
             expected = (
                 f"a folder SPLIT/CLASS/image, a name that ships ({', '.join(SMALL)}), or FORMAT:FOLDER "
-                f"({', '.join(image_formats.FORMATS)})"
+                f"({', '.join(image_formats.ALL)})"
             )
             self.name = root.resolve().name
             with or_shipped(source, NAMES):
-                classes, self._files = images.list_folder(root, expected)
+                group_of = group_reader(groups, root) if groups else None
+                classes, self._files = images.list_folder(root, expected, group_of)
+            self._said = _notes(root, classes, self._files, drawn=not groups)
         self._kept = range(len(classes))  # class numbers in the whole set
         if half:
             self.name = f"{self.name}-{half}"
@@ -113,7 +121,9 @@ class Task:
                 self._splits[name] = Split(_fit(pixels, self.format), labels)
             else:
                 files, numbers = zip(*self._files[name], strict=True)
-                self._splits[name] = Split(images.read(files, self.format), torch.tensor(numbers))
+                pictures = Pictures(files, self.format)
+                self._seen[name] = pictures.seen
+                self._splits[name] = Split(pictures.decoded(), torch.tensor(numbers))
         return self._splits[name]
 
     def batch(self, name: str, rows: np.ndarray | slice) -> Tensor:
@@ -136,21 +146,68 @@ class Task:
         """Expected accuracy of guessing on any split: one in as many as there are classes."""
         return 1 / len(self.classes)
 
-    def check_head(self, source: str, num_classes: int, label_names: Sequence[str] | None) -> None:
-        """Raise InputError unless a model's head has this task's classes."""
+    @property
+    def notes(self) -> list[str]:
+        """What was left out of a folder, and what was done to the pictures of the splits read so far."""
+        done = sum(self._seen.values(), Counter())
+        return [
+            *(f"images {self.name}: {said}" for said in self._said),
+            *(f"images {self.name}: {n} pictures are {way}" for way, n in sorted(done.items())),
+        ]
+
+    def files(self, name: str) -> list[tuple[Path, str]]:
+        """The files of a split with the names of their classes; none for sets that are no files."""
+        listed = self._files.get(name, [])
+        return [(p, self.classes[c]) for p, c in listed if isinstance(p, Path)]
+
+    def check_head(
+        self, source: str, num_classes: int, label_names: Sequence[str] | None
+    ) -> list[int] | None:
+        """In which order to take the rows of a model's head, so that they are this task's classes; or None.
+
+        label_names: the head's classes, matched by name; None: it has this task's order.
+        Raises InputError for other classes.
+        """
         if num_classes != len(self.classes):
             raise InputError(
                 f"expert {source!r}: expected a head of {len(self.classes)} classes as in images "
                 f"{self.source!r}, found {num_classes}; give experts and images in the same order"
             )
-        names = self.classes if label_names is None else label_names
-        for i, (want, have) in enumerate(zip_longest(self.classes, names)):
-            if want != have:
-                raise InputError(
-                    f"expert {source!r}: expected class {i} to be {want!r} as in images {self.source!r}, "
-                    f"found {have!r}; give experts and images in the same order, or correct label_names in "
-                    "its config.json"
-                )
+        if label_names is None:
+            return None
+        wanted, names = (list(map(composed, map(str, n))) for n in (self.classes, label_names))
+        if sorted(wanted) == sorted(names):
+            return None if wanted == names else [names.index(c) for c in wanted]
+        i, want, have = next(
+            (i, w, h)
+            for i, (w, h) in enumerate(zip_longest(wanted, names))
+            if w not in names or h not in wanted
+        )
+        raise InputError(
+            f"expert {source!r}: expected class {i} to be {want!r} as in images {self.source!r}, found "
+            f"{have!r}; give experts and images in the same order, or rename the folders to the classes in "
+            "label_names of its config.json"
+        )
+
+
+def _notes(root: Path, classes: Sequence[str], files: Listing, drawn: bool) -> list[str]:
+    """What to know of a folder of pictures."""
+    out = []
+    if rest := images.left_out(root, files):
+        out.append(f"left out are files that are no pictures of a class and split: {rest}")
+    if list(classes) != sorted(classes):
+        out.append(
+            f"classes are in the order of timm's reader, {', '.join(classes[:4])}"
+            f"{', ...' if len(classes) > 4 else ''}; an expert with another order needs label_names in its "
+            "config.json"
+        )
+    splits = {p.relative_to(root).parts[0] for rows in files.values() for p, _ in rows}
+    if drawn and not {"train", "test"} <= splits and (found := series(files)):
+        out.append(
+            f"its pictures look like {found[0]} series of frames ({found[1]}), which the random splits tear "
+            "apart, so that scores are too high; keep them together with --groups"
+        )
+    return out
 
 
 def _halved(source: str) -> tuple[str, str]:
@@ -207,4 +264,6 @@ def _fit(images: Tensor, fmt: InputFormat) -> Tensor:
             images.float(), size=fmt.shape[1:], mode="bicubic", antialias=True
         )
         images = resized.round().clamp(0, 255).to(torch.uint8)
+    if fmt.shape[0] == 4:  # RGBA, nothing of it transparent
+        return torch.cat([images.expand(-1, 3, -1, -1), torch.full_like(images, 255)], 1)
     return images.expand(-1, fmt.shape[0], -1, -1)

@@ -6,6 +6,7 @@ As with images, every task has three splits: ``train`` to fine-tune, ``reward`` 
 from __future__ import annotations
 
 import csv
+import re
 import string
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from typing import Any
 
 from rmm_lab.tasks import hub
 from rmm_lab.tasks.files import content, format_of
-from rmm_lab.tasks.text_rows import Quoting, Row, checked, read, short, split, wrong
+from rmm_lab.tasks.text_rows import KINDS, Quoting, Row, checked, read, short, split, wrong
 
 # What a model reads in each official task, and what it chooses from; OWN: the record's answers.
 NO_YES, OWN = ("no", "yes"), ()
@@ -151,6 +152,7 @@ class Format:
     hub: tuple[str, str | None] | None  # data set and configuration
     source: str  # and licence
     quoting: Quoting = csv.QUOTE_MINIMAL  # of a TSV or CSV file, as the data set's readers do
+    columns: tuple[str, ...] = ()  # of its .txt files, which do not name them
 
 
 _JSONL = {"train": ("train.jsonl",), "validation": ("dev.jsonl", "val.jsonl")}
@@ -166,10 +168,13 @@ FORMATS: dict[str, Format] = {
     "wikiqa": Format(
         convert=_wikiqa,
         files={
-            "train": ("WikiQA-train.tsv", "train.tsv"),
-            "validation": ("WikiQA-dev.tsv", "dev.tsv"),
-            "test": ("WikiQA-test.tsv", "test.tsv"),
+            part: (
+                *(f"WikiQA-{name}.tsv", f"{name}.tsv", f"WikiQASent-{name}.txt"),
+                *(f"WikiQASent-{name}.tsv", f"WikiQASent-{name}-filtered.txt"),
+            )
+            for part, name in (("train", "train"), ("validation", "dev"), ("test", "test"))
         },
+        columns=("Question", "Sentence", "Label"),
         folder="WikiQACorpus",
         hub=("microsoft/wiki_qa", None),
         source="aka.ms/WikiQA, Microsoft Research Data License",
@@ -238,7 +243,8 @@ def load(source: str) -> dict[str, list[Row]]:
               Winogrande's train files the largest that is there is taken (xl, l, m, s, xs);
             * ``FORMAT:hf-hub`` or ``FORMAT:hf-hub:OWNER/NAME@REVISION``, by the library datasets;
             * a folder with ``train.jsonl``, ``reward.jsonl`` (or val, valid, validation, dev) and
-              ``test.jsonl`` of rows, or a single ``.jsonl`` file of rows.
+              ``test.jsonl`` of rows, or a single file of rows. In place of ``.jsonl``: ``.json`` (an array),
+              ``.csv``, ``.tsv``, ``.parquet``; all but the last also as ``.gz``. See ``text_rows.own``.
 
     Missing splits are drawn with a fixed seed: with train and one other file, the other is the test split
     and a fifth of train the reward split; a single file that is not called test is split 60 : 20 : 20. The
@@ -262,25 +268,38 @@ def load(source: str) -> dict[str, list[Row]]:
         formats = ", ".join(FORMATS)
         expected = f"a folder or file of rows, or FORMAT:PATH with one of the formats {formats}"
         raise wrong(thing, expected, "no such file or folder", "check the spelling")
-    files = [f for n in ("train", *_VALIDATION, "test") if (f := path / f"{n}.jsonl").is_file()]
-    several = [file.name for file in files if file.stem in _VALIDATION]
-    if len(several) > 1:
-        found = f"several of {', '.join(several)}"
-        raise wrong(thing, "one file for the reward split", found, "keep one of them")
-    return split({"validation" if f.name in several else f.stem: read(f) for f in files}, thing)
+    parts: dict[str, list[Path]] = {}
+    for name in ("train", *_VALIDATION, "test"):
+        part = "validation" if name in _VALIDATION else name
+        parts.setdefault(part, []).extend(_own_files(path, name))
+    for part, files in parts.items():
+        if len(files) > 1 and not all("-of-" in f.name for f in files):
+            which = "reward" if part == "validation" else part
+            found = f"several of {', '.join(f.name for f in files)}"
+            raise wrong(thing, f"one file for the {which} split", found, "keep one of them")
+    rows = {part: [row for f in files for row in read(f)] for part, files in parts.items() if files}
+    return split(rows, thing)
+
+
+def _own_files(folder: Path, name: str) -> list[Path]:
+    """The file of a split, of any kind, or the hub's shards of one: NAME-00000-of-00002.parquet."""
+    kinds = "|".join(kind[1:] for kind in KINDS)
+    pattern = re.compile(rf"{name}(-\d+-of-\d+)?\.({kinds})(\.gz)?", re.IGNORECASE)
+    return sorted(f for f in folder.iterdir() if pattern.fullmatch(f.name) and f.is_file())
 
 
 def _from_files(form: Format, path: Path, thing: str) -> dict[str, list[Row]]:
     if path.is_file():
-        return {"train": read(path, form.convert, form.quoting)}
+        return {"train": read(path, form.convert, form.quoting, form.columns)}
     if not path.is_dir():
         remedy = f"check the spelling, or get {_names(form)} from {form.source}"
         raise wrong(thing, "a folder or file", f"no {path}", remedy)
     for folder in (path, path / form.folder):
         found: dict[str, list[Row]] = {}
         for part, names in form.files.items():
-            if file := next((f for n in names if (f := folder / n).is_file()), None):
-                found[part] = read(file, form.convert, form.quoting)
+            either = (folder / f"{n}{packed}" for n in names for packed in ("", ".gz"))
+            if file := next((f for f in either if f.is_file()), None):
+                found[part] = read(file, form.convert, form.quoting, form.columns)
         if found:
             return found
     remedy = f"put them there (from {form.source})"

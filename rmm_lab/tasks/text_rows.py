@@ -7,9 +7,13 @@ with one choice, the latter without a prompt.
 
 from __future__ import annotations
 
+import ast
+import contextlib
 import csv
+import gzip
 import io
 import json
+import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -36,28 +40,79 @@ def short(value: object) -> str:
 
 
 Convert = Callable[[Row], Row] | None  # makes a row of an official record
+KINDS = (".jsonl", ".json", ".csv", ".tsv", ".parquet")  # all but the last may be packed: .csv.gz
+_DELIMITERS = {".tsv": "\t", ".csv": ",", ".txt": "\t"}
 
 
-def read(file: Path, convert: Convert = None, quoting: Quoting = csv.QUOTE_MINIMAL) -> list[Row]:
-    """The checked rows of a jsonl file or, given ``convert``, of an official jsonl, TSV or CSV file."""
-    thing = f"file {file}"
-    kinds = {".jsonl": "", ".tsv": "\t", ".csv": ","} if convert else {".jsonl": ""}
-    kind = file.suffix.lower()
-    if kind not in kinds:
-        raise wrong(thing, " or ".join(kinds), repr(kind), "convert the file")
+def kind_of(file: Path) -> str:
+    """What a file's name says that it holds, in lower case: ``.csv``, also of ``x.CSV.gz``."""
+    return Path(file.name.lower().removesuffix(".gz")).suffix
+
+
+def read(
+    file: Path,
+    convert: Convert = None,
+    quoting: Quoting = csv.QUOTE_MINIMAL,
+    columns: Sequence[str] = (),
+) -> list[Row]:
+    """The checked rows of a file of one of ``KINDS``, by default of a user's own rows, see ``own``.
+
+    convert: makes a row of one record of an official file. columns: the names in a ``.txt`` file without a
+    first line.
+    """
+    thing, kind = f"file {file}", kind_of(file)
+    if kind not in (*KINDS, *([".txt"] if columns else [])):
+        raise wrong(thing, ", ".join(KINDS), repr(file.suffix.lower()), "convert the file")
+    if kind == ".parquet":
+        return checked(_parquet(file, thing), thing, convert or own)
     try:
-        text = file.read_bytes().decode("utf-8-sig")  # Windows likes to put a mark at the start
+        data = file.read_bytes()
+        text = (gzip.decompress(data) if file.suffix.lower() == ".gz" else data).decode("utf-8-sig")
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise wrong(
+            thing, "a whole .gz file", f"a broken one ({error})", "copy it again"
+        ) from error
     except OSError as error:
         raise wrong(thing, "a file that can be read", str(error.strerror), "see to it") from error
     except UnicodeDecodeError as error:
         line = error.object[: error.start].count(b"\n") + 1
         found = f"the byte 0x{error.object[error.start]:02x}"
         raise wrong(f"{thing}, line {line}", "UTF-8 text", found, "save it as UTF-8") from error
-    if kind == ".jsonl":
-        return checked(_json_lines(text, thing), thing, convert)
-    lines = io.StringIO(text, newline="")
-    reader = csv.reader(lines, delimiter=kinds[kind], quoting=quoting)
-    return checked(_table(reader, thing), thing, convert)
+    if kind in _DELIMITERS:
+        lines = io.StringIO(text, newline="")
+        cells = csv.reader(lines, delimiter=_DELIMITERS[kind], quoting=quoting)
+        records = _table(cells, thing, list(columns) if kind == ".txt" else None)
+    else:
+        records = _json_array(text, thing) if kind == ".json" else _json_lines(text, thing)
+    return checked(records, thing, convert or own)
+
+
+def _parquet(file: Path, thing: str) -> Iterator[tuple[str, Any]]:
+    try:
+        from pyarrow import parquet  # type: ignore[import-not-found, import-untyped, unused-ignore]
+    except ImportError as error:
+        remedy = "pip install pyarrow, or save the rows as jsonl"
+        raise wrong(thing, "the optional library pyarrow to read it", "none", remedy) from error
+    try:
+        rows = parquet.read_table(file).to_pylist()
+    except Exception as error:  # pyarrow raises many kinds
+        found = f"a broken one ({type(error).__name__})"
+        raise wrong(thing, "a parquet file that can be read", found, "copy it again") from error
+    yield from ((f"{thing}, row {i}", row) for i, row in enumerate(rows, start=1))
+
+
+def _json_array(text: str, thing: str) -> Iterator[tuple[str, Any]]:
+    """Rows of ``[{...}, ...]`` or ``{"data": [{...}, ...]}``, or else one object a line."""
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError):
+        found = None
+    if isinstance(found, dict) and len(found) == 1:
+        (found,) = found.values()
+    if not isinstance(found, list):
+        yield from _json_lines(text, thing)
+        return
+    yield from ((f"{thing}, row {i}", row) for i, row in enumerate(found, start=1))
 
 
 def _json_lines(text: str, thing: str) -> Iterator[tuple[str, Any]]:
@@ -71,13 +126,13 @@ def _json_lines(text: str, thing: str) -> Iterator[tuple[str, Any]]:
                 raise wrong(where, "one JSON object", found, "correct the line") from error
 
 
-def _table(reader: Any, thing: str) -> Iterator[tuple[str, Any]]:
+def _table(reader: Any, thing: str, columns: list[str] | None) -> Iterator[tuple[str, Any]]:
     try:
-        header: list[str] = next(reader, [])
+        header: list[str] = columns or next(reader, [])
         for cells in filter(None, reader):
             where = f"{thing}, line {reader.line_num}"
             if len(cells) != len(header):
-                expected = f"{len(header)} columns as in line 1"
+                expected = f"{len(header)} columns" + ("" if columns else " as in line 1")
                 raise wrong(where, expected, str(len(cells)), "correct the line")
             yield where, dict(zip(header, cells, strict=True))
     except csv.Error as error:
@@ -97,6 +152,58 @@ def checked(records: Iterable[tuple[str, Any]], thing: str, convert: Convert) ->
     if not rows:
         raise wrong(thing, "at least one row", "none", "copy it again")
     return rows
+
+
+_MEANING = {"true": True, "yes": True, "false": False, "no": False}
+
+
+def own(record: Row) -> Row:
+    """A row of a user's record: other names of its fields, and other ways to write the right choice.
+
+    ``options`` stands for ``choices`` and ``output`` for ``label``. In a table, choices are a list in JSON or
+    Python. A label may be the right choice's number, also as text, its text, or true and false where
+    the choices are yes and no, or true and false. A text that can be read in two ways is refused.
+    """
+    out = dict(record)
+    for name, other in (("choices", "options"), ("label", "output")):
+        if out.get(name) is None and out.get(other) is not None:
+            out[name] = out[other]
+    choices = out.get("choices")
+    if isinstance(choices, str) and choices.strip().startswith("["):
+        with contextlib.suppress(ValueError, SyntaxError):
+            choices = out["choices"] = ast.literal_eval(choices)
+    if isinstance(choices, list) and all(isinstance(c, str) for c in choices):
+        out["label"] = _number(out.get("label"), [c.strip() for c in choices])
+    return out
+
+
+def _number(label: Any, choices: Sequence[str]) -> Any:
+    """The number of the right choice; a label that is no bool and no text as it is."""
+    if isinstance(label, str):
+        text, low = label.strip(), label.strip().lower()
+        found = [i for i, c in enumerate(choices) if c == text]
+        found = found or [i for i, c in enumerate(choices) if c.lower() == low]
+        if text.isdecimal() and int(text) < len(choices):
+            found.append(int(text))
+        if len(set(found)) == 1:
+            return found[0]
+        if found:
+            remedy = "write it as a number, without quotes, in a jsonl file"
+            expected = "'label' to be the number or the text of one choice"
+            raise wrong("", expected, f"{text!r}, which is both of two", remedy)
+        if low not in ("true", "false"):
+            if not text:
+                return None
+            expected = f"'label' to be one of the choices {short(list(choices))}, or its number"
+            raise wrong("", expected, short(label), "correct the row")
+        label = low == "true"
+    if isinstance(label, bool):
+        means = [_MEANING.get(c.lower()) for c in choices]
+        if sorted(map(str, means)) != ["False", "True"]:
+            expected = "'label' to be the number of the right choice, since they are not yes and no"
+            raise wrong("", expected, str(label), "correct the row")
+        return means.index(label)
+    return label
 
 
 def check(row: Row, where: str) -> Row:

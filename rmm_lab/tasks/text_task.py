@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
 import torch
@@ -211,7 +211,7 @@ class TextTask:
             place = rest if head in formats.FORMATS else source
             hub = place.startswith("hf-hub")
             name = Path(place).expanduser().resolve().name
-            self.name = head if hub else re.sub(r"\.(jsonl|tsv|csv)$", "", name)
+            self.name = head if hub else re.sub(r"\.(jsonl?|tsv|csv|parquet)(\.gz)?$", "", name)
             with or_shipped(source, grammar.TASKS):
                 self._rows = formats.load(source)
             self._check_rows()
@@ -235,19 +235,33 @@ class TextTask:
     def split(self, name: str) -> TextSplit:
         """The split ``train``, ``reward`` or ``test``, tokenised."""
         if name not in self._splits:
-            self._splits[name] = self._tokens(self.rows(name))
+            self._splits[name] = self._tokens(self.rows(name), name)
         return self._splits[name]
 
-    def _tokens(self, rows: Sequence[dict[str, Any]]) -> TextSplit:
+    def _tokens(self, rows: Sequence[dict[str, Any]], name: str) -> TextSplit:
         encode, longest = self.format.encode, self.format.max_length
         inputs = encode([row["input"] for row in rows])
         flat = iter(encode([choice for row in rows for choice in row["choices"]]))
         choices = [[next(flat) for _ in row["choices"]] for row in rows]
+        for row, tokens in zip(rows, choices, strict=True):
+            if len(set(map(tuple, tokens))) < len(tokens):
+                self._refuse_alike(row, tokens, name)
         return TextSplit(
             [x if len(x) <= longest else [*x[: longest - 1], self.format.end] for x in inputs],
             choices,
             torch.tensor([row["label"] for row in rows]),
             sum(len(x) > longest for x in inputs),
+        )
+
+    def _refuse_alike(
+        self, row: dict[str, Any], tokens: Sequence[Sequence[int]], name: str
+    ) -> NoReturn:
+        """Any model gives choices of the same tokens the same score, and would answer the first of them."""
+        alike = [c for c, t in zip(row["choices"], tokens, strict=True) if tokens.count(t) > 1]
+        raise InputError(
+            f"texts {self.source!r}, row {self.rows(name).index(row) + 1} of the {name} split "
+            f"({text_rows.short(row['input'])}): expected choices that differ as tokens, found {alike[0]!r} "
+            f"and {alike[1]!r}, which the model's tokenizer cannot tell apart; use other words"
         )
 
     def size(self, name: str) -> int:
@@ -257,7 +271,7 @@ class TextTask:
     def inputs(self, name: str, rows: np.ndarray) -> TextBatch:
         """Some rows of a split, padded to their longest, without tokenising the others; see ``batch``."""
         all_rows = self.rows(name)
-        return self._pad(self._tokens([all_rows[row] for row in rows]))
+        return self._pad(self._tokens([all_rows[row] for row in rows], name))
 
     def batch(self, name: str, rows: np.ndarray | slice) -> TextBatch:
         """Some rows of a split, padded to their longest."""
