@@ -23,11 +23,14 @@ from rmm_lab.families import adapters, reading, t5, vit
 from rmm_lab.families.parts import outside_head, shapes_of
 from rmm_lab.families.protocol import Architecture, Family, Model
 from rmm_lab.families.resolution import one_size
+from rmm_lab.families.vocabulary import one_vocabulary
 from rmm_lab.tasks.files import write_file
 
 FAMILIES: dict[str, Family] = {"vit": vit, "t5": t5}
+# transformers' models that are read; timm's are known by their 'architecture'.
+MODEL_TYPES = ("t5", "mt5")
 # By the family's name, what brings a base and its experts into one form before they are compared.
-_BRIDGES: dict[str, tuple[Any, ...]] = {vit.NAME: (one_size,)}
+_BRIDGES: dict[str, tuple[Any, ...]] = {vit.NAME: (one_size,), t5.NAME: (one_vocabulary,)}
 _PICKLES = list(reading.PICKLES)
 # What a download takes besides the families' own files.
 _FILES = (
@@ -52,10 +55,11 @@ def family_of(source: str, config: Mapping[str, Any]) -> Family:
         if family.owns(config):
             return family
     kind = config.get("model_type")
+    found = "neither" if kind is None else f"the model_type {kind!r}"
     raise InputError(
-        f"model {source!r}: expected timm's config.json with an 'architecture' or transformers' with "
-        f"the model_type 't5', found {'neither' if kind is None else f'the model_type {kind!r}'}; save "
-        "it with timm or transformers again, other families are not supported"
+        f"model {source!r}: expected timm's config.json with an 'architecture' (a plain ViT) or transformers' "
+        f"with the model_type {', '.join(map(repr, MODEL_TYPES))}, found {found}; others are not supported, "
+        "such as Swin, BEiT, EVA, ResNets, umT5 or encoders of text"
     )
 
 
@@ -159,6 +163,8 @@ def read_checkpoint(
         adapter = adapters.read_adapter_config(text, folder)
         whole = base.folder if base else _base_folder(text, adapter, allow_pickle)
     config = reading.read_config(text, whole / "config.json", _CONFIG)
+    if config.get("model_type") == "mt5":
+        config = t5.of_mt5(config)
     family = family_of(text, config)
     stored = reading.read_weights(text, whole, allow_pickle=allow_pickle)
     weights, sha256, pickled = stored.weights, stored.sha256, stored.pickled

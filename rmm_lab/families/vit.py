@@ -71,6 +71,7 @@ def canonical(source: str, config: Config, weights: Weights) -> Weights:
             f"architecture {config['architecture']!r} with other weights; other families are not "
             "supported"
         )
+    signature(config)  # timm builds it, and it is a plain ViT
     return weights
 
 

@@ -92,6 +92,11 @@ class TextFormat:
         return [[*text.ids, self.end] for text in found]
 
 
+def tokens_of(source: str, folder: Path) -> dict[str, int]:
+    """The tokens of a folder's tokenizer and their numbers; InputError for a missing or broken one."""
+    return dict(_read_tokenizer(source, folder)[0].get_vocab())
+
+
 def _read_tokenizer(source: str, folder: Path) -> tuple[Any, dict[str, Any]]:
     """A Rust tokenizer without padding and truncation, and tokenizer_config.json."""
     if not any((folder / name).is_file() for name in ("tokenizer.json", "spiece.model")):
