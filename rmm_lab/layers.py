@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from rmm_lab.errors import InputError
-from rmm_lab.families.checkpoint import Checkpoint, architecture, check_same_architecture
+from rmm_lab.families.checkpoint import Checkpoint, architecture, same_form
 from rmm_lab.families.parts import UNITS, Parts, Weights, divide, outside_head, refill
 from rmm_lab.operators import (
     MATCHED,
@@ -77,7 +77,7 @@ class LayerPool:
             raise InputError(f"scope {scope!r}: expected one of {', '.join(SCOPES)}")
         if unit not in UNITS:
             raise InputError(f"unit {unit!r}: expected one of {', '.join(UNITS)}")
-        check_same_architecture(base, experts)
+        base, experts = same_form(base, experts)
         self.base, self.experts, self.names = base, list(experts), tuple(names)
         self.operators: dict[str, OperatorSpec] = {}
         for text in expand_operators(operators, len(experts)):

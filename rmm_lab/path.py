@@ -176,7 +176,7 @@ class LayerPath:
         config = pool.architecture.merged_config([s.layer for s in self.steps], pool.heads, labels)
         config["rmm_lab"] = dict(config.get("rmm_lab", {})) | {"path": json.loads(self.to_json())}
         weights = pool.base.family.once(str(folder), model.state_dict())
-        write_checkpoint(folder, config, weights, beside=pool.base.folder)
+        write_checkpoint(folder, config, weights, beside=pool.base.tokenizer_folder)
         return folder
 
 

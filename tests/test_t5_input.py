@@ -11,8 +11,24 @@ import pytest
 import torch
 from conftest import write_images, write_model
 from safetensors.torch import load_file, save_file
-from t5_models import BIAS, TINY, WORDS, hf_model, pool_of, write_t5, write_tokenizer
-from transformers import T5Config, T5EncoderModel, T5ForConditionalGeneration
+from t5_models import (
+    BIAS,
+    TINY,
+    WORDS,
+    close,
+    hf_model,
+    logits_of,
+    pool_of,
+    write_t5,
+    write_tokenizer,
+)
+from transformers import (
+    MT5Config,
+    MT5ForConditionalGeneration,
+    T5Config,
+    T5EncoderModel,
+    T5ForConditionalGeneration,
+)
 
 from rmm_lab.__main__ import main
 from rmm_lab.errors import InputError, one_sentence
@@ -113,7 +129,7 @@ def test_the_command_line_refuses_with_the_same_sentence(own, capsys):
         ({"num_decoder_layers": 3}, ["decoder.block.2.", "besides"]),
         ({"d_model": 8}, ["(104, 16)", "(104, 8)"]),
         ({"d_ff": 8}, ["DenseReluDense", "(24, 16)", "(8, 16)"]),
-        ({"vocab_size": 120}, ["shared.weight", "(104, 16)", "(120, 16)"]),
+        ({"vocab_size": 90}, ["98 embeddings or more", "found 90"]),  # fewer than its tokens
         ({"d_kv": 3, "num_heads": 4}, ["relative_attention_bias", "(32, 3)", "(32, 4)"]),
         ({"relative_attention_num_buckets": 8}, ["relative_attention_bias", "(32, 3)", "(8, 3)"]),
         ({"relative_attention_max_distance": 64}, ["max_distance': 128", "max_distance': 64"]),
@@ -287,7 +303,7 @@ def test_an_encoder_alone(own):
         ({"num_layers": 3}, ["3 encoder and 2 decoder", "of 2 and 2"]),
         ({"num_decoder_layers": 1}, ["2 encoder and 1 decoder", "of 2 and 2"]),
         ({"num_layers": 4, "num_decoder_layers": None}, ["4 encoder and 4 decoder", "of 2 and 2"]),
-        ({"model_type": "mt5"}, ["'t5'", "'mt5'", "not supported"]),
+        ({"model_type": "umt5"}, ["'t5'", "'umt5'", "not supported"]),
         ({"model_type": None}, ["'t5'", "neither", "not supported"]),
     ],
 )
@@ -362,6 +378,24 @@ def test_a_model_that_is_cached_in_part_is_fetched_whole(own, monkeypatch):
     found = read_checkpoint("hf-hub:someone/small")
     assert asked == [True, False]
     assert found.folder == Path(own.base)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_an_mt5_is_the_t5_that_transformers_runs(tmp_path, tied):
+    args = {k: v for k, v in TINY.items() if k != "num_decoder_layers"}
+    model = MT5ForConditionalGeneration(MT5Config(**args)).eval().requires_grad_(False)
+    if not tied:
+        model.lm_head.weight = torch.nn.Parameter(torch.randn(104, 16), requires_grad=False)
+    for parameter in model.parameters():
+        parameter += 0.3 * torch.randn(parameter.shape)
+    expected = logits_of(model)
+    model.save_pretrained(tmp_path / "mt5")
+    found = read_checkpoint(tmp_path / "mt5")
+    parts = found.family.split(found.weights)
+    built = found.family.architecture(found.config).assemble(
+        parts.stem, list(enumerate(parts.layers)), {}
+    )
+    close(logits_of(built), expected)
 
 
 # ------------------------------------------------------------------- bad rows, and a run from end to end

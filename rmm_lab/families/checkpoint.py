@@ -22,9 +22,15 @@ from rmm_lab.errors import InputError
 from rmm_lab.families import adapters, causal_lm, reading, t5, vit
 from rmm_lab.families.parts import outside_head, shapes_of
 from rmm_lab.families.protocol import Architecture, Family, Model
+from rmm_lab.families.resolution import one_size
+from rmm_lab.families.vocabulary import one_vocabulary
 from rmm_lab.tasks.files import write_file
 
 FAMILIES: dict[str, Family] = {"vit": vit, "t5": t5, "causal_lm": causal_lm}
+# transformers' models that are read; timm's are known by their 'architecture'.
+MODEL_TYPES = ("t5", "mt5", *causal_lm.LAYOUTS)
+# By the family's name, what brings a base and its experts into one form before they are compared.
+_BRIDGES: dict[str, tuple[Any, ...]] = {vit.NAME: (one_size,), t5.NAME: (one_vocabulary,)}
 _PICKLES = list(reading.PICKLES)
 # What a download takes besides the families' own files.
 _FILES = (
@@ -49,11 +55,11 @@ def family_of(source: str, config: Mapping[str, Any]) -> Family:
         if family.owns(config):
             return family
     kind = config.get("model_type")
+    found = "neither" if kind is None else f"the model_type {kind!r}"
     raise InputError(
-        f"model {source!r}: expected timm's config.json with an 'architecture' or transformers' with "
-        f"the model_type 't5' or a decoder-only language model's ({', '.join(causal_lm.LAYOUTS)}), found "
-        f"{'neither' if kind is None else f'the model_type {kind!r}'}; save it with timm or transformers "
-        "again, other families are not supported"
+        f"model {source!r}: expected timm's config.json with an 'architecture' (a plain ViT) or transformers' "
+        f"with the model_type {', '.join(map(repr, MODEL_TYPES))}, found {found}; others are not supported, "
+        "such as Swin, BEiT, EVA, ResNets, umT5 or encoders of text"
     )
 
 
@@ -157,6 +163,8 @@ def read_checkpoint(
         adapter = adapters.read_adapter_config(text, folder)
         whole = base.folder if base else _base_folder(text, adapter, allow_pickle)
     config = reading.read_config(text, whole / "config.json", _CONFIG)
+    if config.get("model_type") == "mt5":
+        config = t5.of_mt5(config)
     family = family_of(text, config)
     stored = reading.read_weights(text, whole, allow_pickle=allow_pickle)
     weights, sha256, pickled = stored.weights, stored.sha256, stored.pickled
@@ -226,9 +234,23 @@ def write_checkpoint(
         write_file(folder / name, content)
 
 
+def same_form(
+    base: Checkpoint, experts: Sequence[Checkpoint]
+) -> tuple[Checkpoint, list[Checkpoint]]:
+    """Base and experts with tensors of the same shapes outside their heads; InputError if they cannot be.
+
+    Where a difference can be bridged (the size of a ViT's images, say), a note of the model says how.
+    """
+    family = base.family
+    if all(expert.family is family for expert in experts):
+        for bridge in _BRIDGES.get(family.NAME, ()):
+            base, experts = bridge(base, experts)
+    check_same_architecture(base, experts)
+    return base, list(experts)
+
+
 def check_same_architecture(base: Checkpoint, experts: Sequence[Checkpoint]) -> None:
     """Raise InputError, naming the first difference, unless experts equal the base up to the head."""
-    signature = base.family.signature(base.config)
     shapes = shapes_of(outside_head(base.weights))
     for expert in experts:
         others = shapes_of(outside_head(expert.weights))
@@ -241,12 +263,28 @@ def check_same_architecture(base: Checkpoint, experts: Sequence[Checkpoint]) -> 
         elif odd:
             expected = f"the tensors of base {base.source!r}"
             found = f"{odd!r} of shape {others[odd]} besides"
-        elif (other := expert.family.signature(expert.config)) != signature:
-            expected = f"the architecture {signature} of base {base.source!r}"
-            found = str(other)
+        elif (named := _difference(base, expert)) is not None:
+            expected, found = f"{named[0]} as in base {base.source!r}", named[1]
         else:
             continue
         raise InputError(
             f"expert {expert.source!r}: expected {expected}, found {found}; merge only models "
             "fine-tuned from one base"
         )
+
+
+def _difference(base: Checkpoint, expert: Checkpoint) -> tuple[str, str] | None:
+    """What two models of equal shapes do not share, in the first module that differs, of each of them."""
+    (kind, ours), (other, theirs) = (m.family.signature(m.config) for m in (base, expert))
+    if kind != other:
+        return f"the architecture {kind!r}", repr(other)
+    odd = [key for key in ours | theirs if ours.get(key) != theirs.get(key)]
+    if not odd:
+        return None
+    place = odd[0].rpartition(".")[0]
+    names = {key: key.rpartition(".")[2] for key in odd if key.rpartition(".")[0] == place}
+    one, two = (
+        ", ".join(f"{name!r}: {own.get(key)!r}" for key, name in names.items())
+        for own in (ours, theirs)
+    )
+    return (f"{one} in {place}" if place else one), two

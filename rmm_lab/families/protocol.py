@@ -24,7 +24,7 @@ class Model:
     """A model as data. ``source`` is what the user typed, ``sha256`` that of the weights' file.
 
     ``pickled``: the file of the weights, where it is a pickle. ``notes``: what a reader must know about how
-    the model was read.
+    the model was read. ``tokens_from``: the folder of its tokenizer, where that is not its own.
     """
 
     source: str
@@ -34,6 +34,12 @@ class Model:
     sha256: str
     pickled: Path | None = None
     notes: tuple[str, ...] = ()
+    tokens_from: Path | None = None
+
+    @property
+    def tokenizer_folder(self) -> Path:
+        """Where the model's tokenizer lies: in its own folder, unless it was given another one."""
+        return self.tokens_from or self.folder
 
     @property
     def num_classes(self) -> int:

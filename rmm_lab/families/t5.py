@@ -1,4 +1,4 @@
-"""The family of Hugging Face's T5s (t5, flan-t5, t5-v1_1): stem -> encoder blocks -> decoder blocks.
+"""The family of Hugging Face's T5s (t5, flan-t5, t5-v1_1, mt5): stem -> encoder blocks -> decoder blocks.
 
 L = encoder blocks, then decoder blocks, in two stacks; or their sublayers (self-attention, the decoder's
 cross-attention, feed-forward) one by one. The *stem* is what no block owns: the shared
@@ -89,6 +89,14 @@ def owns(config: Config) -> bool:
     return config.get("model_type") == "t5"
 
 
+def of_mt5(config: Config) -> dict[str, Any]:
+    """config.json of an mT5 as that of the T5 1.1 that it is; mT5's defaults are others."""
+    defaults = {"vocab_size": 250112, "d_ff": 1024, "num_layers": 8, "num_heads": 6}
+    unscaled = {"tie_word_embeddings": False, "scale_decoder_outputs": False}
+    known = {"feed_forward_proj": "gated-gelu"} | defaults | dict(config)
+    return known | unscaled | {"model_type": "t5"}
+
+
 def canonical(source: str, config: Config, weights: Weights) -> Weights:
     """The weights, each tensor ``once``; InputError unless config.json describes them."""
     for key in _WHOLE:
@@ -164,7 +172,7 @@ def architecture(config: Config, unit: str = "block") -> T5:
 def input_format(model: Model) -> TextFormat:
     """What a T5 takes: its tokenizer and lengths."""
     embeddings = len(model.weights["shared.weight"])
-    return TextFormat.read(model.source, model.folder, model.config, embeddings)
+    return TextFormat.read(model.source, model.tokenizer_folder, model.config, embeddings)
 
 
 def make_tasks(

@@ -13,7 +13,9 @@ What has no docstring here does what ``Family`` says of it.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
+import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -34,11 +36,14 @@ DATA = "images"
 FILES: tuple[str, ...] = ()
 NEEDED: tuple[str, ...] = ()
 BASE_SETTING = "with the experts' heads"
-# Arguments of timm's ViT that change no tensor outside the head, or nothing at evaluation.
-_FREE_ARGS = {
-    *("num_classes", "drop_rate", "pos_drop_rate", "patch_drop_rate", "proj_drop_rate"),
-    *("attn_drop_rate", "drop_path_rate", "weight_init"),
+# What a module knows of itself that changes nothing at evaluation and at the size of its images.
+_FREE = {
+    *("training", "inplace", "fused_attn", "grad_checkpointing", "distilled_training", "fix_init"),
+    *("p", "prob", "drop_prob", "drop_rate", "scale_by_keep", "weight_init_mode"),
+    *("dynamic_img_size", "dynamic_img_pad", "strict_img_size", "flatten", "output_fmt"),
+    "num_classes",
 }
+_IDLE = ("Identity", "Dropout", "DropPath", "PatchDropout")  # at evaluation
 
 
 def owns(config: Config) -> bool:
@@ -67,6 +72,7 @@ def canonical(source: str, config: Config, weights: Weights) -> Weights:
             f"architecture {config['architecture']!r} with other weights; other families are not "
             "supported"
         )
+    signature(config)  # timm builds it, and it is a plain ViT
     return weights
 
 
@@ -90,9 +96,30 @@ def fused(name: str) -> int:
 
 
 def signature(config: Config) -> tuple[str, dict[str, Any]]:
-    """What shapes do not show: the architecture's name and arguments such as the number of heads."""
-    args = config.get("model_args") or {}
-    return config["architecture"], {k: args[k] for k in sorted(args) if k not in _FREE_ARGS}
+    """What shapes do not show, of the built model: config.json may say one thing in several ways.
+
+    The architecture's name; of each module its kind and its numbers, such as heads and norms' eps.
+    """
+    args = {k: v for k, v in (config.get("model_args") or {}).items() if k != "num_classes"}
+    cfg = config.get("pretrained_cfg") or {}
+    sizes = {k: cfg[k] for k in ("input_size", "fixed_input_size") if k in cfg}
+    whole = [config["architecture"], args, sizes]
+    return config["architecture"], _signature(json.dumps(whole, sort_keys=True))
+
+
+@functools.lru_cache(maxsize=16)
+def _signature(text: str) -> dict[str, Any]:
+    name, args, cfg = json.loads(text)
+    config = {"architecture": name, "model_args": args, "pretrained_cfg": cfg}
+    out: dict[str, Any] = {}
+    model = create(config, depth=None, num_classes=0)
+    for place, module in model.named_modules():
+        if (kind := type(module).__name__) not in _IDLE:
+            known = {k: v for k, v in vars(module).items() if not k.startswith("_")}
+            plain = (int, float, str, tuple)
+            found = {k: v for k, v in known.items() if k not in _FREE and isinstance(v, plain)}
+            out |= {f"{place}.{k}".lstrip("."): v for k, v in ({"kind": kind} | found).items()}
+    return out
 
 
 def check_head(name: str, source: str, num_classes: int, head: Weights, stem: Weights) -> None:

@@ -19,6 +19,7 @@ from rmm_lab.families.checkpoint import (
     check_same_architecture,
     keep_converted,
     read_checkpoint,
+    same_form,
 )
 from rmm_lab.families.shipped import GROUPS, MODELS, SETS, base_of, expand, locate, multi_task_of
 from rmm_lab.layers import LayerPool
@@ -224,6 +225,7 @@ def problem_of(spec: ProblemSpec) -> Problem:
                 f"expert {name!r}: expected {origin.family.NAME} as base {origin.source!r}, found "
                 f"{checkpoint.family.NAME}; a merged model is of one family"
             )
+    origin, checkpoints = same_form(origin, checkpoints)
     family = origin.family
     if (images or texts) and option != f"--{family.DATA}":
         raise InputError(

@@ -95,6 +95,11 @@ class TextFormat:
 T5_FILES = ("tokenizer.json", "spiece.model")  # either is a T5's whole tokenizer
 
 
+def tokens_of(source: str, folder: Path) -> dict[str, int]:
+    """The tokens of a T5's tokenizer and their numbers; InputError for a missing or broken one."""
+    return dict(read_tokenizer(source, folder)[0].get_vocab())
+
+
 def read_tokenizer(
     source: str, folder: Path, files: Sequence[str] = T5_FILES
 ) -> tuple[Any, dict[str, Any]]:
