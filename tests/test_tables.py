@@ -21,6 +21,7 @@ import pandas as pd
 import psutil
 import pytest
 
+from rmm_lab.engine.scorer import Scorer
 from rmm_lab.errors import InputError
 from rmm_lab.evidence import measure, page_figures, pages, rows, tables
 from rmm_lab.evidence.measure import Job, Store, load
@@ -61,7 +62,7 @@ def small(tiny, monkeypatch):
 def replace_groups(monkeypatch, tiny) -> None:
     one = [Group("digits+textures", "tiny", dict(tiny))]
     groups = dict.fromkeys(
-        ("II", "IV", "fig3", "searches", "menu", "agent", "default", "budgets"), one
+        ("II", "IV", "fig3", "searches", "menu", "agent", "default", "budgets", "seconds"), one
     )
     monkeypatch.setattr(tables, "kit_groups", lambda: groups)
 
@@ -367,7 +368,7 @@ def test_the_defaults_settings_are_measured_by_the_default(small, tmp_path, monk
 
 @pytest.mark.slow
 def test_budgets_go_on_where_they_were(small, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(tables, "ON_A_BUDGET", ("TPE",))
+    monkeypatch.setattr(measure, "ON_A_BUDGET", ("TPE",))
     options = {"seeds": (1,), "calibration": 20, "out": tmp_path}
     for budgets in ((7,), (12, 7)):
         Command("budgets", budgets=budgets, **options).run()
@@ -383,6 +384,32 @@ def test_budgets_go_on_where_they_were(small, tmp_path, capsys, monkeypatch):
     assert (tmp_path / "budgets.png").is_file()
     with pytest.raises(InputError, match=r"--calibration 20 as in the rows of .*, found 21"):
         Command("budgets", **options | {"calibration": 21, "budgets": (7,)}).run()
+
+
+@pytest.mark.slow
+def test_rivals_get_the_agents_seconds(small, tmp_path, monkeypatch, capsys):
+    """A processor that takes a second for each path, and none for anything else."""
+    time_now, score = [0.0], Scorer.score
+
+    def slow(scorer, path, subset=None):
+        time_now[0] += 1
+        return score(scorer, path, subset)
+
+    monkeypatch.setattr(Scorer, "score", slow)
+    monkeypatch.setattr(time, "process_time", lambda: time_now[0])
+    monkeypatch.setattr(measure, "ON_A_BUDGET", ("TPE", "random search"))
+    options = {"episodes": 12, "calibration": 20, "out": tmp_path}
+    for seeds in ((1,), (1, 2)):
+        Command("seconds", seeds=seeds, **options).run()
+    assert re.findall(r"(\d+) jobs to measure", capsys.readouterr().out) == ["1", "1"]
+    found = read(tmp_path, "seconds")
+    assert list(found["method"]) == ["RMM (agent)", "TPE", "random search"] * 2
+    # Five uniform paths, then one at a time, or twenty; the final choice is not counted.
+    assert list(found["evaluations"]) == [12, 12, 25] * 2
+    assert list(found["search_seconds"]) == [12, 12, 25] * 2
+    for _, row in found.iterrows():
+        check_again(row, load(config_of(row)))
+    assert (tmp_path / "seconds.png").is_file()
 
 
 # ------------------------------------------------------------------------------ files and processes
@@ -774,6 +801,23 @@ def test_budgets_by_hand():
     assert names == ["50: TPE", "50: random search", "700: TPE", "700: random search"]
     drawn = axes.containers[0].lines[0].get_xdata()
     assert list(drawn) == pytest.approx([5, np.nan, 0, -2], nan_ok=True)
+
+
+def test_equal_seconds_by_hand():
+    found = pd.DataFrame(
+        {"group": "g", "method": m, "evaluations": n, "search_seconds": 60.0, "seed": seed}
+        | {"reward_split": mean + 1, "mean": mean}
+        for m, n, means in (("RMM (agent)", 700, (60, 62)), ("TPE", 900, (55, 57)))
+        for seed, mean in enumerate(means)
+    )
+    text = page("seconds", found)
+    agent = ["2", "60", "700", "62.0 ± 1.4", "61.0 ± 1.4", "", ""]
+    assert line(text, "g", "RMM (agent)") == agent
+    more = ["+5.0 ± 0.0"] * 2
+    assert line(text, "g", "TPE") == ["2", "60", "900", "57.0 ± 1.4", "56.0 ± 1.4", *more]
+    assert "RMM (agent) had 700 evaluations" in text
+    assert "differences to RMM (agent) on the test split. g: TPE −5.0.](seconds.png)" in text
+    assert len(page_figures.DRAW["seconds"](found).axes) == 1
 
 
 def test_intervals_are_scipys():

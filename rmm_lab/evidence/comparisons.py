@@ -7,7 +7,7 @@ from typing import Any
 
 from pandas import DataFrame, Index, Series, concat
 
-from rmm_lab.evidence.markdown import markdown, seeds
+from rmm_lab.evidence.markdown import markdown, seconds_text, seeds, span
 from rmm_lab.evidence.rows import interval, spread
 from rmm_lab.figures.searches import t_interval
 from rmm_lab.search.config import BOTH, SEARCHED
@@ -150,6 +150,29 @@ def budget_points(rows: DataFrame) -> dict[str, DataFrame]:
 def budgets_alt(rows: DataFrame) -> str:
     """One sentence on that plot, and one on each panel."""
     return _alt(f"what {AGENT} has more than others at each budget", budget_points(rows))
+
+
+def show_seconds(rows: DataFrame) -> str:
+    """Searches that had the same seconds."""
+    columns: dict[str, Any] = {
+        "seeds": ("seed", "nunique"),
+        "seconds": ("search_seconds", seconds_text),
+        "evaluations": ("evaluations", lambda n: f"{n.mean():.0f}"),
+        "reward split, %": ("reward_split", spread),
+        "test split, %": ("mean", spread),
+        f"{AGENT} − it, reward": ("reference − reward_split", interval),
+        f"{AGENT} − it, test": ("reference − mean", interval),
+    }
+    n = span(rows.loc[rows["method"] == AGENT, "evaluations"])
+    return (
+        f"![{difference_alt(rows, 'method', AGENT)}](seconds.png)\n\n"
+        f"{AGENT} had {n} evaluations; every other search had the seconds that it took at the same seed, "
+        "in the same process, and finished the batch under way. *Seconds*: of the processor (of the clock on "
+        "a GPU), with all fits of layers and without the final choice on the whole reward split, which came "
+        "on top for all alike. *Evaluations*: what the seconds were enough for, mean over seeds. Mean ± "
+        f"sample standard deviation over seeds. *{AGENT} − it* is paired by seed, ± its 95 % interval.\n\n"
+        + markdown(compared(rows, "method", AGENT, columns))
+    )
 
 
 # ------------------------------------------------------------------------ differences as a forest plot

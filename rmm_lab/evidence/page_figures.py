@@ -90,4 +90,5 @@ DRAW: dict[str, Callable[..., Figure]] = {
     "menu": draw_searches,
     "default": partial(draw_differences, by="setting"),
     "budgets": draw_budgets,
+    "seconds": partial(draw_differences, by="method"),
 }

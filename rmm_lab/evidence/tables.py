@@ -12,6 +12,7 @@
     python -m rmm_lab tables agent        agent + CMA-ES with one choice changed
     python -m rmm_lab tables default      the default search with one choice changed
     python -m rmm_lab tables budgets      some of these at 50, 100, 200 and 700 evaluations
+    python -m rmm_lab tables seconds      the same searches at equal seconds
     python -m rmm_lab tables show         only write the pages, figures and excerpts from the CSV files
 
 ``--scale paper`` takes the paper's models and sets, for Tables I to IV and Fig. 3: see ``paper_scale``.
@@ -89,8 +90,6 @@ DEFAULT: dict[str, dict[str, Any]] = {
     "GAE": {"gae_lambda": 0.95},
     "all three": {"observation": "map+cursor+drift", "shaping": 1.0, "gae_lambda": 0.95},
 }
-# What the default search is beside at small budgets: rivals that take all of its menu.
-ON_A_BUDGET = ("CMA-ES over scales", "TPE", "coordinate ascent", "random search")
 # Of AGENT, those that are measured on texts, whose searches take minutes.
 ON_TEXTS = (BOTH, "likelihood as the reward", "agent preset")
 # What every group has that depends on no seed: SLERP is for two experts.
@@ -116,6 +115,7 @@ def kit_groups() -> Groups:
     searches, menu = [*pair, vision[3], *language], [*language, vision[3], vision[1]]
     own = {"groups": vision[1:], "searches": searches, "menu": menu, "agent": agent}
     own |= {"default": [vision[0], vision[3], language[0]], "budgets": [*vision, *language]}
+    own["seconds"] = own["budgets"]
     return papers | own
 
 
@@ -135,6 +135,7 @@ class Command:
         "agent",
         "default",
         "budgets",
+        "seconds",
         "all",
         "show",
     ]
@@ -227,7 +228,7 @@ class Command:
         """What is not in the files yet."""
         make = {"searches": self._rivals, "menu": self._rivals, "agent": self._agent}
         make |= {"IV": self._dar, "fig3": self._dar, "default": self._default}
-        make |= {"budgets": self._budgets}
+        make |= {"budgets": self._budgets, "seconds": self._seconds}
         for group in groups:
             if name in METHOD_TABLES:
                 yield from self._methods(METHOD_TABLES[name], group, store)
@@ -324,9 +325,15 @@ class Command:
     def _budgets(self, name: str, group: Group, options: dict[str, Any]) -> Iterator[Job]:
         for n in self.budgets:
             config = configure(**options | {"episodes": n, "calibration": self.calibration})
-            for method in (searched(config), *ON_A_BUDGET):
+            for method in (searched(config), *measure.ON_A_BUDGET):
                 key = {"group": group.name, "evaluations": n, "seed": options["seed"]}
                 yield Job(name, measure.search_alone, key | {"method": method}, config)
+
+    def _seconds(self, name: str, group: Group, options: dict[str, Any]) -> Iterator[Job]:
+        """One job for all searches of a seed: the agent's seconds are the others'."""
+        config = configure(**options, calibration=self.calibration)
+        key = {"group": group.name, "seed": options["seed"]}
+        yield Job(name, measure.at_equal_seconds, key, config)
 
 
 # ------------------------------------------------------------------------------- reading and showing
