@@ -42,7 +42,7 @@ from rmm_lab.reward import Path as Steps
 from rmm_lab.reward import path_text
 from rmm_lab.search import gradients, matched, rivals, uniform
 from rmm_lab.search.budget import Deadline
-from rmm_lab.search.config import Config, configure, describe, searched
+from rmm_lab.search.config import Config, configure, describe, searched, seen_by
 from rmm_lab.search.finalists import candidates, legal, rank
 from rmm_lab.search.phases import Search, choose, make_scorer
 from rmm_lab.search.pipeline import Result, run_phases, train
@@ -222,7 +222,8 @@ def chosen(
     n = job.config.run.episodes if evaluations is None else evaluations
     what = "evaluations" if name in rivals.SEARCHES else "episodes"
     took: dict[str, Any] = {"evaluations": n, "seconds": seconds, "reward": reward}
-    row = uniform.path_row(problem, name, f"{n} {what}", path, sees="labels", **took)
+    took["sees"] = seen_by(job.config)
+    row = uniform.path_row(problem, name, f"{n} {what}", path, **took)
     return cells(problem, row) | {"path": path_text(path)}
 
 
