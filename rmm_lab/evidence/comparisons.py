@@ -175,6 +175,48 @@ def show_seconds(rows: DataFrame) -> str:
     )
 
 
+# ----------------------------------------------------------------------------------------- labels
+
+ALL_LABELS = "all labels, 10 % at a time"  # the default search
+
+
+def labels_setting(reward: str, known: float, data: float) -> str:
+    """What a search is called by its reward, the share of labels that is known, and an episode's of these."""
+    if reward == "agreement":
+        return f"no labels: agreement with the experts, {100 * data:g} % of the inputs at a time"
+    share = "all labels" if known == 1 else f"{100 * known:g} % of the labels"
+    at_a_time = "all" if data == 1 else f"{100 * data:g} %"
+    by = "" if reward == "metric" else f", by {reward}"
+    return f"{share}, {at_a_time} at a time{by}"
+
+
+def with_settings(rows: DataFrame) -> DataFrame:
+    """The table ``labels`` with the column ``setting``, see ``labels_setting``."""
+    each = zip(rows["reward"], rows["label_fraction"], rows["data_fraction"], strict=True)
+    return rows.assign(setting=[labels_setting(*key) for key in each])
+
+
+def show_labels(rows: DataFrame) -> str:
+    """The default search with few labels, and none."""
+    rows = with_settings(rows)
+    columns = {
+        "test split, %": ("mean", spread),
+        "difference": ("mean − reference", interval),
+        "sees": ("sees", "first"),
+        "seeds": ("seed", "nunique"),
+    }
+    return (
+        f"![{difference_alt(rows, 'setting', ALL_LABELS)}](labels.png)\n\n"
+        f"{AGENT}, {rows['evaluations'].iloc[0]} episodes. *N % of the labels*: no others of the reward "
+        "split are known, to the final choice neither. *N % at a time*: the share of these that scores an "
+        "episode; the final choice reads all of them. Episodes and choice go by the metric, or by what the "
+        "setting says; with all labels the choice is by the metric after likelihood too. *Agreement*: how "
+        "likely the merged model gives the experts' answers. Test split: mean ± sample standard deviation "
+        f"over seeds; the difference to *{ALL_LABELS}* is paired by seed, ± its 95 % interval.\n\n"
+        + markdown(compared(rows, "setting", ALL_LABELS, columns), left=["sees"])
+    )
+
+
 # ------------------------------------------------------------------------ differences as a forest plot
 
 

@@ -68,6 +68,7 @@ KEYS: dict[str, tuple[str, ...]] = {
     "default": ("group", "setting", "seed"),
     "budgets": ("group", "evaluations", "seed", "method"),
     "seconds": ("group", "seed", "method"),
+    "labels": ("group", "reward", "label_fraction", "data_fraction", "seed"),
 }
 # What the default search is beside at small budgets and equal seconds: rivals that take all of its menu.
 ON_A_BUDGET = ("CMA-ES over scales", "TPE", "coordinate ascent", "random search")
@@ -75,8 +76,9 @@ ON_A_BUDGET = ("CMA-ES over scales", "TPE", "coordinate ascent", "random search"
 ORDER: dict[str, Sequence[Any]] = {
     "method": tuple(METHODS.index),
     "preset": ("paper", "weights"),
-    "reward": ("metric", "likelihood"),
+    "reward": ("metric", "likelihood", "agreement"),
     "data_fraction": (1.0, 0.1, 0.01),
+    "label_fraction": (1.0, 0.1, 0.01),
     "dar": (0.8, 0.0),
 }
 

@@ -18,6 +18,7 @@ from rmm_lab.evidence.comparisons import (
     AGENT,
     show_ablation,
     show_budgets,
+    show_labels,
     show_searches,
     show_seconds,
 )
@@ -284,4 +285,5 @@ PAGES = {
     ),
     "budgets": Page(("budgets",), f"{AGENT} beside other searches by budget", show_budgets),
     "seconds": Page(("seconds",), f"{AGENT} beside other searches at equal seconds", show_seconds),
+    "labels": Page(("labels",), f"{AGENT}: few labels, and none", show_labels),
 }

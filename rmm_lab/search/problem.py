@@ -98,9 +98,7 @@ class Problem:
         workers: a number of threads, or ``ray`` or ``ray://HOST:PORT``: a cluster, see ``RayEngine``.
         """
         options, tasks = {"stem": self.stem} | options, self.tasks
-        if (
-            options.get("reward") == "agreement"
-        ):  # it has no use for labels, and may take all inputs
+        if options.get("reward") == "agreement":  # which reads no label: all inputs are free
             tasks = [with_all_inputs(task) for task in tasks]
         if str(workers).startswith("ray"):
             stem = str(options["stem"])
