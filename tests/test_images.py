@@ -488,6 +488,8 @@ def test_halves_of_an_official_set_from_fine_tuning_to_a_problem(tmp_path, capsy
 
 
 def test_the_formats_are_listed_where_a_name_is_wrong():
-    with pytest.raises(InputError, match=r"digits, letters.*FORMAT:FOLDER \(cifar10, .*dogs, gtsrb\)"):
+    with pytest.raises(
+        InputError, match=r"digits, letters.*FORMAT:FOLDER \(cifar10, .*dogs, gtsrb\)"
+    ):
         Task("digit", GREY)
     assert set(image_formats.FORMATS) == {"cifar10", "cifar100", "cub200", "dogs"}

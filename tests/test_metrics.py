@@ -14,7 +14,7 @@ from rmm_lab.families import vit_run
 from rmm_lab.reward import parse_path
 from rmm_lab.search.config import configure
 from rmm_lab.search.pipeline import train
-from rmm_lab.tasks.metrics import likelihood, mean_of
+from rmm_lab.tasks.metrics import agreement, likelihood, mean_of
 
 
 def test_likelihood_by_hand():
@@ -48,6 +48,25 @@ def losses(problem, path, rows):
         yield functional.cross_entropy(logits, labels, reduction="none").double().numpy()
 
 
+def test_agreement_by_hand():
+    """1 - KL(expert || merged) / 6."""
+    ln = np.log
+    merged = [[0.0, 0.0], [0.0, 0.0], [ln(3.0), 0.0], [-50.0, 0.0]]
+    own = [[0.0, 0.0], [ln(3.0), 0.0], [0.0, ln(3.0)], [0.0, -50.0]]
+    # Alike; (3/4, 1/4) of (1/2, 1/2); (1/4, 3/4) of (3/4, 1/4): ln(3) / 2; 50, which is too far.
+    second = 0.75 * ln(1.5) + 0.25 * ln(0.5)
+    expected = [1, 1 - second / 6, 1 - ln(3) / 12, 0]
+    found = agreement(torch.tensor(merged), torch.tensor(own))
+    np.testing.assert_allclose(found, expected, atol=1e-6)
+    np.testing.assert_allclose(
+        agreement(torch.tensor(merged) + 7, torch.tensor(own) - 3), expected, atol=1e-6
+    )
+    # Rows with fewer choices, and no numbers at all.
+    three = torch.tensor([[0.0, 0.0, -math.inf], [-math.inf, 0.0, 0.0], [math.nan, 0.0, 0.0]])
+    experts = torch.tensor([[0.0, 0.0, -math.inf], [0.0, 0.0, 0.0], [0.0, 0.0, 0.0]])
+    assert agreement(three, experts).tolist() == [1, 0, 0]
+
+
 @pytest.mark.parametrize("workers", [1, 2])
 @pytest.mark.parametrize("text", ["e1@0 e2@1 task_arithmetic:scale=0.5@2", "ties@0 e2@1 e2@2"])
 def test_a_subsets_score_is_the_likelihood_and_the_whole_splits_the_metric(problem, text, workers):
@@ -63,7 +82,9 @@ def test_a_subsets_score_is_the_likelihood_and_the_whole_splits_the_metric(probl
 
 
 def test_an_unknown_reward_is_refused(problem):
-    with pytest.raises(InputError, match="expected metric or likelihood, found 'loss'"):
+    with pytest.raises(
+        InputError, match="expected metric or likelihood or agreement, found 'loss'"
+    ):
         problem.scorer(reward="loss")
 
 

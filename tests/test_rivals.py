@@ -15,6 +15,7 @@ from rmm_lab.operators import parse_operator
 from rmm_lab.path import LayerPath
 from rmm_lab.reward import Step, evaluate, parse_path, path_text, reward
 from rmm_lab.search import rivals
+from rmm_lab.search.budget import Deadline
 from rmm_lab.search.layer_scales import BOUNDS
 from rmm_lab.search.proposals import (
     Neighbourhoods,
@@ -87,6 +88,39 @@ def test_a_search_spends_its_budget_and_begins_with_the_uniform_paths(
     assert asked[:4] == [(text, 0) for text in uniform][:budget]
     if budget > 40:
         assert {subset for _, subset in asked} == {0, 1, 2, 3}
+
+
+class Hours(Wide):
+    """A path takes a second of its clock."""
+
+    def clock(self) -> float:
+        return 100.0 + len(self.calls)
+
+
+@pytest.mark.parametrize("seconds", [0, 5, 30, 61])
+@pytest.mark.parametrize("name", rivals.SEARCHES)
+def test_a_deadline_ends_a_search_after_the_batch_under_way(name, seconds):
+    """It has scored what a search of so many evaluations scores first."""
+    scorer = Hours()
+    scored = rivals.SEARCHES[name](scorer, Deadline(seconds, 140, scorer.clock), 1)
+    whole = rivals.SEARCHES[name](Hours(), 140, 1)
+    n = len(scored)
+    assert max(1, seconds) <= n < seconds + 21
+    assert n == len(scorer.calls)
+    assert scored == whole[:n]
+    assert len(scored.known) == 7
+    assert bool(scored.answers) == bool(whole.answers and n > 14 + 5)  # of scales that evolved
+
+
+def test_a_deadline_is_from_now_on():
+    now = [3.0]
+    deadline = Deadline(2.5, 10, lambda: now[0])
+    for time, over in ((3.0, False), (5.4, False), (5.5, True), (9.0, True)):
+        now[0] = time
+        assert deadline.over() == over
+    for seconds in (-1, float("nan")):
+        with pytest.raises(InputError, match="deadline: expected 0 seconds or more, found"):
+            Deadline(seconds, 10)
 
 
 @pytest.mark.parametrize("stem", ["agent", "ties"])

@@ -21,6 +21,7 @@ import pandas as pd
 import psutil
 import pytest
 
+from rmm_lab.engine.scorer import Scorer
 from rmm_lab.errors import InputError
 from rmm_lab.evidence import measure, page_figures, pages, rows, tables
 from rmm_lab.evidence.measure import Job, Store, load
@@ -61,7 +62,19 @@ def small(tiny, monkeypatch):
 def replace_groups(monkeypatch, tiny) -> None:
     one = [Group("digits+textures", "tiny", dict(tiny))]
     groups = dict.fromkeys(
-        ("II", "IV", "fig3", "searches", "menu", "agent", "default", "budgets"), one
+        (
+            "II",
+            "IV",
+            "fig3",
+            "searches",
+            "menu",
+            "agent",
+            "default",
+            "budgets",
+            "seconds",
+            "labels",
+        ),
+        one,
     )
     monkeypatch.setattr(tables, "kit_groups", lambda: groups)
 
@@ -199,6 +212,21 @@ def test_every_budget_is_a_search_that_knows_it(tmp_path, counted):
     assert {job.key["evaluations"] for job in counted} == {50, 100, 200, 700}
     with pytest.raises(InputError, match="--budgets: expected one or more of at least 1, found"):
         Command("budgets", budgets=(50, 0), out=tmp_path).run()
+
+
+def test_few_labels_are_all_that_a_search_has(tmp_path, counted):
+    Command("labels", seeds=(2,), out=tmp_path).run()
+    assert {job.key["group"] for job in counted} == {"digits+textures", "qa"}
+    found = set()
+    for job in counted:
+        run, known = job.config.run, job.config.problem.label_fraction
+        found.add((run.reward, known, run.data_fraction))
+        names = ("reward", "label_fraction", "data_fraction", "seed")
+        assert [job.key[name] for name in names] == [run.reward, known, run.data_fraction, 2]
+    few = {(reward, share, 1) for reward in ("metric", "likelihood") for share in (0.1, 0.01)}
+    every = {(reward, 1, 0.1) for reward in ("metric", "likelihood", "agreement")}
+    assert found == {*few, *every, ("metric", 1, 0.01)}
+    assert len(counted) == 2 * len(found)
 
 
 # ------------------------------------------------------------------------------- small measurements
@@ -367,7 +395,7 @@ def test_the_defaults_settings_are_measured_by_the_default(small, tmp_path, monk
 
 @pytest.mark.slow
 def test_budgets_go_on_where_they_were(small, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(tables, "ON_A_BUDGET", ("TPE",))
+    monkeypatch.setattr(measure, "ON_A_BUDGET", ("TPE",))
     options = {"seeds": (1,), "calibration": 20, "out": tmp_path}
     for budgets in ((7,), (12, 7)):
         Command("budgets", budgets=budgets, **options).run()
@@ -383,6 +411,51 @@ def test_budgets_go_on_where_they_were(small, tmp_path, capsys, monkeypatch):
     assert (tmp_path / "budgets.png").is_file()
     with pytest.raises(InputError, match=r"--calibration 20 as in the rows of .*, found 21"):
         Command("budgets", **options | {"calibration": 21, "budgets": (7,)}).run()
+
+
+@pytest.mark.slow
+def test_rivals_get_the_agents_seconds(small, tmp_path, monkeypatch, capsys):
+    """A processor that takes a second for each path, and none for anything else."""
+    time_now, score = [0.0], Scorer.score
+
+    def slow(scorer, path, subset=None):
+        time_now[0] += 1
+        return score(scorer, path, subset)
+
+    monkeypatch.setattr(Scorer, "score", slow)
+    monkeypatch.setattr(time, "process_time", lambda: time_now[0])
+    monkeypatch.setattr(measure, "ON_A_BUDGET", ("TPE", "random search"))
+    options = {"episodes": 12, "calibration": 20, "out": tmp_path}
+    for seeds in ((1,), (1, 2)):
+        Command("seconds", seeds=seeds, **options).run()
+    assert re.findall(r"(\d+) jobs to measure", capsys.readouterr().out) == ["1", "1"]
+    found = read(tmp_path, "seconds")
+    assert list(found["method"]) == ["RMM (agent)", "TPE", "random search"] * 2
+    # Five uniform paths, then one at a time, or twenty; the final choice is not counted.
+    assert list(found["evaluations"]) == [12, 12, 25] * 2
+    assert list(found["search_seconds"]) == [12, 12, 25] * 2
+    for _, row in found.iterrows():
+        check_again(row, load(config_of(row)))
+    assert (tmp_path / "seconds.png").is_file()
+
+
+@pytest.mark.slow
+def test_rows_with_few_labels_are_scored_on_these(small, tmp_path, monkeypatch):
+    """The reward split's score is that of the few, or of agreement: not that of all labels."""
+    some = (tables.LABELS[0], tables.LABELS[3] | {"label_fraction": 0.2}, tables.LABELS[-1])
+    monkeypatch.setattr(tables, "LABELS", some)
+    Command("labels", seeds=(1,), episodes=12, calibration=20, out=tmp_path).run()
+    found = read(tmp_path, "labels")
+    assert list(found["sees"]) == ["labels", "labels", "inputs"]
+    assert list(found["label_fraction"]) == [1.0, 0.2, 1.0]
+    for _, row in found.iterrows():
+        config = config_of(row)
+        problem, path = load(config), parse_path(row["path"])
+        scorer = problem.scorer(reward=config.run.reward)
+        assert row["reward_split"] == pytest.approx(100 * scorer.score(path).mean(), abs=0.01)
+        again = uniform.path_row(problem, "", "", path)
+        assert row["mean"] == pytest.approx(100 * again.mean, abs=0.01)
+    assert (tmp_path / "labels.png").is_file()
 
 
 # ------------------------------------------------------------------------------ files and processes
@@ -774,6 +847,54 @@ def test_budgets_by_hand():
     assert names == ["50: TPE", "50: random search", "700: TPE", "700: random search"]
     drawn = axes.containers[0].lines[0].get_xdata()
     assert list(drawn) == pytest.approx([5, np.nan, 0, -2], nan_ok=True)
+
+
+def test_equal_seconds_by_hand():
+    found = pd.DataFrame(
+        {"group": "g", "method": m, "evaluations": n, "search_seconds": 60.0, "seed": seed}
+        | {"reward_split": mean + 1, "mean": mean}
+        for m, n, means in (("RMM (agent)", 700, (60, 62)), ("TPE", 900, (55, 57)))
+        for seed, mean in enumerate(means)
+    )
+    text = page("seconds", found)
+    agent = ["2", "60", "700", "62.0 ± 1.4", "61.0 ± 1.4", "", ""]
+    assert line(text, "g", "RMM (agent)") == agent
+    more = ["+5.0 ± 0.0"] * 2
+    assert line(text, "g", "TPE") == ["2", "60", "900", "57.0 ± 1.4", "56.0 ± 1.4", *more]
+    assert "RMM (agent) had 700 evaluations" in text
+    assert "differences to RMM (agent) on the test split. g: TPE −5.0.](seconds.png)" in text
+    assert len(page_figures.DRAW["seconds"](found).axes) == 1
+
+
+def test_few_labels_by_hand():
+    found = pd.DataFrame(
+        {"group": "g", "reward": reward, "label_fraction": known, "data_fraction": data}
+        | {"seed": seed, "evaluations": 700, "reward_split": 1.0, "mean": mean, "sees": sees}
+        for reward, known, data, sees, means in (
+            ("metric", 1.0, 0.1, "labels", (70, 72)),
+            ("metric", 1.0, 0.01, "labels", (69, 69)),
+            ("metric", 0.01, 1.0, "labels", (60, 62)),
+            ("likelihood", 0.01, 1.0, "labels", (65,)),
+            ("agreement", 1.0, 0.1, "inputs", (71, 73)),
+        )
+        for seed, mean in enumerate(means)
+    )
+    text = page("labels", found)
+    every = "all labels, 10 % at a time"
+    assert line(text, "g", every) == ["71.0 ± 1.4", "", "labels", "2"]
+    # -1 and -3; -10 and -10; -5; 1 and 1.
+    one = line(text, "g", "all labels, 1 % at a time")
+    assert one == ["69.0 ± 0.0", "−2.0 ± 12.7", "labels", "2"]
+    few = line(text, "g", "1 % of the labels, all at a time")
+    assert few == ["61.0 ± 1.4", "−10.0 ± 0.0", "labels", "2"]
+    soft = line(text, "g", "1 % of the labels, all at a time, by likelihood")
+    assert soft == ["65.0", "−5.0", "labels", "1"]
+    none = "no labels: agreement with the experts, 10 % of the inputs at a time"
+    assert line(text, "g", none) == ["72.0 ± 1.4", "+1.0 ± 0.0", "inputs", "2"]
+    assert f"differences to {every} on the test split. g: all labels, 1 % at a time −2.0, " in text
+    (axes,) = page_figures.DRAW["labels"](found).axes
+    drawn = {x for c in axes.containers for x in c.lines[0].get_xdata()}
+    assert drawn == {-2, -10, -5, 1}
 
 
 def test_intervals_are_scipys():

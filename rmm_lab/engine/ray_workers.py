@@ -29,6 +29,7 @@ from rmm_lab.engine.scorer import MOST, Job, Scorer
 from rmm_lab.errors import InputError
 from rmm_lab.layers import LayerPool
 from rmm_lab.reward import Task
+from rmm_lab.tasks.few_labels import FewLabels
 
 TRIES = 5  # of a job whose worker died
 START_S = 120.0  # until one worker must be there: it imports torch, and the cluster may be full
@@ -88,6 +89,9 @@ def only_split(task: Task, split: str) -> Task:
     if len(task.split(split)):
         task.batch(split, slice(0, 1))  # texts are padded at the first batch
     kept = copy.copy(task)
+    if isinstance(kept, FewLabels):
+        kept.task = only_split(kept.task, split)
+        return kept
     for name in ("_splits", "_padded", "_rows", "_files"):
         stored = getattr(task, name, None)
         if isinstance(stored, dict):

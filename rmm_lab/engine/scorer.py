@@ -21,7 +21,7 @@ from rmm_lab.engine.cache import Cache, free_bytes
 from rmm_lab.errors import InputError
 from rmm_lab.layers import LayerPool
 from rmm_lab.reward import Path, Step, Task, partition, split_stem
-from rmm_lab.tasks.metrics import REWARDS, answers, likelihood, mean_of
+from rmm_lab.tasks.metrics import REWARDS, agreement, answers, likelihood, mean_of
 
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -94,8 +94,9 @@ class Scorer:
         device: ``cpu``, ``cuda`` or another of torch's.
         precision: ``float32`` or ``bfloat16`` for models and activations; the latter changes rewards
             a little.
-        reward: what a subset's scores are: ``metric``, each task's own, or ``likelihood`` of the right
-            answers. All examples together, subset None, always have the metric.
+        reward: what a subset's scores are: ``metric``, each task's own; ``likelihood`` of the right
+            answers; or ``agreement`` with the task's expert, which reads no label.
+        choice: the same of all examples together, subset None; None: agreement for itself, else the metric.
         engine: what runs the work in place of threads, such as ``ray_workers.RayEngine``.
     """
 
@@ -114,6 +115,7 @@ class Scorer:
         device: str = "cpu",
         precision: str = "float32",
         reward: str = "metric",
+        choice: str | None = None,
         engine: Engine | None = None,
     ) -> None:
         if not 0 < fraction <= 1:
@@ -128,10 +130,12 @@ class Scorer:
             raise InputError(
                 f"precision: expected float32 or bfloat16, found {precision!r}; correct it"
             )
-        if reward not in REWARDS:
-            raise InputError(
-                f"reward: expected {' or '.join(REWARDS)}, found {reward!r}; correct it"
-            )
+        choice = choice or ("agreement" if reward == "agreement" else "metric")
+        for name in (reward, choice):
+            if name not in REWARDS:
+                raise InputError(
+                    f"reward: expected {' or '.join(REWARDS)}, found {name!r}; correct it"
+                )
         if workers < 1 or (batch_size is not None and batch_size < 1):
             raise InputError(
                 f"scorer: expected at least 1 worker and batches of at least 1 example, found {workers} "
@@ -149,7 +153,7 @@ class Scorer:
         self.blocks: Sequence[range] = pool.blocks
         self.n_subsets = max(1, round(1 / fraction))
         self.device, self.dtype = torch.device(check_device(device)), PRECISIONS[precision]
-        self._batch_size, self._soft = batch_size, reward == "likelihood"
+        self._batch_size, self._reward, self._choice = batch_size, reward, choice
         self._rows = [partition(len(t.split(split)), self.n_subsets, seed) for t in tasks]
         self._parts: dict[int | None, list[tuple[int, np.ndarray]]] = {}
         budget = free_bytes(device) // 4 if cache_mb is None else int(cache_mb * 2**20)
@@ -161,6 +165,7 @@ class Scorer:
         ]
         self._lock = threading.Lock()
         self._seen: dict[tuple[Path, int | None], np.ndarray] = {}
+        self._own: dict[tuple[int | None, int], Tensor] = {}  # logits of experts, by part
         self._workers = workers
         self.alone = engine is None and workers == 1  # then nothing is won by looking ahead
         self._engine = engine
@@ -188,7 +193,7 @@ class Scorer:
     def score(self, path: Path, subset: int | None = None) -> np.ndarray:
         """Each task's score of the path: (N,) in [0, 1]; ``subset`` None uses all examples.
 
-        The score is the task's metric, or on a subset what ``reward`` names.
+        The score is what ``reward`` names, of all examples what ``choice`` does.
         """
         self.evaluations += 1
         examples = sum(len(self.rows(i, subset)) for i in range(self.n_models))
@@ -246,15 +251,19 @@ class Scorer:
         for (path, subset), by_task in found.items():
             scores = []
             for i, (task, parts) in enumerate(zip(self.tasks, by_task, strict=True)):
-                labels, answers = self._labels(i, self.rows(i, subset)), torch.cat(parts)
-                if self._is_soft(subset):
-                    scores.append(mean_of(task.metric, answers, labels))
+                answers, kind = torch.cat(parts), self._kind(subset)
+                if kind == "agreement":
+                    right, labels = answers.unbind(-1)  # (n, 2) -> (n,), (n,)
                 else:
+                    right, labels = answers, self._labels(i, self.rows(i, subset))
+                if kind == "metric":
                     scores.append(task.score(answers, labels))
+                else:
+                    scores.append(mean_of(task.metric, right, labels))
             self._seen[path, subset] = np.array(scores)
 
-    def _is_soft(self, subset: int | None) -> bool:
-        return self._soft and subset is not None
+    def _kind(self, subset: int | None) -> str:
+        return self._choice if subset is None else self._reward
 
     def _labels(self, i: int, rows: np.ndarray) -> Tensor:
         return self.tasks[i].split(self.split).labels[torch.from_numpy(rows)]
@@ -320,19 +329,31 @@ class Scorer:
     def work(self, job: Job) -> tuple[list[Tensor], int]:
         """Each path's answers (n,) on the job's part, and how many layers were computed for them.
 
-        Answers are their numbers; where the reward is the likelihood, how right they are in [0, 1].
+        Answers are their numbers; where the reward is the likelihood, how right they are in [0, 1]; where it
+        is the agreement, (n, 2): how nearly they are the expert's in [0, 1], and the number of that answer.
         """
-        found, layers = [], 0
+        found, layers, kind = [], 0, self._kind(job.subset)
         for path in job.paths:
             logits, n = self._logits(job.subset, job.part, path)  # (n, answers)
-            if self._is_soft(job.subset):
+            if kind == "likelihood":
                 labels = self._labels(*self.parts(job.subset)[job.part])
                 found.append(likelihood(logits, labels))
+            elif kind == "agreement":
+                own = self._expert(job.subset, job.part)
+                found.append(torch.stack([agreement(logits, own), own.argmax(-1)], -1))  # (n, 2)
             else:
                 task = self.tasks[self.parts(job.subset)[job.part][0]]
                 found.append(answers(task, logits))  # (n, answers) -> (n,)
             layers += n
         return found, layers
+
+    def _expert(self, subset: int | None, j: int) -> Tensor:
+        """The logits (n, answers) of a part's own expert, whose task it is."""
+        if (subset, j) not in self._own:
+            name = self.pool.names[self.parts(subset)[j][0]]
+            whole = tuple(Step(name, k) for k in range(-1, self.n_layers))
+            self._own[subset, j] = self._logits(subset, j, whole)[0].cpu().double()
+        return self._own[subset, j]
 
     def _logits(self, subset: int | None, j: int, path: Path) -> tuple[Tensor, int]:
         """Logits (n, answers) from the longest beginning that is kept, and the number of layers run."""

@@ -7,7 +7,7 @@ from typing import Any
 
 from pandas import DataFrame, Index, Series, concat
 
-from rmm_lab.evidence.markdown import markdown, seeds
+from rmm_lab.evidence.markdown import markdown, seconds_text, seeds, span
 from rmm_lab.evidence.rows import interval, spread
 from rmm_lab.figures.searches import t_interval
 from rmm_lab.search.config import BOTH, SEARCHED
@@ -150,6 +150,71 @@ def budget_points(rows: DataFrame) -> dict[str, DataFrame]:
 def budgets_alt(rows: DataFrame) -> str:
     """One sentence on that plot, and one on each panel."""
     return _alt(f"what {AGENT} has more than others at each budget", budget_points(rows))
+
+
+def show_seconds(rows: DataFrame) -> str:
+    """Searches that had the same seconds."""
+    columns: dict[str, Any] = {
+        "seeds": ("seed", "nunique"),
+        "seconds": ("search_seconds", seconds_text),
+        "evaluations": ("evaluations", lambda n: f"{n.mean():.0f}"),
+        "reward split, %": ("reward_split", spread),
+        "test split, %": ("mean", spread),
+        f"{AGENT} − it, reward": ("reference − reward_split", interval),
+        f"{AGENT} − it, test": ("reference − mean", interval),
+    }
+    n = span(rows.loc[rows["method"] == AGENT, "evaluations"])
+    return (
+        f"![{difference_alt(rows, 'method', AGENT)}](seconds.png)\n\n"
+        f"{AGENT} had {n} evaluations; every other search had the seconds that it took at the same seed, "
+        "in the same process, and finished the batch under way. *Seconds*: of the processor (of the clock on "
+        "a GPU), with all fits of layers and without the final choice on the whole reward split, which came "
+        "on top for all alike. *Evaluations*: what the seconds were enough for, mean over seeds. Mean ± "
+        f"sample standard deviation over seeds. *{AGENT} − it* is paired by seed, ± its 95 % interval.\n\n"
+        + markdown(compared(rows, "method", AGENT, columns))
+    )
+
+
+# ----------------------------------------------------------------------------------------- labels
+
+ALL_LABELS = "all labels, 10 % at a time"  # the default search
+
+
+def labels_setting(reward: str, known: float, data: float) -> str:
+    """What a search is called by its reward, the share of labels that is known, and an episode's of these."""
+    if reward == "agreement":
+        return f"no labels: agreement with the experts, {100 * data:g} % of the inputs at a time"
+    share = "all labels" if known == 1 else f"{100 * known:g} % of the labels"
+    at_a_time = "all" if data == 1 else f"{100 * data:g} %"
+    by = "" if reward == "metric" else f", by {reward}"
+    return f"{share}, {at_a_time} at a time{by}"
+
+
+def with_settings(rows: DataFrame) -> DataFrame:
+    """The table ``labels`` with the column ``setting``, see ``labels_setting``."""
+    each = zip(rows["reward"], rows["label_fraction"], rows["data_fraction"], strict=True)
+    return rows.assign(setting=[labels_setting(*key) for key in each])
+
+
+def show_labels(rows: DataFrame) -> str:
+    """The default search with few labels, and none."""
+    rows = with_settings(rows)
+    columns = {
+        "test split, %": ("mean", spread),
+        "difference": ("mean − reference", interval),
+        "sees": ("sees", "first"),
+        "seeds": ("seed", "nunique"),
+    }
+    return (
+        f"![{difference_alt(rows, 'setting', ALL_LABELS)}](labels.png)\n\n"
+        f"{AGENT}, {rows['evaluations'].iloc[0]} episodes. *N % of the labels*: no others of the reward "
+        "split are known, to the final choice neither. *N % at a time*: the share of these that scores an "
+        "episode; the final choice reads all of them. Episodes and choice go by the metric, or by what the "
+        "setting says; with all labels the choice is by the metric after likelihood too. *Agreement*: how "
+        "likely the merged model gives the experts' answers. Test split: mean ± sample standard deviation "
+        f"over seeds; the difference to *{ALL_LABELS}* is paired by seed, ± its 95 % interval.\n\n"
+        + markdown(compared(rows, "setting", ALL_LABELS, columns), left=["sees"])
+    )
 
 
 # ------------------------------------------------------------------------ differences as a forest plot

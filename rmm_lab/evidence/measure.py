@@ -41,11 +41,13 @@ from rmm_lab.evidence.rows import (
 from rmm_lab.reward import Path as Steps
 from rmm_lab.reward import path_text
 from rmm_lab.search import gradients, matched, rivals, uniform
-from rmm_lab.search.config import Config, configure, describe, searched
+from rmm_lab.search.budget import Deadline
+from rmm_lab.search.config import Config, configure, describe, searched, seen_by
 from rmm_lab.search.finalists import candidates, legal, rank
-from rmm_lab.search.phases import make_scorer
-from rmm_lab.search.pipeline import Result, train
+from rmm_lab.search.phases import Search, choose, make_scorer
+from rmm_lab.search.pipeline import Result, run_phases, train
 from rmm_lab.search.problem import Problem, problem_of
+from rmm_lab.search.run_folder import RunFolder
 from rmm_lab.tasks.files import write_file
 
 Measured = dict[str, list[dict[str, Any]]]  # table -> rows; the last table is the job's own
@@ -65,13 +67,18 @@ KEYS: dict[str, tuple[str, ...]] = {
     "agent": ("group", "setting", "seed"),
     "default": ("group", "setting", "seed"),
     "budgets": ("group", "evaluations", "seed", "method"),
+    "seconds": ("group", "seed", "method"),
+    "labels": ("group", "reward", "label_fraction", "data_fraction", "seed"),
 }
+# What the default search is beside at small budgets and equal seconds: rivals that take all of its menu.
+ON_A_BUDGET = ("CMA-ES over scales", "TPE", "coordinate ascent", "random search")
 # Values of these columns come in this order in a file, others in their natural one.
 ORDER: dict[str, Sequence[Any]] = {
     "method": tuple(METHODS.index),
     "preset": ("paper", "weights"),
-    "reward": ("metric", "likelihood"),
+    "reward": ("metric", "likelihood", "agreement"),
     "data_fraction": (1.0, 0.1, 0.01),
+    "label_fraction": (1.0, 0.1, 0.01),
     "dar": (0.8, 0.0),
 }
 
@@ -198,16 +205,27 @@ def cells(problem: Problem, row: uniform.Row) -> dict[str, Any]:
     return out | {"path": ""}
 
 
-def chosen(job: Job, problem: Problem, start: float, path: Steps, reward: float) -> dict[str, Any]:
+def chosen(
+    job: Job,
+    problem: Problem,
+    start: float,
+    path: Steps,
+    reward: float,
+    method: str = "",
+    evaluations: int | None = None,
+) -> dict[str, Any]:
     """The row of a search's path: its score on the test split; ``reward`` in [0, 1] on the reward split.
 
-    ``start``: when the search began; its seconds end here.
+    ``start``: when the search began; its seconds end here. ``method`` and ``evaluations``: by default the
+    key's, else the config's.
     """
     seconds = time.perf_counter() - start
-    name = job.key.get("method") or searched(job.config)
-    n, what = job.config.run.episodes, "evaluations" if name in rivals.SEARCHES else "episodes"
+    name = method or job.key.get("method") or searched(job.config)
+    n = job.config.run.episodes if evaluations is None else evaluations
+    what = "evaluations" if name in rivals.SEARCHES else "episodes"
     took: dict[str, Any] = {"evaluations": n, "seconds": seconds, "reward": reward}
-    row = uniform.path_row(problem, name, f"{n} {what}", path, sees="labels", **took)
+    took["sees"] = seen_by(job.config)
+    row = uniform.path_row(problem, name, f"{n} {what}", path, **took)
     return cells(problem, row) | {"path": path_text(path)}
 
 
@@ -270,10 +288,14 @@ def _searched(
         return row, legal(result.episodes)
     start = time.perf_counter()
     scored = rivals.SEARCHES[method](scorer, run.episodes, run.seed)
-    ranked = rank(scorer, candidates(scored, run.finalists, scored.answers))
-    # Of equal ones the last by name, as in the rows that ship.
-    best = max(ranked, key=lambda r: (r["reward"], path_text(r["path"])))
+    best = _best_of(scorer, scored, run.finalists)
     return chosen(job, problem, start, best["path"], best["reward"]), scored
+
+
+def _best_of(scorer: Scorer, scored: rivals.Scored, finalists: int) -> dict[str, Any]:
+    """A rival's final choice; of equal ones the last by name, as in the rows that ship."""
+    ranked = rank(scorer, candidates(scored, finalists, scored.answers))
+    return max(ranked, key=lambda r: (r["reward"], path_text(r["path"])))
 
 
 def search(job: Job) -> Measured:
@@ -291,6 +313,37 @@ def search_alone(job: Job) -> Measured:
     problem = load(job.config)
     with closing(make_scorer(problem, job.config)) as scorer:
         return {job.table: [_searched(job, problem, scorer)[0]]}
+
+
+def at_equal_seconds(job: Job) -> Measured:
+    """The agent's search, then each rival with the seconds that it took, one after another in this process.
+
+    Seconds are the processor's, so that other work beside does not count; on a GPU those of the clock. They
+    are spent on searching, with all fits of layers; the final choice comes on top, for all alike. Every
+    search has its problem to itself, so that it finds nothing fitted.
+    """
+    run, rows = job.config.run, []
+    clock = time.process_time if run.device == "cpu" else time.perf_counter
+    limit = 0.0
+    for method in (searched(job.config), *ON_A_BUDGET):
+        problem = load(job.config)
+        for task in problem.tasks:
+            task.split("reward")
+        with closing(make_scorer(problem, job.config)) as scorer:
+            start, begun = time.perf_counter(), clock()
+            if method in rivals.SEARCHES:
+                budget = Deadline(limit, run.episodes, clock)
+                scored = rivals.SEARCHES[method](scorer, budget, run.seed)
+                took, n = clock() - begun, len(scored)
+                best = _best_of(scorer, scored, run.finalists)
+            else:
+                search = Search.start(job.config, scorer, RunFolder(None))
+                run_phases(search)
+                took, n = clock() - begun, len(search.episodes)
+                limit, best = took, choose(search)[0]
+            row = chosen(job, problem, start, best["path"], best["reward"], method, n)
+        rows.append(row | {"search_seconds": round(took, 2)})
+    return {job.table: rows}
 
 
 def measure(job: Job) -> dict[str, pd.DataFrame]:

@@ -10,7 +10,13 @@ from matplotlib.figure import Figure
 from pandas import DataFrame
 
 from rmm_lab.errors import InputError
-from rmm_lab.evidence.comparisons import AGENT, budget_points, difference_points
+from rmm_lab.evidence.comparisons import (
+    AGENT,
+    ALL_LABELS,
+    budget_points,
+    difference_points,
+    with_settings,
+)
 from rmm_lab.evidence.forest import AXIS, forest
 from rmm_lab.evidence.pages import dar_scores, pair_of
 from rmm_lab.evidence.rows import spread
@@ -61,9 +67,15 @@ def draw_searches(rows: DataFrame, curve: DataFrame) -> Figure:
     return searches_picture(curve, rows.groupby(["group", "method"])["mean"].agg(spread).to_dict())
 
 
-def draw_differences(rows: DataFrame, by: str) -> Figure:
-    """``forest_picture`` of differences to ``AGENT``, paired by seed."""
-    return _paired(difference_points(rows, by, AGENT), f"test split, points above {AGENT}")
+def draw_differences(rows: DataFrame, by: str, reference: str = AGENT) -> Figure:
+    """``forest_picture`` of differences to ``reference``, paired by seed."""
+    points = difference_points(rows, by, reference)
+    return _paired(points, f"test split, points above {reference}", reference)
+
+
+def draw_labels(rows: DataFrame) -> Figure:
+    """The same for few labels, to all of them."""
+    return draw_differences(with_settings(rows), "setting", ALL_LABELS)
 
 
 def draw_budgets(rows: DataFrame) -> Figure:
@@ -71,11 +83,11 @@ def draw_budgets(rows: DataFrame) -> Figure:
     return _paired(budget_points(rows), f"test split, points by which {AGENT} is above")
 
 
-def _paired(points: Mapping[str, DataFrame], xlabel: str) -> Figure:
+def _paired(points: Mapping[str, DataFrame], xlabel: str, reference: str = AGENT) -> Figure:
     caption = (
         "Point: mean of the differences, paired by seed; bar: its 95 % interval (Student's t)."
     )
-    lines = {panel: {AGENT: 0.0} for panel in points}
+    lines = {panel: {reference: 0.0} for panel in points}
     return forest_picture(points, lines, xlabel, caption)
 
 
@@ -90,4 +102,6 @@ DRAW: dict[str, Callable[..., Figure]] = {
     "menu": draw_searches,
     "default": partial(draw_differences, by="setting"),
     "budgets": draw_budgets,
+    "seconds": partial(draw_differences, by="method"),
+    "labels": draw_labels,
 }

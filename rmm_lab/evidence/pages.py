@@ -14,7 +14,14 @@ from functools import partial
 import pandas as pd
 from pandas import DataFrame
 
-from rmm_lab.evidence.comparisons import AGENT, show_ablation, show_budgets, show_searches
+from rmm_lab.evidence.comparisons import (
+    AGENT,
+    show_ablation,
+    show_budgets,
+    show_labels,
+    show_searches,
+    show_seconds,
+)
 from rmm_lab.evidence.forest import forest, with_best_expert
 from rmm_lab.evidence.markdown import markdown, seconds_text, seeds, span
 from rmm_lab.evidence.rows import (
@@ -277,4 +284,6 @@ PAGES = {
         partial(show_ablation, reference=AGENT, picture="default.png"),
     ),
     "budgets": Page(("budgets",), f"{AGENT} beside other searches by budget", show_budgets),
+    "seconds": Page(("seconds",), f"{AGENT} beside other searches at equal seconds", show_seconds),
+    "labels": Page(("labels",), f"{AGENT}: few labels, and none", show_labels),
 }

@@ -24,8 +24,9 @@ COLUMNS = (
 # 007, the commit 12e4567.
 NUMBERS: dict[str, type] = {
     **dict.fromkeys(("seed", "episode", "episodes", "evaluations"), int),
-    **dict.fromkeys(("mean", "reward_split", "test", "seconds", "value"), float),
-    **dict.fromkeys(("dar", "data_fraction", "raw_reward", "dar_reward", "rmm_mean"), float),
+    **dict.fromkeys(("mean", "reward_split", "test", "seconds", "search_seconds", "value"), float),
+    **dict.fromkeys(("dar", "data_fraction", "label_fraction", "raw_reward", "dar_reward"), float),
+    "rmm_mean": float,
 }
 
 BEST_EXPERT = "best expert, for all tasks"

@@ -12,6 +12,8 @@
     python -m rmm_lab tables agent        agent + CMA-ES with one choice changed
     python -m rmm_lab tables default      the default search with one choice changed
     python -m rmm_lab tables budgets      some of these at 50, 100, 200 and 700 evaluations
+    python -m rmm_lab tables seconds      the same searches at equal seconds
+    python -m rmm_lab tables labels       Table IV by the default search: few labels, and none
     python -m rmm_lab tables show         only write the pages, figures and excerpts from the CSV files
 
 ``--scale paper`` takes the paper's models and sets, for Tables I to IV and Fig. 3: see ``paper_scale``.
@@ -89,8 +91,19 @@ DEFAULT: dict[str, dict[str, Any]] = {
     "GAE": {"gae_lambda": 0.95},
     "all three": {"observation": "map+cursor+drift", "shaping": 1.0, "gae_lambda": 0.95},
 }
-# What the default search is beside at small budgets: rivals that take all of its menu.
-ON_A_BUDGET = ("CMA-ES over scales", "TPE", "coordinate ascent", "random search")
+# What scores the default search's episodes, and which labels are known. With few of them each episode sees
+# all; a small share of the data alone leaves the final choice all labels, as in the other tables.
+LABELS: tuple[dict[str, Any], ...] = (
+    {},
+    {"reward": "likelihood"},
+    {"data_fraction": 0.01},
+    *(
+        {"reward": reward, "label_fraction": share, "data_fraction": 1.0}
+        for share in (0.1, 0.01)
+        for reward in ("metric", "likelihood")
+    ),
+    {"reward": "agreement"},
+)
 # Of AGENT, those that are measured on texts, whose searches take minutes.
 ON_TEXTS = (BOTH, "likelihood as the reward", "agent preset")
 # What every group has that depends on no seed: SLERP is for two experts.
@@ -116,6 +129,7 @@ def kit_groups() -> Groups:
     searches, menu = [*pair, vision[3], *language], [*language, vision[3], vision[1]]
     own = {"groups": vision[1:], "searches": searches, "menu": menu, "agent": agent}
     own |= {"default": [vision[0], vision[3], language[0]], "budgets": [*vision, *language]}
+    own |= {"seconds": own["budgets"], "labels": agent}
     return papers | own
 
 
@@ -135,6 +149,8 @@ class Command:
         "agent",
         "default",
         "budgets",
+        "seconds",
+        "labels",
         "all",
         "show",
     ]
@@ -225,9 +241,12 @@ class Command:
 
     def jobs_of(self, name: str, groups: Sequence[Group], store: Store) -> Iterator[Job]:
         """What is not in the files yet."""
-        make = {"searches": self._rivals, "menu": self._rivals, "agent": self._agent}
-        make |= {"IV": self._dar, "fig3": self._dar, "default": self._default}
-        make |= {"budgets": self._budgets}
+        make = {
+            **dict.fromkeys(("searches", "menu"), self._rivals),
+            **dict.fromkeys(("IV", "fig3"), self._dar),
+            **{"agent": self._agent, "default": self._default, "labels": self._labels},
+            **{"budgets": self._budgets, "seconds": self._seconds},
+        }
         for group in groups:
             if name in METHOD_TABLES:
                 yield from self._methods(METHOD_TABLES[name], group, store)
@@ -324,9 +343,23 @@ class Command:
     def _budgets(self, name: str, group: Group, options: dict[str, Any]) -> Iterator[Job]:
         for n in self.budgets:
             config = configure(**options | {"episodes": n, "calibration": self.calibration})
-            for method in (searched(config), *ON_A_BUDGET):
+            for method in (searched(config), *measure.ON_A_BUDGET):
                 key = {"group": group.name, "evaluations": n, "seed": options["seed"]}
                 yield Job(name, measure.search_alone, key | {"method": method}, config)
+
+    def _seconds(self, name: str, group: Group, options: dict[str, Any]) -> Iterator[Job]:
+        """One job for all searches of a seed: the agent's seconds are the others'."""
+        config = configure(**options, calibration=self.calibration)
+        key = {"group": group.name, "seed": options["seed"]}
+        yield Job(name, measure.at_equal_seconds, key, config)
+
+    def _labels(self, name: str, group: Group, options: dict[str, Any]) -> Iterator[Job]:
+        for changed in LABELS:
+            config = configure(**options, calibration=self.calibration, **changed)
+            run, known = config.run, config.problem.label_fraction
+            key = {"group": group.name, "reward": run.reward, "label_fraction": known}
+            key |= {"data_fraction": run.data_fraction, "seed": run.seed}
+            yield Job(name, measure.trained, key, config)
 
 
 # ------------------------------------------------------------------------------- reading and showing

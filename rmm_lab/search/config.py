@@ -25,8 +25,9 @@ class RunArgs:
     """Share of each task's reward split that scores an episode, in (0, 1]."""
     seed: int = 1
     """Seed of the policy, the rollouts, the data subsets, CMA-ES, and the random operators' masks."""
-    reward: Literal["metric", "likelihood"] = "metric"
-    """What scores an episode: each task's metric (Eq. 7), or how likely its right answers are."""
+    reward: Literal["metric", "likelihood", "agreement"] = "metric"
+    """What scores an episode: each task's metric (Eq. 7), how likely its right answers are, or how nearly
+    the answers are those of the task's expert, without labels, which then also makes the final choice."""
     dar_lambda: float = 0.0
     """Lambda of the Dynamic Average Reward, Eq. 10, in [0, 1]; 0 switches it off."""
     observation: Literal["map", "map+cursor", "map+cursor+drift"] = "map+cursor"
@@ -224,6 +225,11 @@ def searched(config: Config) -> str:
     if share := config.run.cma_share:
         return SEARCHED[3] if share == 1 else BOTH
     return SEARCHED[0] if describe(config)["preset"] == "paper" else SEARCHED[1]
+
+
+def seen_by(config: Config) -> str:
+    """The most that a search looks at: ``inputs`` where no label scores or chooses, else ``labels``."""
+    return "inputs" if config.run.reward == "agreement" else "labels"
 
 
 def read_config(stored: Mapping[str, Any], where: str | Path) -> Config:

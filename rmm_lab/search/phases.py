@@ -39,8 +39,13 @@ from rmm_lab.search.shaping import DriftShaping
 
 
 def make_scorer(problem: Problem, config: Config) -> Scorer:
-    """What scores the paths of a search: on the reward split, on the run's share of the data."""
+    """What scores the paths of a search: on the reward split, on the run's share of the data.
+
+    The final choice is by the metric, unless no label is read, or so few are known that good models have the
+    same ones right: then it is by what scores the episodes.
+    """
     run = config.run
+    choice = "metric" if problem.spec.label_fraction == 1 else run.reward
     return problem.scorer(
         fraction=run.data_fraction,
         seed=run.seed,
@@ -49,6 +54,7 @@ def make_scorer(problem: Problem, config: Config) -> Scorer:
         device=run.device,
         precision=run.precision,
         reward=run.reward,
+        choice="agreement" if run.reward == "agreement" else choice,
     )
 
 

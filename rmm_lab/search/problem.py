@@ -28,6 +28,7 @@ from rmm_lab.path import LayerPath
 from rmm_lab.reward import PathScorer
 from rmm_lab.search.numbers import ScalesEnv
 from rmm_lab.tasks import groups as picture_groups
+from rmm_lab.tasks.few_labels import FewLabels, with_all_inputs
 from rmm_lab.tasks.files import (
     SHIPPED,
     absolute,
@@ -84,11 +85,15 @@ class ProblemSpec:
     """What is chosen at a time: block (the paper), sublayer (attention, MLP), both: blocks, then these."""
     calibration: int = 300
     """Inputs per task, of the train split and without labels, that regmean and least_squares look at."""
+    label_fraction: float = 1.0
+    """Share of each task's reward split whose labels are known, to search, choose and tune, in (0, 1]."""
     seed: Annotated[int, tyro.conf.Suppress] = 0
-    """Seed of the random operators' masks and of the draw of calibration inputs."""
+    """Seed of the random operators' masks and of the draws of calibration inputs and known labels."""
 
     def __post_init__(self) -> None:
-        check_values(self, {"seed": SEED_RANGE, "calibration": ("0 or more", lambda v: v >= 0)})
+        known: Range = ("more than 0 and at most 1", lambda v: 0 < v <= 1)
+        ranges = {"seed": SEED_RANGE, "calibration": ("0 or more", lambda v: v >= 0)}
+        check_values(self, ranges | {"label_fraction": known})
 
 
 @dataclass
@@ -128,7 +133,9 @@ class Problem:
 
         workers: a number of threads, or ``ray`` or ``ray://HOST:PORT``: a cluster, see ``RayEngine``.
         """
-        options = {"stem": self.stem} | options
+        options, tasks = {"stem": self.stem} | options, self.tasks
+        if options.get("reward") == "agreement":  # which reads no label: all inputs are free
+            tasks = [with_all_inputs(task) for task in tasks]
         if str(workers).startswith("ray"):
             stem = str(options["stem"])
             if stem.partition(":")[0] in MATCHED and stem not in self.pool.operators:
@@ -138,14 +145,14 @@ class Problem:
                 )
             from rmm_lab.engine.ray_workers import RayEngine
 
-            engine = RayEngine(self.pool, self.tasks, str(workers), options)
-            return Scorer(self.pool, self.tasks, **engine.options, engine=engine)
+            engine = RayEngine(self.pool, tasks, str(workers), options)
+            return Scorer(self.pool, tasks, **engine.options, engine=engine)
         if not str(workers).isdecimal() or int(workers) < 1:
             raise InputError(
                 f"--workers: expected a number of threads from 1, ray, or ray://HOST:PORT, found "
                 f"{workers!r}"
             )
-        return Scorer(self.pool, self.tasks, **options, workers=int(workers))
+        return Scorer(self.pool, tasks, **options, workers=int(workers))
 
 
 def make_merging_env(
@@ -266,6 +273,9 @@ def problem_of(spec: ProblemSpec) -> Problem:
         family.check_inputs(origin, joint)
         for task in tasks:
             family.task_head(joint, task)  # raises InputError where it has none
+    if spec.label_fraction < 1:
+        draws = enumerate(tasks)
+        tasks = [FewLabels(task, spec.label_fraction, (spec.seed, i)) for i, task in draws]
     return Problem(pool, tasks, spec, joint)
 
 

@@ -11,7 +11,7 @@ import numpy as np
 from tqdm import tqdm
 
 from rmm_lab.search import table, uniform
-from rmm_lab.search.config import SEARCHED, Config, searched
+from rmm_lab.search.config import SEARCHED, Config, searched, seen_by
 from rmm_lab.search.problem import Problem
 from rmm_lab.search.run_folder import RunFolder
 from rmm_lab.search.uniform import EXPERT, OWN, Row
@@ -59,7 +59,7 @@ def evaluate_on_test(result: Result, problem: Problem, config: Config) -> list[R
     n, path = len(result.episodes), result.path.path
     took = {"evaluations": n, "seconds": result.seconds, "reward": result.reward}
     name, setting = searched(config), f"{n} episodes"
-    return [*rows, uniform.path_row(problem, name, setting, path, sees="labels", **took)]
+    return [*rows, uniform.path_row(problem, name, setting, path, sees=seen_by(config), **took)]
 
 
 # What makes a good ViT guess, besides training.

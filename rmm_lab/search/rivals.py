@@ -14,7 +14,7 @@
 
 Each begins with the uniform path of every source, which any user has, on the first subsets, for up to a
 tenth of its evaluations. All score on the subsets of the reward split, which come in turn. The same seed
-gives the same search.
+gives the same search, but for one that ends at a ``Deadline``.
 
 The first four choose among the agent's sources at each place, without skip and back: paths with them are
 worse on average.
@@ -31,8 +31,9 @@ import numpy as np
 
 from rmm_lab.errors import InputError
 from rmm_lab.operators import OperatorSpec
-from rmm_lab.reward import Path, Step, parse_path, path_text, places_of, reward
-from rmm_lab.search.finalists import rewards, rounds, scores, shortlist
+from rmm_lab.reward import Path, Step, parse_path, path_text, places_of
+from rmm_lab.search.budget import Deadline, Scored, uniform_paths
+from rmm_lab.search.finalists import rewards, shortlist
 from rmm_lab.search.layer_scales import BOUNDS, MEANS, SEEDS, Evolution, path_of_scales
 from rmm_lab.search.proposals import Neighbourhoods, crossover, draw_parents, fittest
 
@@ -50,64 +51,29 @@ MEAN = 0.25  # of a layer's number at the start of CMA-ES over orders: above 0 i
 # ------------------------------------------------------------------------------ paths and their scores
 
 
-def uniform_paths(scorer: Any) -> list[Path]:
-    """The path of each source, everywhere: N experts and M operators, in the order of the sources."""
-    return [tuple(Step(source, k) for k in places_of(scorer)) for source in scorer.sources]
-
-
 def random_path(scorer: Any, rng: np.random.Generator) -> Path:
     """A source drawn uniformly at each place."""
     sources = scorer.sources
     return tuple(Step(sources[rng.integers(len(sources))], k) for k in places_of(scorer))
 
 
-class Scored(list[tuple[str, float]]):
-    """(path as text, reward in [0, 1]) of each evaluation in order, the uniform paths first.
-
-    ``known``: the mean reward of each of these. ``answers``: what a search arrived at, the best first; these
-    need not have been scored. ``by_task``: the scores (N,) behind each reward. ``left``: what is left of the
-    budget of ``evaluations``.
-    """
-
-    def __init__(self, scorer: Any, evaluations: int) -> None:
-        super().__init__()
-        self.scorer, self.left = scorer, evaluations
-        self.answers: list[Path] = []
-        self.by_task: list[np.ndarray] = []
-        paths = uniform_paths(scorer)
-        values = [
-            self.score(paths, repeat(subset))
-            for subset in range(rounds(evaluations, len(paths), scorer.n_subsets))
-        ]
-        scored = [[own[i] for own in values if i < len(own)] for i in range(len(paths))]
-        self.known = [float(np.mean(own)) for own in scored if own]
-
-    def score(self, paths: Sequence[Path], subsets: Iterable[int]) -> list[float]:
-        """The rewards of paths, each on its subset, as far as the budget goes."""
-        wanted = list(zip(paths[: self.left], subsets, strict=False))
-        found = scores(self.scorer, wanted)
-        values = [reward(own) for own in found]
-        self.by_task.extend(found)
-        self.extend(zip((path_text(path) for path, _ in wanted), values, strict=True))
-        self.left -= len(values)
-        return values
-
-
-Search = Callable[[Any, int, int], Scored]  # of a scorer, the number of evaluations, and a seed
+# Of a scorer, the number of evaluations or a deadline in their place, and a seed.
+Search = Callable[[Any, int | Deadline, int], Scored]
 
 
 # ---------------------------------------------------------------------------------- plain searches
 
 
-def random_search(scorer: Any, evaluations: int, seed: int) -> Scored:
+def random_search(scorer: Any, evaluations: int | Deadline, seed: int) -> Scored:
     """The uniform paths, then paths with a source drawn uniformly at each place; subsets come in turn."""
     rng, out = np.random.default_rng(seed), Scored(scorer, evaluations)
-    drawn = [random_path(scorer, rng) for _ in range(out.left)]
-    out.score(drawn, cycle(range(scorer.n_subsets)))
+    subsets = cycle(range(scorer.n_subsets))
+    while out.left:
+        out.score([random_path(scorer, rng) for _ in range(min(GROUP, out.left))], subsets)
     return out
 
 
-def coordinate_ascent(scorer: Any, evaluations: int, seed: int) -> Scored:
+def coordinate_ascent(scorer: Any, evaluations: int | Deadline, seed: int) -> Scored:
     """Improve the best uniform path one place at a time; go on from a random path when nothing helps.
 
     A sweep visits all places in random order on one data subset, so that like is compared with like, and
@@ -140,7 +106,7 @@ def coordinate_ascent(scorer: Any, evaluations: int, seed: int) -> Scored:
 # ------------------------------------------------------------------------------- searches of Optuna
 
 
-def tpe(scorer: Any, evaluations: int, seed: int) -> Scored:
+def tpe(scorer: Any, evaluations: int | Deadline, seed: int) -> Scored:
     """Tree-structured Parzen estimator, Optuna's: sources that were frequent in good paths come again.
 
     ``STARTUP`` evaluations (the uniform paths, then random ones) come first. Twenty evaluations in a row
@@ -150,7 +116,7 @@ def tpe(scorer: Any, evaluations: int, seed: int) -> Scored:
     return _by_optuna(scorer, evaluations, seed, 1, "TPESampler", options)
 
 
-def nsga2(scorer: Any, evaluations: int, seed: int) -> Scored:
+def nsga2(scorer: Any, evaluations: int | Deadline, seed: int) -> Scored:
     """NSGA-II, Optuna's: 20 paths a generation, crossed and mutated; one generation on one subset.
 
     It has one objective, the mean reward, although it could have one for each task: the final choice is by
@@ -162,7 +128,12 @@ def nsga2(scorer: Any, evaluations: int, seed: int) -> Scored:
 
 
 def _by_optuna(
-    scorer: Any, evaluations: int, seed: int, batch: int, sampler: str, options: dict[str, Any]
+    scorer: Any,
+    evaluations: int | Deadline,
+    seed: int,
+    batch: int,
+    sampler: str,
+    options: dict[str, Any],
 ) -> Scored:
     """A study of one categorical choice for each place, ``batch`` paths asked for at a time."""
     try:
@@ -229,7 +200,7 @@ def _answer(out: Scored, found: Iterable[np.ndarray]) -> None:
     out.answers = list(dict.fromkeys(paths))
 
 
-def cmaes_scales(scorer: Any, evaluations: int, seed: int) -> Scored:
+def cmaes_scales(scorer: Any, evaluations: int | Deadline, seed: int) -> Scored:
     """CMA-ES over a scale for each place and member: models between and beyond the experts.
 
     After the uniform paths come ``SCALES``, one for all experts and places; the best of these and of the
@@ -246,7 +217,7 @@ def cmaes_scales(scorer: Any, evaluations: int, seed: int) -> Scored:
     return out
 
 
-def cmaes_densities(scorer: Any, evaluations: int, seed: int) -> Scored:
+def cmaes_densities(scorer: Any, evaluations: int | Deadline, seed: int) -> Scored:
     """CMA-ES over a scale and a density for each place and expert, of TIES with merge=sum.
 
     The best expert, or the best of ``SCALES`` at the middle density, is the first mean. A generation shares a
@@ -287,7 +258,7 @@ def path_of_densities(scales: np.ndarray, densities: np.ndarray, places: Sequenc
     return tuple(steps)
 
 
-def natural_niches(scorer: Any, evaluations: int, seed: int) -> Scored:
+def natural_niches(scorer: Any, evaluations: int | Deadline, seed: int) -> Scored:
     """An archive of scales: parents compete for tasks and look for partners that are good at others.
 
     The archive begins with what CMA-ES over scales knows at its start. A child of two parents joins it, and
@@ -320,7 +291,7 @@ def natural_niches(scorer: Any, evaluations: int, seed: int) -> Scored:
     return out
 
 
-def neighbourhood_search(scorer: Any, evaluations: int, seed: int) -> Scored:
+def neighbourhood_search(scorer: Any, evaluations: int | Deadline, seed: int) -> Scored:
     """Large-neighbourhood search: draw the scales of a block of places anew, keep what is better.
 
     It starts from the best that CMA-ES over scales knows at its start. For each ``GROUP`` evaluations comes
@@ -354,7 +325,7 @@ def neighbourhood_search(scorer: Any, evaluations: int, seed: int) -> Scored:
 # ------------------------------------------------------------------------------- CMA-ES over orders
 
 
-def cmaes_order(scorer: Any, evaluations: int, seed: int) -> Scored:
+def cmaes_order(scorer: Any, evaluations: int | Deadline, seed: int) -> Scored:
     """CMA-ES over which layers of the experts run, in a fixed order: unmerged layers in a new sequence.
 
     All layers of the first expert stand in a row, then those of the next, and all of that ``REPEATS`` times:

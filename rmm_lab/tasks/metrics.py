@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 PERPLEXITY = "1/perplexity"  # of texts that a language model reads
-REWARDS = ("metric", "likelihood")  # what a subset's scores may be
+REWARDS = ("metric", "likelihood", "agreement")  # what scores may be
 LOWEST = -6.0  # log-probability of the right answer, below which an answer is plainly wrong
 
 
@@ -41,3 +41,15 @@ def likelihood(logits: Tensor, labels: Tensor) -> Tensor:
     log_p = logits.cpu().double().log_softmax(-1)  # (n, answers)
     right = log_p.gather(-1, labels[:, None]).squeeze(1)
     return (1 + right / -LOWEST).nan_to_num(0).clamp(min=0)
+
+
+def agreement(logits: Tensor, own: Tensor) -> Tensor:
+    """How nearly a merged model answers as a task's expert does: both logits (n, answers) -> (n,) in [0, 1].
+
+    1 - KL(expert || merged) / 6, 0 where that is negative: the likelihood of the answers that the expert
+    gives, by how sure it is of them. No label is read. float64. Source: the loss of Hinton et al. 2015,
+    "Distilling the Knowledge in a Neural Network", at temperature 1, as a reward.
+    """
+    log_p, log_q = (x.cpu().double().log_softmax(-1) for x in (logits, own))  # (n, answers)
+    terms = torch.where(log_q == -torch.inf, 0.0, log_q.exp() * (log_q - log_p))  # 0 log 0 = 0
+    return (1 + terms.sum(-1) / LOWEST).nan_to_num(0).clamp(0, 1)  # (n, answers) -> (n,)
