@@ -246,10 +246,10 @@ def problem_of(spec: ProblemSpec) -> Problem:
         normalise_length=spec.normalise_length,
         **of_groups(spec.groups, sets, family.DATA),
     )
-    checkpoints = [
-        family.check_task(checkpoint, task) or checkpoint
-        for checkpoint, task in zip(checkpoints, tasks, strict=True)
-    ]
+    for i, task in enumerate(tasks):
+        if (turned := family.check_task(checkpoints[i], task)) is not None:
+            config, weights = turned.config, turned.weights
+            checkpoints[i] = dataclasses.replace(checkpoints[i], config=config, weights=weights)
     for task, name in zip(tasks, _distinct([t.name for t in tasks]), strict=True):
         task.name = name
     short = _distinct([_short(n) for n in names])

@@ -183,8 +183,13 @@ class LMTask(TextTask):
             )
         (self.kind,) = kinds
 
-    def _tokens(self, rows: Sequence[dict[str, Any]]) -> Any:
-        return self._encoded([row["choices"] for row in rows], rows)
+    def _tokens(self, rows: Sequence[dict[str, Any]], name: str) -> Any:
+        encoded = self._encoded([row["choices"] for row in rows], rows)
+        for row, found in zip(rows, encoded.rows, strict=True):
+            tokens = [own for own, _ in found.choices]
+            if len(set(map(tuple, tokens))) < len(tokens):
+                self._refuse_alike(row, tokens, name)
+        return encoded
 
     def _encoded(self, choices: Sequence[Sequence[str]], rows: Sequence[dict[str, Any]]) -> LMSplit:
         """choices: those of each row that are wanted."""
@@ -225,8 +230,8 @@ class LMTask(TextTask):
         """Some rows of a split without their answers; where choices are offered, with all of them."""
         data = [self.rows(name)[row] for row in rows]
         if self.kind != WRITE:
-            return self._pad(self._tokens(data))
-        encoded = self._tokens([row | {"choices": [""]} for row in data])
+            return self._pad(self._tokens(data, name))
+        encoded = self._tokens([row | {"choices": [""]} for row in data], name)
         bare = [Answers(row.prompt, [([0], 0)]) for row in encoded.rows]
         return make_batch(bare, NEXT, self.normalise_length)
 
