@@ -29,3 +29,14 @@ def likelihood(logits: Tensor, labels: Tensor) -> Tensor:
     log_p = logits.cpu().double().log_softmax(-1)  # (n, answers)
     right = log_p.gather(-1, labels[:, None]).squeeze(1)
     return (1 + right / -LOWEST).nan_to_num(0).clamp(min=0)
+
+
+def class_weights(labels: Tensor, n: int) -> Tensor:
+    """A weight for each of n classes, (n,), for a loss in which each class counts the same.
+
+    labels: (examples,) class numbers. examples / (classes that occur x examples of the class); an example
+    weighs 1 on average, and a class that does not occur 0.
+    """
+    counts = torch.bincount(labels, minlength=n)  # (n,)
+    weights = len(labels) / ((counts > 0).sum() * counts.clamp(min=1))  # (n,)
+    return torch.where(counts > 0, weights, 0.0)
