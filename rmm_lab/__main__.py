@@ -12,8 +12,8 @@ from __future__ import annotations
 
 import shlex
 import sys
-import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -24,7 +24,7 @@ from rmm_lab.errors import InputError, one_sentence, run_command
 from rmm_lab.search.config import PRESETS, Config, RunArgs, configure, read_config
 from rmm_lab.search.pipeline import train
 from rmm_lab.search.problem import ProblemSpec
-from rmm_lab.search.run_folder import RunFolder
+from rmm_lab.search.run_folder import RunFolder, new_folder
 
 PROG = "python -m rmm_lab"
 
@@ -48,19 +48,17 @@ class Merge:
         if config.run.resume is None:  # a problem that is stored keeps its seed
             config = configure(config, seed=config.run.seed)
         folder = config.run.resume or config.run.run_dir
-        if folder is None:
-            folder = Path("runs") / time.strftime("merge-%Y%m%d-%H%M%S")
-            config = configure(config, run_dir=folder)
-        elif config.run.resume and config.run.run_dir:
+        if config.run.resume and config.run.run_dir:
             raise InputError("--run-dir: expected none beside --resume, which names the folder")
         keep_freed_memory()
-        try:
-            train(config)
-        except KeyboardInterrupt:
-            known = (folder / "config.json").is_file()
-            command = f"{PROG} merge --resume {shlex.quote(str(folder))}"
-            how = f"go on with: {command}" if known else "nothing is written"
-            raise KeyboardInterrupt(how) from None
+        with new_folder(Path("runs")) if folder is None else nullcontext(folder) as folder:
+            try:
+                train(config if config.run.resume else configure(config, run_dir=folder))
+            except KeyboardInterrupt:
+                known = (folder / "config.json").is_file()
+                command = f"{PROG} merge --resume {shlex.quote(str(folder))}"
+                how = f"go on with: {command}" if known else "nothing is written"
+                raise KeyboardInterrupt(how) from None
 
 
 def merge(words: Sequence[str]) -> int:

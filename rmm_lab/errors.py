@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import math
 import sys
 import types
@@ -44,6 +45,10 @@ def run_command(
     """
     import tyro
 
+    if isinstance(
+        sys.stdout, io.TextIOWrapper
+    ):  # a console without a letter shows "?" in its place
+        sys.stdout.reconfigure(errors="replace")
     config = (tyro.conf.PositionalRequiredArgs, tyro.conf.OmitArgPrefixes)
     try:
         words = sys.argv[1:] if argv is None else list(argv)

@@ -33,6 +33,7 @@ from rmm_lab.families.parts import Parts, Weights
 from rmm_lab.families.protocol import Config, Model, Trainable, TrivialRow
 from rmm_lab.tasks import lm_task
 from rmm_lab.tasks.lm_task import LMFormat, LMTask
+from rmm_lab.tasks.metrics import class_weights
 
 NAME = "a language model"
 DATA = "texts"
@@ -203,9 +204,27 @@ def trivial_rows(tasks: Sequence[Any]) -> list[TrivialRow]:
 
 
 def trainable(
-    base: Model, tasks: Sequence[LMTask], *, seed: int, batch_size: int, augment: bool
+    base: Model,
+    tasks: Sequence[LMTask],
+    *,
+    seed: int,
+    batch_size: int,
+    augment: bool,
+    balance: bool = False,
 ) -> Trainable:
-    """A model with the base's weights; it learns to write the target, or the right choice, and to stop."""
+    """A model with the base's weights; it learns to write the target, or the right choice, and to stop.
+
+    balance: InputError for a task whose rows have choices of their own, or none.
+    """
+    weights: list[Tensor | None] = []
+    for task in tasks:
+        if balance and task.answers is None:
+            raise InputError(
+                f"--class-weights: expected the same choices in every row of texts {task.source!r}, found "
+                "others; leave the option out"
+            )
+        labels = task.split("train").labels
+        weights.append(class_weights(labels, len(task.answers or ())) if balance else None)
     own = split(base.weights)
     torch.manual_seed(seed)  # dropout, where the base's config asks for it
     run = CausalLM(base.config)
@@ -213,10 +232,11 @@ def trainable(
 
     def losses(generator: torch.Generator) -> list[Tensor]:
         out = []
-        for task in tasks:
-            shape = (batch_size // len(tasks),)
-            rows = torch.randint(len(task.split("train")), shape, generator=generator).numpy()
-            out.append(text_loss(model, run, task.right("train", rows)))
+        for task, weight in zip(tasks, weights, strict=True):
+            labels, shape = task.split("train").labels, (batch_size // len(tasks),)
+            rows = torch.randint(len(labels), shape, generator=generator)
+            of_rows = None if weight is None else weight[labels[rows]]  # (n,)
+            out.append(text_loss(model, run, task.right("train", rows.numpy()), of_rows))
         return out
 
     return Trainable(
@@ -224,8 +244,11 @@ def trainable(
     )
 
 
-def text_loss(model: Any, run: CausalLM, batch: Any) -> Tensor:
-    """Mean cross-entropy per target token of n rows with one choice each, by transformers' own model."""
+def text_loss(model: Any, run: CausalLM, batch: Any, weights: Tensor | None = None) -> Tensor:
+    """Mean cross-entropy per target token of n rows with one choice each, by transformers' own model.
+
+    weights: (n,), how much each row counts; all alike by default.
+    """
     batch = run.place(batch, next(model.parameters()).device, torch.float32)
     hidden = model.base_model(
         input_ids=batch.ids, attention_mask=(batch.groups >= 0).long(), use_cache=False
@@ -235,4 +258,8 @@ def text_loss(model: Any, run: CausalLM, batch: Any) -> Tensor:
     scores = model.get_output_embeddings()(hidden[rows[there], batch.at[there]])  # (m, V)
     if (cap := run.cap) is not None:
         scores = torch.tanh(scores / cap) * cap
-    return nn.functional.cross_entropy(scores, batch.targets[there])
+    if weights is None:
+        return nn.functional.cross_entropy(scores, batch.targets[there])
+    of_tokens = weights.to(scores.device)[rows[there]]  # (m,)
+    each = nn.functional.cross_entropy(scores, batch.targets[there], reduction="none")  # (m,)
+    return (each * of_tokens).sum() / of_tokens.sum()

@@ -58,8 +58,8 @@ def family_of(source: str, config: Mapping[str, Any]) -> Family:
     found = "neither" if kind is None else f"the model_type {kind!r}"
     raise InputError(
         f"model {source!r}: expected timm's config.json with an 'architecture' (a plain ViT) or "
-        f"transformers' with the model_type {', '.join(map(repr, MODEL_TYPES))}, found {found}; others are not supported, "
-        "such as Swin, BEiT, EVA, ResNets, umT5 or encoders of text"
+        f"transformers' with the model_type {', '.join(map(repr, MODEL_TYPES))}, found {found}; others are "
+        "not supported, such as Swin, BEiT, EVA, ResNets, umT5 or encoders of text"
     )
 
 

@@ -213,5 +213,6 @@ class Family(Protocol):
     ) -> Trainable:
         """A copy of the base to be fine-tuned on the train split of one or more tasks.
 
-        batch_size: examples of a step, over all tasks. augment: whether images are distorted at random.
+        batch_size: examples of a step, over all tasks. augment: whether images are distorted at random. A
+        family whose tasks have classes takes ``balance`` too: whether they weigh the same in the loss.
         """

@@ -25,6 +25,7 @@ from rmm_lab.families import parts
 from rmm_lab.families.parts import Parts, Weights
 from rmm_lab.families.protocol import Config, Model, Trainable, TrivialRow
 from rmm_lab.families.t5_run import BIAS, STACKS, T5, bare, is_scaled
+from rmm_lab.tasks.metrics import class_weights
 from rmm_lab.tasks.text_task import TextFormat, TextTask, pad
 
 NAME = "a T5"
@@ -214,21 +215,41 @@ def trivial_rows(tasks: Sequence[Any]) -> list[TrivialRow]:
 
 
 def trainable(
-    base: Model, tasks: Sequence[TextTask], *, seed: int, batch_size: int, augment: bool
+    base: Model,
+    tasks: Sequence[TextTask],
+    *,
+    seed: int,
+    batch_size: int,
+    augment: bool,
+    balance: bool = False,
 ) -> Trainable:
-    """A T5 with the base's weights; it learns to write the right choice's text."""
+    """A T5 with the base's weights; it learns to write the right choice's text.
+
+    balance: InputError for a task whose rows have choices of their own.
+    """
+    weights: list[Tensor | None] = []
+    for task in tasks:
+        if balance and task.answers is None:
+            raise InputError(
+                f"--class-weights: expected the same choices in every row of texts {task.source!r}, found "
+                "different ones; leave the option out"
+            )
+        labels = task.split("train").labels
+        weights.append(class_weights(labels, len(task.answers or ())) if balance else None)
     own = split(base.weights)
     torch.manual_seed(seed)  # dropout, where the base's config asks for it
     model = T5(base.config).assemble(own.stem, list(enumerate(own.layers)), {})
 
     def losses(generator: torch.Generator) -> list[Tensor]:
         out = []
-        for task in tasks:
+        for task, weight in zip(tasks, weights, strict=True):
             data = task.split("train")
             shape = (batch_size // len(tasks),)
             rows = torch.randint(len(data), shape, generator=generator).tolist()
             targets = [data.choices[i][int(data.labels[i])] for i in rows]
-            out.append(text_loss(model, task.format, [data.inputs[i] for i in rows], targets))
+            of_rows = None if weight is None else weight[data.labels[rows]]  # (n,)
+            inputs = [data.inputs[i] for i in rows]
+            out.append(text_loss(model, task.format, inputs, targets, of_rows))
         return out
 
     return Trainable(
@@ -237,9 +258,13 @@ def trainable(
 
 
 def text_loss(
-    model: Any, fmt: TextFormat, inputs: Sequence[list[int]], targets: Sequence[list[int]]
+    model: Any,
+    fmt: TextFormat,
+    inputs: Sequence[list[int]],
+    targets: Sequence[list[int]],
+    weights: Tensor | None = None,
 ) -> Tensor:
-    """Mean cross-entropy per target token of n (input, target) pairs of token lists."""
+    """Mean cross-entropy per target token of n (input, target) pairs of token lists; weights: (n,)."""
     device = next(model.parameters()).device
     ids, mask = (x.to(device) for x in pad(inputs, fmt.pad))
     wanted, there = (x.to(device) for x in pad(targets, fmt.pad))
@@ -250,4 +275,8 @@ def text_loss(
         decoder_input_ids=torch.cat([start, wanted[:, :-1]], 1),  # (n, T), one to the right
         use_cache=False,
     )
-    return nn.functional.cross_entropy(out.logits[there], wanted[there])
+    if weights is None:
+        return nn.functional.cross_entropy(out.logits[there], wanted[there])
+    losses = nn.functional.cross_entropy(out.logits[there], wanted[there], reduction="none")
+    of_tokens = weights.to(device)[:, None].expand_as(there)[there]  # (n,) -> (target tokens,)
+    return (of_tokens * losses).sum() / of_tokens.sum()

@@ -29,6 +29,7 @@ from rmm_lab.families.protocol import Config, Model, Trainable, TrivialRow
 from rmm_lab.families.vit_run import SUBLAYERS, ViT, create, joint_config, model_config
 from rmm_lab.tasks.image_folder import InputFormat
 from rmm_lab.tasks.image_task import Task
+from rmm_lab.tasks.metrics import class_weights
 from rmm_lab.tasks.small_images import distort
 
 NAME = "a timm ViT"
@@ -203,7 +204,13 @@ def trivial_rows(tasks: Sequence[Any]) -> list[TrivialRow]:
 
 
 def trainable(
-    base: Model, tasks: Sequence[Task], *, seed: int, batch_size: int, augment: bool
+    base: Model,
+    tasks: Sequence[Task],
+    *,
+    seed: int,
+    batch_size: int,
+    augment: bool,
+    balance: bool = False,
 ) -> Trainable:
     """A ViT with the base's weights and a new head: one task's classes, or those of all tasks in turn.
 
@@ -220,9 +227,14 @@ def trainable(
             f"{(unexpected + missing)[0]!r} out of place; save the model with timm again"
         )
 
+    weights: list[Tensor | None] = [
+        class_weights(task.split("train").labels, len(task.classes)) if balance else None
+        for task in tasks
+    ]
+
     def losses(generator: torch.Generator) -> list[Tensor]:
         out, device = [], next(model.parameters()).device
-        for task, stop in zip(tasks, stops, strict=True):
+        for task, stop, weight in zip(tasks, stops, weights, strict=True):
             data = task.split("train")
             rows = torch.randint(len(data), (batch_size // len(tasks),), generator=generator)
             images = task.format.normalise(data.images[rows])
@@ -232,7 +244,8 @@ def trainable(
                     images - low, generator, degrees=8, scale=(0.9, 1.1), shift=0.07
                 )
             logits = model(images.to(device))[:, stop - len(task.classes) : stop]
-            out.append(class_loss(logits, data.labels[rows].to(device)))
+            weight = None if weight is None else weight.to(device)
+            out.append(class_loss(logits, data.labels[rows].to(device), weight))
         return out
 
     def result() -> tuple[dict[str, Any], Weights]:
@@ -246,6 +259,9 @@ def trainable(
     return Trainable(model, losses, result)
 
 
-def class_loss(logits: Tensor, labels: Tensor) -> Tensor:
-    """Cross-entropy with a little label smoothing: logits (n, classes), labels (n,) -> scalar."""
-    return nn.functional.cross_entropy(logits, labels, label_smoothing=0.05)
+def class_loss(logits: Tensor, labels: Tensor, weight: Tensor | None = None) -> Tensor:
+    """Cross-entropy with a little label smoothing: logits (n, classes), labels (n,) -> scalar.
+
+    weight: of each class, (classes,).
+    """
+    return nn.functional.cross_entropy(logits, labels, weight, label_smoothing=0.05)

@@ -71,6 +71,9 @@ class RunArgs:
     """Print nothing."""
 
     def __post_init__(self) -> None:
+        for name in ("run_dir", "resume"):  # --run-dir=~/x, which no shell expands
+            if isinstance(path := getattr(self, name), Path):
+                object.__setattr__(self, name, path.expanduser())
         check_values(
             self,
             {

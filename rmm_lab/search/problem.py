@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -244,7 +245,7 @@ def problem_of(spec: ProblemSpec) -> Problem:
         sets,
         metric=spec.metric,
         normalise_length=spec.normalise_length,
-        **of_groups(spec.groups, sets, family.DATA),
+        **picture_groups.of_groups(spec.groups, sets, family.DATA),
     )
     for i, task in enumerate(tasks):
         if (turned := family.check_task(checkpoints[i], task)) is not None:
@@ -252,7 +253,7 @@ def problem_of(spec: ProblemSpec) -> Problem:
             checkpoints[i] = dataclasses.replace(checkpoints[i], config=config, weights=weights)
     for task, name in zip(tasks, _distinct([t.name for t in tasks]), strict=True):
         task.name = name
-    short = _distinct([_short(n) for n in names])
+    short = _expert_names(names, [task.name for task in tasks])
     unit = "sublayer" if spec.unit == "both" else spec.unit
     pool = LayerPool(origin, checkpoints, short, operators, scope=scope, seed=spec.seed, unit=unit)
     if spec.calibration:
@@ -279,18 +280,6 @@ def problem_of(spec: ProblemSpec) -> Problem:
     return Problem(pool, tasks, spec, joint)
 
 
-def of_groups(groups: Sequence[str], sources: Sequence[str], data: str) -> dict[str, Any]:
-    """``groups`` as an option of ``make_tasks``, which only images have; InputError for a wrong number."""
-    if not any(groups):
-        return {}
-    if data != "images" or len(groups) not in (1, len(sources)):
-        raise InputError(
-            f"--groups: expected one for all image folders, or one for each of {len(sources)}, found "
-            f"{len(groups)} for {data}; texts keep equal inputs together by themselves"
-        )
-    return {"groups": tuple(groups)}
-
-
 def pool_of(path: LayerPath) -> LayerPool:
     """The pool that a path was made from, also where its layers were fitted to calibration inputs.
 
@@ -305,7 +294,7 @@ def pool_of(path: LayerPath) -> LayerPool:
             ]
             groups = [str(task.get("groups", "")) for task in path.calibration["tasks"]]
             family = pool.base.family
-            more = of_groups(groups, sources, family.DATA)
+            more = picture_groups.of_groups(groups, sources, family.DATA)
             tasks = family.make_tasks(pool.base, sources, **more)
             pool.calibration = Calibration.of_record(tasks, path.calibration)
         except (KeyError, TypeError, ValueError) as error:
@@ -365,6 +354,23 @@ def _short(source: str) -> str:
     """What an expert is called in paths and tables: its name, or the last part of its folder's."""
     source = absolute(source, MODELS).partition("@")[0]
     return Path(source).name.replace(" ", "_")
+
+
+# Folders that training scripts make; they do not say what a model has learned.
+_NO_NAMES = re.compile(
+    r"(best|last|final|model|merged|output|outputs|checkpoint|ckpt|epoch|step|export)([-_.]?\d+)?|\d+",
+    re.IGNORECASE,
+)
+
+
+def _expert_names(sources: Sequence[str], tasks: Sequence[str]) -> list[str]:
+    """What experts are called in paths, tables and exported heads: after their folders, or after their tasks
+    where folders are called alike or like any training script's."""
+    names = [_short(source) for source in sources]
+    if len(set(names)) < len(names) or any(map(_NO_NAMES.fullmatch, names)):
+        own = [task.replace(" ", "_") for task in tasks]
+        names = own if len(set(own)) == len(own) else names
+    return _distinct(names)
 
 
 def _distinct(names: Sequence[str]) -> list[str]:

@@ -15,6 +15,7 @@ from rmm_lab.search.config import SEARCHED, Config, searched, seen_by
 from rmm_lab.search.problem import Problem
 from rmm_lab.search.run_folder import RunFolder
 from rmm_lab.search.uniform import EXPERT, OWN, Row
+from rmm_lab.tasks.files import split_lists, write_file
 from rmm_lab.tasks.metrics import PERPLEXITY
 
 if TYPE_CHECKING:
@@ -193,3 +194,5 @@ def write_results(result: Result, rows: Sequence[Row], problem: Problem, folder:
     if not (merged / "config.json").is_file():  # the file that is written last
         shutil.rmtree(merged, ignore_errors=True)
         path.save_pretrained(merged, pool)
+    if lists := split_lists(tasks):  # what was trained on, searched with and reported
+        write_file(merged / "splits.csv", lists)

@@ -16,9 +16,12 @@ from __future__ import annotations
 
 import csv
 import io
+import itertools
 import json
 import shlex
-from collections.abc import Collection, Mapping, Sequence
+import time
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -149,6 +152,29 @@ class RunFolder:
             ) from error
         episodes = self.read_rows("episodes.csv", n_episodes)
         return tensors, counters, episodes, self.read_rows("updates.csv", n_updates)
+
+
+@contextmanager
+def new_folder(above: Path) -> Iterator[Path]:
+    """A folder of one's own, ``merge-DATE-TIME``, also for runs that start in the same second.
+
+    What is left empty is removed again.
+    """
+    made = not above.exists()
+    if not made and not above.is_dir():
+        check_new(above / "merge")  # raises InputError
+    stem = time.strftime("merge-%Y%m%d-%H%M%S")
+    for n in itertools.count(1):
+        path = above / (stem if n == 1 else f"{stem}-{n}")
+        with suppress(FileExistsError):  # of another run
+            path.mkdir(parents=True)
+            break
+    try:
+        yield path
+    finally:
+        for folder in (path, *([above] if made else [])):
+            with suppress(OSError):  # it is not empty
+                folder.rmdir()
 
 
 def check_new(path: Path) -> None:

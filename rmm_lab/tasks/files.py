@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import os
 import re
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -124,6 +127,18 @@ def draw(n: int, shares: Mapping[str, int], rng: np.random.Generator) -> dict[st
     counts["train"] = n - sum(count for k, count in counts.items() if k != "train")
     parts = np.split(rng.permutation(n), np.cumsum(list(counts.values()))[:-1])
     return {name: sorted(part.tolist()) for name, part in zip(counts, parts, strict=True)}
+
+
+def split_lists(tasks: Sequence[Any]) -> str:
+    """The files of all splits as CSV, task,split,class,file; "" where the tasks have no files."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    for task in tasks:
+        for split in SPLITS if hasattr(task, "files") else ():
+            writer.writerows(
+                [task.name, split, c, file.absolute()] for file, c in task.files(split)
+            )
+    return f"task,split,class,file\n{text.getvalue()}" if text.getvalue() else ""
 
 
 def write_file(file: Path, content: str | bytes) -> None:

@@ -19,6 +19,18 @@ GroupOf = Callable[[Any], str]  # a picture -> what it belongs to
 _FRAME = re.compile(r"(.*[^_-])[_-]+\d+\.\w+")
 
 
+def of_groups(groups: Sequence[str], sources: Sequence[str], data: str) -> dict[str, Any]:
+    """``groups`` as an option of ``make_tasks``, which only images have; InputError for a wrong number."""
+    if not any(groups):
+        return {}
+    if data != "images" or len(groups) not in (1, len(sources)):
+        raise InputError(
+            f"--groups: expected one for all image folders, or one for each of {len(sources)}, found "
+            f"{len(groups)} for {data}; texts keep equal inputs together by themselves"
+        )
+    return {"groups": tuple(groups)}
+
+
 def reader(groups: str, root: Path) -> GroupOf:
     """What gives each picture below ``root`` its group.
 

@@ -53,3 +53,14 @@ def agreement(logits: Tensor, own: Tensor) -> Tensor:
     log_p, log_q = (x.cpu().double().log_softmax(-1) for x in (logits, own))  # (n, answers)
     terms = torch.where(log_q == -torch.inf, 0.0, log_q.exp() * (log_q - log_p))  # 0 log 0 = 0
     return (1 + terms.sum(-1) / LOWEST).nan_to_num(0).clamp(0, 1)  # (n, answers) -> (n,)
+
+
+def class_weights(labels: Tensor, n: int) -> Tensor:
+    """A weight for each of n classes, (n,), for a loss in which each class counts the same.
+
+    labels: (examples,) class numbers. examples / (classes that occur x examples of the class); an example
+    weighs 1 on average, and a class that does not occur 0.
+    """
+    counts = torch.bincount(labels, minlength=n)  # (n,)
+    weights = len(labels) / ((counts > 0).sum() * counts.clamp(min=1))  # (n,)
+    return torch.where(counts > 0, weights, 0.0)

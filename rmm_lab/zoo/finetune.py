@@ -5,16 +5,25 @@ python -m rmm_lab finetune --base B --images FOLDER --out E
 
 from __future__ import annotations
 
+import errno
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Literal
 
 import torch
 
 from rmm_lab.errors import InputError, Range, check_values
-from rmm_lab.families.checkpoint import read_checkpoint, write_checkpoint
+from rmm_lab.families.checkpoint import Checkpoint, read_checkpoint, write_checkpoint
+from rmm_lab.families.parts import Weights
 from rmm_lab.families.shipped import locate
 from rmm_lab.reward import predict
+from rmm_lab.tasks.files import SPLITS, split_lists, write_file
+from rmm_lab.tasks.groups import of_groups
 from rmm_lab.zoo.training import fine_tune
+
+_PIECE = 2**24  # bytes that are written at a time to try the space
 
 
 @dataclass
@@ -27,7 +36,7 @@ class Finetune:
     """New or empty folder to write the fine-tuned model to."""
     images: tuple[str, ...] = ()
     """For a ViT: image folders (SPLIT/CLASS/image or CLASS/image), FORMAT:FOLDER or FORMAT:hf-hub (cifar10,
-    cifar100, cub200, dogs), or sets that ship; with :first or :second behind, half of its classes. The
+    cifar100, cub200, dogs, gtsrb), or sets that ship; with :first or :second behind, half of its classes. The
     split train is used."""
     texts: tuple[str, ...] = ()
     """For a T5 or a language model: folders or files of jsonl, FORMAT:FOLDER, FORMAT:hf-hub, or sets that
@@ -44,12 +53,22 @@ class Finetune:
     """CPU threads for torch; 0 leaves the choice to torch."""
     seed: int = 0
     """Seed of a ViT's new head, of dropout and of the batches."""
+    class_weights: Literal["none", "balanced"] = "none"
+    """balanced: each class (or answer, where all rows share them) counts the same, however frequent."""
+    groups: tuple[str, ...] = ()
+    """For a ViT: pictures that stay in one split, as in ``merge``: a CSV of file and group, or a regular
+    expression whose bracket is the group; one for all folders, or one each."""
 
     def run(self) -> None:
-        """Fine-tune, write the model, and report each task's metric on its test split."""
+        """Fine-tune and write the model; report the reward split on the way, the test split at the end.
+
+        Ctrl-C keeps the model so far.
+        """
         data, sources = ("texts", self.texts) if self.texts else ("images", self.images)
+        self.out = self.out and self.out.expanduser()  # --out=~/x, which no shell expands
         self._check(sources)
         assert self.out is not None
+        out = self.out
         if self.threads:
             torch.set_num_threads(self.threads)
         base = read_checkpoint(locate(self.base), allow_pickle=self.allow_pickle)
@@ -59,37 +78,56 @@ class Finetune:
                 f"--{data}: expected --{family.DATA}, since base {self.base!r} is {family.NAME}, found "
                 f"--{data}"
             )
-        tasks = family.make_tasks(base, sources)
+        options = of_groups(self.groups, sources, family.DATA)
+        tasks = family.make_tasks(base, sources, **options)
         if len({task.name for task in tasks}) < len(tasks):
             raise InputError(
                 f"--{data}: expected folders of different names, found {[t.name for t in tasks]}; rename"
             )
         for task in tasks:  # broken data must show before hours of training
-            for split in ("train", "test"):
+            for split in SPLITS:
                 if cut := getattr(task.split(split), "cut", 0):
                     print(
                         f"note: {task.name}: {cut} inputs of the {split} split are too long, and cut"
                     )
-        config, weights = fine_tune(
-            base,
-            tasks,
-            steps=self.steps,
-            learning_rate=self.learning_rate,
-            seed=self.seed,
-            batch_size=self.batch_size,
-        )
-        write_checkpoint(self.out, config, weights, beside=base.folder)
-        model = read_checkpoint(self.out)  # as it is written
-        architecture, parts = family.architecture(config), family.split(model.weights)
-        stem = architecture.stem(parts.stem)
-        layers = [architecture.layer(k, w) for k, w in enumerate(parts.layers)]
-        for task in tasks:
-            head = parts.head if len(tasks) == 1 else family.task_head(model, task)
-            predicted = predict(architecture, stem, layers, head, task, "test")
-            score = task.score(predicted, task.split("test").labels)
-            metric = "" if task.metric == "accuracy" else f" ({task.metric})"
-            print(f"{task.name}: {100 * score:.1f} % of the test split{metric}")
-        print(f"written: {self.out}")
+            for note in getattr(task, "notes", ()):
+                print(f"note: {note}")
+
+        def say(model: Checkpoint, split: str, before: str = "") -> None:
+            for task, score in zip(tasks, _scores(model, tasks, split), strict=True):
+                metric = "" if task.metric == "accuracy" else f" ({task.metric})"
+                print(f"{before}{task.name}: {100 * score:.1f} % of the {split} split{metric}")
+
+        def watch(step: int, config: dict[str, Any], weights: Weights) -> None:
+            model = Checkpoint(str(out), out, config, weights, "")
+            say(model, "reward", f"after {step} steps: ")
+
+        def keep(config: dict[str, Any], weights: Weights) -> None:
+            with _room(out):
+                write_checkpoint(out, config, weights, beside=base.folder)
+                if lists := split_lists(tasks):
+                    write_file(out / "splits.csv", lists)
+
+        try_space(out, sum(t.numel() * t.element_size() for t in base.weights.values()))
+        try:
+            config, weights = fine_tune(
+                base,
+                tasks,
+                steps=self.steps,
+                learning_rate=self.learning_rate,
+                seed=self.seed,
+                batch_size=self.batch_size,
+                balance=self.class_weights == "balanced",
+                watch=watch,
+                keep=keep,
+            )
+        except KeyboardInterrupt as stopped:
+            if done := str(stopped):
+                raise KeyboardInterrupt(f"the model after {done} is in {out}") from None
+            raise
+        keep(config, weights)
+        say(Checkpoint(str(out), out, config, weights, ""), "test")
+        print(f"written: {out}")
 
     def _check(self, sources: tuple[str, ...]) -> None:
         """Raise InputError for options out of range, before anything is read."""
@@ -112,3 +150,43 @@ class Finetune:
         if out is None or out.is_file() or (out.exists() and any(out.iterdir())):
             found = "none" if out is None else f"something in {out}"
             raise InputError(f"--out: expected an empty or new folder, found {found}; name one")
+
+
+def _scores(model: Checkpoint, tasks: Sequence[Any], split: str) -> Iterator[float]:
+    """Each task's metric in [0, 1] on a split."""
+    family = model.family
+    parts = family.split(family.canonical(model.source, model.config, model.weights))
+    architecture = family.architecture(model.config)
+    stem = architecture.stem(parts.stem)
+    layers = [architecture.layer(k, w) for k, w in enumerate(parts.layers)]
+    for task in tasks:
+        head = parts.head if len(tasks) == 1 else family.task_head(model, task)
+        predicted = predict(architecture, stem, layers, head, task, split)
+        yield task.score(predicted, task.split(split).labels)
+
+
+@contextmanager
+def _room(out: Path) -> Iterator[None]:
+    """A full disk in one sentence that names the folder."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise InputError(
+            f"--out: expected space for the model in {out}, found too little; free some, or name a folder "
+            "on another disk"
+        ) from error
+
+
+def try_space(out: Path, size: int) -> None:
+    """Raise InputError unless a file of ``size`` bytes fits where ``out`` will be; nothing stays there."""
+    above = next(p for p in (out, *out.absolute().parents) if p.is_dir())
+    scratch = above / f".{out.name}.space"
+    with _room(out):
+        try:
+            with open(scratch, "wb") as file:
+                for start in range(0, size, _PIECE):
+                    file.write(bytes(min(_PIECE, size - start)))
+        finally:
+            scratch.unlink(missing_ok=True)

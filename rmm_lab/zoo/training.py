@@ -27,10 +27,12 @@ def optimise(
     seed: int,
     label: str,
     weight_decay: float = 0.05,
+    watch: Callable[[int], None] | None = None,
 ) -> None:
     """AdamW with a cosine schedule and 5 % warm-up; the loss of a step is the mean over tasks.
 
-    losses: gives each task's loss for a step, scalars.
+    losses: gives each task's loss for a step, scalars. watch: called after each quarter of the steps with
+    their number. Ctrl-C leaves the model as it is and says after how many steps: "12 of 100 steps".
     """
     generator = torch.Generator().manual_seed(seed)
     model.train().requires_grad_(True)
@@ -40,21 +42,29 @@ def optimise(
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimiser, max_lr=learning_rate, total_steps=steps, pct_start=warm_up
     )
-    progress = trange(steps, desc=label, unit="step", mininterval=0.5)
-    for step in progress:
-        loss = torch.stack(list(losses(generator))).mean()
-        if not torch.isfinite(loss):
-            raise InputError(
-                f"{label}: expected a finite loss, found {loss.item()} at step {step + 1} of {steps}; lower "
-                "the learning rate"
-            )
-        optimiser.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimiser.step()
-        schedule.step()
-        progress.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
-    model.eval().requires_grad_(False)
+    progress, done = trange(steps, desc=label, unit="step", mininterval=0.5), 0
+    try:
+        for step in progress:
+            loss = torch.stack(list(losses(generator))).mean()
+            if not torch.isfinite(loss):
+                raise InputError(
+                    f"{label}: expected a finite loss, found {loss.item()} at step {step + 1} of {steps}; "
+                    "lower the learning rate"
+                )
+            optimiser.zero_grad()
+            loss.backward()
+            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimiser.step()
+            schedule.step()
+            done = step + 1
+            progress.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
+            if watch is not None and done * 4 // steps > step * 4 // steps:
+                watch(done)
+    except KeyboardInterrupt:
+        progress.close()
+        raise KeyboardInterrupt(f"{done} of {steps} steps" if done else "") from None
+    finally:
+        model.eval().requires_grad_(False)
 
 
 def fine_tune(
@@ -68,15 +78,33 @@ def fine_tune(
     label: str = "fine-tune",
     augment: bool = True,
     device: str = "cpu",
+    balance: bool = False,
+    watch: Callable[[int, dict[str, Any], Weights], None] | None = None,
+    keep: Callable[[dict[str, Any], Weights], None] | None = None,
 ) -> tuple[dict[str, Any], Weights]:
     """Fine-tune all weights on the train split of one task (an expert) or several (a multi-task model).
 
-    tasks: of the base's family. augment: whether images are distorted a little. Returns config.json and the
-    weights, on ``device``.
+    tasks: of the base's family. augment: whether images are distorted a little. balance: whether all answers
+    of a task weigh the same in its loss, however frequent. watch: called after each quarter of the
+    steps with their number, config.json and weights so far; keep: with the latter two after Ctrl-C, which
+    is raised again. Returns config.json and the weights, on ``device``.
     """
+    # Named only where it is asked for: a family whose tasks have no answers of their own need not know it.
+    more = {"balance": True} if balance else {}
     model, losses, result = base.family.trainable(
-        base, tasks, seed=seed, batch_size=batch_size, augment=augment
+        base, tasks, seed=seed, batch_size=batch_size, augment=augment, **more
     )
     model.to(device)
-    optimise(model, losses, steps=steps, learning_rate=learning_rate, seed=seed, label=label)
+
+    def after(step: int) -> None:
+        if watch is not None:
+            watch(step, *result())
+
+    options: dict[str, Any] = {"steps": steps, "learning_rate": learning_rate, "seed": seed}
+    try:
+        optimise(model, losses, **options, label=label, watch=after)
+    except KeyboardInterrupt as stopped:
+        if keep is not None and str(stopped):
+            keep(*result())
+        raise
     return result()
