@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, cast
 
 import tyro
 
@@ -218,7 +218,7 @@ def problem_of(spec: ProblemSpec) -> Problem:
         **picture_groups.of_groups(spec.groups, sets, family.DATA),
     )
     checkpoints = [
-        family.check_task(checkpoint, task) or checkpoint
+        cast(Checkpoint, family.check_task(checkpoint, task) or checkpoint)
         for checkpoint, task in zip(checkpoints, tasks, strict=True)
     ]
     for task, name in zip(tasks, _distinct([t.name for t in tasks]), strict=True):

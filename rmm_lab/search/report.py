@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 def notes(tasks: Sequence[Any], splits: Sequence[str]) -> list[str]:
     """What a reader of the scores must know about the data: inputs that were cut, skewed tasks."""
-    out = []
+    out: list[str] = []
     for task in tasks:
         out += getattr(task, "notes", ())
         for name in splits:
