@@ -298,10 +298,10 @@ def list_folder(
     drawn = split(piles, classes, f"images {str(root)!r}", group_of)
     order = sorted(classes, key=natural)
     number = [order.index(c) for c in classes]
-    listing = {
-        s: sorted(((p, number[c]) for p, c in rows), key=lambda row: row[1])
-        for s, rows in drawn.items()
-    }
+    listing: Listing = {}
+    for s, rows in drawn.items():
+        renumbered = [(picture, number[c]) for picture, c in rows]
+        listing[s] = sorted(renumbered, key=lambda row: row[1])
     return order, listing
 
 

@@ -201,7 +201,8 @@ def _notes(root: Path, classes: Sequence[str], files: Listing, drawn: bool) -> l
             f"{', ...' if len(classes) > 4 else ''}; an expert with another order needs label_names in its "
             "config.json"
         )
-    splits = {p.relative_to(root).parts[0] for rows in files.values() for p, _ in rows}
+    paths = [p for rows in files.values() for p, _ in rows if isinstance(p, Path)]
+    splits = {path.relative_to(root).parts[0] for path in paths}
     if drawn and not {"train", "test"} <= splits and (found := series(files)):
         out.append(
             f"its pictures look like {found[0]} series of frames ({found[1]}), which the random splits tear "
