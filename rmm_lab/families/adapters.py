@@ -160,10 +160,10 @@ def refit(
     for name in ("shared.weight", "model.embed_tokens.weight"):
         if name in whole and "vocab_size" in out:
             out["vocab_size"] = len(weights[name])
-    if "head.weight" in whole:  # timm's
+    if "head.weight" in whole and "architecture" in config:  # timm's
         n = out["num_classes"] = len(weights["head.weight"])
         out["model_args"] = dict(out.get("model_args") or {}) | {"num_classes": n}
         out.pop("label_names", None)  # of the base's head
-    if "classifier.weight" in whole:  # transformers'
-        out["id2label"] = {str(i): f"LABEL_{i}" for i in range(len(weights["classifier.weight"]))}
+    elif "head.weight" in whole:  # transformers', under timm's name
+        out["id2label"] = {str(i): f"LABEL_{i}" for i in range(len(weights["head.weight"]))}
     return out

@@ -19,23 +19,28 @@ from safetensors.torch import save
 from torch import Tensor
 
 from rmm_lab.errors import InputError
-from rmm_lab.families import adapters, causal_lm, reading, t5, vit
+from rmm_lab.families import adapters, causal_lm, convert, reading, t5, vit
+from rmm_lab.families.names import timm_name
 from rmm_lab.families.parts import outside_head, shapes_of
 from rmm_lab.families.protocol import Architecture, Family, Model
+from rmm_lab.families.readout import one_readout
 from rmm_lab.families.resolution import one_size
 from rmm_lab.families.vocabulary import one_vocabulary
 from rmm_lab.tasks.files import write_file
 
 FAMILIES: dict[str, Family] = {"vit": vit, "t5": t5, "causal_lm": causal_lm}
 # transformers' models that are read; timm's are known by their 'architecture'.
-MODEL_TYPES = ("t5", "mt5", *causal_lm.LAYOUTS)
+MODEL_TYPES = ("t5", "mt5", *convert.MODEL_TYPES, *causal_lm.LAYOUTS)
 # By the family's name, what brings a base and its experts into one form before they are compared.
-_BRIDGES: dict[str, tuple[Any, ...]] = {vit.NAME: (one_size,), t5.NAME: (one_vocabulary,)}
+_BRIDGES: dict[str, tuple[Any, ...]] = {
+    vit.NAME: (one_readout, one_size),
+    t5.NAME: (one_vocabulary,),
+}
 _PICKLES = list(reading.PICKLES)
 # What a download takes besides the families' own files.
 _FILES = (
     *("config.json", reading.WEIGHTS, reading.INDEX, reading.SHARDS),
-    *(reading.ADAPTER, reading.ADAPTER_WEIGHTS, "preprocessor_config.json"),
+    *(reading.ADAPTER, reading.ADAPTER_WEIGHTS),
 )
 _CONFIG = "with an 'architecture' (timm) or a 'model_type' (transformers)"
 
@@ -169,12 +174,17 @@ def read_checkpoint(
     stored = reading.read_weights(text, whole, allow_pickle=allow_pickle)
     weights, sha256, pickled = stored.weights, stored.sha256, stored.pickled
     notes: tuple[str, ...] = ()
+    rename = timm_name if convert.is_vision(config) else str
+    weights = {rename(name): tensor for name, tensor in weights.items()}
     if whole != folder:
         own = reading.read_weights(text, folder, allow_pickle=allow_pickle)
-        weights, replaced = adapters.apply_adapter(text, adapter, own.weights, weights)
+        weights, replaced = adapters.apply_adapter(text, adapter, own.weights, weights, rename)
         config = adapters.refit(config, weights, replaced)
         sha256, pickled = own.sha256, own.pickled or pickled
         notes = (f"a LoRA adapter, applied to {base.source if base else whole}",)
+    if convert.is_vision(config):
+        config, weights, more = convert.to_timm(text, whole, config, weights)
+        notes = (*notes, *more)
     weights = family.canonical(text, config, weights)
     return Checkpoint(text, folder, config, weights, sha256, pickled, notes)
 

@@ -17,14 +17,15 @@ def pools_token(model: Any) -> bool:
 
     Asks timm's names first and then the numbers: the shortcut must agree with the whole layer.
     """
-    from timm.models.vision_transformer import Attention, Block
+    from timm.models.vision_transformer import Attention, Block, VisionTransformer
 
     known = {"qkv", "q_norm", "k_norm", "attn_drop", "norm", "proj", "proj_drop"}
     if not model.blocks:  # as a config.json may say that does not fit its weights
         return False
     block = model.blocks[0]
     if (
-        model.global_pool != "token"
+        type(model) is not VisionTransformer  # the distillation token counts too
+        or model.global_pool != "token"
         or getattr(model, "attn_pool", None) is not None
         or any(type(b) is not Block or type(b.attn) is not Attention for b in model.blocks)
         or any(name not in known for name, _ in block.attn.named_children())

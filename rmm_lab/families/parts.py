@@ -125,7 +125,7 @@ def shapes_of(weights: Mapping[str, Tensor]) -> Shapes:
 
 def outside_head(weights: Mapping[str, Tensor]) -> Weights:
     """All that is merged: the weights except the head's."""
-    return {k: v for k, v in weights.items() if not k.startswith("head.")}
+    return {k: v for k, v in weights.items() if not k.startswith(("head.", "head_dist."))}
 
 
 def fill(shape: nn.Module, weights: Weights) -> nn.Module:

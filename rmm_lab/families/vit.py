@@ -24,9 +24,19 @@ from torch import Tensor, nn
 
 from rmm_lab.errors import InputError
 from rmm_lab.families import parts
+from rmm_lab.families.convert import is_vision
+from rmm_lab.families.names import hub_name, timm_name
 from rmm_lab.families.parts import Parts, Weights, outside_head
 from rmm_lab.families.protocol import Config, Model, Trainable, TrivialRow
-from rmm_lab.families.vit_run import SUBLAYERS, ViT, create, joint_config, model_config
+from rmm_lab.families.vit_run import (
+    SUBLAYERS,
+    TOKEN_AND_MEAN,
+    ViT,
+    create,
+    joint_config,
+    model_config,
+    one_head,
+)
 from rmm_lab.tasks.image_folder import InputFormat
 from rmm_lab.tasks.image_task import Task
 from rmm_lab.tasks.metrics import class_weights
@@ -34,7 +44,7 @@ from rmm_lab.tasks.small_images import distort
 
 NAME = "a timm ViT"
 DATA = "images"
-FILES: tuple[str, ...] = ()
+FILES: tuple[str, ...] = ("preprocessor_config.json",)  # of transformers' models
 NEEDED: tuple[str, ...] = ()
 BASE_SETTING = "with the experts' heads"
 # What a module knows of itself that changes nothing at evaluation and at the size of its images.
@@ -48,8 +58,8 @@ _IDLE = ("Identity", "Dropout", "DropPath", "PatchDropout")  # at evaluation
 
 
 def owns(config: Config) -> bool:
-    """Any model of timm's; ``canonical`` refuses those that are no ViT."""
-    return "architecture" in config
+    """Any model of timm's, and transformers' that are converted; ``canonical`` refuses what is no ViT."""
+    return "architecture" in config or is_vision(config)
 
 
 def canonical(source: str, config: Config, weights: Weights) -> Weights:
@@ -73,17 +83,27 @@ def canonical(source: str, config: Config, weights: Weights) -> Weights:
             f"architecture {config['architecture']!r} with other weights; other families are not "
             "supported"
         )
-    signature(config)  # timm builds it, and it is a plain ViT
+    readout = signature(config)[1]["readout"]  # timm builds it, and it is a plain ViT
+    width, head = weights["patch_embed.proj.weight"].shape[0], weights.get("head.weight")
+    if head is not None and head.shape[-1] == 2 * width and readout != TOKEN_AND_MEAN:
+        raise InputError(
+            f"model {source!r}: expected head.weight to read {width} numbers, found {tuple(head.shape)}; "
+            "save it again"
+        )
     return weights
 
 
 def once(source: str, weights: Mapping[str, Tensor]) -> Weights:
-    """A ViT's file holds every tensor once."""
+    """A ViT's file holds every tensor once. A DINOv2 of transformers' gets the names of the hub's files."""
+    own = next((n.partition(".")[0] for n in weights if n.startswith("dinov2")), "")
+    if own:  # dinov2 or dinov2_with_registers
+        return {hub_name(timm_name(name), own): tensor for name, tensor in weights.items()}
     return dict(weights)
 
 
 def split(weights: Mapping[str, Tensor]) -> Parts:
-    return parts.split(weights, ("blocks",))
+    """A distilled ViT has one head of two tokens."""
+    return parts.split(one_head(weights), ("blocks",))
 
 
 def sublayer(name: str) -> int | None:
@@ -105,7 +125,8 @@ def signature(config: Config) -> tuple[str, dict[str, Any]]:
     cfg = config.get("pretrained_cfg") or {}
     sizes = {k: cfg[k] for k in ("input_size", "fixed_input_size") if k in cfg}
     whole = [config["architecture"], args, sizes]
-    return config["architecture"], _signature(json.dumps(whole, sort_keys=True))
+    own = {"readout": str((config.get("rmm_lab") or {}).get("readout", ""))}
+    return config["architecture"], _signature(json.dumps(whole, sort_keys=True)) | own
 
 
 @functools.lru_cache(maxsize=16)
@@ -130,6 +151,8 @@ def check_head(name: str, source: str, num_classes: int, head: Weights, stem: We
             "with a head on its task"
         )
     width = stem["patch_embed.proj.weight"].shape[0]
+    if head["weight"].shape == (num_classes, 2 * width):  # of two tokens; see ``canonical``
+        width *= 2
     for key, shape in (("weight", (num_classes, width)), ("bias", (num_classes,))):
         if key in head and tuple(head[key].shape) != shape:
             raise InputError(
@@ -221,7 +244,7 @@ def trainable(
     torch.manual_seed(seed)  # timm initialises the new head from the global generator
     model = create(base.config, depth=None, num_classes=stops[-1])
     missing, unexpected = model.load_state_dict(outside_head(base.weights), strict=False)
-    if unexpected or any(not name.startswith("head.") for name in missing):
+    if unexpected or any(not name.startswith(("head.", "head_dist.")) for name in missing):
         raise InputError(
             f"base {base.source!r}: expected the weights that its config.json describes, found "
             f"{(unexpected + missing)[0]!r} out of place; save the model with timm again"

@@ -12,10 +12,14 @@ from torch import Tensor, nn
 
 from rmm_lab.errors import InputError
 from rmm_lab.families.class_token import class_attention, class_token, pools_token
+from rmm_lab.families.dinov2 import hf_config, to_dinov2
 from rmm_lab.families.parts import Place, Shapes, Weights, begins, fill, gather, join, shapes_of
 from rmm_lab.families.protocol import Config
 from rmm_lab.tasks.image_folder import preprocessing
 
+# What a head reads, where that is not what timm's ``forward_head`` pools, beside the class token:
+DISTILLED = "token+distilled"  # the distillation token, as timm's own class does
+TOKEN_AND_MEAN = "token+mean"  # the mean of the patches, as DINOv2 in transformers does
 # The modules of a pre-norm block's sublayers: norm, function, scale.
 SUBLAYERS = (("norm1", "attn", "ls1"), ("norm2", "mlp", "ls2"))
 
@@ -34,10 +38,11 @@ class ViT:
         self.config, self.unit = dict(config), unit
         self.optional: Shapes = {}
         model = create(config, depth=None, num_classes=0)
+        self.readout = readout(config, model)
         self.shapes = shapes_of(model.state_dict())
         if unit == "sublayer":
             _check_sublayers(config["architecture"], model)
-        self._pools_token = pools_token(model)
+        self._pools_token = not self.readout and pools_token(model)
         model = model.to("meta")  # shapes only: every number comes from a checkpoint
         numbers = range(1 if unit == "block" else len(SUBLAYERS))
         self._places: list[Place] = [(i, block) for block in model.blocks for i in numbers]
@@ -47,7 +52,7 @@ class ViT:
         self._trunk = model
 
     def stem(self, weights: Weights) -> nn.Module:
-        return Stem(fill(self._trunk, weights))
+        return Stem(fill(self._trunk, weights), self.readout)
 
     def layer(self, k: int, weights: Weights) -> nn.Module:
         return fill(self._layers[k], weights)
@@ -90,7 +95,13 @@ class ViT:
     @staticmethod
     def logits(stem: Any, state: Tensor, head: Weights) -> Tensor:
         """Final norm, pooling and one task's head: tokens -> logits (n, classes)."""
-        pooled = stem.trunk.forward_head(stem.norm(state), pre_logits=True)  # (n, width)
+        tokens = stem.norm(state)
+        if stem.readout:
+            prefix = stem.trunk.num_prefix_tokens
+            second = tokens[:, 1] if stem.readout == DISTILLED else tokens[:, prefix:].mean(1)
+            pooled = torch.cat([tokens[:, 0], second], 1)  # (n, 2 width)
+        else:
+            pooled = stem.trunk.forward_head(tokens, pre_logits=True)  # (n, width)
         return nn.functional.linear(pooled, head["weight"], head.get("bias"))
 
     def writes(self, layer: Any) -> dict[str, tuple[str, str]]:
@@ -124,28 +135,65 @@ class ViT:
         blocks = [weights for _, weights in layers]
         if self.unit == "sublayer":
             blocks = gather(layers, self._places)
-        model = create(self.config, depth=len(blocks), num_classes=total)
         head = {
             "weight": torch.cat([h["weight"] for h in heads.values()]),
             "bias": torch.cat(
                 [h.get("bias", torch.zeros(len(h["weight"]))) for h in heads.values()]
             ),
         }
-        model.load_state_dict(join(stem, {"blocks": blocks}, head))
+        if self.readout == TOKEN_AND_MEAN:  # which timm has not
+            config = self.merged_config([k for k, _ in layers], heads, {})
+            return to_dinov2(config, stem, blocks, head)
+        model = create(self.config, depth=len(blocks), num_classes=total)
+        weights = join(stem, {"blocks": blocks}, head)
+        model.load_state_dict(two_heads(weights) if self.readout else weights)
         return model.eval()
 
     def merged_config(
         self, numbers: Sequence[int], heads: Mapping[str, Weights], labels: Mapping[str, Sequence]
     ) -> dict[str, Any]:
         depth = sum(begins(numbers, self._places))
-        return joint_config(self.config, depth, {name: labels[name] for name in heads})
+        classes = {
+            name: labels.get(name, range(len(head["weight"]))) for name, head in heads.items()
+        }
+        joint = joint_config(self.config, depth, classes)
+        if self.readout == TOKEN_AND_MEAN:
+            return hf_config(self.config, depth, joint)
+        return joint
+
+
+def readout(config: Config, model: Any) -> str:
+    """What a head reads: ``""`` for what timm's ``forward_head`` pools."""
+    if hasattr(model, "head_dist"):
+        return DISTILLED
+    return str((config.get("rmm_lab") or {}).get("readout", ""))
+
+
+def one_head(weights: Mapping[str, Tensor]) -> Weights:
+    """The two classifiers of timm's distilled ViT, whose logits are averaged, as one of two tokens."""
+    if "head_dist.weight" not in weights:
+        return dict(weights)
+    out = {n: t for n, t in weights.items() if not n.startswith("head_dist.")}
+    one, two = weights["head.weight"], weights["head_dist.weight"]
+    out["head.weight"] = torch.cat([one, two], 1) / 2  # (classes, 2 width)
+    out["head.bias"] = (weights["head.bias"] + weights["head_dist.bias"]) / 2
+    return out
+
+
+def two_heads(weights: Mapping[str, Tensor]) -> Weights:
+    """The inverse of ``one_head``, with equal biases."""
+    one, two = (2 * weights["head.weight"]).chunk(2, 1)  # each (classes, width)
+    bias = weights["head.bias"]
+    heads = {"head.weight": one, "head_dist.weight": two, "head.bias": bias, "head_dist.bias": bias}
+    return dict(weights) | heads
 
 
 class Stem(nn.Module):
     """A ViT without layers and head: what runs before and after a path; its final norm is set apart."""
 
-    def __init__(self, trunk: nn.Module) -> None:
+    def __init__(self, trunk: nn.Module, readout: str = "") -> None:
         super().__init__()
+        self.readout = readout
         self.norm = trunk.norm
         trunk.norm = nn.Identity()
         self.trunk = trunk
@@ -238,7 +286,10 @@ def create(config: Config, *, depth: int | None, num_classes: int) -> Any:
             f"{timm.__version__} knows, found {args} ({error}); correct config.json or install the "
             "timm that wrote it"
         ) from error
-    if type(model) is not VisionTransformer:
+    if (
+        type(model) is not VisionTransformer
+        and type(model).__name__ != "VisionTransformerDistilled"
+    ):
         raise InputError(
             f"architecture {config['architecture']!r}: expected a timm VisionTransformer, found "
             f"{type(model).__name__}; other families are not supported"
