@@ -302,7 +302,7 @@ def list_folder(
     for s, rows in drawn.items():
         renumbered = [(picture, number[c]) for picture, c in rows]
         listing[s] = sorted(renumbered, key=lambda row: row[1])
-    return order, listing
+    return order, files
 
 
 def left_out(root: Path, listing: Listing) -> str:
