@@ -298,11 +298,11 @@ def list_folder(
     drawn = split(piles, classes, f"images {str(root)!r}", group_of)
     order = sorted(classes, key=natural)
     number = [order.index(c) for c in classes]
-    listing: Listing = {}
+    out: Listing = {}
     for s, rows in drawn.items():
         renumbered = [(picture, number[c]) for picture, c in rows]
-        listing[s] = sorted(renumbered, key=lambda row: row[1])
-    return order, files
+        out[s] = sorted(renumbered, key=lambda row: row[1])
+    return order, out
 
 
 def left_out(root: Path, listing: Listing) -> str:
