@@ -419,7 +419,7 @@ def bad_row(name: str, line: int, change) -> Path:
         (lambda r: {"question": "w1", "choices": ["w2", "w3"], "label": 0}, ["'input'"]),
         (lambda r: r | {"label": 2}, ["label", "0 to 1", "found 2"]),
         (lambda r: r | {"label": -1}, ["label", "found -1"]),
-        (lambda r: r | {"label": "0"}, ["label", "'0'"]),
+        (lambda r: r | {"label": "w4"}, ["label", "'w4'"]),
         (lambda r: r | {"choices": ["w2", " "]}, ["choice"]),
         (lambda r: r | {"choices": ["w2"]}, ["two"]),
         (lambda r: r | {"input": "  "}, ["input"]),

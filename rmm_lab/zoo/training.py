@@ -58,13 +58,19 @@ def optimise(
             schedule.step()
             done = step + 1
             progress.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
-            if watch is not None and done * 4 // steps > step * 4 // steps:
+            quarter = done * 4 // steps > step * 4 // steps
+            # Weights that are not finite any more give no score; the next loss tells.
+            if watch is not None and quarter and all(map(_finite, model.parameters())):
                 watch(done)
     except KeyboardInterrupt:
         progress.close()
         raise KeyboardInterrupt(f"{done} of {steps} steps" if done else "") from None
     finally:
         model.eval().requires_grad_(False)
+
+
+def _finite(tensor: Tensor) -> bool:
+    return bool(torch.isfinite(tensor).all())
 
 
 def fine_tune(
