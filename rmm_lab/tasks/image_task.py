@@ -203,6 +203,12 @@ def _notes(root: Path, classes: Sequence[str], files: Listing, drawn: bool) -> l
         )
     paths = [p for rows in files.values() for p, _ in rows if isinstance(p, Path)]
     splits = {path.relative_to(root).parts[0] for path in paths}
+    depth = min((len(path.relative_to(root).parts) for path in paths), default=0)
+    if depth > (3 if "train" in splits else 2):
+        out.append(
+            f"the pictures of {', '.join(classes[:3])} lie in folders below ({paths[0].parent}): if those "
+            "are the classes, give the folder that they are in"
+        )
     if drawn and not {"train", "test"} <= splits and (found := series(files)):
         out.append(
             f"its pictures look like {found[0]} series of frames ({found[1]}), which the random splits tear "
