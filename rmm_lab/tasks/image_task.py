@@ -149,15 +149,15 @@ class Task:
     @property
     def notes(self) -> list[str]:
         """What was left out of a folder, and what was done to the pictures of the splits read so far."""
-        done = sum(self._seen.values(), Counter())
+        done = sum(vars(self).get("_seen", {}).values(), Counter())
         return [
-            *(f"images {self.name}: {said}" for said in self._said),
+            *(f"images {self.name}: {said}" for said in vars(self).get("_said", [])),
             *(f"images {self.name}: {n} pictures are {way}" for way, n in sorted(done.items())),
         ]
 
     def files(self, name: str) -> list[tuple[Path, str]]:
         """The files of a split with the names of their classes; none for sets that are no files."""
-        listed = self._files.get(name, [])
+        listed = vars(self).get("_files", {}).get(name, [])  # a subclass of tensors has none
         return [(p, self.classes[c]) for p, c in listed if isinstance(p, Path)]
 
     def check_head(
