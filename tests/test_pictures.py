@@ -174,6 +174,16 @@ def test_hidden_files_and_macos_leavings_are_no_pictures_and_the_rest_is_named(t
     assert task.notes[0].endswith(": 2 .heic, 1 .png, 1 .txt, 3 hidden .png")
 
 
+def test_a_level_too_many_is_said(tmp_path):
+    for name in ("one", "two"):
+        folder(tmp_path / name, ["cat", "dog"])
+    task = Task(str(tmp_path), GREY)
+    assert task.classes == ["one", "two"]
+    assert len(task.notes) == 1
+    assert "lie in folders below" in task.notes[0]
+    assert Task(str(tmp_path / "one"), GREY).notes == []
+
+
 def test_a_loop_of_links_ends(tmp_path):
     folder(tmp_path)
     (tmp_path / "a" / "again").symlink_to(tmp_path / "a")
@@ -334,6 +344,8 @@ def test_gtsrb_is_read_as_downloaded_and_keeps_tracks_together(tmp_path):
         picture(tests / f"{i:05}.ppm")
     with pytest.raises(InputError, match=r"GT-final_test\.csv"):
         Task(source, RGB)
+    with pytest.raises(InputError, match=r"gtsrb:"):
+        Task(str(tmp_path / "GTSRB"), RGB)
     rows = "Filename;ClassId\n00000.ppm;1\n00001.ppm;0\n00002.ppm;1\n"
     (tests / "GT-final_test.csv").write_text(rows)
     task = Task(source, RGB)

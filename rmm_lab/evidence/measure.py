@@ -46,7 +46,7 @@ from rmm_lab.search.config import Config, configure, describe, searched, seen_by
 from rmm_lab.search.finalists import candidates, legal, rank
 from rmm_lab.search.phases import Search, choose, make_scorer
 from rmm_lab.search.pipeline import Result, run_phases, train
-from rmm_lab.search.problem import Problem, problem_of
+from rmm_lab.search.problem import Problem, at_hand, problem_of
 from rmm_lab.search.run_folder import RunFolder
 from rmm_lab.tasks.files import write_file
 
@@ -192,7 +192,7 @@ def commit() -> str:
 
 def load(config: Config) -> Problem:
     """What the config names, as ``train`` loads it, to be scored on its device."""
-    return replace(problem_of(config.problem), device=config.run.device)
+    return replace(problem_of(at_hand(config.problem)), device=config.run.device)
 
 
 def cells(problem: Problem, row: uniform.Row) -> dict[str, Any]:

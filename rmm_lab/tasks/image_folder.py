@@ -269,6 +269,11 @@ def list_folder(
             f"images {str(root)!r}: expected {expected}, found no such folder; check the spelling"
         )
     found = _subfolders(root)
+    if "Final_Training" in found:
+        raise InputError(
+            f"images {str(root)!r}: expected class folders, found Final_Training of GTSRB; give it as "
+            f"gtsrb:{root}"
+        )
     several = [name for name in found if name in _REWARD]
     if len(several) > 1:
         raise InputError(

@@ -149,15 +149,15 @@ class Task:
     @property
     def notes(self) -> list[str]:
         """What was left out of a folder, and what was done to the pictures of the splits read so far."""
-        done = sum(self._seen.values(), Counter())
+        done = sum(vars(self).get("_seen", {}).values(), Counter())
         return [
-            *(f"images {self.name}: {said}" for said in self._said),
+            *(f"images {self.name}: {said}" for said in vars(self).get("_said", [])),
             *(f"images {self.name}: {n} pictures are {way}" for way, n in sorted(done.items())),
         ]
 
     def files(self, name: str) -> list[tuple[Path, str]]:
         """The files of a split with the names of their classes; none for sets that are no files."""
-        listed = self._files.get(name, [])
+        listed = vars(self).get("_files", {}).get(name, [])  # a subclass of tensors has none
         return [(p, self.classes[c]) for p, c in listed if isinstance(p, Path)]
 
     def check_head(
@@ -203,6 +203,12 @@ def _notes(root: Path, classes: Sequence[str], files: Listing, drawn: bool) -> l
         )
     paths = [p for rows in files.values() for p, _ in rows if isinstance(p, Path)]
     splits = {path.relative_to(root).parts[0] for path in paths}
+    depth = min((len(path.relative_to(root).parts) for path in paths), default=0)
+    if depth > (3 if "train" in splits else 2):
+        out.append(
+            f"the pictures of {', '.join(classes[:3])} lie in folders below ({paths[0].parent}): if those "
+            "are the classes, give the folder that they are in"
+        )
     if drawn and not {"train", "test"} <= splits and (found := series(files)):
         out.append(
             f"its pictures look like {found[0]} series of frames ({found[1]}), which the random splits tear "
