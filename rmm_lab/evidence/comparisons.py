@@ -264,6 +264,6 @@ def difference_alt(rows: DataFrame, by: str, reference: str) -> str:
 def _alt(what: str, points: Mapping[str, DataFrame]) -> str:
     text = f"Forest plot: {what}"
     for group, own in points.items():
-        said = [f"{name} {mean:+.1f}" for name, mean in own["mean"].dropna().items()]
-        text += f". {group}: {', '.join(said)}".replace("-", "−")
+        said = [f"{name} {interval(Series([mean]))}" for name, mean in own["mean"].dropna().items()]
+        text += f". {group}: {', '.join(said)}"
     return text + "."
