@@ -895,6 +895,8 @@ def test_few_labels_by_hand():
     (axes,) = page_figures.DRAW["labels"](found).axes
     drawn = {x for c in axes.containers for x in c.lines[0].get_xdata()}
     assert drawn == {-2, -10, -5, 1}
+    (agreed,) = (c for c in axes.containers if c.get_label() == "sees inputs")
+    assert list(agreed.lines[0].get_xdata()) == [1]
 
 
 def test_intervals_are_scipys():
