@@ -853,16 +853,16 @@ def test_equal_seconds_by_hand():
     found = pd.DataFrame(
         {"group": "g", "method": m, "evaluations": n, "search_seconds": 60.0, "seed": seed}
         | {"reward_split": mean + 1, "mean": mean}
-        for m, n, means in (("RMM (agent)", 700, (60, 62)), ("TPE", 900, (55, 57)))
+        for m, n, means in (("RMM (agent)", 700, (60, 62)), ("NSGA-II", 900, (55, 57)))
         for seed, mean in enumerate(means)
     )
     text = page("seconds", found)
     agent = ["2", "60", "700", "62.0 ± 1.4", "61.0 ± 1.4", "", ""]
     assert line(text, "g", "RMM (agent)") == agent
     more = ["+5.0 ± 0.0"] * 2
-    assert line(text, "g", "TPE") == ["2", "60", "900", "57.0 ± 1.4", "56.0 ± 1.4", *more]
+    assert line(text, "g", "NSGA-II") == ["2", "60", "900", "57.0 ± 1.4", "56.0 ± 1.4", *more]
     assert "RMM (agent) had 700 evaluations" in text
-    assert "differences to RMM (agent) on the test split. g: TPE −5.0.](seconds.png)" in text
+    assert "differences to RMM (agent) on the test split. g: NSGA-II −5.0.](seconds.png)" in text
     assert len(page_figures.DRAW["seconds"](found).axes) == 1
 
 
@@ -895,6 +895,8 @@ def test_few_labels_by_hand():
     (axes,) = page_figures.DRAW["labels"](found).axes
     drawn = {x for c in axes.containers for x in c.lines[0].get_xdata()}
     assert drawn == {-2, -10, -5, 1}
+    (agreed,) = (c for c in axes.containers if c.get_label() == "sees inputs")
+    assert list(agreed.lines[0].get_xdata()) == [1]
 
 
 def test_intervals_are_scipys():

@@ -252,7 +252,11 @@ def difference_points(rows: DataFrame, by: str, reference: str) -> dict[str, Dat
     """Problem -> a point for each ``by``, as of ``points_of``: its difference on the test split."""
     gains = differences(rows, by, reference)
     names = [name for name in dict.fromkeys(rows[by]) if name != reference]
-    return points_of(gains["gain"], gains["group"], gains[by], names)
+    points = points_of(gains["gain"], gains["group"], gains[by], names)
+    if "sees" in rows:
+        sees = rows.groupby(by)["sees"].first()
+        points = {group: own.assign(sees=sees.reindex(names)) for group, own in points.items()}
+    return points
 
 
 def difference_alt(rows: DataFrame, by: str, reference: str) -> str:
@@ -264,6 +268,6 @@ def difference_alt(rows: DataFrame, by: str, reference: str) -> str:
 def _alt(what: str, points: Mapping[str, DataFrame]) -> str:
     text = f"Forest plot: {what}"
     for group, own in points.items():
-        said = [f"{name} {mean:+.1f}" for name, mean in own["mean"].dropna().items()]
-        text += f". {group}: {', '.join(said)}".replace("-", "−")
+        said = [f"{name} {interval(Series([mean]))}" for name, mean in own["mean"].dropna().items()]
+        text += f". {group}: {', '.join(said)}"
     return text + "."
