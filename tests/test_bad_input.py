@@ -205,8 +205,8 @@ MODELS = {
         *("expert1", "vit_tiny_patch16_224", "vit_small_patch16_224"),
     ),
     "no plain ViT": (
-        lambda o: o.config(everywhere=True, architecture="deit_tiny_distilled_patch16_224"),
-        "deit_tiny_distilled",
+        lambda o: o.config(everywhere=True, architecture="beit_base_patch16_224"),
+        "Beit",
     ),
     "unknown": (lambda o: o.config(everywhere=True, architecture="no_model"), "no_model", "timm"),
     "a number": (lambda o: o.config(everywhere=True, architecture=5), "architecture", "5"),

@@ -275,3 +275,15 @@ def test_a_swin_is_refused_in_one_sentence_that_says_what_is_not(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(InputError, match=r"'vit', 'deit', .*'siglip'.*found the model_type 'swin'"):
         read_checkpoint(tmp_path)
+
+
+def test_timms_own_distilled_deits_are_read_and_written(tmp_path):
+    """Two classifiers, whose logits are averaged."""
+    args = {"img_size": 16, "patch_size": 8, "embed_dim": 16, "depth": 3, "num_heads": 2}
+    name = "deit_tiny_distilled_patch16_224"
+    model = shaken(timm.create_model(name, num_classes=5, **args), 1)
+    timm.models.save_for_hf(
+        model, tmp_path, model_args=args | {"num_classes": 5}, safe_serialization=True
+    )
+    for own in logits(read_checkpoint(tmp_path), images()):
+        close(own, model(images()))

@@ -183,7 +183,12 @@ def read_checkpoint(
         sha256, pickled = own.sha256, own.pickled or pickled
         notes = (f"a LoRA adapter, applied to {base.source if base else whole}",)
     if convert.is_vision(config):
-        config, weights, more = convert.to_timm(text, whole, config, weights)
+
+        def of_base() -> Mapping[str, Tensor]:
+            where = base.folder if base else folder
+            return reading.read_weights(text, where, allow_pickle=allow_pickle).weights
+
+        config, weights, more = convert.to_timm(text, (folder, whole), config, weights, of_base)
         notes = (*notes, *more)
     weights = family.canonical(text, config, weights)
     return Checkpoint(text, folder, config, weights, sha256, pickled, notes)

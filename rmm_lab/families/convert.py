@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from rmm_lab.errors import InputError
-from rmm_lab.families import reading
+from rmm_lab.families import reading, text_head
 from rmm_lab.families.parts import Weights
 from rmm_lab.families.vit_run import TOKEN_AND_MEAN, create
 
@@ -53,20 +53,29 @@ def is_vision(config: Mapping[str, Any]) -> bool:
 
 
 def to_timm(
-    source: str, folder: Path, config: Mapping[str, Any], weights: Mapping[str, Tensor]
+    source: str,
+    folders: Sequence[Path],
+    config: Mapping[str, Any],
+    weights: Mapping[str, Tensor],
+    of_base: Callable[[], Mapping[str, Tensor]] = dict,
 ) -> tuple[dict[str, Any], Weights, list[str]]:
     """config.json and weights of the timm ViT that computes the same, and notes.
 
     Args:
         source: the model's name in messages.
-        folder: where preprocessor_config.json may lie.
+        folders: where preprocessor_config.json and class embeddings may lie, the model's own first.
         config: transformers' config.json.
         weights: under the names of ``timm_name``.
+        of_base: gives the base's weights, where a head made of text needs its projection.
 
     Raises InputError for an activation, norm or layer that timm's plain ViT does not have.
     """
     hf = _hf_config(source, config)
     kind = str(config["model_type"]).partition("_")[0]
+    text: tuple[Weights, list[str]] = {}, []
+    if kind in ("clip", "siglip") and (folders[0] / text_head.FILE).is_file():
+        text = text_head.read_text_head(source, folders[0], weights, int(hf.hidden_size), of_base)
+        weights = {n: t for n, t in weights.items() if not n.startswith("head.")}
     weights = {n: t for n, t in weights.items() if not _UNUSED.match(n)}
     if any(".mlp.w" in n or ".mlp.gate" in n for n in weights):
         raise InputError(
@@ -74,11 +83,12 @@ def to_timm(
             "not supported"
         )
     out, args, more = _weights(source, kind, hf, weights)
+    out |= {f"head.{name}": tensor for name, tensor in text[0].items()}
     eps = float(hf.layer_norm_eps)
     architecture = _BY_EPS.get(eps, _BY_EPS[1e-6])
     if "dist_token" in out:
         architecture = _DISTILLED
-    cfg, notes = _preprocessing(source, folder, kind, hf, args, out)
+    cfg, notes = _preprocessing(source, folders, kind, hf, args, out)
     n = len(out["head.weight"]) if "head.weight" in out else 0
     found: dict[str, Any] = {
         "architecture": architecture,
@@ -90,8 +100,10 @@ def to_timm(
     }
     names = config.get("id2label") or {}
     labels = [str(names.get(str(i), names.get(i))) for i in range(n)]
-    if n == len(names) and labels != [f"LABEL_{i}" for i in range(n)]:
+    if n == len(names) and labels != [f"LABEL_{i}" for i in range(n)] and not text[0]:
         found["label_names"] = labels
+    if text[1]:
+        found["label_names"] = text[1]
     notes += _check_eps(source, found, out, eps)
     return found, out, notes
 
@@ -188,11 +200,12 @@ def _joined(weights: Mapping[str, Tensor]) -> Weights:
 
 
 def _preprocessing(
-    source: str, folder: Path, kind: str, hf: Any, args: dict[str, Any], out: Weights
+    source: str, folders: Sequence[Path], kind: str, hf: Any, args: dict[str, Any], out: Weights
 ) -> tuple[dict[str, Any], list[str]]:
     """timm's ``pretrained_cfg`` from preprocessor_config.json, or from what the models were made with."""
-    file, notes = folder / "preprocessor_config.json", []
-    found = reading.read_config(source, file, "of an image processor") if file.is_file() else {}
+    files, notes = [f / "preprocessor_config.json" for f in folders], []
+    file = next((file for file in files if file.is_file()), None)
+    found = reading.read_config(source, file, "of an image processor") if file else {}
     mean, std = _NORMALISED.get(kind[:4], ((0.5,) * 3, (0.5,) * 3))
     mean, std = found.get("image_mean") or mean, found.get("image_std") or std
     if found.get("do_normalize") is False:
@@ -245,7 +258,8 @@ def _check_eps(source: str, config: dict[str, Any], weights: Weights, eps: float
 
     Measured on noise and on a blank image.
     """
-    n = 0 if config["rmm_lab"].get("readout") else config["num_classes"]
+    apart = config["rmm_lab"].get("readout") or "head.projection" in weights
+    n = 0 if apart else config["num_classes"]
     model = create(config, depth=None, num_classes=n)
     norms = [m for m in model.modules() if isinstance(m, torch.nn.LayerNorm)]
     own = norms[0].eps

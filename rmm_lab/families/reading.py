@@ -25,6 +25,7 @@ from rmm_lab.families.parts import Weights
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 ADAPTER, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+EMBEDDINGS = "class_embeddings.safetensors"  # of classes, beside a vision tower: see ``text_head``
 SHARDS = "model-*-of-*.safetensors"
 PICKLES = ("pytorch_model*.bin", "adapter_model.bin", "*.pth", "*.pt")
 # Where training scripts keep a model's weights in a file that holds more than these.
@@ -99,6 +100,7 @@ def read_weights(source: str, folder: Path, *, allow_pickle: bool = False) -> St
         files, tensors = [pickled], _unpickle(source, pickled)
     if is_adapter(folder):
         files.append(folder / ADAPTER)  # which holds the scale
+    files += [f for f in (folder / EMBEDDINGS,) if f.is_file()]
     weights = bare_names(source, {n: _float32(source, n, t) for n, t in tensors.items()})
     return Stored(weights, digest(files), pickled)
 

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from rmm_lab.errors import InputError
-from rmm_lab.families import parts
+from rmm_lab.families import parts, text_head
 from rmm_lab.families.convert import is_vision
 from rmm_lab.families.names import hub_name, timm_name
 from rmm_lab.families.parts import Parts, Weights, outside_head
@@ -44,7 +44,7 @@ from rmm_lab.tasks.small_images import distort
 
 NAME = "a timm ViT"
 DATA = "images"
-FILES: tuple[str, ...] = ("preprocessor_config.json",)  # of transformers' models
+FILES: tuple[str, ...] = ("preprocessor_config.json", text_head.FILE)  # of transformers' models
 NEEDED: tuple[str, ...] = ()
 BASE_SETTING = "with the experts' heads"
 # What a module knows of itself that changes nothing at evaluation and at the size of its images.
@@ -85,7 +85,8 @@ def canonical(source: str, config: Config, weights: Weights) -> Weights:
         )
     readout = signature(config)[1]["readout"]  # timm builds it, and it is a plain ViT
     width, head = weights["patch_embed.proj.weight"].shape[0], weights.get("head.weight")
-    if head is not None and head.shape[-1] == 2 * width and readout != TOKEN_AND_MEAN:
+    one = "head.projection" in weights or readout == TOKEN_AND_MEAN  # reads what it says it reads
+    if head is not None and head.shape[-1] == 2 * width and not one:
         raise InputError(
             f"model {source!r}: expected head.weight to read {width} numbers, found {tuple(head.shape)}; "
             "save it again"
@@ -151,7 +152,9 @@ def check_head(name: str, source: str, num_classes: int, head: Weights, stem: We
             "with a head on its task"
         )
     width = stem["patch_embed.proj.weight"].shape[0]
-    if head["weight"].shape == (num_classes, 2 * width):  # of two tokens; see ``canonical``
+    if "projection" in head:  # made of text
+        width = len(head["projection"])
+    elif head["weight"].shape == (num_classes, 2 * width):  # of two tokens; see ``canonical``
         width *= 2
     for key, shape in (("weight", (num_classes, width)), ("bias", (num_classes,))):
         if key in head and tuple(head[key].shape) != shape:

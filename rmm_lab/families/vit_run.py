@@ -15,6 +15,7 @@ from rmm_lab.families.class_token import class_attention, class_token, pools_tok
 from rmm_lab.families.dinov2 import hf_config, to_dinov2
 from rmm_lab.families.parts import Place, Shapes, Weights, begins, fill, gather, join, shapes_of
 from rmm_lab.families.protocol import Config
+from rmm_lab.families.text_head import folded, project
 from rmm_lab.tasks.image_folder import preprocessing
 
 # What a head reads, where that is not what timm's ``forward_head`` pools, beside the class token:
@@ -102,7 +103,7 @@ class ViT:
             pooled = torch.cat([tokens[:, 0], second], 1)  # (n, 2 width)
         else:
             pooled = stem.trunk.forward_head(tokens, pre_logits=True)  # (n, width)
-        return nn.functional.linear(pooled, head["weight"], head.get("bias"))
+        return nn.functional.linear(project(pooled, head), head["weight"], head.get("bias"))
 
     def writes(self, layer: Any) -> dict[str, tuple[str, str]]:
         if not self._pools_token:  # also: whether a block is timm's pre-norm one
@@ -132,6 +133,7 @@ class ViT:
         a slice of the model's: see ``head_slices``.
         """
         total = sum(len(h["weight"]) for h in heads.values())
+        heads = {name: folded(head) for name, head in heads.items()}
         blocks = [weights for _, weights in layers]
         if self.unit == "sublayer":
             blocks = gather(layers, self._places)
