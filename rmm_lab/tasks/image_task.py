@@ -149,7 +149,7 @@ class Task:
     @property
     def notes(self) -> list[str]:
         """What was left out of a folder, and what was done to the pictures of the splits read so far."""
-        done = sum(vars(self).get("_seen", {}).values(), Counter())
+        done: Counter[str] = sum(vars(self).get("_seen", {}).values(), Counter())
         return [
             *(f"images {self.name}: {said}" for said in vars(self).get("_said", [])),
             *(f"images {self.name}: {n} pictures are {way}" for way, n in sorted(done.items())),
