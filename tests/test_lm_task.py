@@ -326,6 +326,12 @@ def test_rows_of_several_kinds_are_refused(tmp_path, fmt, t5s):
         t5.make_tasks(base, [str(write_rows(tmp_path / "t", {"train": many, "test": many}))])
 
 
+def test_agreement_needs_answers_to_choose_from(lms):
+    """What is written or read is scored by the right answer, so that reward would see it."""
+    with pytest.raises(InputError, match="--reward agreement: expected answers to choose from"):
+        problem_of(lms).scorer(reward="agreement")
+
+
 def test_one_file_of_texts_is_dealt_out(tmp_path, fmt):
     file = tmp_path / "texts.jsonl"
     file.write_text("".join(json.dumps({"text": f"w{i} w{i + 1}"}) + "\n" for i in range(10, 30)))

@@ -136,6 +136,11 @@ class Problem:
         """
         options, tasks = {"stem": self.stem} | options, self.tasks
         if options.get("reward") == "agreement":  # which reads no label: all inputs are free
+            if odd := [task.name for task in tasks if not getattr(task, "offers", True)]:
+                raise InputError(
+                    f"--reward agreement: expected answers to choose from, found none in task {odd[0]!r}, "
+                    "whose score looks at the right answer; use --reward metric or likelihood"
+                )
             tasks = [with_all_inputs(task) for task in tasks]
         if str(workers).startswith("ray"):
             stem = str(options["stem"])

@@ -169,6 +169,11 @@ class LMTask(TextTask):
     kind = CHOOSE  # the sets that ship have choices
 
     @property
+    def offers(self) -> bool:
+        """Whether rows offer answers to choose from; else scores are of the right one."""
+        return self.kind == CHOOSE
+
+    @property
     def loses(self) -> str:  # type: ignore[override]
         """What is cut of a row that is too long; the question is at the end of its prompt."""
         return "end" if self.kind == READ else "beginning"
