@@ -866,6 +866,32 @@ def test_equal_seconds_by_hand():
     assert len(page_figures.DRAW["seconds"](found).axes) == 1
 
 
+@pytest.mark.parametrize(
+    ("name", "reference"),
+    [
+        *((name, True) for name in ("default", "budgets", "seconds", "labels")),
+        *(
+            (name, False) for name in ("default", "budgets", "labels")
+        ),  # rows of seconds come together
+    ],
+)
+def test_a_page_of_a_table_that_was_stopped(name, reference):
+    """Whether the first row is what others are compared with, or another."""
+    row = {"group": "g", "method": "RMM (agent)", "setting": "RMM (agent)", "reward": "metric"}
+    row |= {"label_fraction": 1.0, "data_fraction": 0.1, "seed": 1, "evaluations": 50}
+    row |= {"search_seconds": 9.0, "reward_split": 81.0, "mean": 80.0, "sees": "labels"}
+    if not reference:
+        row |= {"method": "TPE", "setting": "GAE", "reward": "agreement"}
+    found = pd.DataFrame([row])
+    text = page(name, found)
+    assert "g: not measured." in text
+    assert "80.0" in text
+    assert "nan" not in text
+    figure = page_figures.DRAW[name](found)
+    assert [a.get_title() for a in figure.axes] == ["g"]
+    figure.savefig(io.BytesIO())
+
+
 def test_few_labels_by_hand():
     found = pd.DataFrame(
         {"group": "g", "reward": reward, "label_fraction": known, "data_fraction": data}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from pandas import DataFrame, Index, Series, concat
@@ -130,10 +130,11 @@ def show_budgets(rows: DataFrame) -> str:
         )
     for group, own in rows.groupby("group", sort=False):
         scores = own.groupby(["method", "evaluations"], sort=False)["mean"].agg(spread).unstack()
-        more = gains[gains["group"] == group]
-        more = more.groupby(["method", "evaluations"], sort=False)["more"].agg(interval).unstack()
-        more = more.rename(index=lambda name: f"{AGENT} − {name}")
-        table = concat([scores, more]).rename_axis("evaluations")
+        table = scores.rename_axis("evaluations")
+        if len(more := gains[gains["group"] == group]):
+            by = more.groupby(["method", "evaluations"], sort=False)["more"]
+            gained = by.agg(interval).unstack().rename(index=lambda name: f"{AGENT} − {name}")
+            table = concat([table, gained]).rename_axis("evaluations")
         text += f"\n## {group}\n\n{markdown(table)}"
     return text
 
@@ -144,7 +145,7 @@ def budget_points(rows: DataFrame) -> dict[str, DataFrame]:
     order = [m for m in dict.fromkeys(rows["method"]) if m != AGENT]
     names = [f"{n}: {name}" for n in sorted(set(rows["evaluations"])) for name in order]
     at = gains["evaluations"].astype(str) + ": " + gains["method"]
-    return points_of(gains["more"], gains["group"], at, names)
+    return points_of(gains["more"], gains["group"], at, names, rows["group"])
 
 
 def budgets_alt(rows: DataFrame) -> str:
@@ -235,16 +236,16 @@ def differences(
 
 
 def points_of(
-    gains: Series, group: Series, name: Series, names: Sequence[str]
+    gains: Series, group: Series, name: Series, names: Sequence[str], groups: Iterable[str]
 ) -> dict[str, DataFrame]:
     """What ``forest_picture`` shows: group -> a frame with the index ``names`` and the ``mean`` of the gains,
     ``half`` the width of their 95 % interval, and what they ``sees``; NaN where there is none."""
     points = {}
-    for panel, own in gains.groupby(group, sort=False):
-        by_name = own.groupby(name)
+    for panel in dict.fromkeys(groups):
+        by_name = gains[group == panel].groupby(name)
         half = {key: t_interval(gain)[1] for key, gain in by_name if len(gain) > 1}
         frame = DataFrame({"sees": "labels"}, index=Index(names))
-        points[str(panel)] = frame.assign(mean=by_name.mean(), half=Series(half, dtype=float))
+        points[panel] = frame.assign(mean=by_name.mean(), half=Series(half, dtype=float))
     return points
 
 
@@ -252,7 +253,7 @@ def difference_points(rows: DataFrame, by: str, reference: str) -> dict[str, Dat
     """Problem -> a point for each ``by``, as of ``points_of``: its difference on the test split."""
     gains = differences(rows, by, reference)
     names = [name for name in dict.fromkeys(rows[by]) if name != reference]
-    points = points_of(gains["gain"], gains["group"], gains[by], names)
+    points = points_of(gains["gain"], gains["group"], gains[by], names, rows["group"])
     if "sees" in rows:
         sees = rows.groupby(by)["sees"].first()
         points = {group: own.assign(sees=sees.reindex(names)) for group, own in points.items()}
@@ -269,5 +270,5 @@ def _alt(what: str, points: Mapping[str, DataFrame]) -> str:
     text = f"Forest plot: {what}"
     for group, own in points.items():
         said = [f"{name} {interval(Series([mean]))}" for name, mean in own["mean"].dropna().items()]
-        text += f". {group}: {', '.join(said)}"
+        text += f". {group}: {', '.join(said) or 'not measured'}"
     return text + "."
