@@ -11,6 +11,7 @@ import numpy as np
 from tqdm import tqdm
 
 from rmm_lab.search import table, uniform
+from rmm_lab.search.card import card
 from rmm_lab.search.config import SEARCHED, Config, searched
 from rmm_lab.search.problem import Problem
 from rmm_lab.search.run_folder import RunFolder
@@ -187,3 +188,6 @@ def write_results(result: Result, rows: Sequence[Row], problem: Problem, folder:
     if not (merged / "config.json").is_file():  # the file that is written last
         shutil.rmtree(merged, ignore_errors=True)
         path.save_pretrained(merged, pool)
+    folder.write(
+        "merged/README.md", card(path, pool, _markdown(rows, tasks, "pipe") if rows else "")
+    )
