@@ -25,6 +25,7 @@ from torch import Tensor
 
 from rmm_lab.errors import InputError
 from rmm_lab.tasks.metrics import PERPLEXITY
+from rmm_lab.tasks.text_rows import short
 from rmm_lab.tasks.text_task import TextTask, pad, read_tokenizer
 
 CHOOSE, WRITE, READ, NEXT = range(4)  # what is asked: see ``CausalLM.logits``
@@ -190,9 +191,14 @@ class LMTask(TextTask):
         """choices: those of each row that are wanted."""
         pairs = [(r["input"], c) for r, own in zip(rows, choices, strict=True) for c in own]
         flat, out, cut = iter(self.format.encode(pairs)), [], 0
-        for own in choices:
+        for own, row in zip(choices, rows, strict=True):
             whole = [next(flat) for _ in own]
             first = whole[0][0]
+            if len({tuple(tokens) for tokens, _ in whole}) < len(whole):
+                raise InputError(
+                    f"texts {self.source!r}: expected choices that differ as the model's tokens, found two "
+                    f"alike in the row with the input {short(row['input'])}; change or remove it"
+                )
             border = min(n for _, n in whole)
             n = 0
             while n < border and all(tokens[n] == first[n] for tokens, _ in whole):
@@ -266,7 +272,9 @@ class LMTask(TextTask):
 
     def found(self, logits: Tensor) -> Tensor:
         """The best choice's number; 1 for what is written right; of a text that is read 1 / perplexity."""
-        return logits[:, 1].double().exp() if self.kind == READ else logits.argmax(-1)
+        if self.kind == READ:
+            return logits[:, 1].double().exp().nan_to_num(0)
+        return logits.argmax(-1)
 
     def score(self, found: Tensor, labels: Tensor) -> float:
         """The metric of what was found: (n,), (n,) -> [0, 1]; over texts the geometric mean."""
