@@ -237,6 +237,14 @@ def test_equal_tokens_are_decided_as_argmax_does():
     assert found.tolist() == pytest.approx([0, 0, -1])
 
 
+def test_a_model_whose_scores_are_no_numbers_is_never_right():
+    """torch's argmax takes NaN for the largest of all."""
+    arch, parts = taken_apart(hf_model("llama"))
+    stem = parts.stem | {"model.norm.weight": torch.full((32,), torch.nan)}
+    found = run(arch, stem, list(enumerate(parts.layers)), batch_of(WRITE))
+    assert found.argmax(-1).tolist() == [0, 0, 0]
+
+
 # ------------------------------------------------------------------------------ folders
 
 

@@ -28,6 +28,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rmm_lab import matching
 from rmm_lab.__main__ import main
+from rmm_lab.course.explorers import DistanceMap
+from rmm_lab.course.run_record import Run
+from rmm_lab.course.widgets import PathInspector, TrainingReplay
 from rmm_lab.engine.calibration import Calibration
 from rmm_lab.errors import InputError
 from rmm_lab.families import causal_lm, t5
@@ -332,6 +335,19 @@ def test_agreement_needs_answers_to_choose_from(lms):
         problem_of(lms).scorer(reward="agreement")
 
 
+def test_choices_that_are_the_same_tokens_are_refused(tmp_path, fmt):
+    rows = [{"input": "w6 w7", "choices": ["hello", "goodbye"], "label": 0}]  # both <unk>
+    with pytest.raises(InputError, match="w6 w7"):
+        one_task(tmp_path, rows, fmt).split("test")
+
+
+def test_a_text_without_a_probability_scores_nothing(tmp_path, fmt):
+    task = one_task(tmp_path, [{"text": "w6 w7"}], fmt)
+    logits = torch.tensor([[torch.nan, torch.nan], [-0.1, -2.0]])
+    assert task.found(logits).tolist() == pytest.approx([0, math.exp(-2)])
+    assert task.score(task.found(logits), torch.ones(2)) == 0
+
+
 def test_one_file_of_texts_is_dealt_out(tmp_path, fmt):
     file = tmp_path / "texts.jsonl"
     file.write_text("".join(json.dumps({"text": f"w{i} w{i + 1}"}) + "\n" for i in range(10, 30)))
@@ -515,6 +531,10 @@ def test_the_command_merges_two_folders(tmp_path):
     command += ["--compare", "paper"]
     assert main(list(map(str, command))) == 0
     assert {"table.md", "path.json", "merged"} <= {f.name for f in (tmp_path / "run").iterdir()}
+    record = Run.read(tmp_path / "run")  # as the notebooks' widgets show it
+    for view in (PathInspector(record), TrainingReplay(record), DistanceMap(record.problem)):
+        _, words = view.still()
+        assert "e2" in words or "e3" in words
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "merged")
     ids = torch.tensor([[1, 20, 30]])
     assert model.generate(ids, max_new_tokens=3, do_sample=False, pad_token_id=0).shape[1] > 3

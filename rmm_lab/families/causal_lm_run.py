@@ -31,6 +31,7 @@ from rmm_lab.families.parts import Place, Shapes, Weights, begins, fill, gather,
 from rmm_lab.families.protocol import Config
 from rmm_lab.tasks.lm_task import CHOOSE, NEXT, READ, LMBatch
 
+NEVER = -1e4  # a lead that no token has
 LOGITS = 2**18  # logits that are held at once: 1 MiB, what fits a core's cache
 
 
@@ -217,6 +218,7 @@ class CausalLM:
             mean = torch.where(there, values * shares, 0.0).sum((1, 2)).clamp(max=-1e-6)  # (n,)
             return torch.stack([torch.log(-torch.expm1(mean)), mean], -1)
         least = values.masked_fill(~there, torch.inf).amin((1, 2))  # (n,)
+        least = least.nan_to_num(nan=NEVER)  # else torch's argmax would call it right
         return torch.stack([torch.zeros_like(least), least], -1)
 
     def writes(self, layer: Any) -> dict[str, tuple[str, str]]:

@@ -67,6 +67,8 @@ class RunArgs:
     """Where the models run: cpu, or a GPU such as cuda."""
     precision: Literal["float32", "bfloat16"] = "float32"
     """Precision of the models in the search; bfloat16 changes rewards a little. Tables use float32."""
+    export: Literal["", "mergekit"] = ""
+    """mergekit: of language models, also write mergekit.yaml, from which mergekit makes the same model."""
     quiet: bool = False
     """Print nothing."""
 
@@ -104,7 +106,7 @@ def _is_device(text: str) -> bool:
 
 
 # Fields of RunArgs that do not determine the result, and are not stored.
-WHERE = ("compare", "run_dir", "resume", "threads", "workers", "cache_mb", "quiet")
+WHERE = ("compare", "run_dir", "resume", "threads", "workers", "cache_mb", "export", "quiet")
 
 
 @dataclass(frozen=True)

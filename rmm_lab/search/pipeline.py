@@ -24,7 +24,7 @@ from rmm_lab.errors import InputError
 from rmm_lab.layers import LayerPool
 from rmm_lab.path import LayerPath
 from rmm_lab.reward import path_text
-from rmm_lab.search import report
+from rmm_lab.search import mergekit, report
 from rmm_lab.search.config import Config, check_depth, read_config
 from rmm_lab.search.phases import (
     Search,
@@ -101,6 +101,8 @@ def train(config: Config, problem: Problem | None = None, *, table: bool = True)
         check_new(run.run_dir)
     with _threads(run.threads):
         problem = problem_of(config.problem) if problem is None else problem
+        if run.export:
+            mergekit.check_family(problem.pool)
         splits = ("reward", "test") if table else ("reward",)
         for task in problem.tasks:  # broken data must show before anything is written
             for split in splits:
@@ -151,6 +153,8 @@ def train(config: Config, problem: Problem | None = None, *, table: bool = True)
             say(report.plain(rows, problem.tasks))
         if folder.path is not None:
             report.write_results(result, rows, problem, folder)
+            if run.export:
+                say(mergekit.write(path, problem.pool, folder))
             say(f"\nwritten: {folder.path} (the merged model: {folder.path / 'merged'})")
     return result
 

@@ -11,6 +11,7 @@ import numpy as np
 from tqdm import tqdm
 
 from rmm_lab.search import table, uniform
+from rmm_lab.search.card import card
 from rmm_lab.search.config import SEARCHED, Config, searched, seen_by
 from rmm_lab.search.problem import Problem
 from rmm_lab.search.run_folder import RunFolder
@@ -196,3 +197,6 @@ def write_results(result: Result, rows: Sequence[Row], problem: Problem, folder:
         path.save_pretrained(merged, pool)
     if lists := split_lists(tasks):  # what was trained on, searched with and reported
         write_file(merged / "splits.csv", lists)
+    folder.write(
+        "merged/README.md", card(path, pool, _markdown(rows, tasks, "pipe") if rows else "")
+    )

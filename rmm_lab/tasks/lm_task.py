@@ -276,7 +276,9 @@ class LMTask(TextTask):
 
     def found(self, logits: Tensor) -> Tensor:
         """The best choice's number; 1 for what is written right; of a text that is read 1 / perplexity."""
-        return logits[:, 1].double().exp() if self.kind == READ else logits.argmax(-1)
+        if self.kind == READ:
+            return logits[:, 1].double().exp().nan_to_num(0)
+        return logits.argmax(-1)
 
     def score(self, found: Tensor, labels: Tensor) -> float:
         """The metric of what was found: (n,), (n,) -> [0, 1]; over texts the geometric mean."""
