@@ -10,6 +10,7 @@ import timm
 import torch
 import transformers as hf
 from conftest import write_images
+from safetensors.torch import load_file, save_file
 
 from rmm_lab.__main__ import main
 from rmm_lab.errors import InputError
@@ -207,6 +208,33 @@ def test_other_mlps_are_refused(tmp_path):
     folder = save(shaken(hf.Dinov2ForImageClassification(config), 1), tmp_path / "m")
     with pytest.raises(InputError, match="SwiGLU"):
         read_checkpoint(folder)
+
+
+@pytest.mark.parametrize(
+    "part", ["layer.1.attention.attention.key.weight", "patch_embeddings.projection.weight"]
+)
+def test_weights_that_lack_a_part_are_refused(tmp_path, part):
+    folder = vit(tmp_path / "m")
+    weights = load_file(folder / "model.safetensors")
+    (name,) = [n for n in weights if n.endswith(part)]
+    del weights[name]
+    save_file(weights, folder / "model.safetensors")
+    with pytest.raises(InputError, match="'vit' of transformers'"):
+        read_checkpoint(folder)
+
+
+def test_a_dinov2_base_of_timm_experts_loses_its_own_readout(tmp_path, monkeypatch):
+    """The command finetune makes timm models, which read the class token alone."""
+    monkeypatch.chdir(tmp_path)
+    save(shaken(MODELS["DINOv2"][1](), 1), Path("start"))
+    write_images(tmp_path / "i1", 1, per_class=4)
+    words = ["finetune", "--base", "start", "--images", "i1", "--out", "e1", "--steps", "2"]
+    assert main([*words, "--batch-size", "4"]) == 0
+    base, expert = read_checkpoint("start"), read_checkpoint("e1")
+    assert expert.weights["head.weight"].shape == (3, 16)
+    found, (same,) = same_form(base, [expert])
+    assert same is expert
+    assert all(torch.equal(t, base.weights[n]) for n, t in found.weights.items())
 
 
 def test_made_up_label_names_are_none(tmp_path):

@@ -216,6 +216,27 @@ def test_a_pickle_of_anything_else_is_refused(folder, content, monkeypatch):
     assert not Path("executed").exists()
 
 
+def test_what_a_trainer_leaves_beside_the_weights_is_not_read(folder):
+    weights = as_pickle(folder)
+    for name in ("optimizer.pt", "rng_state.pth", "scheduler.pt", "training_args.bin", "x.pth"):
+        (folder / name).write_bytes(b"no tensors")
+    same(read_checkpoint(folder, allow_pickle=True).weights, weights)
+
+
+def test_shards_of_pickles_are_one_model(folder):
+    weights = as_pickle(folder, "whole.pth")
+    (folder / "whole.pth").unlink()
+    names = sorted(weights)
+    for i, part in enumerate((names[:9], names[9:])):
+        torch.save(
+            {n: weights[n] for n in part}, folder / f"pytorch_model-0000{i + 1}-of-00002.bin"
+        )
+    same(read_checkpoint(folder, allow_pickle=True).weights, weights)
+    (folder / "pytorch_model-00002-of-00002.bin").unlink()
+    with pytest.raises(InputError, match="pytorch_model-00001-of-00002"):
+        read_checkpoint(folder, allow_pickle=True)
+
+
 def test_several_pickles_are_not_chosen_from(folder):
     as_pickle(folder, "a.pth")
     torch.save({}, folder / "b.pth")

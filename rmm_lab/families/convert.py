@@ -77,6 +77,15 @@ def to_timm(
         text = text_head.read_text_head(source, folders[0], weights, int(hf.hidden_size), of_base)
         weights = {n: t for n, t in weights.items() if not n.startswith("head.")}
     weights = {n: t for n, t in weights.items() if not _UNUSED.match(n)}
+    needed = ["patch_embed.proj.weight", "pos_embed", "blocks.0.norm1.weight"]
+    for name in [n for n in weights if n.endswith(".attn.query.weight")]:
+        needed += [name.replace("query", part) for part in ("key", "value")]
+    lost = next((name for name in needed if name not in weights), None)
+    if lost is not None:
+        raise InputError(
+            f"model {source!r}: expected the weights of a {config['model_type']!r} of transformers', found "
+            f"no {lost!r}; save the model with transformers again"
+        )
     if any(".mlp.w" in n or ".mlp.gate" in n for n in weights):
         raise InputError(
             f"model {source!r}: expected an MLP of two layers in each block, found SwiGLU; such models are "

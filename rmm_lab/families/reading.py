@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import pickle
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +29,8 @@ ADAPTER, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 EMBEDDINGS = "class_embeddings.safetensors"  # of classes, beside a vision tower: see ``text_head``
 SHARDS = "model-*-of-*.safetensors"
 PICKLES = ("pytorch_model*.bin", "adapter_model.bin", "*.pth", "*.pt")
+# What a training script keeps beside them.
+_NO_WEIGHTS = ("optimizer", "scheduler", "rng_state", "scaler", "training_args")
 # Where training scripts keep a model's weights in a file that holds more than these.
 _NESTED = ("state_dict", "model_state_dict", "model")
 
@@ -72,7 +75,10 @@ def weight_files(folder: Path) -> tuple[list[Path], list[Path]]:
         return [one], []
     if (folder / INDEX).is_file():
         return [folder / INDEX], []
-    return [], sorted({file for pattern in PICKLES for file in folder.glob(pattern)})
+    found = sorted({file for pattern in PICKLES for file in folder.glob(pattern)})
+    found = [file for file in found if not file.name.startswith(_NO_WEIGHTS)]
+    named = [file for file in found if file.name in ("pytorch_model.bin", "adapter_model.bin")]
+    return [], named[:1] or found
 
 
 def read_weights(source: str, folder: Path, *, allow_pickle: bool = False) -> Stored:
@@ -96,8 +102,9 @@ def read_weights(source: str, folder: Path, *, allow_pickle: bool = False) -> St
     elif files:
         tensors = _read(source, files[0])
     else:
-        pickled = _the_pickle(source, folder, pickles, allow_pickle)
-        files, tensors = [pickled], _unpickle(source, pickled)
+        _check_pickles(source, folder, pickles, allow_pickle)
+        files, pickled = list(pickles), pickles[0]
+        tensors = {n: t for file in pickles for n, t in _unpickle(source, file).items()}
     if is_adapter(folder):
         files.append(folder / ADAPTER)  # which holds the scale
     files += [f for f in (folder / EMBEDDINGS,) if f.is_file()]
@@ -168,10 +175,12 @@ def _read(source: str, file: Path) -> Weights:
         ) from error
 
 
-def _the_pickle(source: str, folder: Path, pickles: Sequence[Path], allow: bool) -> Path:
-    """The one pickle of a folder without safetensors; InputError unless there is one, and it is allowed."""
+def _check_pickles(source: str, folder: Path, pickles: Sequence[Path], allow: bool) -> None:
+    """InputError unless a folder without safetensors has one pickle, or all shards, and they are allowed."""
     names = ", ".join(file.name for file in pickles)
-    if len(pickles) != 1:
+    shards = [re.fullmatch(r"pytorch_model-\d+-of-(\d+)\.bin", file.name) for file in pickles]
+    whole = all(match and int(match[1]) == len(pickles) for match in shards)
+    if not pickles or (not whole if any(shards) else len(pickles) > 1):
         raise InputError(
             f"model {source!r}: expected {WEIGHTS} or {INDEX} in {folder}, found "
             f"{names or f'no {WEIGHTS}'}; save the model with timm's save_for_hf(..., "
@@ -184,7 +193,6 @@ def _the_pickle(source: str, folder: Path, pickles: Sequence[Path], allow: bool)
             f"safetensors.torch as s; w = torch.load('{names}', map_location='cpu', weights_only=True); "
             f"s.save_file({{k: v.clone() for k, v in w.items()}}, '{WEIGHTS}', {{'format': 'pt'}})\""
         )
-    return pickles[0]
 
 
 def _unpickle(source: str, file: Path) -> Weights:

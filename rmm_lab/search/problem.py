@@ -56,8 +56,9 @@ class ProblemSpec:
     """What is merged, by name: a problem is loaded from it, and a run folder keeps it."""
 
     experts: tuple[str, ...] = ("demo",)
-    """Models to merge: a group that ships (demo, glyphs, vision, qa, mixed), names, folders, hub names. A
-    folder wins over a name that ships, which shipped:NAME means in any case; so for all options."""
+    """Models to merge: a group that ships (demo, glyphs, vision, qa, mixed), names, folders, hub names; LoRA
+    adapters of peft's are applied to the base. A folder wins over a name that ships, which shipped:NAME means
+    in any case; so for all options."""
     base: str | None = None
     """The model that they were fine-tuned from: a folder, a hub name, base or text-base."""
     images: tuple[str, ...] = ()
