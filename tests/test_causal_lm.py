@@ -227,6 +227,18 @@ def test_perplexity_and_the_next_token(models):
         torch.testing.assert_close(nexts[i], expected, rtol=1e-4, atol=1e-4)
 
 
+def test_tokens_of_a_prompt_that_its_choices_do_not_share(models):
+    """As where a tokenizer joins the prompt's end and an answer's beginning: they count for nothing."""
+    arch, parts = taken_apart(models[2])
+    row = Answers([1, 12, 30], [([7, 55, 40, 2], 2), ([9, 8, 33, 2], 1)])
+    found = run(arch, parts.stem, list(enumerate(parts.layers)), make_batch([row], CHOOSE, False))
+    expected = [
+        log_probability(models[2], [1, 12, 30, 7, 55], [40, 2]),
+        log_probability(models[2], [1, 12, 30, 9], [8, 33, 2]),
+    ]
+    assert found[0].tolist() == pytest.approx(expected, rel=1e-4, abs=1e-4)
+
+
 def test_equal_tokens_are_decided_as_argmax_does():
     from rmm_lab.families.causal_lm_run import lead
 

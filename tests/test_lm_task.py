@@ -251,7 +251,7 @@ def test_a_long_prompt_loses_its_beginning_but_not_what_texts_begin_with(tmp_pat
     [
         ("a b", "c", "a b", "a b c"),
         ("a b ", "c", "a b", "a b c"),
-        ("a b\n", "c", "a b", "a b\nc"),
+        ("a b\n", "c", "a b\n", "a b\nc"),  # as where a chat's answer begins
         ("a b", " c", "a b", "a b c"),
         ("a b", "\nc", "a b", "a b\nc"),
         ("", "c d", "", "c d"),

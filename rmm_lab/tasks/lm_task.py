@@ -107,10 +107,9 @@ class LMFormat:
         """
         texts, borders = [], []
         for prompt, answer in pairs:
-            kept = prompt.rstrip()
-            between = prompt[len(kept) :] or ("" if answer[:1].isspace() or not kept else " ")
-            texts.append(kept + between + answer)
-            borders.append(len(kept))
+            joined = not prompt or prompt[-1].isspace() or answer[:1].isspace()
+            texts.append(prompt + ("" if joined else " ") + answer)
+            borders.append(len(prompt))
         out = []
         found = self.tokenizer.encode_batch(texts, add_special_tokens=False)
         for text, border in zip(found, borders, strict=True):
