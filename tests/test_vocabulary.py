@@ -1,9 +1,10 @@
-"""T5s whose embeddings are padded, cut, or grown by new tokens."""
+"""T5s and language models whose embeddings are padded, cut, or grown by new tokens."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
+import lm_models
 import pytest
 import torch
 from t5_models import WORDS, hf_model, tuned, write_t5, write_texts, write_tokenizer
@@ -13,7 +14,9 @@ from rmm_lab.__main__ import main
 from rmm_lab.errors import InputError
 from rmm_lab.families.checkpoint import read_checkpoint, same_form
 from rmm_lab.families.vocabulary import one_vocabulary
+from rmm_lab.layers import LayerPool
 from rmm_lab.path import LayerPath
+from rmm_lab.reward import Step
 
 USED = 3 + len(WORDS)  # tokens of the tokenizer; the models have 104 embeddings
 NEW = ["<A>", "<B>", "<C>", "<D>", "<E>", "<F>", "<G>", "<H>"]
@@ -131,3 +134,23 @@ def test_grown_experts_merge_and_the_result_has_their_tokenizer(tmp_path, start,
     assert model.shared.weight.shape == (rows, 16)
     path = LayerPath.from_json(Path("run/path.json").read_text())
     assert torch.equal(path.build().shared.weight, model.shared.weight)
+
+
+@pytest.mark.parametrize("variant", ["llama", "llama-tied", "gpt2", "neox"])
+def test_padded_rows_of_language_models_are_cut(tmp_path, variant):
+    """transformers pads them, as training libraries do for speed."""
+    models = [lm_models.hf_model(variant, seed) for seed in (1, 2, 3)]
+    wide = models[1]
+    whole = {name: tensor.clone() for name, tensor in wide.state_dict().items()}
+    wide.resize_token_embeddings(128)
+    folders = [lm_models.write_lm(tmp_path / str(i), m) for i, m in enumerate(models)]
+    base, *experts = map(read_checkpoint, folders)
+    found, same = same_form(base, experts)
+    assert found is base
+    assert same[0].config["vocab_size"] == 100
+    assert any("128 embeddings are cut to 100" in note for note in same[0].notes)
+    pool = LayerPool(base, experts, ("a", "b"))
+    path = LayerPath.of(pool, [Step("a", k) for k in range(pool.n_layers)], "a")
+    merged = path.build(pool)
+    for name, tensor in merged.state_dict().items():
+        assert torch.equal(tensor, whole[name])

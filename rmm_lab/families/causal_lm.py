@@ -161,7 +161,11 @@ def input_format(model: Model) -> LMFormat:
     embeddings = len(model.weights[layout.names["tokens.weight"]])
     hf = hf_config(model.config)
     return LMFormat.read(
-        model.source, model.folder, hf.eos_token_id, hf.max_position_embeddings, embeddings
+        model.source,
+        model.tokenizer_folder,
+        hf.eos_token_id,
+        hf.max_position_embeddings,
+        embeddings,
     )
 
 
@@ -178,8 +182,9 @@ def check_task(expert: Model, task: LMTask) -> None:
 
 def check_inputs(base: Model, expert: Model) -> None:
     """Raise InputError if an expert has another tokenizer; without one, it has the base's."""
-    if any((expert.folder / name).is_file() for name in NEEDED):
-        input_format(base).check_same_tokenizer(expert.source, expert.folder)
+    folder = expert.tokenizer_folder
+    if any((folder / name).is_file() for name in NEEDED):
+        input_format(base).check_same_tokenizer(expert.source, folder)
 
 
 def task_head(joint: Model, task: LMTask) -> Weights:

@@ -35,6 +35,7 @@ MODEL_TYPES = ("t5", "mt5", *convert.MODEL_TYPES, *causal_lm.LAYOUTS)
 _BRIDGES: dict[str, tuple[Any, ...]] = {
     vit.NAME: (one_readout, one_size),
     t5.NAME: (one_vocabulary,),
+    causal_lm.NAME: (one_vocabulary,),
 }
 _PICKLES = list(reading.PICKLES)
 # What a download takes besides the families' own files.

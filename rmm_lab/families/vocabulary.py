@@ -14,9 +14,13 @@ import torch
 
 from rmm_lab.errors import InputError
 from rmm_lab.families.protocol import Model
-from rmm_lab.tasks.text_task import tokens_of
+from rmm_lab.tasks.text_task import TOKENIZERS, tokens_of
 
-ROWS = ("shared.weight", "lm_head.weight", "model.embed_tokens.weight", "transformer.wte.weight")
+# Embeddings and heads of T5s and language models.
+ROWS = (
+    *("shared.weight", "lm_head.weight", "model.embed_tokens.weight", "transformer.wte.weight"),
+    "gpt_neox.embed_in.weight",
+)
 M = TypeVar("M", bound=Model)
 
 
@@ -61,8 +65,7 @@ def one_vocabulary(base: M, experts: Sequence[M]) -> tuple[M, list[M]]:
 def _tokens(model: Model) -> dict[str, int] | None:
     """A model's tokens and their numbers; None for an expert without a tokenizer, which has the base's."""
     folder = model.tokenizer_folder
-    files = ("tokenizer.json", "spiece.model")
-    if not any((folder / name).is_file() for name in files):
+    if not any((folder / name).is_file() for name in TOKENIZERS):
         return None
     return tokens_of(model.source, folder)
 

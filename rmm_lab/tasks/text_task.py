@@ -93,11 +93,12 @@ class TextFormat:
 
 
 T5_FILES = ("tokenizer.json", "spiece.model")  # either is a T5's whole tokenizer
+TOKENIZERS = (*T5_FILES, "tokenizer.model", "vocab.json")  # of any model of texts
 
 
 def tokens_of(source: str, folder: Path) -> dict[str, int]:
-    """The tokens of a T5's tokenizer and their numbers; InputError for a missing or broken one."""
-    return dict(read_tokenizer(source, folder)[0].get_vocab())
+    """The tokens of a folder's tokenizer and their numbers; InputError for a missing or broken one."""
+    return dict(read_tokenizer(source, folder, TOKENIZERS)[0].get_vocab())
 
 
 def read_tokenizer(
