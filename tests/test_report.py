@@ -144,6 +144,7 @@ def test_notes_tell_of_inputs_that_were_cut_and_of_skewed_tasks():
         metric="balanced",
         split={"reward": Split("ab"), "test": long}.__getitem__,
         format=SimpleNamespace(max_length=64),
+        loses="end",
     )
     cut, skewed = report.notes([task], ("reward", "test"))
     for words in ("qa", "2 of 3", "test split", "64 tokens"):
