@@ -201,7 +201,9 @@ class _Evil:
 
 
 @pytest.mark.parametrize(
-    "content", [{"norm.bias": _Evil()}, [1], {"a": 3}, {}, b"no pickle", b""], ids=str
+    "content",
+    [{"norm.bias": _Evil()}, [1], {"a": 3}, {}, b"no pickle", b""],
+    ids=["an order", "a list", "a number", "nothing", "no pickle", "an empty file"],
 )
 def test_a_pickle_of_anything_else_is_refused(folder, content, monkeypatch):
     monkeypatch.chdir(folder)
