@@ -21,10 +21,11 @@ from rmm_lab.families.shipped import (
     SETS,
     TEXT_BASE,
     TINY_BASE,
+    WRITING_BASE,
     base_of,
     model_folder,
 )
-from rmm_lab.tasks import image_task, small_images, small_texts, text_task
+from rmm_lab.tasks import image_task, small_images, small_texts, small_writing, text_task
 from rmm_lab.tasks.files import SPLITS, write_file
 from rmm_lab.zoo.training import fine_tune
 
@@ -48,7 +49,8 @@ def write_rows(name: str, split: str) -> Path:
     """Make a split and store it as jsonl under ``data/sets``."""
     file = text_task.rows_file(name, split)
     file.parent.mkdir(parents=True, exist_ok=True)
-    rows = small_texts.rows(name, split, text_task.SIZES[split])
+    grammar = small_texts if name in small_texts.TASKS else small_writing
+    rows = grammar.rows(name, split, text_task.SIZES[split])
     write_file(file, "".join(json.dumps(row) + "\n" for row in rows))
     return file
 
@@ -63,7 +65,7 @@ class Build:
     """Seed of every initialisation and batch."""
     only: tuple[str, ...] = ()
     """Rebuild only these (sets, base, digits, digits+textures, digits-first, digits-first+digits-second,
-    tiny-base, tiny-digits-first, ..., text-sets, text-base, swaps, qa, ...)."""
+    tiny-base, tiny-digits-first, ..., text-sets, text-base, swaps, qa, ..., llm-base, code, llm, ...)."""
     pretrain_steps: int = 3000
     """Steps of 128 images for the ViTs' bases."""
     steps: int = 1500
@@ -82,12 +84,18 @@ class Build:
     """Steps of at most 64 texts for each T5."""
     text_learning_rate: float = 2e-3
     """Peak learning rate of fine-tuning the T5s."""
+    writing_pretrain_steps: int = 1600
+    """Steps of 96 exercises for the Llamas' base."""
+    writing_more_steps: int = 300
+    """Steps after that, in which one exercise in seven is a row of a task."""
+    writing_steps: int = 300
+    """Steps of 64 texts for each Llama; three times as many for the multi-task model."""
 
     def run(self) -> None:
         """Sets first, then bases, then the models fine-tuned from them."""
         torch.set_num_threads(self.threads)
         tuned = {name: (name,) for name in SETS} | MULTI_TASK
-        known = ["sets", "text-sets", BASE, TINY_BASE, TEXT_BASE, *tuned]
+        known = ["sets", "text-sets", BASE, TINY_BASE, TEXT_BASE, WRITING_BASE, *tuned]
         if unknown := set(self.only) - set(known):
             raise InputError(
                 f"--only: expected some of {', '.join(known)}, found {unknown.pop()!r}"
@@ -98,7 +106,7 @@ class Build:
                 for split in SPLITS if name == "digits" else ("reward", "test"):
                     print(f"set: {write_sheet(name, split)}")
         if "text-sets" in wanted:
-            for name in small_texts.TASKS:
+            for name in (*small_texts.TASKS, *small_writing.TASKS):
                 for split in ("reward", "test"):
                     print(f"set: {write_rows(name, split)}")
         for name, like in ((BASE, pretraining.SMALL_VIT), (TINY_BASE, pretraining.NARROW_VIT)):
@@ -109,24 +117,34 @@ class Build:
                 write_checkpoint(model_folder(name), config, weights, dtype=torch.float16)
         if TEXT_BASE in wanted:
             self._text_base()
+        if WRITING_BASE in wanted:
+            folder = model_folder(WRITING_BASE)
+            pretraining.writing_tokenizer(folder)
+            steps = {"steps": self.writing_pretrain_steps, "more": self.writing_more_steps}
+            config, weights = pretraining.pretrain_llama(folder, **steps, seed=self.seed)
+            write_checkpoint(folder, config, weights, dtype=torch.float16)
         for name, group in tuned.items():
             if name in wanted:
                 base = read_checkpoint(model_folder(base_of(group[0])))
                 tasks = base.family.make_tasks(base, [SETS[n] for n in group])
-                settings = self._settings(group[0])
+                settings = self._settings(group)
                 config, weights = fine_tune(base, tasks, seed=self.seed + 1, label=name, **settings)
                 write_checkpoint(
                     model_folder(name), config, weights, dtype=torch.float16, beside=base.folder
                 )
 
-    def _settings(self, expert: str) -> dict[str, Any]:
-        """How a model is fine-tuned whose first task is this expert's."""
+    def _settings(self, group: Sequence[str]) -> dict[str, Any]:
+        """How a model is fine-tuned on the tasks of these experts."""
+        expert = group[0]
         if expert in small_texts.TASKS:
             return {
                 "steps": self.text_steps,
                 "learning_rate": self.text_learning_rate,
                 "batch_size": 64,
             }
+        if expert in small_writing.TASKS:
+            steps = self.writing_steps * len(group)
+            return {"steps": steps, "learning_rate": 1e-3, "batch_size": 64}
         is_tiny = base_of(expert) == TINY_BASE
         return {
             "steps": self.half_steps if ":" in SETS[expert] else self.steps,

@@ -1,21 +1,21 @@
-"""How the bases that ship are pretrained: small ViTs on glyphs, a small T5 on a grammar's texts."""
+"""How the bases that ship are pretrained: small ViTs on glyphs, a T5 on stories, a Llama on drills."""
 
 from __future__ import annotations
 
 import json
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from data import stories
-from rmm_lab.families import t5, vit
+from data import drills, stories
+from rmm_lab.families import causal_lm, t5, vit
 from rmm_lab.families.checkpoint import Checkpoint
 from rmm_lab.families.parts import Weights
-from rmm_lab.tasks import small_images, small_texts
+from rmm_lab.tasks import small_images, small_texts, small_writing
 from rmm_lab.tasks.files import write_file
 from rmm_lab.tasks.image_folder import InputFormat
 from rmm_lab.tasks.text_task import TextFormat
@@ -66,7 +66,21 @@ SMALL_T5: dict[str, Any] = {
     "tie_word_embeddings": True,
     "is_encoder_decoder": True,
 }
+# A Llama of 4 layers, width 96, whose 4 heads share 2 heads of keys: about 0.4 M parameters.
+SMALL_LLAMA: dict[str, Any] = {
+    "hidden_size": 96,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "intermediate_size": 256,
+    "max_position_embeddings": 64,
+    "tie_word_embeddings": True,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
 SPECIAL = ("<pad>", "</s>", "<unk>")
+LLAMA_SPECIAL = ("<pad>", "<s>", "</s>", "<unk>")
 SENTINELS = tuple(f"<extra_id_{i}>" for i in range(10))  # the gaps of span corruption
 
 
@@ -228,3 +242,88 @@ def _learn(
         model, losses, steps=steps, learning_rate=2e-3, seed=seed, label=label, weight_decay=0.01
     )
     return t5.once(label, model.state_dict())
+
+
+def writing_tokenizer(folder: Path) -> None:
+    """Write the small Llama's tokenizer into ``folder``: every word of the writing tasks is a token."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+
+    words = [*LLAMA_SPECIAL, *small_writing.vocabulary()]
+    tokenizer = Tokenizer(
+        models.WordLevel(dict(zip(words, range(len(words)), strict=True)), "<unk>")
+    )
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.add_special_tokens(list(LLAMA_SPECIAL))
+    bos = ("<s>", LLAMA_SPECIAL.index("<s>"))
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A", pair="<s> $A $B", special_tokens=[bos]
+    )
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "pad_token": "<pad>",
+        "bos_token": "<s>",
+        "eos_token": "</s>",
+        "unk_token": "<unk>",
+        "model_max_length": SMALL_LLAMA["max_position_embeddings"],
+        "clean_up_tokenization_spaces": False,
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    write_file(folder / "tokenizer.json", tokenizer.to_str(pretty=True))
+    write_file(folder / "tokenizer_config.json", json.dumps(settings, indent=2) + "\n")
+
+
+def pretrain_llama(
+    folder: Path, *, steps: int, more: int, seed: int
+) -> tuple[dict[str, Any], Weights]:
+    """The small Llama from random weights: drills of what the writing tasks need, then a few of their rows.
+
+    ``folder`` holds its tokenizer. In the last ``more`` steps one row in seven is a task's, as a large model
+    has seen a little of everything: the base writes a tenth of them right.
+    """
+    from tokenizers import Tokenizer
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    torch.manual_seed(seed)
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=tokenizer.get_vocab_size(), **SMALL_LLAMA))
+
+    def encoded(rows: Sequence[dict[str, str]]) -> list[tuple[list[int], list[int]]]:
+        end = SMALL_LLAMA["eos_token_id"]
+        read = tokenizer.encode
+        return [
+            (read(r["input"]).ids, [*read(r["target"], add_special_tokens=False).ids, end])
+            for r in rows
+        ]
+
+    exercises = encoded(drills.rows(60_000, seed))
+    names = small_writing.TASKS
+    rows = encoded([row for name in names for row in small_writing.rows(name, "train", 2_000)])
+
+    def learn(share: float, steps: int, learning_rate: float) -> None:
+        def losses(generator: torch.Generator) -> list[Tensor]:
+            drawn = []
+            for kind in torch.rand(96, generator=generator) < share:
+                pairs = rows if kind else exercises
+                drawn.append(pairs[int(torch.randint(len(pairs), (), generator=generator))])
+            return [_writing_loss(model, drawn)]
+
+        label = "base of the Llamas"
+        optimise(model, losses, steps=steps, learning_rate=learning_rate, seed=seed, label=label)
+
+    learn(0.0, steps, 3e-3)
+    learn(1 / 7, more, 1.5e-3)
+    config = model.config.to_diff_dict() | {"architectures": ["LlamaForCausalLM"]}
+    del config["transformers_version"]
+    return config, causal_lm.once("base", model.state_dict())
+
+
+def _writing_loss(model: Any, pairs: Sequence[tuple[list[int], list[int]]]) -> Tensor:
+    """Mean cross-entropy per target token of n pairs of a prompt's and a target's tokens."""
+    longest = max(len(prompt) + len(target) for prompt, target in pairs)
+    ids = torch.zeros(len(pairs), longest, dtype=torch.long)  # (n, T), padding 0 on the right
+    wanted = torch.full_like(ids, -100)  # (n, T): the targets' tokens
+    for i, (prompt, target) in enumerate(pairs):
+        ids[i, : len(prompt) + len(target)] = torch.tensor([*prompt, *target])
+        wanted[i, len(prompt) : len(prompt) + len(target)] = torch.tensor(target)
+    scores = model(ids).logits[:, :-1]  # (n, T - 1, V); causal, so padding behind changes nothing
+    return torch.nn.functional.cross_entropy(scores.flatten(0, 1), wanted[:, 1:].flatten())

@@ -227,6 +227,26 @@ def test_calibration_never_sees_what_is_to_be_written(tmp_path, fmt):
     assert batch.shares.sum() == 0
 
 
+def test_merges_that_look_see_what_the_expert_writes(lms):
+    """Prompts, each with its own expert's greedy answer, as transformers writes it row by row."""
+    problem, i, rows = problem_of(lms), KINDS.index("target"), np.arange(4)
+    task, model = problem.tasks[i], lms["models"][1 + i]
+    complete = causal_lm.completion(problem.pool.experts, problem.tasks)
+    prompts = [[1, *numbers(task.rows("train")[row]["input"])] for row in rows]
+    most = model.config.max_position_embeddings + 1 - max(map(len, prompts))
+    [batch] = complete(i, [task.inputs("train", rows)])
+    assert set(batch.kind.tolist()) == {WRITE}
+    for row, prompt in zip(rows, prompts, strict=True):
+        alone = model.generate(
+            torch.tensor([prompt]), max_new_tokens=most, do_sample=False, pad_token_id=0
+        )[0].tolist()
+        assert batch.ids[row][batch.groups[row] >= 0].tolist() == alone[:-1]
+        assert batch.targets[row][batch.shares[row] > 0].tolist() == alone[len(prompt) :]
+    choices = [problem.tasks[0].inputs("train", rows)]  # inputs already
+    assert complete(0, choices) is choices
+    assert causal_lm.completion(problem.pool.experts[:1], problem.tasks[:1]) is None
+
+
 def test_a_long_prompt_loses_its_beginning_but_not_what_texts_begin_with(tmp_path, fmt):
     assert fmt.max_length == 48
     words = [f"w{i}" for i in range(10, 70)]

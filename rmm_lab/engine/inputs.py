@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Self
 
 import numpy as np
@@ -34,6 +34,8 @@ class Inputs:
         seed: of the draw.
         split: ``train``, or another one that scores nothing.
         rows: in place of a draw, the numbers of each task's rows, N arrays (n_i,).
+        complete: takes a task's number and all its parts to what a merge looks at, for tasks that ask a model
+            to write: prompts with what the expert writes, in place of an answer. By default they stay.
     """
 
     def __init__(
@@ -44,6 +46,7 @@ class Inputs:
         seed: int = 0,
         split: str = "train",
         rows: Sequence[np.ndarray] | None = None,
+        complete: Callable[[int, list[Any]], list[Any]] | None = None,
     ) -> None:
         if n < 1:
             raise InputError(
@@ -51,6 +54,7 @@ class Inputs:
                 f"{n}; give more, or choose other operators"
             )
         self.tasks, self.n, self.split, self.seed = list(tasks), n, split, seed
+        self.complete = complete
         self._rows = None if rows is None else list(rows)
         self._cuts: list[list[np.ndarray]] | None = None
         self._batches: dict[tuple[int, int], Any] = {}
@@ -75,7 +79,7 @@ class Inputs:
         """With its inputs in place of the tasks, since another process may not have this split."""
         batches = {(i, j): self._batch(i, j) for i in range(len(self.rows)) for j in self._parts(i)}
         tasks = [_Named(task.name, task.source, getattr(task, "groups", "")) for task in self.tasks]
-        return vars(self) | {"tasks": tasks, "_batches": batches}
+        return vars(self) | {"tasks": tasks, "complete": None, "_batches": batches}
 
     def record(self) -> dict[str, Any]:
         """What names the inputs, as JSON: split, seed, and of each task its source, rows and SHA-256."""
@@ -92,7 +96,7 @@ class Inputs:
         return {"split": self.split, "seed": self.seed, "tasks": tasks}
 
     @classmethod
-    def of_record(cls, tasks: Sequence[Any], record: dict[str, Any]) -> Self:
+    def of_record(cls, tasks: Sequence[Any], record: dict[str, Any], **options: Any) -> Self:
         """The inputs that a record names; InputError where the data have changed since."""
         rows = [np.array(task["rows"], dtype=np.int64) for task in record["tasks"]]
         for task, own in zip(tasks, rows, strict=True):
@@ -102,7 +106,8 @@ class Inputs:
                     f"{task.name!r}, found {task.size(record['split'])} rows; the data have changed since"
                 )
         n = max(map(len, rows))
-        found = cls(tasks, n, seed=record["seed"], split=record["split"], rows=rows)
+        known = {"seed": record["seed"], "split": record["split"], "rows": rows}
+        found = cls(tasks, n, **known, **options)
         for i, task in enumerate(record["tasks"]):
             if (have := found._sha256(i)) != task["sha256"]:
                 raise InputError(
@@ -134,4 +139,9 @@ class Inputs:
         """Part j of task i's inputs, as the models take them."""
         if (i, j) in self._batches:
             return self._batches[i, j]
-        return self.tasks[i].inputs(self.split, self._cuts_of()[i][j])
+        if self.complete is None:
+            return self.tasks[i].inputs(self.split, self._cuts_of()[i][j])
+        parts = [self.tasks[i].inputs(self.split, rows) for rows in self._cuts_of()[i]]
+        for at, part in enumerate(self.complete(i, parts)):
+            self._batches[i, at] = part
+        return self._batches[i, j]

@@ -52,6 +52,7 @@ VISION: dict[str, tuple[str, ...]] = {
     "digits+letters+textures": ("digits", "letters", "textures"),
 }
 LANGUAGE = ("qa", "mixed")
+WRITING = ("llm",)
 DATA = (1.0, 0.1, 0.01)  # Table IV's shares of the data
 DAR_SETTINGS: tuple[dict[str, Any], ...] = (  # at 100 % every other one
     {"preset": "paper"},
@@ -111,7 +112,11 @@ ONCE = ("fine-tuned", *(m for m in KINDS["uniform"] if m not in (*DRAWN, *OF_TWO
 PER_SEED = {"matched": measure.matched_rules, "gradients": measure.by_gradient}
 # Scale -> presets whose searches are in Tables I to III.
 PRESETS_AT = {"kit": ("default",), "paper": ("paper", "default")}
-ORDER = {"group": (*SETS, *VISION, *LANGUAGE), "size": tuple(SIZES), "setting": (*AGENT, *DEFAULT)}
+ORDER = {
+    "group": (*SETS, *VISION, *LANGUAGE, *WRITING),
+    "size": tuple(SIZES),
+    "setting": (*AGENT, *DEFAULT),
+}
 Groups = Mapping[str, Sequence[Group]]  # table -> its groups of experts
 
 
@@ -119,13 +124,14 @@ def kit_groups() -> Groups:
     """Each table's groups of experts that ship. Table IV takes Table II's."""
     vision = [Group(n, "ViT, width 64", {"experts": e}) for n, e in VISION.items()]
     language = [Group(n, "T5, width 64", {"experts": (n,)}) for n in LANGUAGE]
+    writing = [Group(n, "Llama, width 96", {"experts": (n,)}) for n in WRITING]
     halves = [
         Group(name, size, {"experts": (f"{prefix}{name}-first", f"{prefix}{name}-second")})
         for size, prefix in SIZES.items()
         for name in SETS
     ]
     pair, agent = vision[:1], [vision[0], language[0]]
-    papers = {"I": halves, "II": pair, "III": language, "IV": pair, "fig3": pair}
+    papers = {"I": halves, "II": pair, "III": [*language, *writing], "IV": pair, "fig3": pair}
     searches, menu = [*pair, vision[3], *language], [*language, vision[3], vision[1]]
     own = {"groups": vision[1:], "searches": searches, "menu": menu, "agent": agent}
     own |= {"default": [vision[0], vision[3], language[0]], "budgets": [*vision, *language]}

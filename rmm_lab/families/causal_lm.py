@@ -30,9 +30,9 @@ from rmm_lab.families.causal_lm_kinds import (
 )
 from rmm_lab.families.causal_lm_run import CausalLM
 from rmm_lab.families.parts import Parts, Weights
-from rmm_lab.families.protocol import Config, Model, Trainable, TrivialRow
+from rmm_lab.families.protocol import Completion, Config, Model, Trainable, TrivialRow
 from rmm_lab.tasks import lm_task
-from rmm_lab.tasks.lm_task import LMFormat, LMTask
+from rmm_lab.tasks.lm_task import WRITE, Answers, LMBatch, LMFormat, LMTask, make_batch
 from rmm_lab.tasks.metrics import class_weights
 
 NAME = "a language model"
@@ -44,6 +44,7 @@ FILES: tuple[str, ...] = (
     *("chat_template.jinja", "generation_config.json"),
 )
 BASE_SETTING = "as pretrained"
+WRITTEN = 128  # tokens at most that an expert writes after a prompt that merges look at
 # Attributes of transformers' configs that change how weights are used; shapes do not show them.
 _ARGS = (
     *("hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim", "hidden_act"),
@@ -185,6 +186,53 @@ def check_inputs(base: Model, expert: Model) -> None:
     folder = expert.tokenizer_folder
     if any((folder / name).is_file() for name in NEEDED):
         input_format(base).check_same_tokenizer(expert.source, folder)
+
+
+def completion(experts: Sequence[Model], tasks: Sequence[LMTask]) -> Completion | None:
+    """Greedy writing by each expert's own model, for tasks that ask for it; the others' inputs stay."""
+    if all(task.kind != WRITE for task in tasks):
+        return None
+
+    def complete(i: int, batches: list[LMBatch]) -> list[LMBatch]:
+        if tasks[i].kind != WRITE:
+            return batches
+        own = split(experts[i].weights)
+        model = CausalLM(experts[i].config).assemble(own.stem, list(enumerate(own.layers)), {})
+        fmt = tasks[i].format
+        return [written(model, batch, fmt.end, fmt.max_length) for batch in batches]
+
+    return complete
+
+
+@torch.inference_mode()
+def written(model: Any, batch: LMBatch, end: int, longest: int) -> LMBatch:
+    """Prompts with what a model of transformers writes after them, greedily, up to ``WRITTEN`` tokens.
+
+    batch: n prompts, of kind NEXT; end: the token that ends an answer; longest: tokens of a whole row. The
+    result asks how surely a model writes the same, kind WRITE.
+    """
+    prompts = [ids[there >= 0].tolist() for ids, there in zip(batch.ids, batch.groups, strict=True)]
+    width = max(map(len, prompts))
+    ids = torch.full((len(prompts), width), end)  # (n, S): generate wants padding on the left
+    there = torch.zeros_like(ids)
+    for row, prompt in enumerate(prompts):
+        ids[row, width - len(prompt) :] = torch.tensor(prompt)
+        there[row, width - len(prompt) :] = 1
+    new = model.generate(
+        ids,
+        attention_mask=there,
+        max_new_tokens=max(1, min(WRITTEN, longest + 1 - width)),
+        do_sample=False,
+        num_beams=1,
+        repetition_penalty=1.0,
+        eos_token_id=end,
+        pad_token_id=end,
+    )[:, width:]  # (n, T), filled up with the end
+    rows = []
+    for prompt, tokens in zip(prompts, new.tolist(), strict=True):
+        stop = tokens.index(end) + 1 if end in tokens else len(tokens)
+        rows.append(Answers(prompt, [(tokens[:stop], 0)]))
+    return make_batch(rows, WRITE, False)
 
 
 def task_head(joint: Model, task: LMTask) -> Weights:

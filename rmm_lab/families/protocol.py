@@ -51,6 +51,9 @@ class Model:
         return list(names) if isinstance(names, (list, tuple)) else None
 
 
+Completion = Callable[[int, list[Any]], list[Any]]
+
+
 class Architecture(Protocol):
     """Runs and rebuilds the models of one architecture piece by piece.
 
@@ -201,6 +204,10 @@ class Family(Protocol):
 
     def check_inputs(self, base: Model, expert: Model) -> None:
         """Raise InputError unless the expert takes its inputs as the base does."""
+
+    def completion(self, experts: Sequence[Model], tasks: Sequence[Any]) -> Completion | None:
+        """Where tasks ask a model to write: what takes a task's number and batches of its inputs, as its
+        ``inputs`` gives them, to batches with what its expert writes. None where none does."""
 
     def task_head(self, joint: Model, task: Any) -> Weights:
         """A task's part of a multi-task model's head; InputError if there is none."""

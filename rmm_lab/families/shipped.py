@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from rmm_lab.tasks import image_task, small_texts
+from rmm_lab.tasks import image_task, small_texts, small_writing
 from rmm_lab.tasks.files import data_folder, recalled, shipped_name, spelled
 
 # Names of the ViTs of a second, smaller size start with this.
@@ -24,7 +24,7 @@ PAIRS = (
     *TINY_HALVES.values(),
 )
 # The set that each expert was trained on.
-SETS = {n: n for n in (*image_task.SMALL, *small_texts.TASKS)} | {
+SETS = {n: n for n in (*image_task.SMALL, *small_texts.TASKS, *small_writing.TASKS)} | {
     expert: f"{n}:{half}"
     for halves in (HALVES, TINY_HALVES)
     for n, pair in halves.items()
@@ -35,29 +35,41 @@ TEXT_GROUPS = {
     "qa": ("colours", "answers", "antonyms"),
     "mixed": ("swaps", "endings", "fitting", "pronouns"),
 }
+# Language models, which write: HM3's three kinds of task.
+WRITING_GROUPS = {"llm": tuple(small_writing.TASKS)}
 GROUPS: dict[str, tuple[str, ...]] = {
     "demo": ("digits", "textures"),
     "glyphs": ("letters", "symbols"),
     "vision": ("digits", "letters", "textures"),
     **TEXT_GROUPS,
+    **WRITING_GROUPS,
 }
 # The multi-task models and the experts whose tasks each has learned.
-MULTI_TASK: dict[str, tuple[str, ...]] = {"+".join(pair): pair for pair in PAIRS} | TEXT_GROUPS
-BASE, TINY_BASE, TEXT_BASE = "base", "tiny-base", "text-base"
+MULTI_TASK: dict[str, tuple[str, ...]] = {
+    **{"+".join(pair): pair for pair in PAIRS},
+    **TEXT_GROUPS,
+    **WRITING_GROUPS,
+}
+BASE, TINY_BASE, TEXT_BASE, WRITING_BASE = "base", "tiny-base", "text-base", "llm-base"
 # All names of models: what an option may call a base or an expert.
-MODELS = (*SETS, BASE, TINY_BASE, TEXT_BASE)
+MODELS = (*SETS, BASE, TINY_BASE, TEXT_BASE, WRITING_BASE)
 
 
 def model_folder(name: str) -> Path:
     """The folder of a base, of an expert (a name of ``SETS``) or of a multi-task model that ships."""
-    is_text = name == TEXT_BASE or name in small_texts.TASKS or name in TEXT_GROUPS
-    return data_folder() / "models" / ("t5" if is_text else "vit") / name
+    if name in (WRITING_BASE, *small_writing.TASKS, *WRITING_GROUPS):
+        kind = "llama"
+    else:
+        kind = "t5" if name in (TEXT_BASE, *small_texts.TASKS, *TEXT_GROUPS) else "vit"
+    return data_folder() / "models" / kind / name
 
 
 def base_of(expert: str) -> str:
     """The name of the base of an expert that ships."""
     if expert in small_texts.TASKS:
         return TEXT_BASE
+    if expert in small_writing.TASKS:
+        return WRITING_BASE
     return TINY_BASE if expert.startswith(TINY) else BASE
 
 

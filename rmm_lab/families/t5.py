@@ -193,6 +193,10 @@ def check_inputs(base: Model, expert: Model) -> None:
         input_format(base).check_same_tokenizer(expert.source, expert.folder)
 
 
+def completion(experts: Sequence[Model], tasks: Sequence[Any]) -> None:
+    """None: nothing is written."""
+
+
 def task_head(joint: Model, task: TextTask) -> Weights:
     """A T5 has no head."""
     return {}

@@ -207,6 +207,10 @@ def check_inputs(base: Model, expert: Model) -> None:
         )
 
 
+def completion(experts: Sequence[Model], tasks: Sequence[Any]) -> None:
+    """None: nothing is written."""
+
+
 def task_head(joint: Model, task: Task) -> Weights:
     """The rows of a multi-task model's classifier that are a task's classes."""
     heads = (joint.config.get("rmm_lab") or {}).get("heads", {})

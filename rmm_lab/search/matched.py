@@ -64,7 +64,8 @@ def weigh(problem: Problem, merges: int = MERGES) -> tuple[Weights, float, int]:
 
     try:
         if whole.n > TRIED:
-            pool.calibration = Calibration(whole.tasks, TRIED, seed=whole.seed, split=whole.split)
+            same = {"seed": whole.seed, "split": whole.split, "complete": whole.complete}
+            pool.calibration = Calibration(whole.tasks, TRIED, **same)
         tried = tune_weights(score, np.array(own), merges)
     finally:
         pool.calibration = whole

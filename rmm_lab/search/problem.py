@@ -56,11 +56,11 @@ class ProblemSpec:
     """What is merged, by name: a problem is loaded from it, and a run folder keeps it."""
 
     experts: tuple[str, ...] = ("demo",)
-    """Models to merge: a group that ships (demo, glyphs, vision, qa, mixed), names, folders, hub names; LoRA
-    adapters of peft's are applied to the base. A folder wins over a name that ships, which shipped:NAME means
-    in any case; so for all options."""
+    """Models to merge: a group that ships (demo, glyphs, vision, qa, mixed, llm), names, folders, hub names;
+    LoRA adapters of peft's are applied to the base. A folder wins over a name that ships, which shipped:NAME
+    means in any case; so for all options."""
     base: str | None = None
-    """The model that they were fine-tuned from: a folder, a hub name, base or text-base."""
+    """The model that they were fine-tuned from: a folder, a hub name, base, text-base or llm-base."""
     images: tuple[str, ...] = ()
     """For ViTs: an image folder per expert, in the experts' order; needed for your own experts."""
     texts: tuple[str, ...] = ()
@@ -263,7 +263,9 @@ def problem_of(spec: ProblemSpec) -> Problem:
     unit = "sublayer" if spec.unit == "both" else spec.unit
     pool = LayerPool(origin, checkpoints, short, operators, scope=scope, seed=spec.seed, unit=unit)
     if spec.calibration:
-        pool.calibration = Calibration(tasks, spec.calibration, seed=spec.seed)
+        complete = family.completion(pool.experts, tasks)
+        n, seed = spec.calibration, spec.seed
+        pool.calibration = Calibration(tasks, n, seed=seed, complete=complete)
     for checkpoint in checkpoints:
         family.check_inputs(origin, checkpoint)
     if stem != "agent":
@@ -302,7 +304,8 @@ def pool_of(path: LayerPath) -> LayerPool:
             family = pool.base.family
             more = picture_groups.of_groups(groups, sources, family.DATA)
             tasks = family.make_tasks(pool.base, sources, **more)
-            pool.calibration = Calibration.of_record(tasks, path.calibration)
+            complete = pool.base.family.completion(pool.experts, tasks)
+            pool.calibration = Calibration.of_record(tasks, path.calibration, complete=complete)
         except (KeyError, TypeError, ValueError) as error:
             raise InputError(
                 f"layer path: expected calibration inputs as split, seed and tasks, found others "

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from rmm_lab.errors import InputError
+from rmm_lab.tasks import small_writing
 from rmm_lab.tasks.metrics import PERPLEXITY
 from rmm_lab.tasks.text_task import TextTask, pad, read_tokenizer
 
@@ -165,7 +166,13 @@ class LMSplit:
 class LMTask(TextTask):
     """A task of a language model with three splits; the arguments are those of ``TextTask``."""
 
-    kind = CHOOSE  # the sets that ship have choices
+    ships = {**TextTask.ships, **dict.fromkeys(small_writing.TASKS, small_writing)}
+    kind = CHOOSE
+
+    def __init__(self, source: str, text_format: Any, **options: Any) -> None:
+        super().__init__(source, text_format, **options)
+        if self._ships in small_writing.TASKS:
+            self.kind = WRITE
 
     @property
     def offers(self) -> bool:

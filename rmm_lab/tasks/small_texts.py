@@ -279,17 +279,25 @@ def split_of(text: str) -> str:
     return "train" if share < 0.6 else "reward" if share < 0.8 else "test"
 
 
-def rows(task: str, split: str, n: int) -> list[Row]:
-    """n rows of a split of a task, always the same, each input once.
+def rows_of(make: Callable[[random.Random], Any], task: str, split: str, n: int) -> list[Any]:
+    """n rows of a split of the task that ``make`` draws rows of, always the same, each input once.
 
     ValueError where the grammar cannot say so many things.
     """
     rng = random.Random(f"{task} {split}")
-    seen: dict[str, Row] = {}
+    seen: dict[str, Any] = {}
     for _ in range(100 * n):
-        row = TASKS[task](rng)
+        row = make(rng)
         if split_of(row["input"]) == split:
             seen.setdefault(row["input"], row)
             if len(seen) == n:
                 return list(seen.values())
     raise ValueError(f"{task}: expected {n} inputs of the {split} split, found {len(seen)} only")
+
+
+def rows(task: str, split: str, n: int) -> list[Row]:
+    """n rows of a split of a task, always the same, each input once.
+
+    ValueError where the grammar cannot say so many things.
+    """
+    return rows_of(TASKS[task], task, split, n)

@@ -19,9 +19,8 @@ import torch
 from torch import Tensor
 
 from rmm_lab.errors import InputError, one_sentence
-from rmm_lab.tasks import small_texts as grammar
+from rmm_lab.tasks import small_texts, text_rows
 from rmm_lab.tasks import text_formats as formats
-from rmm_lab.tasks import text_rows
 from rmm_lab.tasks.files import SPLITS, data_folder, or_shipped, shipped_name, spelled
 from rmm_lab.tasks.metrics import mean_of
 
@@ -181,7 +180,7 @@ class TextTask:
     """A multiple-choice task with three splits, read and tokenised when first asked for.
 
     Args:
-        source: a name that ships (``grammar.TASKS``) or whatever ``formats.load`` reads: a folder or
+        source: a name that ships (``ships``) or whatever ``formats.load`` reads: a folder or
             file of jsonl, ``FORMAT:FOLDER`` or ``FORMAT:hf-hub``.
         text_format: what the models take, a ``TextFormat``; for language models an ``LMFormat``.
         metric: ``accuracy``; ``balanced``, the mean over answers of the share predicted right, for tasks
@@ -191,6 +190,7 @@ class TextTask:
             counts); the paper takes the sum.
     """
 
+    ships: Mapping[str, Any] = dict.fromkeys(small_texts.TASKS, small_texts)  # name -> its grammar
     loses = "end"  # what is cut of an input that is too long
 
     def __init__(
@@ -203,7 +203,7 @@ class TextTask:
     ) -> None:
         if metric not in METRICS:
             raise InputError(f"metric: expected one of {', '.join(METRICS)}, found {metric!r}")
-        self._ships = shipped_name(source, grammar.TASKS)
+        self._ships = shipped_name(source, self.ships)
         self.source = spelled(self._ships) if self._ships else source
         self.format, self.normalise_length = text_format, normalise_length
         self._splits: dict[str, TextSplit] = {}
@@ -218,7 +218,7 @@ class TextTask:
             hub = place.startswith("hf-hub")
             name = Path(place).expanduser().resolve().name
             self.name = head if hub else re.sub(r"\.(jsonl?|tsv|csv|parquet)(\.gz)?$", "", name)
-            with or_shipped(source, grammar.TASKS):
+            with or_shipped(source, self.ships):
                 self._rows = formats.load(source)
             self._check_rows()
 
@@ -235,7 +235,7 @@ class TextTask:
         if name not in SPLITS:
             raise InputError(f"split {name!r}: expected one of {', '.join(SPLITS)}")
         if name not in self._rows:
-            self._rows[name] = _small(self._ships, name)
+            self._rows[name] = _small(self._ships, name, self.ships)
         return self._rows[name]
 
     def split(self, name: str) -> TextSplit:
@@ -359,10 +359,11 @@ def rows_file(name: str, split: str) -> Path:
     return data_folder() / "sets" / f"{name}-{split}.jsonl"
 
 
-def _small(name: str, split: str) -> list[dict[str, Any]]:
+def _small(name: str, split: str, ships: Mapping[str, Any]) -> list[dict[str, Any]]:
     file = rows_file(name, split)
     if split == "train" and not file.exists():
-        return grammar.rows(name, split, train_size(name))
+        rows = ships[name].rows(name, split, train_size(name))
+        return [text_rows.check(row, f"task {name}") for row in rows]
     if not file.exists():
         raise InputError(
             f"expected the set {name!r} in {file}, found no such file; run python -m data.build "
