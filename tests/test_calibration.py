@@ -547,6 +547,31 @@ def test_nothing_that_is_kept_changes_a_bit(pool, monkeypatch):
     same(layers_of(other, path)[0], expected[0])
 
 
+def test_states_that_fit_are_kept_though_others_do_not(pool, monkeypatch):
+    """Each pass over a layer's inputs takes them in the same order: kept by age, all would be lost."""
+    monkeypatch.setattr(inputs, "BATCH", 5)
+    asked = []
+
+    def watched(batch):
+        asked.append(batch)
+        return batch
+
+    def asks(budget):
+        monkeypatch.setattr(calibration, "BUDGET", budget)
+        asked.clear()
+        tasks = [Blind(task, watched) for task in pool.calibration.tasks]
+        layers_of(renewed(pool, tasks=tasks), uniform(FIRM, pool.n_layers))
+        return len(asked)
+
+    size = 2**12
+    while asks(size) == asks(0):
+        size *= 2  # the first budget that holds anything
+    while asks(2 * size) < asks(size):
+        size *= 2  # until all that is asked for again fits
+    everything, nothing, part = asks(size), asks(0), asks(size // 4)
+    assert everything < part < nothing - (nothing - everything) / 8
+
+
 def test_blocks_are_their_sublayers(pool):
     """A block is fitted part by part in any case."""
     fine = LayerPool(pool.base, pool.experts, pool.names, unit="sublayer")

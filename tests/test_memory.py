@@ -111,6 +111,22 @@ def test_a_value_larger_than_the_budget_displaces_nothing():
     assert (keys(cache), cache.bytes) == (["c"], 30)
 
 
+def test_what_is_spared_stays_and_the_new_value_goes():
+    cache = Cache(30)
+    for key in "abc":
+        put(cache, key, block(10))
+
+    def spare(other):
+        return other in "bc"
+
+    cache.put("d", None, [block(10)], spare)  # in a's place
+    assert (keys(cache), cache.evicted) == (["b", "c", "d"], 1)
+    cache.put("e", None, [block(20)], spare)  # d's place is not enough
+    assert "e" not in cache
+    assert {"b", "c"} <= set(keys(cache))
+    assert cache.bytes <= 30
+
+
 def test_a_key_that_is_put_again_holds_the_new_value_alone():
     cache, new = Cache(30), block(12)
     put(cache, "a", block(10))

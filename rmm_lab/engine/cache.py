@@ -6,7 +6,7 @@ import ctypes
 import sys
 import threading
 from collections import OrderedDict
-from collections.abc import Hashable, Iterable
+from collections.abc import Callable, Hashable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -87,10 +87,17 @@ class Cache:
             self._values.move_to_end(key)
             return self._values[key][0]
 
-    def put(self, key: Hashable, value: Any, tensors: Iterable[Tensor]) -> None:
+    def put(
+        self,
+        key: Hashable,
+        value: Any,
+        tensors: Iterable[Tensor],
+        spare: Callable[[Hashable], bool] = lambda other: False,
+    ) -> None:
         """Keep a value that holds ``tensors``, and forget the oldest until the budget is met.
 
-        A value larger than the whole budget is not kept, and displaces nothing.
+        A value larger than the whole budget is not kept, and displaces nothing. Keys that ``spare`` accepts
+        are not forgotten for it: where they leave no room, the value is not kept.
         """
         memory = {
             (s.data_ptr(), s.nbytes()) for s in (t.untyped_storage() for t in tensors) if s.nbytes()
@@ -101,8 +108,11 @@ class Cache:
             if key in self._values:
                 self._drop(key)
             # Room first: the budget holds at every moment.
-            while self._values and self.bytes + self._new(memory) > self.budget:
-                self._drop(next(iter(self._values)))
+            old = iter([other for other in self._values if not spare(other)])
+            while self.bytes + self._new(memory) > self.budget:
+                if (other := next(old, None)) is None:
+                    return
+                self._drop(other)
                 self.evicted += 1
             self.bytes += self._new(memory)
             for part in memory:

@@ -37,7 +37,7 @@ from rmm_lab.errors import InputError
 from rmm_lab.families.parts import Weights
 from rmm_lab.reward import Path, Step
 
-BUDGET = 2**26  # bytes of states between layers
+BUDGET = 2**27  # bytes of states between layers
 INSIDE = 2**27  # bytes of what is known inside a layer that is being fitted
 FITTED = 2**28  # bytes of fitted layers, for other paths that begin alike
 FEW = 50  # inputs of a task; with fewer, ``ridge=auto`` first asks whether a fit helps at all
@@ -93,17 +93,24 @@ class Calibration(Inputs):
 
         key: names the stem, and each layer as one more entry.
         """
-        known = len(layers)
+        known = depth = len(layers)
         first = len(key) - known
         while known >= 0 and (state := self._cache.get((key[: first + known], i, j))) is None:
             known -= 1
+        if known == depth:
+            return state
         if known < 0:
             known, state = 0, arch.embed(stem, self._batch(i, j))
-            self._cache.put((key[:first], i, j), state, arch.tensors(state))
         for layer in layers[known:]:
-            state, known = arch.apply(layer, state), known + 1
-            self._cache.put((key[: first + known], i, j), state, arch.tensors(state))
+            state = arch.apply(layer, state)
+        self._store((key, i, j), state, arch)
         return state
+
+    def _store(self, key: tuple, state: Any, arch: Any) -> None:
+        """Keep a state, but for no other of its depth: where not all fit, each pass over all parts would
+        push out what the next one asks for first."""
+        depth = _depth(key)
+        self._cache.put(key, state, arch.tensors(state), lambda other: _depth(other) == depth)
 
     def _expert_state(self, pool: Any, i: int, j: int, k: int) -> Any:
         """The state that expert i's own layer k takes in."""
@@ -404,7 +411,7 @@ class Calibration(Inputs):
                     ):
                         with self._remembering(pool, model, (k, i, j), fitted):
                             out = arch.apply(model, s)
-                        self._cache.put((key, i, j), out, arch.tensors(out))
+                        self._store((key, i, j), out, arch)
         self._outputs, self._kept = {}, 0
         return {name: tensor.detach() for name, tensor in layer.state_dict().items()}
 
@@ -413,6 +420,12 @@ class Calibration(Inputs):
             layer, state = self._experts(pool, k)[0], self._expert_state(pool, 0, 0, k)
             self._stages[k] = Stages.of(lambda: pool.architecture.apply(layer, state), layer)
         return self._stages[k]
+
+
+def _depth(key: Any) -> int:
+    """Layers before a kept state: a path's key begins with its stem's step, an expert's with two words."""
+    (first, *_), *_ = key
+    return len(key[0]) - (2 if first == "expert" else 1)
 
 
 @contextlib.contextmanager
