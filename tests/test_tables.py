@@ -105,7 +105,7 @@ def test_the_kits_groups_are_the_papers_tables():
     assert halves["digits", "ViT, width 64"] == ("digits-first", "digits-second")
     assert halves["digits", "ViT, width 32"] == ("tiny-digits-first", "tiny-digits-second")
     assert [g.options["experts"] for g in groups["II"]] == [("digits", "textures")]
-    assert [g.name for g in groups["III"]] == ["qa", "mixed"]
+    assert [g.name for g in groups["III"]] == ["qa", "mixed", "llm"]
     assert groups["IV"] == groups["fig3"] == groups["II"]
 
 
@@ -118,7 +118,7 @@ def test_all_measures_everything_once(tmp_path, counted):
     assert kinds.count(("halves", measure.matched_rules)) == 8 * 5
     assert kinds.count(("halves", measure.by_gradient)) == 8 * 5
     assert kinds.count(("vision", measure.trained)) == 5
-    assert kinds.count(("language", measure.trained)) == 2 * 5
+    assert kinds.count(("language", measure.trained)) == 3 * 5
     # 100 % once, 10 and 1 % with DAR and without, the default preset at each, by likelihood at two.
     assert sum(j.table == "dar" for j in counted) == 5 * (1 + 2 + 2 + 3 + 2)
     soft = {r.data_fraction for j in counted if (r := j.config.run).reward == "likelihood"}

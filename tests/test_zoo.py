@@ -20,6 +20,7 @@ from rmm_lab.search.pipeline import train
 from rmm_lab.search.problem import load_problem
 from rmm_lab.tasks import small_images as render
 from rmm_lab.tasks import small_texts as grammar
+from rmm_lab.tasks import small_writing
 from rmm_lab.tasks import text_task as texts
 from rmm_lab.tasks.image_task import SMALL, InputFormat, Task, data_folder
 
@@ -35,11 +36,12 @@ def demo():
 
 
 def test_data_stay_under_their_limit():
-    size = sum(p.stat().st_size for p in data_folder().rglob("*") if p.is_file())
-    assert size < 32 * 2**20
+    sizes = [p.stat().st_size for p in data_folder().rglob("*") if p.is_file()]
+    assert sum(sizes) < 44 * 2**20
+    assert max(sizes) < 4 * 2**20
 
 
-VITS = [n for n in shipped.SETS if n not in grammar.TASKS]
+VITS = [n for n in shipped.SETS if n not in (*grammar.TASKS, *small_writing.TASKS)]
 
 
 @pytest.mark.parametrize("name", VITS)
