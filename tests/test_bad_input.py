@@ -206,7 +206,7 @@ MODELS = {
     ),
     "no plain ViT": (
         lambda o: o.config(everywhere=True, architecture="beit_base_patch16_224"),
-        "Beit",
+        "BEiT",
     ),
     "unknown": (lambda o: o.config(everywhere=True, architecture="no_model"), "no_model", "timm"),
     "a number": (lambda o: o.config(everywhere=True, architecture=5), "architecture", "5"),

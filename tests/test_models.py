@@ -25,7 +25,7 @@ from rmm_lab.families import class_token, vit
 from rmm_lab.families.checkpoint import read_checkpoint, resolve, write_checkpoint
 from rmm_lab.families.parts import join
 from rmm_lab.families.vit import ViT, split
-from rmm_lab.families.vit_run import head_slices
+from rmm_lab.families.vit_run import OTHERS, head_slices
 
 VARIANTS = {
     "class token": {},
@@ -583,3 +583,13 @@ def test_the_first_difference_from_the_base_is_named():
     for message, expert in wrong.items():
         with pytest.raises(InputError, match=message):
             models.check_same_architecture(base, [base, expert])
+
+
+def test_no_name_of_a_plain_vit_begins_like_another_familys():
+    """Other families are refused by the names that timm gives them, without a look at the model."""
+    import timm
+
+    for name in timm.list_models():
+        home = timm.model_entrypoint(name).__module__
+        if home in ("timm.models.vision_transformer", "timm.models.deit"):
+            assert not name.startswith(OTHERS), name

@@ -269,8 +269,35 @@ def model_config(config: Config, *, depth: int | None, num_classes: int) -> dict
     return out
 
 
+# How timm's names of other families begin: told at once, since timm takes seconds to start.
+OTHERS = (
+    *(
+        "beit_",
+        "beitv2",
+        "convnext",
+        "efficientnet",
+        "eva02",
+        "eva_giant",
+        "levit",
+        "mixer",
+        "mobilenet",
+    ),
+    *("resnet", "swin"),
+)
+
+
+def _refuse(config: Config, found: str) -> InputError:
+    return InputError(
+        f"architecture {config['architecture']!r}: expected a plain ViT or DeiT (timm's "
+        f"VisionTransformer), found {found}; of vision models only these are supported, and no Swin, BEiT, "
+        "EVA or ResNet"
+    )
+
+
 def create(config: Config, *, depth: int | None, num_classes: int) -> Any:
     """A timm VisionTransformer in evaluation mode, without gradients, with random weights."""
+    if (name := str(config["architecture"])).startswith(OTHERS):
+        raise _refuse(config, name.partition("_")[0])
     import timm
     from timm.models.vision_transformer import VisionTransformer
 
@@ -292,10 +319,7 @@ def create(config: Config, *, depth: int | None, num_classes: int) -> Any:
         type(model) is not VisionTransformer
         and type(model).__name__ != "VisionTransformerDistilled"
     ):
-        raise InputError(
-            f"architecture {config['architecture']!r}: expected a timm VisionTransformer, found "
-            f"{type(model).__name__}; other families are not supported"
-        )
+        raise _refuse(config, type(model).__name__)
     if any(hasattr(module, "lambda_init") for module in model.blocks.modules()):
         raise InputError(
             f"architecture {config['architecture']!r}: expected layers that compute the same in any "
