@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from typing import Any
 
 import pandas as pd
 from pandas import DataFrame
@@ -36,12 +37,17 @@ SHORT = ["fine-tuned", "multi-task", BEST, *LED, *map(GAIN.format, LED)]
 def groups(read: Read) -> str:
     """What merging loses in each group of experts, and what the searches win back."""
     tables = [
-        methods_table(scores).reindex(SHORT).T.assign(seeds=scores.loc[BOTH].count())
+        methods_table(scores).reindex(SHORT).T.assign(seeds=_seeds_of(scores))
         for name in ("vision", "language")
         for scores in by_size(read(name)).values()
     ]
     table = pd.concat(tables).rename_axis("experts").replace({"multi-task": {"": "none ships"}})
     return markdown(table.rename(columns={GAIN.format(name): f"{name}, gain" for name in LED}))
+
+
+def _seeds_of(scores: DataFrame) -> Any:
+    """Seeds of each group, by the first search that an agent leads."""
+    return scores.loc[next(name for name in LED if name in scores.index)].count()
 
 
 def halves(read: Read) -> str:
