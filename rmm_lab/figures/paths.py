@@ -75,7 +75,7 @@ def panels(
     figure = Figure(figsize=size, layout="constrained")
     axes = figure.subplots(rows, n_columns, squeeze=False, **options).flatten()
     for unused in axes[n:]:
-        unused.set_axis_off()
+        unused.remove()
     return figure, list(axes[:n])
 
 
