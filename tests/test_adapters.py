@@ -8,6 +8,7 @@ import re
 import warnings
 from pathlib import Path
 
+import lm_models
 import pytest
 import torch
 from conftest import TINY, random_weights, write_images, write_model
@@ -129,6 +130,30 @@ def test_a_t5s_adapter_is_merged_as_peft_merges_it(tmp_path, options):
     model = hf_model("t5", 1)
     base = read_checkpoint(write_t5(tmp_path / "base", model))
     check(peft_model(model, 2, **options), tmp_path / "lora", base, TIED)
+
+
+@pytest.mark.parametrize(
+    ("variant", "options"),
+    [
+        ("llama", {"target_modules": ["q_proj", "v_proj", "down_proj"]}),
+        ("llama-tied", {"target_modules": "all-linear", "use_rslora": True}),
+        ("gpt2", {"target_modules": ["c_attn", "c_fc"], "fan_in_fan_out": True}),
+        ("neox", {"target_modules": ["query_key_value"]}),
+    ],
+)
+def test_a_language_models_adapter_is_merged_as_peft_merges_it(tmp_path, variant, options):
+    """Compared as the whole models that transformers builds, since GPT-2's files turn their matrices."""
+    model = lm_models.hf_model(variant, 1)
+    base = read_checkpoint(lm_models.write_lm(tmp_path / "base", model))
+    adapted = peft_model(model, 2, **options)
+    adapted.save_pretrained(tmp_path / "lora")
+    expected = adapted.merge_and_unload()
+    whole = read_checkpoint(lm_models.write_lm(tmp_path / "whole", expected))
+    found = read_checkpoint(tmp_path / "lora", base=base)
+    assert found.weights.keys() == whole.weights.keys()
+    for name, tensor in found.weights.items():
+        torch.testing.assert_close(tensor, whole.weights[name], rtol=1e-5, atol=1e-6)
+    assert any(not torch.equal(found.weights[n], base.weights[n]) for n in base.weights)
 
 
 @pytest.mark.parametrize(

@@ -30,10 +30,16 @@ from rmm_lab.families.causal_lm_kinds import (
 )
 from rmm_lab.families.causal_lm_run import CausalLM
 from rmm_lab.families.parts import Parts, Weights
-from rmm_lab.families.protocol import Completion, Config, Model, Trainable, TrivialRow
+from rmm_lab.families.protocol import (
+    Completion,
+    Config,
+    Model,
+    Trainable,
+    TrivialRow,
+    trivial_text_rows,
+)
 from rmm_lab.tasks import lm_task
 from rmm_lab.tasks.lm_task import WRITE, Answers, LMBatch, LMFormat, LMTask, make_batch
-from rmm_lab.tasks.metrics import class_weights
 
 NAME = "a language model"
 DATA = "texts"
@@ -242,18 +248,7 @@ def task_head(joint: Model, task: LMTask) -> Weights:
 
 def trivial_rows(tasks: Sequence[Any]) -> list[TrivialRow]:
     """Chance, and the answer that is most frequent in the reward split given always."""
-    chances = tuple(task.chance("test") for task in tasks)
-    always = [task.majority("test") for task in tasks]
-    return [
-        TrivialRow("chance", "guessing; nothing is written right by chance", chances, chances),
-        TrivialRow(
-            "most frequent answer",
-            "of the reward split, always; chance where rows have their own choices",
-            tuple(score for score, _ in always),
-            tuple(accuracy for _, accuracy in always),
-            "labels",
-        ),
-    ]
+    return trivial_text_rows(tasks, "guessing; nothing is written right by chance")
 
 
 def trainable(
@@ -269,15 +264,7 @@ def trainable(
 
     balance: InputError for a task whose rows have choices of their own, or none.
     """
-    weights: list[Tensor | None] = []
-    for task in tasks:
-        if balance and task.answers is None:
-            raise InputError(
-                f"--class-weights: expected the same choices in every row of texts {task.source!r}, found "
-                "others; leave the option out"
-            )
-        labels = task.split("train").labels
-        weights.append(class_weights(labels, len(task.answers or ())) if balance else None)
+    weights = [task.answer_weights() if balance else None for task in tasks]
     own = split(base.weights)
     torch.manual_seed(seed)  # dropout, where the base's config asks for it
     run = CausalLM(base.config)

@@ -145,6 +145,22 @@ class TrivialRow(NamedTuple):
     sees: Literal["nothing", "labels"] = "nothing"
 
 
+def trivial_text_rows(tasks: Sequence[Any], guessing: str = "guessing") -> list[TrivialRow]:
+    """Of tasks of texts: chance, and the answer that is most frequent in the reward split given always."""
+    chances = tuple(task.chance("test") for task in tasks)
+    always = [task.majority("test") for task in tasks]
+    return [
+        TrivialRow("chance", guessing, chances, chances),
+        TrivialRow(
+            "most frequent answer",
+            "of the reward split, always; chance where rows have their own choices",
+            tuple(score for score, _ in always),
+            tuple(accuracy for _, accuracy in always),
+            "labels",
+        ),
+    ]
+
+
 class Family(Protocol):
     """A model family: its files, its weights by owner, what runs it, and its tasks."""
 

@@ -23,9 +23,8 @@ from torch import Tensor, nn
 from rmm_lab.errors import InputError
 from rmm_lab.families import parts
 from rmm_lab.families.parts import Parts, Weights
-from rmm_lab.families.protocol import Config, Model, Trainable, TrivialRow
+from rmm_lab.families.protocol import Config, Model, Trainable, TrivialRow, trivial_text_rows
 from rmm_lab.families.t5_run import BIAS, STACKS, T5, bare, is_scaled
-from rmm_lab.tasks.metrics import class_weights
 from rmm_lab.tasks.text_task import TextFormat, TextTask, pad
 
 NAME = "a T5"
@@ -204,18 +203,7 @@ def task_head(joint: Model, task: TextTask) -> Weights:
 
 def trivial_rows(tasks: Sequence[Any]) -> list[TrivialRow]:
     """Chance, and the answer that is most frequent in the reward split given always."""
-    chances = tuple(task.chance("test") for task in tasks)
-    always = [task.majority("test") for task in tasks]
-    return [
-        TrivialRow("chance", "guessing", chances, chances),
-        TrivialRow(
-            "most frequent answer",
-            "of the reward split, always; chance where rows have their own choices",
-            tuple(score for score, _ in always),
-            tuple(accuracy for _, accuracy in always),
-            "labels",
-        ),
-    ]
+    return trivial_text_rows(tasks)
 
 
 def trainable(
@@ -231,15 +219,7 @@ def trainable(
 
     balance: InputError for a task whose rows have choices of their own.
     """
-    weights: list[Tensor | None] = []
-    for task in tasks:
-        if balance and task.answers is None:
-            raise InputError(
-                f"--class-weights: expected the same choices in every row of texts {task.source!r}, found "
-                "different ones; leave the option out"
-            )
-        labels = task.split("train").labels
-        weights.append(class_weights(labels, len(task.answers or ())) if balance else None)
+    weights = [task.answer_weights() if balance else None for task in tasks]
     own = split(base.weights)
     torch.manual_seed(seed)  # dropout, where the base's config asks for it
     model = T5(base.config).assemble(own.stem, list(enumerate(own.layers)), {})

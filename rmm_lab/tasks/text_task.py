@@ -22,7 +22,7 @@ from rmm_lab.errors import InputError, one_sentence
 from rmm_lab.tasks import small_texts, text_rows
 from rmm_lab.tasks import text_formats as formats
 from rmm_lab.tasks.files import SPLITS, data_folder, or_shipped, shipped_name, spelled
-from rmm_lab.tasks.metrics import mean_of
+from rmm_lab.tasks.metrics import class_weights, mean_of
 
 # Rows of the small tasks in reward and test; the train split is made when something asks for it.
 SIZES = {"reward": 800, "test": 1_200}
@@ -340,6 +340,18 @@ class TextTask:
         always, labels = text_rows.majority(self.rows("reward"))[0], self.split(name).labels
         found = torch.full_like(labels, always)
         return self.score(found, labels), float((found == labels).float().mean())
+
+    def answer_weights(self) -> Tensor:
+        """``class_weights`` of the train split: (answers,), for a loss in which each answer counts the same.
+
+        InputError for rows that have choices of their own, or none.
+        """
+        if self.answers is None:
+            raise InputError(
+                f"--class-weights: expected the same choices in every row of texts {self.source!r}, found "
+                "different ones; leave the option out"
+            )
+        return class_weights(self.split("train").labels, len(self.answers))
 
     def chance(self, name: str) -> float:
         """Expected accuracy of guessing: the mean of 1 / number of choices."""
