@@ -215,9 +215,9 @@ def show_labels(rows: DataFrame) -> str:
         "episode, another one in turn; *anchors*: always the same, chosen and weighted by how the merges of "
         "the menu answer. The final choice reads all that are known. Episodes and choice go by the metric, "
         "or by what the setting says; with all labels the choice is by the metric after likelihood too. "
-        "*Agreement*: how likely the merged model gives the experts' answers. Test split: mean ± sample standard deviation "
-        f"over seeds; the difference to *{ALL_LABELS}* is paired by seed, ± its 95 % interval.\n\n"
-        + markdown(compared(rows, "setting", ALL_LABELS, columns), left=["sees"])
+        "*Agreement*: how likely the merged model gives the experts' answers. Test split: mean ± sample "
+        f"standard deviation over seeds; the difference to *{ALL_LABELS}* is paired by seed, ± its 95 % "
+        "interval.\n\n" + markdown(compared(rows, "setting", ALL_LABELS, columns), left=["sees"])
     )
 
 
