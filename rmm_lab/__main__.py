@@ -10,10 +10,8 @@ python -m rmm_lab tables show                                      the paper's t
 
 from __future__ import annotations
 
-import shlex
 import sys
 from collections.abc import Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -24,7 +22,7 @@ from rmm_lab.errors import InputError, one_sentence, run_command
 from rmm_lab.search.config import PRESETS, Config, RunArgs, configure, read_config
 from rmm_lab.search.pipeline import train
 from rmm_lab.search.problem import ProblemSpec
-from rmm_lab.search.run_folder import RunFolder, new_folder
+from rmm_lab.search.run_folder import RunFolder
 
 PROG = "python -m rmm_lab"
 
@@ -47,18 +45,10 @@ class Merge:
         config = Config(self.problem, self.agent, self.search)
         if config.run.resume is None:  # a problem that is stored keeps its seed
             config = configure(config, seed=config.run.seed)
-        folder = config.run.resume or config.run.run_dir
         if config.run.resume and config.run.run_dir:
             raise InputError("--run-dir: expected none beside --resume, which names the folder")
         keep_freed_memory()
-        with new_folder(Path("runs")) if folder is None else nullcontext(folder) as folder:
-            try:
-                train(config if config.run.resume else configure(config, run_dir=folder))
-            except KeyboardInterrupt:
-                known = (folder / "config.json").is_file()
-                command = f"{PROG} merge --resume {shlex.quote(str(folder))}"
-                how = f"go on with: {command}" if known else "nothing is written"
-                raise KeyboardInterrupt(how) from None
+        train(config, above=Path("runs"))
 
 
 def merge(words: Sequence[str]) -> int:

@@ -10,6 +10,8 @@ import types
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
+FULL = (errno.ENOSPC, errno.EDQUOT)  # a full disk, a full quota
+
 
 class InputError(Exception):
     """The caller gave something unexpected; the message says what, and what to do.
@@ -18,11 +20,11 @@ class InputError(Exception):
     """
 
 
-def one_sentence(error: Exception) -> str:
-    """An error as one sentence; a full disk says so."""
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+def one_sentence(error: Exception, then: str = "go on or try again") -> str:
+    """An error as one sentence; a full disk says so, and what to do then."""
+    if isinstance(error, OSError) and error.errno in FULL:
         where = error.filename or "the run folder"
-        return f"{where}: expected space on the device, found none left; free some, then go on or try again"
+        return f"{where}: expected space on the device, found none left; free some, then {then}"
     return " ".join(str(error).split())
 
 

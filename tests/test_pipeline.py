@@ -8,9 +8,11 @@ import json
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -28,6 +30,7 @@ from rmm_lab.search.phases import Search, choose, make_scorer, mean_policy
 from rmm_lab.search.pipeline import run_phases, train
 from rmm_lab.search.problem import Problem, load_problem, problem_of
 from rmm_lab.search.run_folder import RunFolder, from_csv
+from rmm_lab.tasks.hold import held
 
 RESULT = (
     *("episodes.csv", "updates.csv", "policy.safetensors", "policies.safetensors"),
@@ -560,8 +563,131 @@ def test_the_checkpoint_of_another_search_is_refused(tiny, tmp_path):
         run(**tiny, preset="agent", operators=operators, episodes=4, run_dir=tmp_path / name)
     other = (tmp_path / "two" / "checkpoint.safetensors").read_bytes()
     (tmp_path / "one" / "checkpoint.safetensors").write_bytes(other)
-    with pytest.raises(InputError, match="--resume: expected this search's checkpoint"):
-        run(**tiny, preset="agent", operators=("ties",), episodes=4, resume=tmp_path / "one")
+    options = {"preset": "agent", "operators": ("ties",), "episodes": 4}
+    with pytest.raises(InputError, match=r"--resume: expected .*config\.json as when"):
+        run(**tiny, **options, resume=tmp_path / "one")
+    for name in ("episodes.csv", "updates.csv", "config.json"):
+        (tmp_path / "one" / name).write_bytes((tmp_path / "two" / name).read_bytes())
+    with pytest.raises(InputError, match="--resume: expected --operators"):
+        run(**tiny, **options, resume=tmp_path / "one")
+
+
+@pytest.fixture(scope="module")
+def moving(tiny, tmp_path_factory):
+    """A folder with models, pictures and a stopped run of them, to copy; what the run gave when unbroken."""
+    root = tmp_path_factory.mktemp("moving") / "here"
+    for name in ("base", "e1", "e2", "i1", "i2"):
+        shutil.copytree(Path(tiny["base"]).parent / name, root / name)
+    own = {"base": str(root / "base"), "experts": (str(root / "e1"), str(root / "e2"))}
+    own |= {"images": (str(root / "i1"), str(root / "i2")), "preset": "agent", "episodes": 40}
+    own |= {"operators": ("regmean",), "calibration": 5, "episodes_per_update": 8}
+    whole = run(**own, run_dir=root / "whole")
+    with pytest.MonkeyPatch.context() as patched:
+        stop_at(patched, 20)
+        with pytest.raises(Stop):
+            run(**own, run_dir=root / "runs" / "run")
+    return root, whole
+
+
+def resumed(folder):
+    config = read_config(RunFolder(folder).read_config(), folder)
+    return train(configure(config, resume=folder, quiet=True), table=False)
+
+
+def test_a_run_that_moved_with_its_models_goes_on(moving, tmp_path, monkeypatch):
+    root, whole = moving
+    shutil.move(shutil.copytree(root, root.parent / "copy"), tmp_path / "there")
+    monkeypatch.chdir(tmp_path)
+    root.rename(root.with_name("elsewhere"))  # what is in its place is found there
+    try:
+        again = resumed(Path("there/runs/run"))
+    finally:
+        root.with_name("elsewhere").rename(root)
+    assert again.episodes == whole.episodes
+    assert again.path.experts[0].source == str(tmp_path / "there" / "e1")
+    for name in ("episodes.csv", "updates.csv", "merged/model.safetensors"):
+        assert (again.folder / name).read_bytes() == (whole.folder / name).read_bytes(), name
+
+
+def rotate(name):
+    return lambda root: (root / name).write_bytes(
+        (root / name).read_bytes()[:-1] + bytes([(root / name).read_bytes()[-1] ^ 1])
+    )
+
+
+def replaced(name, old, new):
+    def change(root):
+        text = (root / name).read_text()
+        assert old in text
+        (root / name).write_text(text.replace(old, new, 1))
+
+    return change
+
+
+def shifted(name):
+    def change(root):
+        pictures = sorted((root / name).rglob("*.png"))
+        for picture in pictures[1:]:
+            picture.write_bytes(pictures[0].read_bytes())
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (rotate("e2/model.safetensors"), "expert e2"),
+        (rotate("base/model.safetensors"), "the base"),
+        (replaced("e1/config.json", '"label_names"', '"seed": 3, "label_names"'), "expert e1"),
+        (shifted("i2/reward"), "the reward split of i2"),
+        (shifted("i1/train"), "the calibration inputs of i1"),
+        (replaced("runs/run/config.json", '"gamma": 1.0', '"gamma": 0.9'), "config.json"),
+    ],
+    ids=lambda value: value.replace(" ", "-") if isinstance(value, str) else "",
+)
+def test_a_run_goes_on_with_what_it_was_made_of_alone(moving, tmp_path, change, named):
+    """The copies lie where the run looks only after the originals are gone: so it names its own models."""
+    root, _ = moving
+    kept = root.rename(root.with_name("kept"))
+    try:
+        shutil.copytree(kept, root)
+        change(root)
+        before = {p: p.read_bytes() for p in root.rglob("*") if p.is_file()}
+        with pytest.raises(InputError, match=f"--resume: expected .*{named} as when .*another"):
+            resumed(root / "runs" / "run")
+        assert {p: p.read_bytes() for p in root.rglob("*") if p.is_file()} == before
+    finally:
+        shutil.rmtree(root)
+        kept.rename(root)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda merged: shutil.rmtree(merged),
+        lambda merged: (merged / "config.json").unlink(),
+        lambda merged: (merged / "model.safetensors").write_bytes(b"half"),
+        lambda merged: (merged / "config.json").write_text("{"),
+    ],
+    ids=["gone", "no config", "half a model", "half a config"],
+)
+def test_a_finished_run_writes_a_damaged_model_again(moving, tmp_path, damage):
+    folder = Path(shutil.copytree(moving[1].folder, tmp_path / "run"))
+    files = {p: p.read_bytes() for p in (folder / "merged").iterdir()}
+    (folder / "merged" / "mine.txt").write_text("kept")
+    damage(folder / "merged")
+    resumed(folder)
+    assert {p: p.read_bytes() for p in files} == files
+    assert {p.name for p in folder.iterdir()} == {p.name for p in moving[1].folder.iterdir()}
+
+
+def test_a_second_process_is_refused_by_name(moving, tmp_path):
+    folder = Path(shutil.copytree(moving[0] / "runs" / "run", tmp_path / "run"))
+    before = {p: p.read_bytes() for p in folder.iterdir()}
+    by = f"--resume: .* held by process {os.getpid()} on"
+    with held(folder, "--resume"), pytest.raises(InputError, match=by):
+        resumed(folder)
+    assert {p: p.read_bytes() for p in folder.iterdir()} == before
 
 
 def test_a_search_that_cannot_be_made_leaves_no_folder(tiny, tmp_path):

@@ -172,6 +172,8 @@ def test_an_older_run_with_names_from_its_own_folder_says_where_to_resume(
     stored = json.loads(file.read_text())
     stored["problem"] |= {"experts": ["./digits", "./textures"], "base": "./base"}
     stored["problem"]["images"] = ["./letters", "./symbols"]
+    shutil.rmtree(here / "run")  # as if it was stopped before its first checkpoint
+    (here / "run").mkdir()
     file.write_text(json.dumps(stored))
     config = read_config(RunFolder(here / "run").read_config(), "run")
     again = train(configure(config, resume=here / "run", quiet=True), table=False)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -12,13 +15,13 @@ from hypothesis import strategies as st
 from rmm_lab.errors import InputError, one_sentence
 from rmm_lab.search.run_folder import (
     RunFolder,
-    check_new,
     from_csv,
     optimiser_tensors,
     restore_optimiser,
     to_csv,
 )
 from rmm_lab.tasks.files import write_file
+from rmm_lab.tasks.hold import LOCK, check_new, held, held_new
 
 numbers = st.one_of(st.integers(-(10**12), 10**12), st.floats(allow_nan=False))
 texts = st.sampled_from(["digits@0 ties:density=0.3,scale=1@2", "007", "1e5", "", 'a "b"', "3 4"])
@@ -77,26 +80,157 @@ def test_a_checkpoint_comes_back_as_it_was(tmp_path):
     [
         ("episodes.csv", "6,2.0,a@6\n"),
         ("episodes.csv", "6,2.0,a@6\n7,2.3,a"),
-        ("updates.csv", "3,1"),
+        ("updates.csv", "3,1\n"),
     ],
 )
 def test_rows_that_the_checkpoint_does_not_know_are_dropped(tmp_path, name, more):
     """A search was stopped after the tables and before the checkpoint."""
     known = saved(tmp_path, 3)
-    with (tmp_path / name).open("a") as table:
-        table.write(more)
+    if name == "updates.csv":
+        add(tmp_path / "episodes.csv", "6,2.0,a@6\n")
+    add(tmp_path / name, more)
     assert RunFolder(tmp_path).load_checkpoint()[2:] == known
+
+
+@pytest.mark.parametrize(
+    ("name", "more"),
+    [
+        ("episodes.csv", "7,2.0,a@6\n"),
+        ("episodes.csv", "6,2.0,a@6\n6,2.0,a@6\n"),
+        ("episodes.csv", "6,2.0,a@6\n7,2.0,a@6\n8,2.0,a@6\n"),
+        ("episodes.csv", "6,2.0\n"),
+        ("updates.csv", "3,1\n"),  # they come after their episodes
+        ("updates.csv", "3,1\n4,1\n"),
+    ],
+)
+def test_rows_beyond_that_no_stop_leaves_are_found(tmp_path, name, more):
+    """Of two processes, say: numbers twice or left out, more than all, more than one update."""
+    saved(tmp_path, 3)
+    if more.count("\n") == 2 and name == "updates.csv":
+        add(tmp_path / "episodes.csv", "6,2.0,a@6\n")
+    add(tmp_path / name, more)
+    with pytest.raises(InputError, match=r"start the search again"):
+        RunFolder(tmp_path).load_checkpoint(8)
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("episodes.csv", lambda t: t.replace(b"1,0.333", b"1,7.5", 1)),
+        ("episodes.csv", lambda t: b"".join(swapped(t.splitlines(True), 2, 3))),
+        ("episodes.csv", lambda t: b"".join(swapped(t.splitlines(True), 5, 6)[:-1])),
+        ("updates.csv", lambda t: t.replace(b"1.0", b"1.1", 1)),
+        ("checkpoint.safetensors", lambda t: t[:-5] + bytes([t[-5] ^ 1]) + t[-4:]),
+        ("checkpoint.safetensors", lambda t: t.replace(b'dar\\": 1.5', b'dar\\": 1.4')),
+    ],
+    ids=["edited", "swapped", "dropped", "an update", "a flipped bit", "a counter"],
+)
+def test_what_was_altered_is_found(tmp_path, name, change):
+    saved(tmp_path, 3)
+    file = tmp_path / name
+    altered = change(file.read_bytes())
+    assert altered != file.read_bytes()
+    file.write_bytes(altered)
+    with pytest.raises(InputError, match=f"--resume: .*{name}"):
+        RunFolder(tmp_path).load_checkpoint()
+
+
+def test_rows_without_their_checkpoint_are_found(tmp_path):
+    saved(tmp_path, 3)
+    (tmp_path / "checkpoint.safetensors").unlink()
+    with pytest.raises(InputError, match=r"--resume: expected .* 0 episodes and 0 updates"):
+        RunFolder(tmp_path).load_checkpoint()
+
+
+def test_a_part_that_changed_is_named(tmp_path):
+    parts = {"the base": "0" * 64, "expert one": "1" * 64}
+    folder = RunFolder.create(tmp_path / "run", {"a": 1}, parts)
+    folder.save_checkpoint({"w": torch.ones(2)}, {}, [{"episode": 0}], [])
+    assert RunFolder(folder.path, parts).load_checkpoint() is not None
+    with pytest.raises(InputError, match=r"expected expert one as .*111.*found another .222"):
+        RunFolder(folder.path, parts | {"expert one": "2" * 64}).load_checkpoint()
+    add(folder.path / "config.json", " ")
+    with pytest.raises(InputError, match=r"expected .*run/config.json as when"):
+        RunFolder(folder.path, parts).load_checkpoint()
+
+
+def add(file, text):
+    with file.open("a") as table:
+        table.write(text)
+
+
+def swapped(lines, i, j):
+    lines[i], lines[j] = lines[j], lines[i]
+    return lines
+
+
+def test_a_folder_is_held_by_one_alone(tmp_path):
+    with held(tmp_path, "--resume"):
+        for hold in (held, held_new):
+            by = r"^--x: .* held by process \d+ on .* since 2"
+            with pytest.raises(InputError, match=by), hold(tmp_path, "--x"):
+                pass
+    assert not list(tmp_path.iterdir())
+    with held_new(tmp_path / "a" / "b"):
+        (tmp_path / "a" / "b" / "kept").write_text("")
+        with pytest.raises(InputError, match="found files"), held_new(tmp_path / "a" / "b"):
+            pass
+    (tmp_path / "a" / "b" / "kept").unlink()
+    (tmp_path / "a" / "b" / LOCK).write_text("of a process that was killed")
+    with held_new(tmp_path / "a" / "b"):
+        pass
+    with held_new(tmp_path / "new" / "below"):
+        pass  # what is left empty goes again, but for what was there before
+    assert sorted(p.name for p in tmp_path.rglob("*")) == ["a", "b"]
+
+
+HOLDING = """
+import sys
+from pathlib import Path
+from rmm_lab.errors import InputError
+from rmm_lab.tasks.hold import held_new
+folder = Path(sys.argv[1])
+print("ready", flush=True)
+sys.stdin.readline()
+try:
+    with held_new(folder):
+        print("mine", flush=True)
+        (folder / "result").write_text("mine")
+        sys.stdin.readline()
+except InputError as error:
+    print(error, flush=True)
+"""
+
+
+def test_of_several_processes_that_start_at_once_one_gets_the_folder(tmp_path):
+    command, pipe = [sys.executable, "-c", HOLDING, str(tmp_path / "run")], subprocess.PIPE
+    with contextlib.ExitStack() as ends:
+        started = [
+            ends.enter_context(subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True))
+            for _ in range(4)
+        ]
+        for process in started:
+            assert process.stdout.readline() == "ready\n"
+        for process in started:
+            process.stdin.write("\n")
+            process.stdin.flush()
+        said = [process.stdout.readline() for process in started]
+        for process in started:
+            process.communicate("\n", timeout=60)
+    assert said.count("mine\n") == 1
+    assert sum("held by" in line or "found files" in line for line in said) == 3
+    assert [p.name for p in (tmp_path / "run").iterdir()] == ["result"]
 
 
 @pytest.mark.parametrize(
     ("name", "left", "message"),
     [
-        ("episodes.csv", None, "at least 6 rows in .*episodes.csv, found 0"),
-        ("episodes.csv", b"episode,reward,path\n0,0.0,a@0\n", "at least 6 rows .*found 1"),
-        ("episodes.csv", b"episode,reward,path\n" + 6 * b"0,0.0\n", "found an altered one"),
-        ("episodes.csv", b"episode,reward,path\n" + 6 * b"0,x,a@0\n", "found an altered one"),
-        ("episodes.csv", b"episode,reward,path\n" + 6 * b"\xff,0.0,a@0\n", "found an altered one"),
-        ("updates.csv", b"update,loss\n0,1.0\n1,0.5\n", "at least 3 rows .*found 2"),
+        ("episodes.csv", None, "the 6 rows in .*episodes.csv .*found only 0"),
+        ("episodes.csv", b"episode,reward,path\n0,0.0,a@0\n", "the 6 rows .*found only 1"),
+        ("episodes.csv", b"episode,reward,path\n" + 6 * b"0,0.0\n", "found others"),
+        ("episodes.csv", b"episode,reward,path\n" + 6 * b"0,x,a@0\n", "found others"),
+        ("episodes.csv", b"episode,reward,path\n" + 6 * b"\xff,0.0,a@0\n", "found others"),
+        ("updates.csv", b"update,loss\n0,1.0\n1,0.5\n", "the 3 rows .*found only 2"),
         ("checkpoint.safetensors", b"", "found a truncated or altered one"),
         ("checkpoint.safetensors", b"\0" * 40, "found a truncated or altered one"),
     ],
@@ -130,7 +264,7 @@ def test_a_folder_in_memory_writes_nothing(tmp_path, monkeypatch):
 def test_a_new_folder_is_absent_or_empty(tmp_path):
     check_new(tmp_path)
     folder = RunFolder.create(tmp_path / "new" / "below", {"a": 1})
-    assert folder.read_config() == {"a": 1}
+    assert folder.read_config() == {"a": 1, "run_folder": str(tmp_path / "new" / "below")}
     (tmp_path / "file").write_text("x")
     with pytest.raises(InputError, match="found files"):
         RunFolder.create(tmp_path / "new" / "below", {})

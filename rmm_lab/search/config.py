@@ -12,7 +12,7 @@ import torch
 
 from rmm_lab import ppo
 from rmm_lab.errors import InputError, check_values
-from rmm_lab.search.problem import SEED_RANGE, ProblemSpec, at_hand
+from rmm_lab.search.problem import SEED_RANGE, ProblemSpec, at_hand, moved
 
 
 @dataclass(frozen=True)
@@ -241,14 +241,15 @@ def seen_by(config: Config) -> str:
 
 
 def read_config(stored: Mapping[str, Any], where: str | Path) -> Config:
-    """The inverse of ``Config.stored``; ``where`` names the folder for the InputError."""
+    """The inverse of ``Config.stored``; ``where`` is the folder, which may have moved with what is merged."""
     kinds = {"problem": ProblemSpec, "agent": ppo.Args, "run": RunArgs}
     parts: dict[str, Any] = {}
     try:
         for name, kind in kinds.items():
             values = {k: tuple(v) if isinstance(v, list) else v for k, v in stored[name].items()}
             parts[name] = kind(**values)
-        parts["problem"] = at_hand(parts["problem"])
+        before = str(stored.get("run_folder", ""))
+        parts["problem"] = moved(at_hand(parts["problem"]), before, Path(where).expanduser())
     except (KeyError, TypeError, AttributeError, InputError) as error:
         raise InputError(
             f"--resume: expected the config of this version in {where}, found another ({error}); start "

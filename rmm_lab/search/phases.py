@@ -35,7 +35,7 @@ from rmm_lab.search.layer_scales import (
 )
 from rmm_lab.search.numbers import GaussianAgent
 from rmm_lab.search.problem import Problem
-from rmm_lab.search.run_folder import Row, RunFolder, optimiser_tensors, restore_optimiser
+from rmm_lab.search.run_folder import Row, RunFolder, Stored, optimiser_tensors, restore_optimiser
 from rmm_lab.search.shaping import DriftShaping
 from rmm_lab.tasks.few_labels import FewLabels, with_all_inputs
 from rmm_lab.tasks.metrics import PERPLEXITY
@@ -177,15 +177,17 @@ class Search:
     policies: list[Tensor] = field(default_factory=list)
 
     @classmethod
-    def start(cls, config: Config, scorer: Any, folder: RunFolder) -> Search:
-        """A new search, or the folder's, as its last checkpoint left it."""
+    def start(
+        cls, config: Config, scorer: Any, folder: RunFolder, stored: Stored | None = None
+    ) -> Search:
+        """A new search, or one as the folder's last checkpoint left it: ``folder.load_checkpoint()``."""
         view = view_of(scorer, config)
         env = make_env(view, config)
         kind = GaussianAgent if config.run.actions == "scales" else ppo.Agent
         agent, optimiser = ppo.make_agent(env, config.agent, config.run.seed, kind)
         generator = torch.Generator().manual_seed(config.run.seed)
         search = cls(config, scorer, view, env, agent, optimiser, generator, folder)
-        if (stored := folder.load_checkpoint()) is not None:
+        if stored is not None:
             search.restore(*stored)
         return search
 

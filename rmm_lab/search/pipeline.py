@@ -26,6 +26,7 @@ from rmm_lab.path import LayerPath
 from rmm_lab.reward import path_text
 from rmm_lab.search import mergekit, report
 from rmm_lab.search.config import Config, check_depth, read_config
+from rmm_lab.search.made_of import made_of
 from rmm_lab.search.phases import (
     Search,
     agent_phase,
@@ -37,7 +38,8 @@ from rmm_lab.search.phases import (
     view_of,
 )
 from rmm_lab.search.problem import Problem, at_rest, check_places, problem_of
-from rmm_lab.search.run_folder import Row, RunFolder, check_new
+from rmm_lab.search.run_folder import Row, RunFolder, opened
+from rmm_lab.tasks.hold import check_new
 
 
 @dataclass
@@ -80,7 +82,13 @@ def run_phases(search: Search) -> None:
                 bar.update(n)
 
 
-def train(config: Config, problem: Problem | None = None, *, table: bool = True) -> Result:
+def train(
+    config: Config,
+    problem: Problem | None = None,
+    *,
+    table: bool = True,
+    above: Path | None = None,
+) -> Result:
     """The main job: load, search, choose a path on the reward split, report on the test split once.
 
     Args:
@@ -88,9 +96,11 @@ def train(config: Config, problem: Problem | None = None, *, table: bool = True)
         problem: what is merged, if it is loaded already; its ``spec`` then takes the place of
             ``config.problem``.
         table: whether to score the test split.
+        above: where neither ``run_dir`` nor ``resume`` is given, the folder in which the search makes one
+            of its own.
 
-    Raises InputError for bad input, before anything is written. Ctrl-C leaves a folder to resume. Threads,
-    random state and allocator of the caller stay as they are.
+    Raises InputError for bad input, before anything is written, and where another process holds the folder.
+    Ctrl-C leaves a folder to resume. Threads, random state and allocator of the caller stay as they are.
     """
     run = config.run
     if problem is not None:
@@ -99,7 +109,9 @@ def train(config: Config, problem: Problem | None = None, *, table: bool = True)
         check_same_config(config, RunFolder(run.resume).read_config())
     elif run.run_dir is not None:
         check_new(run.run_dir)
-    with _threads(run.threads):
+    with contextlib.ExitStack() as ends:
+        ends.enter_context(_threads(run.threads))
+        place = ends.enter_context(opened(None, run.resume, None))
         problem = problem_of(config.problem) if problem is None else problem
         if run.export:
             mergekit.check_family(problem.pool)
@@ -114,15 +126,18 @@ def train(config: Config, problem: Problem | None = None, *, table: bool = True)
         with contextlib.closing(scorer):
             check_depth(scorer, config)
             make_env(view_of(scorer, config), config)  # wrong bounds must show before a folder does
-            if run.resume is not None:
-                folder = RunFolder(run.resume)
+            parts = made_of(problem, config, splits)
+            if place is not None:
+                folder = RunFolder(place, parts)
             else:
+                place = ends.enter_context(opened(run.run_dir, None, above))
                 stored = dataclasses.replace(config, problem=at_rest(config.problem)).stored()
-                folder = RunFolder.create(run.run_dir, stored)
+                folder = RunFolder.create(place, stored, parts)
+            known = folder.load_checkpoint(run.episodes)  # refused before anything is written
             if folder.path is not None:
                 problem.keep_converted(folder.path / "converted")
             start = time.perf_counter()
-            search = Search.start(config, scorer, folder)
+            search = Search.start(config, scorer, folder, known)
             run_phases(search)
             finalists = choose(search)
             seconds = time.perf_counter() - start if run.resume is None else float("nan")
@@ -143,6 +158,10 @@ def train(config: Config, problem: Problem | None = None, *, table: bool = True)
             seconds=seconds,
             pool=problem.pool,
         )
+        if (
+            folder.path is not None
+        ):  # before anything that may fail: tables, figures, a closed console
+            report.write_model(result, problem, folder)
         say(f"path: {path_text(path.path)}")
         how = f"on the whole reward split, best of {len(finalists)}"
         say(f"reward: {100 * result.reward:.2f} % {how}")
@@ -152,7 +171,7 @@ def train(config: Config, problem: Problem | None = None, *, table: bool = True)
         if rows:
             say(report.plain(rows, problem.tasks))
         if folder.path is not None:
-            report.write_results(result, rows, problem, folder)
+            report.write_tables(result, rows, problem, folder)
             if run.export:
                 say(mergekit.write(path, problem.pool, folder))
             say(f"\nwritten: {folder.path} (the merged model: {folder.path / 'merged'})")

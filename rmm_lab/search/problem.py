@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import re
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
@@ -324,6 +325,23 @@ def at_hand(spec: ProblemSpec) -> ProblemSpec:
     return _renamed(spec, recalled)
 
 
+def moved(spec: ProblemSpec, before: str, now: Path) -> ProblemSpec:
+    """A stored problem whose run folder was ``before``: what is not in its place any more is looked for where
+    it lay, seen from the run folder."""
+
+    def change(source: str, known: Collection[str]) -> str:
+        head, _, rest = source.partition(":")
+        if before and source not in known and head != "hf-hub" and not place_in(source):
+            for format_, place in (("", source), (f"{head}:", rest)):
+                if os.path.isabs(place):
+                    other = os.path.abspath(now / os.path.relpath(place, before))
+                    if place_in(other):
+                        return format_ + other
+        return source
+
+    return _renamed(spec, change)
+
+
 def check_places(spec: ProblemSpec) -> None:
     """Raise InputError where a folder or file of a stored problem is not there any more."""
     known = (*GROUPS, *MODELS, *SETS.values())
@@ -347,7 +365,7 @@ def _renamed(spec: ProblemSpec, change: Callable[[str, Collection[str]], str]) -
         images=tuple(change(str(s), sets) for s in spec.images),
         texts=tuple(change(str(s), sets) for s in spec.texts),
         multi_task=spec.multi_task and change(str(spec.multi_task), ()),
-        groups=tuple(map(picture_groups.at_rest, spec.groups)),
+        groups=tuple(change(g, ()) if g.lower().endswith(".csv") else g for g in spec.groups),
     )
 
 

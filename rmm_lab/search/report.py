@@ -128,9 +128,16 @@ def frame(rows: Sequence[Row], tasks: Sequence[Any]) -> Any:
     return pd.DataFrame(lines)
 
 
+def escaped(text: str) -> str:
+    """A name as Markdown shows it: nothing in it begins a column or a tag."""
+    return text.replace("|", "\\|").replace("<", "&lt;")
+
+
 def _markdown(rows: Sequence[Row], tasks: Sequence[Any], tablefmt: str) -> str:
     found = frame(rows, tasks).astype(object)
     found = found.where(found.notna(), None)
+    if tablefmt == "pipe":
+        found = found.map(lambda v: escaped(v) if isinstance(v, str) else v).rename(columns=escaped)
     return str(found.to_markdown(index=False, floatfmt=".1f", tablefmt=tablefmt, missingval=""))
 
 
@@ -164,24 +171,43 @@ def to_json(rows: Sequence[Row], tasks: Sequence[Any]) -> str:
     return json.dumps(data, indent=2) + "\n"
 
 
-def write_results(result: Result, rows: Sequence[Row], problem: Problem, folder: RunFolder) -> None:
-    """Write policy, path, finalists, table, figures and the merged model into the run folder."""
+def write_model(result: Result, problem: Problem, folder: RunFolder) -> None:
+    """Write policy, path, finalists and the merged model, what is left of an earlier one too."""
     from safetensors.torch import save
 
+    assert folder.path is not None
+    pool, path, merged = problem.pool, result.path, folder.path / "merged"
+    folder.write("policy.safetensors", save(result.agent.state_dict()))
+    folder.write("policies.safetensors", save({"policies": result.policies}))
+    folder.write("path.json", path.to_json())
+    folder.write("finalists.json", json.dumps(result.finalists, indent=2) + "\n")
+    scratch = folder.path / ".merged.tmp"
+    shutil.rmtree(scratch, ignore_errors=True)
+    try:
+        path.save_pretrained(scratch, pool)
+        merged.mkdir(exist_ok=True)
+        for file in sorted(scratch.iterdir(), key=lambda file: file.name == "config.json"):
+            file.replace(merged / file.name)  # the config comes last: with it, all is there
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    if lists := split_lists(problem.tasks):  # what was trained on, searched with and reported
+        write_file(merged / "splits.csv", lists)
+    write_file(merged / "README.md", card(path, pool))
+
+
+def write_tables(result: Result, rows: Sequence[Row], problem: Problem, folder: RunFolder) -> None:
+    """Write the table, where there are rows, the model's card with it, and the figures."""
     from rmm_lab.figures import paths as figures
     from rmm_lab.figures.results import cross_task_picture
 
     assert folder.path is not None
     pool, tasks, path = problem.pool, problem.tasks, result.path
-    folder.write("policy.safetensors", save(result.agent.state_dict()))
-    folder.write("policies.safetensors", save({"policies": result.policies}))
-    folder.write("path.json", path.to_json())
-    folder.write("finalists.json", json.dumps(result.finalists, indent=2) + "\n")
     if rows:
         said = [*notes(tasks, ("reward", "test")), *remarks(rows, tasks)]
-        below = "".join(f"\n{note}.\n" for note in said)
+        below = "".join(f"\n{escaped(note)}.\n" for note in said)
         folder.write("table.md", f"{_markdown(rows, tasks, 'pipe')}\n{below}")
         folder.write("table.json", to_json(rows, tasks))
+        folder.write("merged/README.md", card(path, pool, _markdown(rows, tasks, "pipe")))
         experts = [r for r in rows if r.name.startswith(EXPERT)]
         picture = cross_task_picture(
             {r.name.removeprefix(EXPERT): r.scores for r in experts}, [t.name for t in tasks]
@@ -191,12 +217,3 @@ def write_results(result: Result, rows: Sequence[Row], problem: Problem, folder:
     names, members = pool.sources, pool.members
     picture = figures.path_picture(path.path, names, pool.n_layers, pool.stacks, members=members)
     folder.write("path.png", figures.png(picture))
-    merged = folder.path / "merged"
-    if not (merged / "config.json").is_file():  # the file that is written last
-        shutil.rmtree(merged, ignore_errors=True)
-        path.save_pretrained(merged, pool)
-    if lists := split_lists(tasks):  # what was trained on, searched with and reported
-        write_file(merged / "splits.csv", lists)
-    folder.write(
-        "merged/README.md", card(path, pool, _markdown(rows, tasks, "pipe") if rows else "")
-    )

@@ -142,10 +142,15 @@ def split_lists(tasks: Sequence[Any]) -> str:
 
 
 def write_file(file: Path, content: str | bytes) -> None:
-    """Write to a temporary name, then rename: a reader sees the old file or the new one."""
+    """Write to a temporary name, then rename: a reader sees the old file or the new one.
+
+    Raises OSError with the file's name, also where the disk is full.
+    """
     scratch = file.with_name(f".{file.name}.tmp")
     try:
         scratch.write_bytes(content.encode() if isinstance(content, str) else content)
         scratch.replace(file)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(file)) from error
     finally:
         scratch.unlink(missing_ok=True)

@@ -156,8 +156,13 @@ class Pictures:
         return torch.from_numpy(out)
 
     def __getstate__(self) -> dict[str, Any]:
-        pictures = [p.read_bytes() if isinstance(p, Path) else p for p in self._pictures]
+        pictures = [self.encoded(row) for row in range(len(self))]
         return {"_pictures": pictures, "_format": self._format, "seen": self.seen}
+
+    def encoded(self, row: int) -> bytes:
+        """The file of a picture."""
+        picture = self._pictures[row]
+        return picture.read_bytes() if isinstance(picture, Path) else picture
 
     def decoded(self) -> Tensor | Pictures:
         """All as uint8 (n, C, H, W) if that takes at most ``KEPT_MB``, else themselves."""
