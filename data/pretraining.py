@@ -17,7 +17,7 @@ from rmm_lab.families.checkpoint import Checkpoint
 from rmm_lab.families.parts import Weights
 from rmm_lab.tasks import small_images, small_texts, small_writing
 from rmm_lab.tasks.files import write_file
-from rmm_lab.tasks.image_folder import InputFormat
+from rmm_lab.tasks.input_format import InputFormat
 from rmm_lab.tasks.text_task import TextFormat
 from rmm_lab.zoo.training import optimise
 

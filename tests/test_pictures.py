@@ -21,8 +21,8 @@ from rmm_lab.families import checkpoint as models
 from rmm_lab.families import vit
 from rmm_lab.search import report
 from rmm_lab.search.problem import load_problem, pool_of
-from rmm_lab.tasks.image_folder import preprocessing
 from rmm_lab.tasks.image_task import InputFormat, Task
+from rmm_lab.tasks.input_format import preprocessing
 
 GREY = InputFormat((1, 8, 8), (0.5,), (0.5,))
 RGB = InputFormat((3, 8, 8), (0.5,) * 3, (0.5,) * 3)

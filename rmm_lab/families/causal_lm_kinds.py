@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from rmm_lab.errors import InputError
+from rmm_lab.families import limits
 from rmm_lab.families.parts import Weights
 from rmm_lab.families.protocol import Config
 
@@ -134,11 +135,11 @@ def hf_config(config: Config, *, plain: bool = True) -> Any:
             f"language models: expected transformers 5 or later, found {transformers.__version__}; run "
             "pip install -U transformers"
         )
-    arguments = {k: v for k, v in bare(config).items() if k not in ("model_type", "architectures")}
-    if plain:
-        arguments["attn_implementation"] = "eager"
     try:
-        hf = CONFIG_MAPPING[config["model_type"]](**arguments)
+        kind = CONFIG_MAPPING[config["model_type"]]
+        arguments = limits.arguments(kind, config)
+        hf = kind(**arguments, **({"attn_implementation": "eager"} if plain else {}))
+        limits.check_sizes(hf)
     except Exception as error:  # huggingface_hub has errors of its own for this
         raise InputError(
             "config.json of a language model: expected arguments that transformers knows, found others "

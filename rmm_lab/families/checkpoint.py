@@ -192,7 +192,23 @@ def read_checkpoint(
         config, weights, more = convert.to_timm(text, (folder, whole), config, weights, of_base)
         notes = (*notes, *more)
     weights = family.canonical(text, config, weights)
+    _check_shapes(text, config, weights)
     return Checkpoint(text, folder, config, weights, sha256, pickled, notes)
+
+
+def _check_shapes(source: str, config: Mapping[str, Any], weights: Mapping[str, Tensor]) -> None:
+    """InputError unless a model of texts has the tensors that its config.json describes; ViTs are known."""
+    if (family := family_of(source, config)) is vit:
+        return
+    found = family.architecture(config)  # without numbers
+    there = shapes_of(weights)
+    said = found.shapes | {n: s for n, s in found.optional.items() if n in there}
+    odd = next((n for n in there | said if said.get(n) != there.get(n)), None)
+    if odd is not None:
+        raise InputError(
+            f"model {source!r}: expected tensor {odd!r} of shape {said.get(odd, 'none')} by its config.json, "
+            f"found {there.get(odd, 'none')}; save the model again"
+        )
 
 
 def _base_folder(source: str, adapter: Mapping[str, Any], allow_pickle: bool) -> Path:

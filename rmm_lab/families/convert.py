@@ -20,9 +20,9 @@ import torch
 from torch import Tensor
 
 from rmm_lab.errors import InputError
-from rmm_lab.families import reading, text_head
+from rmm_lab.families import limits, reading, text_head
 from rmm_lab.families.parts import Weights
-from rmm_lab.families.vit_run import TOKEN_AND_MEAN, create
+from rmm_lab.families.vit_run import TOKEN_AND_MEAN, check_shapes, create
 
 MODEL_TYPES = (
     *("vit", "deit", "dinov2", "dinov2_with_registers"),
@@ -119,18 +119,23 @@ def to_timm(
 
 def _hf_config(source: str, config: Mapping[str, Any]) -> Any:
     """transformers' configuration of the vision model, with its defaults."""
-    from transformers import AutoConfig
+    from transformers import CONFIG_MAPPING
 
     kind = config["model_type"]
     try:
-        rest = {k: v for k, v in config.items() if k not in ("model_type", "rmm_lab")}
-        hf = AutoConfig.for_model(kind, **rest)
+        known = CONFIG_MAPPING[kind]
+        rest = limits.arguments(known, config)
+        if (inner := getattr(known, "sub_configs", {}).get("vision_config")) is not None:
+            rest = {"vision_config": limits.arguments(inner, config.get("vision_config") or {})}
+        hf = known(**rest)
+        hf = getattr(hf, "vision_config", hf)
+        limits.check_sizes(hf)
+        return hf
     except Exception as error:  # huggingface_hub has errors of its own for this
         raise InputError(
             f"model {source!r}: expected a config.json that transformers reads as {kind!r}, found another "
             f"({error}); save the model with transformers again"
         ) from error
-    return getattr(hf, "vision_config", hf)
 
 
 def _pair(size: Any) -> list[int]:
@@ -269,6 +274,7 @@ def _check_eps(source: str, config: dict[str, Any], weights: Weights, eps: float
     """
     apart = config["rmm_lab"].get("readout") or "head.projection" in weights
     n = 0 if apart else config["num_classes"]
+    check_shapes(source, config, weights)
     model = create(config, depth=None, num_classes=n)
     norms = [m for m in model.modules() if isinstance(m, torch.nn.LayerNorm)]
     own = norms[0].eps

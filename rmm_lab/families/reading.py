@@ -8,7 +8,6 @@ restricted loader. All become float32, under the names that the model's own ``st
 from __future__ import annotations
 
 import hashlib
-import json
 import pickle
 import re
 from collections.abc import Mapping, Sequence
@@ -22,6 +21,7 @@ from torch import Tensor
 
 from rmm_lab.errors import InputError, one_sentence
 from rmm_lab.families.parts import Weights
+from rmm_lab.tasks import plain
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -31,6 +31,8 @@ SHARDS = "model-*-of-*.safetensors"
 PICKLES = ("pytorch_model*.bin", "adapter_model.bin", "*.pth", "*.pt")
 # What a training script keeps beside them.
 _NO_WEIGHTS = ("optimizer", "scheduler", "rng_state", "scaler", "training_args")
+# Masks and numbers of positions in old files: no weights, and made again by each model.
+_NO_NUMBERS = re.compile(r"(.*\.)?(position_ids|(attn|attention)\.(bias|masked_bias))")
 # Where training scripts keep a model's weights in a file that holds more than these.
 _NESTED = ("state_dict", "model_state_dict", "model")
 
@@ -51,7 +53,7 @@ class Stored:
 def read_config(source: str, file: Path, expected: str) -> dict[str, Any]:
     """A JSON object of a model's folder; InputError for anything else. expected: what it should hold."""
     try:
-        config = json.loads(file.read_text("utf-8"))
+        config = plain.read_json(file)
         if not isinstance(config, dict):
             raise TypeError(f"a {type(config).__name__}")
         return config
@@ -75,7 +77,7 @@ def weight_files(folder: Path) -> tuple[list[Path], list[Path]]:
         return [one], []
     if (folder / INDEX).is_file():
         return [folder / INDEX], []
-    found = sorted({file for pattern in PICKLES for file in folder.glob(pattern)})
+    found = sorted({f for pattern in PICKLES for f in folder.glob(pattern) if f.is_file()})
     found = [file for file in found if not file.name.startswith(_NO_WEIGHTS)]
     named = [file for file in found if file.name in ("pytorch_model.bin", "adapter_model.bin")]
     return [], named[:1] or found
@@ -108,7 +110,14 @@ def read_weights(source: str, folder: Path, *, allow_pickle: bool = False) -> St
     if is_adapter(folder):
         files.append(folder / ADAPTER)  # which holds the scale
     files += [f for f in (folder / EMBEDDINGS,) if f.is_file()]
-    weights = bare_names(source, {n: _float32(source, n, t) for n, t in tensors.items()})
+    weights = bare_names(
+        source,
+        {
+            n: _float32(source, n, t)
+            for n, t in tensors.items()
+            if t.is_floating_point() or not _NO_NUMBERS.fullmatch(n)
+        },
+    )
     return Stored(weights, digest(files), pickled)
 
 
@@ -232,13 +241,11 @@ def _unpickle(source: str, file: Path) -> Weights:
 
 
 def _float32(source: str, name: str, tensor: Tensor) -> Tensor:
-    """One tensor in float32; InputError for quantised numbers, NaN or Inf."""
-    if tensor.dtype not in (torch.int64, torch.bool) and (
-        tensor.is_quantized or tensor.dtype.itemsize == 1
-    ):
+    """One tensor in float32; InputError for whole, complex or quantised numbers, NaN or Inf."""
+    if not tensor.is_floating_point() or tensor.is_quantized or tensor.dtype.itemsize == 1:
         raise InputError(
             f"model {source!r}: expected weights in float32, float16 or bfloat16, found {tensor.dtype} in "
-            f"tensor {name!r}; merge the models before they are quantised"
+            f"tensor {name!r}; merge the models before they are quantised, and save weights alone"
         )
     tensor = tensor.float()
     if bad := int((~torch.isfinite(tensor)).sum()):

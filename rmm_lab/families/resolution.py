@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import TypeVar
 
 from rmm_lab.families.protocol import Model
-from rmm_lab.tasks.image_folder import InputFormat
+from rmm_lab.tasks.input_format import InputFormat
 
 Size = tuple[int, int]  # height and width in pixels
 M = TypeVar("M", bound=Model)

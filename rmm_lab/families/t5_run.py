@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from rmm_lab.errors import InputError
+from rmm_lab.families import limits
 from rmm_lab.families.parts import Place, Shapes, Weights, begins, fill, gather, join, shapes_of
 from rmm_lab.families.protocol import Config
 from rmm_lab.tasks.text_task import TextBatch
@@ -339,10 +340,11 @@ def hf_config(config: Config) -> Any:
     """The T5Config of a config.json; InputError for what transformers does not know."""
     from transformers import T5Config
 
-    arguments = {k: v for k, v in bare(config).items() if k != "model_type"}
     try:
+        arguments = limits.arguments(T5Config, config)
         # Plain attention: the one way of computing it that takes biases and is the same everywhere.
         hf = T5Config(**arguments, attn_implementation="eager")
+        limits.check_sizes(hf)
     except Exception as error:  # huggingface_hub has errors of its own for this
         raise InputError(
             f"config.json of a T5: expected arguments that transformers knows, found others ({error}); "

@@ -13,9 +13,7 @@ What has no docstring here does what ``Family`` says of it.
 from __future__ import annotations
 
 import dataclasses
-import functools
 import itertools
-import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -23,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from rmm_lab.errors import InputError
-from rmm_lab.families import parts, text_head
+from rmm_lab.families import limits, parts, text_head
 from rmm_lab.families.convert import is_vision
 from rmm_lab.families.names import hub_name, timm_name
 from rmm_lab.families.parts import Parts, Weights, outside_head
@@ -32,13 +30,15 @@ from rmm_lab.families.vit_run import (
     SUBLAYERS,
     TOKEN_AND_MEAN,
     ViT,
+    check_shapes,
     create,
+    described,
     joint_config,
     model_config,
     one_head,
 )
-from rmm_lab.tasks.image_folder import InputFormat
 from rmm_lab.tasks.image_task import Task
+from rmm_lab.tasks.input_format import InputFormat
 from rmm_lab.tasks.metrics import class_weights
 from rmm_lab.tasks.small_images import distort
 
@@ -47,14 +47,11 @@ DATA = "images"
 FILES: tuple[str, ...] = ("preprocessor_config.json", text_head.FILE)  # of transformers' models
 NEEDED: tuple[str, ...] = ()
 BASE_SETTING = "with the experts' heads"
-# What a module knows of itself that changes nothing at evaluation and at the size of its images.
-_FREE = {
-    *("training", "inplace", "fused_attn", "grad_checkpointing", "distilled_training", "fix_init"),
-    *("p", "prob", "drop_prob", "drop_rate", "scale_by_keep", "weight_init_mode"),
-    *("dynamic_img_size", "dynamic_img_pad", "strict_img_size", "flatten", "output_fmt"),
-    "num_classes",
+# The tensors of heads, and how many dimensions they have.
+_HEAD = {"head.weight": 2, "head.bias": 1, "head.projection": 2} | {
+    "head_dist.weight": 2,
+    "head_dist.bias": 1,
 }
-_IDLE = ("Identity", "Dropout", "DropPath", "PatchDropout")  # at evaluation
 
 
 def owns(config: Config) -> bool:
@@ -64,16 +61,7 @@ def owns(config: Config) -> bool:
 
 def canonical(source: str, config: Config, weights: Weights) -> Weights:
     """The weights as they are; InputError unless config and names are a timm ViT's."""
-    for key, kind, what in (
-        ("architecture", str, "text"),
-        ("model_args", dict, "an object"),
-        ("num_classes", int, "a whole number"),
-    ):
-        if key in config and not isinstance(config[key], kind):
-            raise InputError(
-                f"model {source!r}: expected {key!r} in its config.json to be {what}, found "
-                f"{config[key]!r}; save the model with timm again"
-            )
+    limits.check_timm(source, config)
     if (
         not any(n.startswith("blocks.0.") for n in weights)
         or "patch_embed.proj.weight" not in weights
@@ -83,8 +71,16 @@ def canonical(source: str, config: Config, weights: Weights) -> Weights:
             f"architecture {config['architecture']!r} with other weights; other families are not "
             "supported"
         )
-    readout = signature(config)[1]["readout"]  # timm builds it, and it is a plain ViT
+    check_shapes(source, config, weights)  # timm builds it, and it is a plain ViT
+    readout = signature(config)[1]["readout"]
     width, head = weights["patch_embed.proj.weight"].shape[0], weights.get("head.weight")
+    for name, tensor in weights.items():
+        if name.startswith(("head.", "head_dist.")) and _HEAD.get(name) != tensor.dim():
+            expected = ", ".join(f"{n} of {d} dimensions" for n, d in _HEAD.items())
+            raise InputError(
+                f"model {source!r}: expected no more of a head than {expected}, found {name!r} of shape "
+                f"{tuple(tensor.shape)}; save the model with timm again"
+            )
     one = "head.projection" in weights or readout == TOKEN_AND_MEAN  # reads what it says it reads
     if head is not None and head.shape[-1] == 2 * width and not one:
         raise InputError(
@@ -122,27 +118,8 @@ def signature(config: Config) -> tuple[str, dict[str, Any]]:
 
     The architecture's name; of each module its kind and its numbers, such as heads and norms' eps.
     """
-    args = {k: v for k, v in (config.get("model_args") or {}).items() if k != "num_classes"}
-    cfg = config.get("pretrained_cfg") or {}
-    sizes = {k: cfg[k] for k in ("input_size", "fixed_input_size") if k in cfg}
-    whole = [config["architecture"], args, sizes]
     own = {"readout": str((config.get("rmm_lab") or {}).get("readout", ""))}
-    return config["architecture"], _signature(json.dumps(whole, sort_keys=True)) | own
-
-
-@functools.lru_cache(maxsize=16)
-def _signature(text: str) -> dict[str, Any]:
-    name, args, cfg = json.loads(text)
-    config = {"architecture": name, "model_args": args, "pretrained_cfg": cfg}
-    out: dict[str, Any] = {}
-    model = create(config, depth=None, num_classes=0)
-    for place, module in model.named_modules():
-        if (kind := type(module).__name__) not in _IDLE:
-            known = {k: v for k, v in vars(module).items() if not k.startswith("_")}
-            plain = (int, float, str, tuple)
-            found = {k: v for k, v in known.items() if k not in _FREE and isinstance(v, plain)}
-            out |= {f"{place}.{k}".lstrip("."): v for k, v in ({"kind": kind} | found).items()}
-    return out
+    return config["architecture"], described(config)[0] | own
 
 
 def check_head(name: str, source: str, num_classes: int, head: Weights, stem: Weights) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import functools
 import itertools
+import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -13,10 +15,20 @@ from torch import Tensor, nn
 from rmm_lab.errors import InputError
 from rmm_lab.families.class_token import class_attention, class_token, pools_token
 from rmm_lab.families.dinov2 import hf_config, to_dinov2
-from rmm_lab.families.parts import Place, Shapes, Weights, begins, fill, gather, join, shapes_of
+from rmm_lab.families.parts import (
+    Place,
+    Shapes,
+    Weights,
+    begins,
+    fill,
+    gather,
+    join,
+    outside_head,
+    shapes_of,
+)
 from rmm_lab.families.protocol import Config
 from rmm_lab.families.text_head import folded, project
-from rmm_lab.tasks.image_folder import preprocessing
+from rmm_lab.tasks.input_format import preprocessing
 
 # What a head reads, where that is not what timm's ``forward_head`` pools, beside the class token:
 DISTILLED = "token+distilled"  # the distillation token, as timm's own class does
@@ -294,6 +306,17 @@ def _refuse(config: Config, found: str) -> InputError:
     )
 
 
+# What timm looks at in ``pretrained_cfg`` when it builds a model: sizes, and no place to load from.
+_SHOWN = (
+    "input_size",
+    "fixed_input_size",
+    "num_classes",
+    "global_pool",
+    "first_conv",
+    "classifier",
+)
+
+
 def create(config: Config, *, depth: int | None, num_classes: int) -> Any:
     """A timm VisionTransformer in evaluation mode, without gradients, with random weights."""
     if (name := str(config["architecture"])).startswith(OTHERS):
@@ -302,14 +325,12 @@ def create(config: Config, *, depth: int | None, num_classes: int) -> Any:
     from timm.models.vision_transformer import VisionTransformer
 
     args = model_config(config, depth=depth, num_classes=num_classes)["model_args"]
+    cfg = {k: v for k, v in (config.get("pretrained_cfg") or {}).items() if k in _SHOWN}
     try:
         model = timm.create_model(
-            config["architecture"],
-            pretrained=False,
-            pretrained_cfg=config.get("pretrained_cfg"),  # may hold the size of the input
-            **args,
+            config["architecture"], pretrained=False, pretrained_cfg=cfg or None, **args
         )
-    except (RuntimeError, TypeError, AssertionError) as error:
+    except Exception as error:  # of many kinds, where numbers or names do not go together
         raise InputError(
             f"architecture {config['architecture']!r}: expected a name and arguments that timm "
             f"{timm.__version__} knows, found {args} ({error}); correct config.json or install the "
@@ -327,3 +348,51 @@ def create(config: Config, *, depth: int | None, num_classes: int) -> Any:
             "cannot be merged layer by layer"
         )
     return model.eval().requires_grad_(False)
+
+
+# What a module knows of itself that changes nothing at evaluation and at the size of its images.
+_FREE = {
+    *("training", "inplace", "fused_attn", "grad_checkpointing", "distilled_training", "fix_init"),
+    *("p", "prob", "drop_prob", "drop_rate", "scale_by_keep", "weight_init_mode"),
+    *("dynamic_img_size", "dynamic_img_pad", "strict_img_size", "flatten", "output_fmt"),
+    "num_classes",
+}
+_IDLE = ("Identity", "Dropout", "DropPath", "PatchDropout")  # at evaluation
+
+
+def described(config: Config) -> tuple[dict[str, Any], Shapes]:
+    """The model that config.json describes, without numbers: what shapes do not show, and the shapes.
+
+    The first holds of each module its kind and its numbers, such as heads and norms' eps.
+    """
+    args = {k: v for k, v in (config.get("model_args") or {}).items() if k != "num_classes"}
+    cfg = config.get("pretrained_cfg") or {}
+    sizes = {k: cfg[k] for k in ("input_size", "fixed_input_size") if k in cfg}
+    return _described(json.dumps([config["architecture"], args, sizes], sort_keys=True))
+
+
+@functools.lru_cache(maxsize=16)
+def _described(text: str) -> tuple[dict[str, Any], Shapes]:
+    name, args, cfg = json.loads(text)
+    config = {"architecture": name, "model_args": args, "pretrained_cfg": cfg}
+    out: dict[str, Any] = {}
+    with torch.device("meta"):  # no memory for what the weights may not confirm
+        model = create(config, depth=None, num_classes=0)
+    for place, module in model.named_modules():
+        if (kind := type(module).__name__) not in _IDLE:
+            known = {k: v for k, v in vars(module).items() if not k.startswith("_")}
+            plain = (int, float, str, tuple)
+            found = {k: v for k, v in known.items() if k not in _FREE and isinstance(v, plain)}
+            out |= {f"{place}.{k}".lstrip("."): v for k, v in ({"kind": kind} | found).items()}
+    return out, shapes_of(outside_head(model.state_dict()))
+
+
+def check_shapes(source: str, config: Config, weights: Mapping[str, Tensor]) -> None:
+    """InputError unless the weights outside the head are those that config.json describes."""
+    said, there = described(config)[1], shapes_of(outside_head(weights))
+    odd = next((n for n in there | said if said.get(n) != there.get(n)), None)
+    if odd is not None:
+        raise InputError(
+            f"model {source!r}: expected tensor {odd!r} of shape {said.get(odd, 'none')} as its config.json "
+            f"says, found {there.get(odd, 'none')}; save the model with timm again"
+        )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import difflib
 import io
 import os
 import re
@@ -71,6 +72,12 @@ def spelled(name: str) -> str:
 
 def _in_the_way(name: str) -> bool:
     return Path(name).is_dir() or Path(name.partition(":")[0]).is_dir()  # NAME:first
+
+
+def nearly(name: str, known: Sequence[str]) -> str:
+    """Which of the known names a misspelled one means, such as ``tets`` or ``Train``; "" for none of them."""
+    near = difflib.get_close_matches(name.lower(), known, n=1, cutoff=0.75)
+    return near[0] if near else ""
 
 
 @contextmanager

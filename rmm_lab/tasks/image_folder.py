@@ -7,11 +7,11 @@ import io
 import os
 import re
 import unicodedata
+import warnings
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +20,10 @@ import torch
 from torch import Tensor
 
 from rmm_lab.errors import InputError
-from rmm_lab.tasks.files import SPLIT_SEED, SPLITS, draw
+from rmm_lab.tasks import plain
+from rmm_lab.tasks.files import SPLIT_SEED, SPLITS, draw, nearly
 from rmm_lab.tasks.groups import GroupOf, deal
+from rmm_lab.tasks.input_format import MODES, InputFormat
 
 KEPT_MB = 1024  # a split that is larger when decoded is decoded batch by batch instead
 Picture = Path | bytes  # a picture's file, or the file's content
@@ -41,78 +43,6 @@ _NO_PICTURES = {
     "WMF",
     "IPTC",
 }  # named, but not decoded by Pillow alone
-_MODES = {1: "L", 3: "RGB", 4: "RGBA"}  # channels of a model -> Pillow's name
-_HOW = ("input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode")  # in a config
-
-
-@dataclass(frozen=True)
-class InputFormat:
-    """What a model takes, as timm's ``pretrained_cfg`` says: shape (C, H, W), mean and std."""
-
-    shape: tuple[int, int, int]
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-    interpolation: str = "bicubic"
-    crop: float = 1.0  # share of the resized image that the centre crop keeps
-    crop_mode: str = "center"  # timm's name of the crop
-
-    @classmethod
-    def of(cls, config: Mapping[str, Any]) -> InputFormat:
-        """From a timm config.json; ``model_args`` win over ``pretrained_cfg`` where both speak.
-
-        Without mean and std, all that is missing is timm's own for the architecture.
-        Raises InputError for other channels than 1 (grey), 3 (RGB) and 4 (RGBA).
-        """
-        cfg, args = preprocessing(config), config.get("model_args") or {}
-        c, h, w = cfg.get("input_size") or (3, 224, 224)
-        size = args.get("img_size", (h, w))
-        h, w = (size, size) if isinstance(size, int) else size
-        c = args.get("in_chans", c)
-        if c not in _MODES:
-            raise InputError(
-                f"model: expected 1 channel (grey), 3 (RGB) or 4 (RGBA), found {c}; pictures have no others"
-            )
-        mean, std = (_channels(cfg.get(key) or (0.5,), c) for key in ("mean", "std"))
-        return cls(
-            (c, h, w),
-            mean,
-            std,
-            cfg.get("interpolation") or "bicubic",
-            cfg.get("crop_pct") or 1.0,
-            cfg.get("crop_mode") or "center",
-        )
-
-    def normalise(self, images: Tensor) -> Tensor:
-        """(n, C, H, W) uint8 -> float32, (x / 255 - mean) / std per channel."""
-        mean = torch.tensor(self.mean).view(-1, 1, 1)  # (C, 1, 1)
-        std = torch.tensor(self.std).view(-1, 1, 1)  # (C, 1, 1)
-        return (images.float() / 255 - mean) / std
-
-
-def preprocessing(config: Mapping[str, Any]) -> dict[str, Any]:
-    """``pretrained_cfg`` of a timm config.json, completed by timm's for the architecture if it has no mean.
-
-    Old config.json files have its keys at their top.
-    """
-    cfg = {k: config[k] for k in _HOW if k in config} | dict(config.get("pretrained_cfg") or {})
-    if cfg.get("mean") or cfg.get("std") or "architecture" not in config:
-        return cfg
-    from timm.models import get_pretrained_cfg
-
-    try:
-        own = get_pretrained_cfg(config["architecture"])
-    except RuntimeError:  # the model cannot be built either, and ``create`` says so
-        own = None
-    known = own.to_dict() if own else {}
-    return {k: known[k] for k in (*_HOW, "fixed_input_size") if k in known} | cfg
-
-
-def _channels(values: Sequence[float], c: int) -> tuple[float, ...]:
-    """A mean or deviation for c channels: of RGB for a grey model, the mean of the three, as timm does."""
-    usual = sum(values) / len(values)
-    if c == 4 and len(values) == 3:
-        return (*values, usual)
-    return tuple(values) if len(values) == c else (usual,) * c
 
 
 # ---------------------------------------------------------------------------------------- decoding
@@ -133,11 +63,15 @@ class Pictures:
     """
 
     def __init__(self, pictures: Sequence[Picture], input_format: InputFormat) -> None:
+        from PIL import Image
+
         self._pictures, self._format = list(pictures), input_format
         self.seen: Counter[str] = Counter()  # how many were changed in which way: see ``_ways``
-        for picture in self._pictures:
-            with _opened(picture) as opened:  # reads the size and mode alone
-                self.seen.update(_ways(opened, input_format.shape[0]))
+        with warnings.catch_warnings():  # of pictures larger than Pillow likes: an error here
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            for picture in self._pictures:
+                with _opened(picture) as opened:  # reads the size and mode alone
+                    self.seen.update(_ways(opened, input_format.shape[0]))
 
     def __len__(self) -> int:
         return len(self._pictures)
@@ -173,7 +107,7 @@ class Pictures:
 def _decode(picture: Picture, fmt: InputFormat) -> Tensor:
     """One picture resized and cropped as timm does at evaluation, without normalising: (C, H, W)."""
     with _opened(picture) as opened:
-        return _transform(fmt)(_upright(opened).convert(_MODES[fmt.shape[0]]))
+        return _transform(fmt)(_upright(opened).convert(MODES[fmt.shape[0]]))
 
 
 def _ways(opened: Any, channels: int) -> Iterator[str]:
@@ -216,9 +150,12 @@ def _opened(picture: Picture) -> Iterator[Any]:
     from PIL import Image
 
     try:
-        with Image.open(picture if isinstance(picture, Path) else io.BytesIO(picture)) as opened:
+        if isinstance(picture, Path):
+            plain.check_regular(picture)
+        file = picture if isinstance(picture, Path) else io.BytesIO(picture)
+        with Image.open(file, formats=_formats()) as opened:
             yield opened
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+    except Exception as error:  # Pillow's readers stumble over broken files in many ways
         what = picture if isinstance(picture, Path) else f"one of {len(picture)} bytes"
         raise InputError(
             f"images: expected a readable picture, but {what} is broken ({error}); replace or remove it"
@@ -287,6 +224,7 @@ def list_folder(
         )
     parts = {"reward" if name in _REWARD else name: path for name, path in found.items()}
     parts = {name: path for name, path in parts.items() if name in SPLITS}
+    _check_names(root, found, parts)
     if "train" in parts and "test" not in parts and "reward" in parts:
         parts["test"] = parts.pop("reward")  # the held-out part is reported, not searched
     if parts and not {"train", "test"} <= set(parts):
@@ -400,7 +338,29 @@ def _subfolders(folder: Path) -> dict[str, Path]:
                 "with combining accents; put them together"
             )
         found[name] = path
+    if (pair := plain.alike(found)) is not None:
+        raise InputError(
+            f"images: expected names that look different in {folder}, found {pair[0]!r} and {pair[1]!r}; "
+            "rename one, or put them together"
+        )
     return found
+
+
+def _check_names(root: Path, found: Mapping[str, Path], parts: Collection[str]) -> None:
+    """InputError for a folder that is nearly called like a split, such as ``tets``, and laid out like one.
+
+    Beside a split any folder is; where there is none, one whose folders another one has, too.
+    """
+    for name, path in found.items():
+        meant = "" if name in parts else nearly(name, (*SPLITS, *_REWARD))
+        if not meant or name in _REWARD:
+            continue
+        inside, rest = set(_subfolders(path)), [p for n, p in found.items() if n != name]
+        if inside and any(parts or len(inside & set(_subfolders(p))) > 1 for p in rest):
+            raise InputError(
+                f"images {str(root)!r}: expected the splits {', '.join(SPLITS)}, found {name!r}, which is "
+                f"nearly {meant!r}; rename it"
+            )
 
 
 def _hidden(path: Path) -> bool:
@@ -408,12 +368,21 @@ def _hidden(path: Path) -> bool:
 
 
 @functools.cache
+def _formats() -> tuple[str, ...]:
+    """All kinds of pictures that Pillow reads by itself, whatever a file is called."""
+    from PIL import Image
+
+    Image.init()
+    return tuple(sorted(set(Image.OPEN) - _NO_PICTURES))
+
+
+@functools.cache
 def suffixes() -> frozenset[str]:
-    """Of all kinds of pictures that Pillow reads, in lower case, with their dot."""
+    """Of these kinds, in lower case, with their dot."""
     from PIL import Image
 
     known = Image.registered_extensions()
-    return frozenset(s for s, f in known.items() if f in Image.OPEN and f not in _NO_PICTURES)
+    return frozenset(s for s, f in known.items() if f in _formats())
 
 
 def _walk(folder: Path) -> Iterable[Path]:

@@ -23,7 +23,8 @@ from rmm_lab.tasks import small_images as render
 from rmm_lab.tasks.files import SPLITS, data_folder, format_of, or_shipped, shipped_name, spelled
 from rmm_lab.tasks.groups import reader as group_reader
 from rmm_lab.tasks.groups import series
-from rmm_lab.tasks.image_folder import InputFormat, Listing, Pictures, composed
+from rmm_lab.tasks.image_folder import Listing, Pictures, composed
+from rmm_lab.tasks.input_format import InputFormat
 from rmm_lab.tasks.metrics import mean_of
 
 HALVES = ("first", "second")  # of a set's classes: NAME:first and NAME:second

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from rmm_lab.tasks import hub
-from rmm_lab.tasks.files import content, format_of
-from rmm_lab.tasks.text_rows import KINDS, Quoting, Row, checked, read, short, split, wrong
+from rmm_lab.tasks.files import content, format_of, nearly
+from rmm_lab.tasks.text_rows import KINDS, Quoting, Row, checked, kind_of, read, short, split, wrong
 
 # What a model reads in each official task, and what it chooses from; OWN: the record's answers.
 NO_YES, OWN = ("no", "yes"), ()
@@ -277,6 +277,7 @@ def load(source: str) -> dict[str, list[Row]]:
             which = "reward" if part == "validation" else part
             found = f"several of {', '.join(f.name for f in files)}"
             raise wrong(thing, f"one file for the {which} split", found, "keep one of them")
+    _check_names(path, [f for files in parts.values() for f in files], thing)
     rows = {part: [row for f in files for row in read(f)] for part, files in parts.items() if files}
     return split(rows, thing)
 
@@ -285,7 +286,21 @@ def _own_files(folder: Path, name: str) -> list[Path]:
     """The file of a split, of any kind, or the hub's shards of one: NAME-00000-of-00002.parquet."""
     kinds = "|".join(kind[1:] for kind in KINDS)
     pattern = re.compile(rf"{name}(-\d+-of-\d+)?\.({kinds})(\.gz)?", re.IGNORECASE)
-    return sorted(f for f in folder.iterdir() if pattern.fullmatch(f.name) and f.is_file())
+    return sorted(f for f in folder.iterdir() if pattern.fullmatch(f.name))
+
+
+def _check_names(folder: Path, used: Sequence[Path], thing: str) -> None:
+    """InputError for a file of rows, or a folder, that is nearly called like a split, such as tets.jsonl."""
+    for file in sorted(folder.iterdir()):
+        stem = file.name.partition(".")[0]
+        is_rows = not file.name.startswith(".") and (kind_of(file) in KINDS or file.is_dir())
+        if (
+            is_rows
+            and file not in used
+            and (meant := nearly(stem, ("train", *_VALIDATION, "test")))
+        ):
+            found = f"{file.name}{'/' if file.is_dir() else ''}"
+            raise wrong(thing, f"a file called {meant}.jsonl or another name", found, "rename it")
 
 
 def _from_files(form: Format, path: Path, thing: str) -> dict[str, list[Row]]:
@@ -298,7 +313,7 @@ def _from_files(form: Format, path: Path, thing: str) -> dict[str, list[Row]]:
         found: dict[str, list[Row]] = {}
         for part, names in form.files.items():
             either = (folder / f"{n}{packed}" for n in names for packed in ("", ".gz"))
-            if file := next((f for f in either if f.is_file()), None):
+            if file := next((f for f in either if f.exists()), None):
                 found[part] = read(file, form.convert, form.quoting, form.columns)
         if found:
             return found

@@ -12,7 +12,7 @@ import contextlib
 import csv
 import gzip
 import io
-import json
+import re
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -22,6 +22,7 @@ from typing import Any, Literal
 import numpy as np
 
 from rmm_lab.errors import InputError
+from rmm_lab.tasks import plain
 from rmm_lab.tasks.files import SPLIT_SEED, draw
 
 Row = dict[str, Any]
@@ -41,6 +42,7 @@ def short(value: object) -> str:
 
 Convert = Callable[[Row], Row] | None  # makes a row of an official record
 KINDS = (".jsonl", ".json", ".csv", ".tsv", ".parquet")  # all but the last may be packed: .csv.gz
+LONGEST = 10_000_000  # characters of a row
 _DELIMITERS = {".tsv": "\t", ".csv": ",", ".txt": "\t"}
 
 
@@ -66,18 +68,20 @@ def read(
     if kind == ".parquet":
         return checked(_parquet(file, thing), thing, convert or own)
     try:
-        data = file.read_bytes()
-        text = (gzip.decompress(data) if file.suffix.lower() == ".gz" else data).decode("utf-8-sig")
+        text = plain.read_bytes(file, plain.TEXT_MB).decode("utf-8-sig")
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise wrong(
             thing, "a whole .gz file", f"a broken one ({error})", "copy it again"
         ) from error
     except OSError as error:
-        raise wrong(thing, "a file that can be read", str(error.strerror), "see to it") from error
+        found = str(error.strerror or error)
+        raise wrong(thing, "a file that can be read", found, "see to it") from error
     except UnicodeDecodeError as error:
         line = error.object[: error.start].count(b"\n") + 1
         found = f"the byte 0x{error.object[error.start]:02x}"
         raise wrong(f"{thing}, line {line}", "UTF-8 text", found, "save it as UTF-8") from error
+    except ValueError as error:
+        raise wrong(thing, "a file of rows", str(error), "split it") from error
     if kind in _DELIMITERS:
         lines = io.StringIO(text, newline="")
         cells = csv.reader(lines, delimiter=_DELIMITERS[kind], quoting=quoting)
@@ -89,10 +93,13 @@ def read(
 
 def _parquet(file: Path, thing: str) -> Iterator[tuple[str, Any]]:
     try:
+        plain.check_regular(file)
         from pyarrow import parquet  # type: ignore[import-not-found, import-untyped, unused-ignore]
     except ImportError as error:
         remedy = "pip install pyarrow, or save the rows as jsonl"
         raise wrong(thing, "the optional library pyarrow to read it", "none", remedy) from error
+    except OSError as error:
+        raise wrong(thing, "a file that can be read", str(error), "see to it") from error
     try:
         rows = parquet.read_table(file).to_pylist()
     except Exception as error:  # pyarrow raises many kinds
@@ -104,8 +111,8 @@ def _parquet(file: Path, thing: str) -> Iterator[tuple[str, Any]]:
 def _json_array(text: str, thing: str) -> Iterator[tuple[str, Any]]:
     """Rows of ``[{...}, ...]`` or ``{"data": [{...}, ...]}``, or else one object a line."""
     try:
-        found = json.loads(text)
-    except (ValueError, RecursionError):
+        found = plain.parse_json(text)
+    except ValueError:
         found = None
     if isinstance(found, dict) and len(found) == 1:
         (found,) = found.values()
@@ -116,12 +123,16 @@ def _json_array(text: str, thing: str) -> Iterator[tuple[str, Any]]:
 
 
 def _json_lines(text: str, thing: str) -> Iterator[tuple[str, Any]]:
-    for number, line in enumerate(text.split("\n"), start=1):  # splitlines also breaks at U+2028
+    # Not splitlines, which also breaks at U+2028. Old Macs end lines with a carriage return alone.
+    for number, line in enumerate(re.split("\r\n|\r|\n", text), start=1):
         if line.strip():
             where = f"{thing}, line {number}"
+            if len(line) > LONGEST:
+                found, remedy = f"{len(line):,} characters", "shorten its texts"
+                raise wrong(where, f"a row of at most {LONGEST:,} characters", found, remedy)
             try:
-                yield where, json.loads(line)
-            except (ValueError, RecursionError) as error:
+                yield where, plain.parse_json(line)
+            except ValueError as error:
                 found = f"broken JSON ({error})"
                 raise wrong(where, "one JSON object", found, "correct the line") from error
 
@@ -217,6 +228,13 @@ def check(row: Row, where: str) -> Row:
 
     if not isinstance(row, dict):
         raise refuse("an object with input, choices and label", short(row))
+    texts = [t for v in row.values() for t in (v if isinstance(v, list) else [v])]
+    texts = [text for text in texts if isinstance(text, str)]
+    if (size := sum(map(len, texts))) > LONGEST:
+        found = f"{size:,} characters"
+        raise refuse(f"a row of at most {LONGEST:,} characters", found, "shorten its texts")
+    if odd := next((t for t in texts if "\0" in t), None):
+        raise refuse("texts without NUL characters", short(odd), "save it as UTF-8")
     if not row.keys() & {"choices", "label"} and row.keys() & {"target", "text"}:
         names = ["input", "target"] if "target" in row else ["text"]
         for name in names:
@@ -244,6 +262,9 @@ def check(row: Row, where: str) -> Row:
         raise refuse("no empty choice", short(choices))
     if len(bare) < len(choices):
         raise refuse("different choices", f"{short(bare.most_common(1)[0][0])} twice")
+    if (pair := plain.alike(choices)) is not None:
+        found = f"{short(pair[0])} and {short(pair[1])}, which look the same"
+        raise refuse("choices that look different", found)
     if isinstance(label, bool) or not isinstance(label, int):
         raise refuse("'label' to be a whole number, that of the right choice", short(label))
     if not 0 <= label < len(choices):
@@ -259,7 +280,7 @@ def split(parts: dict[str, list[Row]], thing: str) -> dict[str, list[Row]]:
     if len(parts) == 3:
         return {"train": parts["train"], "reward": parts["validation"], "test": parts["test"]}
     held_out, shares = {}, {"train": 3, "reward": 1, "test": 1}
-    if len(parts) == 1 and "test" not in parts:
+    if len(parts) == 1 and "train" in parts:
         (rows,) = parts.values()
     elif "train" not in parts:
         found = " and ".join(parts) or "neither"

@@ -6,7 +6,6 @@ and turns their rows into prompts; ``small_texts`` makes the small tasks that sh
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -19,7 +18,7 @@ import torch
 from torch import Tensor
 
 from rmm_lab.errors import InputError, one_sentence
-from rmm_lab.tasks import small_texts, text_rows
+from rmm_lab.tasks import plain, small_texts, text_rows
 from rmm_lab.tasks import text_formats as formats
 from rmm_lab.tasks.files import SPLITS, data_folder, or_shipped, shipped_name, spelled
 from rmm_lab.tasks.metrics import class_weights, mean_of
@@ -114,7 +113,7 @@ def read_tokenizer(
         )
     file, remedy = folder / "tokenizer_config.json", "save it again with tokenizer.save_pretrained"
     try:
-        settings = json.loads(file.read_text("utf-8")) if file.is_file() else {}
+        settings = plain.read_json(file) if file.is_file() else {}
         if not isinstance(settings, dict):
             raise TypeError(f"{file.name} holds a {type(settings).__name__}")
         if (folder / "tokenizer.json").is_file():
@@ -125,7 +124,10 @@ def read_tokenizer(
             from transformers import AutoTokenizer
 
             remedy = "pip install sentencepiece protobuf, or put the model's tokenizer.json there"
-            tokenizer = AutoTokenizer.from_pretrained(str(folder)).backend_tokenizer
+            found = AutoTokenizer.from_pretrained(
+                str(folder), local_files_only=True, trust_remote_code=False
+            )
+            tokenizer = found.backend_tokenizer
     except Exception as error:  # tokenizers raises bare Exceptions
         raise InputError(
             f"model {source!r}: expected a tokenizer that can be read in {folder}, found a broken one "
