@@ -119,8 +119,7 @@ def _lack(points: np.ndarray, target: np.ndarray) -> np.ndarray:
 def lattice(n_tasks: int, divisions: int) -> np.ndarray:
     """All weights (W, K) that add up to 1 in steps of 1 / divisions, in order.
 
-    W is C(divisions + K - 1, K - 1). Neighbours in a row differ in two weights by one step for K = 2. Source: Das and Dennis 1998,
-    "Normal-Boundary Intersection".
+    W is C(divisions + K - 1, K - 1). Source: Das and Dennis 1998, "Normal-Boundary Intersection".
     """
     last = divisions + n_tasks - 1
     bars = np.array(list(combinations(range(last), n_tasks - 1)), int).reshape(-1, n_tasks - 1)
