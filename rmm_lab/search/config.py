@@ -53,6 +53,10 @@ class RunArgs:
     """Share of the remaining episodes for the last phase, CMA-ES over a scale per layer and member."""
     finalists: int = 10
     """Best paths, besides the greedy one, that are scored on the whole reward split at the end."""
+    prefer: str = ""
+    """Weights of the tasks, such as digits=2,textures=1, that choose the final path; by default the mean."""
+    front: bool = False
+    """Also write the front: models for every preference, as front.json, front.md and front.png."""
 
     compare: Literal["paper", "few", "rules", "all"] = "few"
     """Rows of the table: the paper's merges; with few better ones; with all by rule; with all by gradient."""
@@ -109,7 +113,17 @@ def _is_device(text: str) -> bool:
 
 
 # Fields of RunArgs that do not determine the result, and are not stored.
-WHERE = ("compare", "run_dir", "resume", "threads", "workers", "cache_mb", "export", "quiet")
+WHERE = (
+    "compare",
+    "front",
+    "run_dir",
+    "resume",
+    "threads",
+    "workers",
+    "cache_mb",
+    "export",
+    "quiet",
+)
 
 
 @dataclass(frozen=True)

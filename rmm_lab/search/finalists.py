@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -62,9 +62,14 @@ def candidates(
     return {path: "scales" if path in own else "best" for path in list(found)[:n]}
 
 
-def rank(scorer: Any, candidates: Mapping[Path, str]) -> list[dict[str, Any]]:
+def rank(
+    scorer: Any,
+    candidates: Mapping[Path, str],
+    worth: Callable[[np.ndarray], float] | None = None,
+) -> list[dict[str, Any]]:
     """Score candidates on the whole reward split, the best first: path, found (how), reward.
 
+    worth: what scores (N,) are worth to a user; then it ranks them, in place of the reward, and is a column.
     The test split is not used. Raises InputError where there is no candidate.
     """
     if not candidates:
@@ -72,9 +77,11 @@ def rank(scorer: Any, candidates: Mapping[Path, str]) -> list[dict[str, Any]]:
             "search: expected at least one legal episode, found none; raise --episodes or use "
             "--mask-actions"
         )
-    values = rewards(scorer, [(path, None) for path in candidates])
+    found = scores(scorer, [(path, None) for path in candidates])
     rows = [
-        {"path": path, "found": how, "reward": value}
-        for (path, how), value in zip(candidates.items(), values, strict=True)
+        {"path": path, "found": how, "reward": reward(own)}
+        | ({"worth": worth(own)} if worth else {})
+        for (path, how), own in zip(candidates.items(), found, strict=True)
     ]
-    return sorted(rows, key=lambda r: (-r["reward"], len(r["path"]), path_text(r["path"])))
+    by = "worth" if worth else "reward"
+    return sorted(rows, key=lambda r: (-r[by], len(r["path"]), path_text(r["path"])))

@@ -34,6 +34,7 @@ from rmm_lab.search.layer_scales import (
     start_scales,
 )
 from rmm_lab.search.numbers import GaussianAgent
+from rmm_lab.search.preferences import preference_of, with_worth
 from rmm_lab.search.problem import Problem
 from rmm_lab.search.run_folder import Row, RunFolder, Stored, optimiser_tensors, restore_optimiser
 from rmm_lab.search.shaping import DriftShaping
@@ -353,7 +354,8 @@ def choose(search: Search) -> list[Row]:
     """The candidates for the final path, scored on the whole reward split, the best first.
 
     They are the greedy rollout (Eq. 1) and ``run.finalists`` paths: the shortlist, and where scales were
-    searched, three quarters of them the means that CMA-ES or the agent's policies arrived at.
+    searched, three quarters of them the means that CMA-ES or the agent's policies arrived at. With a
+    preference the shortlist goes by that, and as many of these means come on top of it.
     """
     run, answers = search.config.run, []
     if search.count("scales"):
@@ -365,11 +367,16 @@ def choose(search: Search) -> list[Row]:
         means = [np.mean(means[:MEANS], axis=0), *means] if means else []
         paths = (path_of_scales(x.clip(*BOUNDS), places_of(search.view)) for x in means)
         answers = [search.expand(path) for path in paths]
+    preference = preference_of(run.prefer, search.scorer)
     found = candidates(legal(search.episodes), run.finalists, answers)
+    if preference is not None:
+        liked = with_worth(search.episodes, search.scorer.task_names, preference)
+        found = {p: how for p, how in found.items() if how == "scales"}
+        found = candidates(liked, run.finalists) | found
     masked, options = search.config.agent.mask_actions, {"subset": None}
     greedy = ppo.play(search.env, search.agent, None, masked=masked, options=options)
     if not greedy.info["penalised"]:
         found[search.expand(greedy.info["path"])] = "greedy"
     if not found:  # no finalists were asked for, and the greedy rollout is illegal
         found = candidates(legal(search.episodes), 1)
-    return rank(search.scorer, found)
+    return rank(search.scorer, found, preference.worth if preference else None)

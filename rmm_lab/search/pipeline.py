@@ -24,7 +24,7 @@ from rmm_lab.errors import InputError
 from rmm_lab.layers import LayerPool
 from rmm_lab.path import LayerPath
 from rmm_lab.reward import path_text
-from rmm_lab.search import mergekit, report
+from rmm_lab.search import fronts, mergekit, report
 from rmm_lab.search.config import Config, check_depth, read_config
 from rmm_lab.search.made_of import made_of
 from rmm_lab.search.phases import (
@@ -52,6 +52,7 @@ class Result:
     report. ``agent``: the trained policy. ``finalists``: the candidates for the path, the best first.
     ``pool``: what the path was chosen from, to build it: ``path.build(pool)``.
     ``seconds``: from loaded models to the path; NaN for a run that was resumed.
+    ``front``: with ``run.front``.
     """
 
     path: LayerPath
@@ -65,6 +66,7 @@ class Result:
     finalists: list[Row] = field(default_factory=list)
     seconds: float = float("nan")
     pool: LayerPool | None = None
+    front: fronts.Front | None = None
 
 
 # ----------------------------------------------------------------------------------------- the whole
@@ -125,6 +127,7 @@ def train(
         scorer = make_scorer(problem, config)
         with contextlib.closing(scorer):
             check_depth(scorer, config)
+            fronts.check(run, scorer)
             make_env(view_of(scorer, config), config)  # wrong bounds must show before a folder does
             parts = made_of(problem, config, splits)
             if place is not None:
@@ -141,6 +144,7 @@ def train(
             run_phases(search)
             finalists = choose(search)
             seconds = time.perf_counter() - start if run.resume is None else float("nan")
+            front = fronts.front_of(search) if run.front else None
         say(report.cost(scorer))
         best = finalists[0]
         stem = "base" if problem.stem == "agent" else problem.stem
@@ -157,6 +161,7 @@ def train(
             finalists=[row | {"path": path_text(row["path"])} for row in finalists],
             seconds=seconds,
             pool=problem.pool,
+            front=front.on_test(problem) if front is not None and table else front,
         )
         if (
             folder.path is not None
@@ -164,6 +169,7 @@ def train(
             report.write_model(result, problem, folder)
         say(f"path: {path_text(path.path)}")
         how = f"on the whole reward split, best of {len(finalists)}"
+        how += f" for {run.prefer}" if run.prefer else ""
         say(f"reward: {100 * result.reward:.2f} % {how}")
         rows = report.evaluate_on_test(result, problem, config) if table else []
         names = [task.name for task in problem.tasks]
@@ -190,8 +196,8 @@ def check_same_config(config: Config, stored: dict[str, Any]) -> None:
         for name, value in values.items():
             if (was := before[part][name]) != value:
                 raise InputError(
-                    f"--resume: expected --{name.replace('_', '-')} {was} as in {folder}, found {value}; "
-                    "leave the option out, or start a new run"
+                    f"--resume: expected --{name.replace('_', '-')} {'none' if was == '' else was} as "
+                    f"in {folder}, found {value}; leave the option out, or start a new run"
                 )
 
 

@@ -13,6 +13,7 @@ from tqdm import tqdm
 from rmm_lab.search import table, uniform
 from rmm_lab.search.card import card
 from rmm_lab.search.config import SEARCHED, Config, searched, seen_by
+from rmm_lab.search.fronts import write_front
 from rmm_lab.search.problem import Problem
 from rmm_lab.search.run_folder import RunFolder
 from rmm_lab.search.uniform import EXPERT, OWN, Row
@@ -213,6 +214,8 @@ def write_tables(result: Result, rows: Sequence[Row], problem: Problem, folder: 
             {r.name.removeprefix(EXPERT): r.scores for r in experts}, [t.name for t in tasks]
         )
         folder.write("cross-task.png", figures.png(picture))
+    if result.front is not None:
+        write_front(result.front, folder)
     folder.write("rewards.png", figures.png(figures.reward_curve(result.episodes)))
     names, members = pool.sources, pool.members
     picture = figures.path_picture(path.path, names, pool.n_layers, pool.stacks, members=members)

@@ -1,0 +1,45 @@
+"""Fronts without a search: each point of a lattice of weights is a merge by formula.
+
+They look at no score. Points that stand for one task alone are its expert.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from rmm_lab.reward import Path, Step, places_of
+from rmm_lab.search.layer_scales import path_of_scales
+
+Simplex = Callable[[Any, np.ndarray], list[Path]]
+
+
+def averages(scorer: Any, weights: np.ndarray) -> list[Path]:
+    """theta = sum_i w_i theta_i for each row of weights (W, N): the baseline that any front must beat.
+
+    Source: Ramé et al. 2023, "Rewarded Soups" (arXiv 2306.04488); the mixtures of IBCL for preferences.
+    """
+    places = places_of(scorer)
+    return [path_of_scales(np.tile(w, (len(places), 1)), places) for w in weights]
+
+
+def least_squares(scorer: Any, weights: np.ndarray) -> list[Path]:
+    """Layer-wise least squares with a weight for each task, see ``matching``: no labels, but inputs.
+
+    Needs calibration inputs. ``matched.weigh`` searches the same weights for one good mean.
+    """
+    experts, places = scorer.sources[: scorer.n_models], places_of(scorer)
+    return [tuple(Step(_matched(w, experts), k) for k in places) for w in weights]
+
+
+def _matched(weights: np.ndarray, experts: tuple[str, ...]) -> str:
+    if weights.max() == 1:  # the others' inputs have no say: the expert itself
+        return experts[int(weights.argmax())]
+    if weights.min() == weights.max():
+        return "least_squares"
+    least = 1e-3  # the operator takes no 0
+    return "least_squares:weights=" + "/".join(
+        f"{max(w, least) * len(weights):.4g}" for w in weights
+    )
