@@ -14,8 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from rmm_lab.errors import InputError
+from rmm_lab.families.adapters import factors_of
 from rmm_lab.families.checkpoint import Checkpoint, architecture, same_form
 from rmm_lab.families.parts import UNITS, Parts, Weights, divide, outside_head, refill
+from rmm_lab.formulas.factored import by_matrix
 from rmm_lab.operators import (
     MATCHED,
     RANDOM,
@@ -23,7 +25,6 @@ from rmm_lab.operators import (
     OperatorSpec,
     expand_operators,
     parse_operator,
-    weight_average,
 )
 from rmm_lab.reward import Path, Step, parse_path, split_stem
 
@@ -272,11 +273,10 @@ class LayerPool:
             more = (self.weights(m, k) for m in self.members[self.n_models :])
             experts += [{name: own[name] for name in base} for own in more]
         scope = "layer" if scales else SCOPE[operator.function]
-        if scope == "matrix":
-            return {
-                name: self._by_matrix(operator, name, [p[name] for p in (base, *experts)])
-                for name in base
-            }
+        if scope in ("matrix", "factors"):
+            known = factors_of(source, self.experts) if scope == "factors" else []
+            own: Any = [_group(self.split(factors), k) for factors in known]
+            return by_matrix(operator, base, experts, self.base.family.fused, own)
         scope = self.scope if scope == "pool" else scope
         if scope == "layer":
             stack = torch.stack([_flat(e) for e in experts])  # (N, D)
@@ -294,15 +294,6 @@ class LayerPool:
             sizes = [len(_flat(_group(groups[0], j))) for j in places]
             self._global[source] = merged.split(sizes)
         return _unflat(self._global[source][k + 1], base)
-
-    def _by_matrix(self, operator: OperatorSpec, name: str, tensors: Sequence[Tensor]) -> Tensor:
-        """One tensor of the base and the experts merged as whole matrices; no matrix: averaged."""
-        base, stack = tensors[0], torch.stack(list(tensors[1:]))
-        if base.dim() != 2:
-            return weight_average(base, stack)
-        n = self.base.family.fused(name)
-        parts = zip(base.tensor_split(n), stack.tensor_split(n, dim=1), strict=True)
-        return torch.cat([operator(*part) for part in parts])
 
     def _mask(self, source: str, k: int) -> torch.Generator | None:
         """The generator of a random operator's masks at place k, from the pool's seed."""

@@ -37,7 +37,17 @@ from rmm_lab.formulas.averages import (
     weighted_average,
     widen,
 )
-from rmm_lab.formulas.checks import OPTIONS, Option, Rng, add, check_for, checked, weighed
+from rmm_lab.formulas.checks import (
+    OPTIONS,
+    Option,
+    Rng,
+    add,
+    check_for,
+    checked,
+    option_text,
+    weighed,
+)
+from rmm_lab.formulas.factored import do_merging, knots_factored
 from rmm_lab.formulas.sparse import breadcrumbs, consensus, dare_ties, della, emr, magmax, pcb, sce
 from rmm_lab.formulas.spectral import doge, iso_c, iso_cts, knots, star, tsv, wudi
 from rmm_lab.formulas.steps import disjoint_merge, drop_and_rescale, elect_sign, task_vectors, trim
@@ -122,11 +132,15 @@ MATCHED_OPTIONS: dict[str, dict[str, Option]] = {
     },
 }
 MATCHED = frozenset(MATCHED_OPTIONS)
-# What an operator sees at once: what the pool's scope says; each matrix, other tensors averaged; each tensor.
+# These take LoRA adapters of peft's, kept factored.
+FACTORED: dict[str, Callable[..., Tensor]] = {f.__name__: f for f in (knots_factored, do_merging)}
+# What an operator sees at once: what the pool's scope says; each matrix, other tensors averaged, or its
+# factors; each tensor.
 SCOPE: dict[str, str] = {
     **{operator.__name__: "pool" for operator in _POOL},
     **{operator.__name__: "matrix" for operator in _MATRIX},
     **{operator.__name__: "tensor" for operator in _TENSOR},
+    **dict.fromkeys(FACTORED, "factors"),
     **dict.fromkeys(MATCHED, "pool"),
 }
 # Options with a value for each expert, or that may have one, as in "task_arithmetic:scale=0.3/0.6".
@@ -141,7 +155,7 @@ class OperatorSpec:
     """An operator with its options; ``parse_operator(spec.name) == spec``."""
 
     name: str  # normalised text, such as "ties:density=0.3,scale=1"
-    function: str  # key of OPERATORS, or one of MATCHED
+    function: str  # key of OPERATORS or FACTORED, or one of MATCHED
     options: tuple[tuple[str, Option], ...] = ()  # sorted by key
 
     @classmethod
@@ -151,13 +165,13 @@ class OperatorSpec:
         if function == "slerp" and n not in (None, 2):
             raise InputError(f"operator slerp: expected 2 experts, found {n}; use karcher")
         ordered = tuple(sorted(options.items()))
-        text = ",".join(f"{key}={_text(value)}" for key, value in ordered)
+        text = ",".join(f"{key}={option_text(value)}" for key, value in ordered)
         return cls(f"{function}:{text}" if text else function, function, ordered)
 
     def __call__(
-        self, base: Tensor, experts: Tensor, generator: Rng = None, depth: float | None = None
+        self, base: Tensor, experts: Any, generator: Rng = None, depth: float | None = None
     ) -> Tensor:
-        """Apply it to base: (*shape) and experts: (N, *shape); returns (*shape).
+        """Apply it to base: (*shape) and experts: (N, *shape), or ``Factored``; returns (*shape).
 
         depth: of the layer, in [0, 1], for the operators of ``DEPTH``. InputError for those of ``MATCHED``.
         """
@@ -169,7 +183,7 @@ class OperatorSpec:
         more: dict[str, Any] = dict(self.options)
         if self.function in DEPTH:
             more["depth"] = depth
-        return OPERATORS[self.function](base, experts, generator=generator, **more)
+        return (OPERATORS | FACTORED)[self.function](base, experts, generator=generator, **more)
 
 
 def parse_operator(text: str, n: int | None = None) -> OperatorSpec:
@@ -181,8 +195,8 @@ def parse_operator(text: str, n: int | None = None) -> OperatorSpec:
     if function not in SCOPE:
         raise InputError(f"operator {text!r}: expected one of {', '.join(SCOPE)}; correct it")
     known = list(MATCHED_OPTIONS.get(function, ()))
-    if function in OPERATORS:
-        known = [key for key in inspect.signature(OPERATORS[function]).parameters if key in OPTIONS]
+    if called := (OPERATORS | FACTORED).get(function):
+        known = [key for key in inspect.signature(called).parameters if key in OPTIONS]
     options: dict[str, Option] = {}
     for item in rest.split(",") if colon else []:
         key, _, value = (part.strip() for part in item.partition("="))
@@ -218,12 +232,3 @@ def expand_operators(specs: Sequence[str], n: int) -> list[str]:
         each = [options | lead for lead in leads]
         names += [OperatorSpec.of(spec.function, one, n).name for one in each]
     return names
-
-
-def _text(value: Option) -> str:
-    """%g, with more digits only where %g would name another number; several with / between them."""
-    if isinstance(value, str):
-        return value
-    if isinstance(value, tuple):
-        return "/".join(map(_text, value))
-    return f"{value:g}" if float(f"{value:g}") == value else repr(value)

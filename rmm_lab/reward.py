@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from rmm_lab.errors import InputError
+from rmm_lab.formulas.checks import option_text
 from rmm_lab.tasks.metrics import answers
 
 
@@ -32,8 +33,7 @@ class Step(NamedTuple):
     scales: tuple[float, ...] = ()
 
     def __str__(self) -> str:
-        texts = (f"{s:g}" if float(f"{s:g}") == s else repr(s) for s in self.scales)
-        scales = ":scale=" + "/".join(texts) if self.scales else ""
+        scales = f":scale={option_text(self.scales)}" if self.scales else ""
         return f"{self.source}{scales}@{self.layer}"
 
 

@@ -20,7 +20,7 @@ from rmm_lab.errors import InputError
 from rmm_lab.families import t5, vit
 from rmm_lab.families.checkpoint import read_checkpoint
 from rmm_lab.layers import LayerPool
-from rmm_lab.operators import DEPTH, MATCHED, OPERATORS, RANDOM, SCOPE, parse_operator
+from rmm_lab.operators import DEPTH, FACTORED, MATCHED, OPERATORS, RANDOM, SCOPE, parse_operator
 
 PAPER = {"weight_average", "weighted_average", "task_arithmetic", "ties", "dare", "dare_ties"}
 NAMES = [name for name in OPERATORS if name not in PAPER]
@@ -42,8 +42,8 @@ def counts(name: str) -> list[int]:
 
 def test_there_are_25_operators_and_a_scope_for_each():
     assert len(OPERATORS) >= 25
-    assert set(SCOPE) == set(OPERATORS) | MATCHED
-    assert set(SCOPE.values()) == {"pool", "matrix", "tensor"}
+    assert set(SCOPE) == set(OPERATORS) | set(FACTORED) | MATCHED
+    assert set(SCOPE.values()) == {"pool", "matrix", "tensor", "factors"}
     assert all(SCOPE[name] == "pool" for name in PAPER)
 
 

@@ -164,6 +164,12 @@ def test_knots_equals_ties_by_loops_in_numpys_basis(n, shape, density):
     assert_close(found, b + 0.9 * u @ merged)
 
 
+def test_an_expert_that_leaves_the_matrix_counts_in_no_mean_of_knots():
+    base, experts = layer(1, (32, 20), dtype=torch.float32)
+    with_base = torch.stack([base, experts[0]])
+    assert_close(ops.knots(base, with_base, density=1.0), experts[0], atol=1e-5, rtol=0)
+
+
 def test_knots_turns_with_the_outputs():
     base, experts = layer(3, (6, 4))
     q = torch.linalg.qr(layer(1, (6, 6))[0])[0]

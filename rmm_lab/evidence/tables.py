@@ -38,7 +38,7 @@ from rmm_lab.evidence.rows import DRAWN, KINDS, read_csv
 from rmm_lab.figures.paths import png
 from rmm_lab.search import rivals
 from rmm_lab.search.config import BOTH, SEARCHED, configure, searched
-from rmm_lab.search.uniform import OF_TWO
+from rmm_lab.search.uniform import OF_ADAPTERS, OF_TWO
 from rmm_lab.tasks.files import write_file
 from rmm_lab.tasks.image_task import data_folder
 
@@ -112,8 +112,8 @@ LABELS: tuple[dict[str, Any], ...] = (
 )
 # Of AGENT, those that are measured on texts, whose searches take minutes.
 ON_TEXTS = (BOTH, "likelihood as the reward", "agent preset")
-# What every group has that depends on no seed: SLERP is for two experts.
-ONCE = ("fine-tuned", *(m for m in KINDS["uniform"] if m not in (*DRAWN, *OF_TWO)))
+# What every group has that depends on no seed: SLERP is for two experts, and no adapters ship.
+ONCE = ("fine-tuned", *(m for m in KINDS["uniform"] if m not in (*DRAWN, *OF_TWO, *OF_ADAPTERS)))
 PER_SEED = {"matched": measure.matched_rules, "gradients": measure.by_gradient}
 # Scale -> presets whose searches are in Tables I to III.
 PRESETS_AT = {"kit": ("default",), "paper": ("paper", "default")}

@@ -8,14 +8,15 @@ model, as peft's ``merge_and_unload`` makes it. Sources: Hu et al. 2022, Sec. 4.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
 from rmm_lab.errors import InputError
-from rmm_lab.families.parts import Weights
+from rmm_lab.families.parts import Factors, Weights, outside_head
+from rmm_lab.families.protocol import Model
 from rmm_lab.families.reading import ADAPTER, read_config
 
 _PREFIX = "base_model.model."
@@ -64,16 +65,25 @@ def base_of_adapter(source: str, config: Mapping[str, Any]) -> str:
     )
 
 
+class Applied(NamedTuple):
+    """The base's weights with an adapter applied, the names of the tensors that it replaces as a whole (of
+    ``modules_to_save``, such as a new classifier, of trained biases and of resized embeddings), and the
+    factors of what it adds to matrices, the scale in B.
+    """
+
+    weights: Weights
+    replaced: set[str]
+    factors: Factors
+
+
 def apply_adapter(
     source: str,
     adapter: Mapping[str, Any],
     tensors: Mapping[str, Tensor],
     base: Mapping[str, Tensor],
     rename: Callable[[str], str] = str,
-) -> tuple[Weights, set[str]]:
-    """The base's weights with an adapter applied, and the names of the tensors that it replaces as a whole.
-
-    Those are of ``modules_to_save``, such as a new classifier, of trained biases and of resized embeddings.
+) -> Applied:
+    """Apply an adapter to its base.
 
     Args:
         source: the adapter's name in messages.
@@ -100,25 +110,28 @@ def apply_adapter(
         elif ".original_module." not in bare:
             bare = re.sub(r"\.(modules_to_save(\.default)?|base_layer)\.", ".", bare)
             whole[rename(bare)] = tensor
-    out = dict(base) | whole
+    out, factors = dict(base) | whole, Factors()
     for module, parts in pairs.items():
         target = rename(f"{module}.weight")
-        out[target] = _added(source, adapter, module, parts, out.get(target))
+        left, right = _factors(source, adapter, module, parts, out.get(target))
+        out[target] = out[target] + (left @ right).reshape(out[target].shape)
+        if out[target].dim() == 2:
+            factors[target] = left, right
         if (bias := parts.get("B.bias")) is not None:
             there = rename(f"{module}.bias")
             rank = len(parts["A"])
             out[there] = out[there] + bias * _scale(adapter, module, rank)
-    return out, set(whole)
+    return Applied(out, set(whole), factors)
 
 
-def _added(
+def _factors(
     source: str,
     adapter: Mapping[str, Any],
     module: str,
     parts: Mapping[str, Tensor],
     weight: Tensor | None,
-) -> Tensor:
-    """One module's weight with its LoRA added; InputError where the two do not fit."""
+) -> tuple[Tensor, Tensor]:
+    """The factors (out, r) and (r, in) of what a module's LoRA adds; InputError unless they fit."""
     first, second = parts.get("A"), parts.get("B")
     embedding = "embedding_A" in parts
     if embedding:
@@ -130,16 +143,32 @@ def _added(
             f"{_WHOLE}"
         )
     rank = len(first)
-    delta = second.flatten(1) @ first.flatten(1)  # (out, r) (r, in) -> (out, in); kernels are flat
+    left, right = second.flatten(1), first.flatten(1)  # (out, r), (r, in); kernels are flat
+    fits = left.shape[1] == rank
     if embedding or adapter.get("fan_in_fan_out"):
-        delta = delta.T
-    if weight is None or second.shape[1] != rank or delta.numel() != weight.numel():
+        left, right = right.T, left.T
+    shape = len(left), right.shape[1]
+    if weight is None or not fits or weight.flatten(1).shape != shape:
         found = "none" if weight is None else str(tuple(weight.shape))
         raise InputError(
             f"model {source!r}: expected {module + '.weight'!r} in the adapter's base to fit a change of "
-            f"shape {tuple(delta.shape)}, found {found}; name the base that the adapter was trained on"
+            f"shape {shape}, found {found}; name the base that the adapter was trained on"
         )
-    return weight + _scale(adapter, module, rank) * delta.reshape(weight.shape)
+    return _scale(adapter, module, rank) * left, right
+
+
+def factors_of(operator: str, experts: Sequence[Model]) -> list[dict[str, Any]]:
+    """Each expert's factors, for an operator that needs them: a tensor's name -> its pair, or None.
+
+    InputError unless all experts are adapters.
+    """
+    whole = next((expert for expert in experts if expert.factors is None), None)
+    if whole is not None:
+        raise InputError(
+            f"operator {operator!r}: expected LoRA adapters of peft's in safetensors as experts, found "
+            f"{whole.source!r}, which is none; name adapters, or choose another operator, such as knots"
+        )
+    return [{n: (e.factors or {}).get(n) for n in outside_head(e.weights)} for e in experts]
 
 
 def _scale(adapter: Mapping[str, Any], module: str, rank: int) -> float:

@@ -29,7 +29,7 @@ from rmm_lab.families.causal_lm_kinds import (
     turned,
 )
 from rmm_lab.families.causal_lm_run import CausalLM
-from rmm_lab.families.parts import Parts, Weights
+from rmm_lab.families.parts import Factors, Parts, Weights
 from rmm_lab.families.protocol import (
     Completion,
     Config,
@@ -111,6 +111,23 @@ def canonical(source: str, config: Config, weights: Weights) -> Weights:
             "false, found none; save the model as transformers' AutoModelForCausalLM"
         )
     return turned(out, layout)
+
+
+def factored(source: str, config: Config, factors: Factors) -> Factors:
+    """By the names of ``canonical``, GPT-2's the other way round; InputError for those of a tied head."""
+    layout, out = LAYOUTS[str(config["model_type"])], Factors()
+    for name, (left, right) in factors.items():
+        name = HEAD if name == "embed_out.weight" else name
+        if name != HEAD and not name.startswith(f"{layout.trunk}."):
+            name = f"{layout.trunk}.{name}"
+        turn = layout.transposed.fullmatch(name)
+        out[name] = (right.T, left.T) if turn else (left, right)
+    if HEAD in out and hf_config(config).tie_word_embeddings:
+        raise InputError(
+            f"model {source!r}: expected an adapter that leaves the head ({HEAD}) alone, since it is the "
+            "embeddings themselves (tie_word_embeddings), found one that changes it; train one without it"
+        )
+    return out
 
 
 def once(source: str, weights: Mapping[str, Tensor]) -> Weights:

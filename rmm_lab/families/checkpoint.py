@@ -21,7 +21,7 @@ from torch import Tensor
 from rmm_lab.errors import InputError
 from rmm_lab.families import adapters, causal_lm, convert, reading, t5, vit
 from rmm_lab.families.names import timm_name
-from rmm_lab.families.parts import outside_head, shapes_of
+from rmm_lab.families.parts import Factors, outside_head, shapes_of
 from rmm_lab.families.protocol import Architecture, Family, Model
 from rmm_lab.families.readout import one_readout
 from rmm_lab.families.resolution import one_size
@@ -175,12 +175,14 @@ def read_checkpoint(
     stored = reading.read_weights(text, whole, allow_pickle=allow_pickle)
     weights, sha256, pickled = stored.weights, stored.sha256, stored.pickled
     notes: tuple[str, ...] = ()
+    factors: Factors | None = None
     rename = timm_name if convert.is_vision(config) else str
     weights = {rename(name): tensor for name, tensor in weights.items()}
     if whole != folder:
         own = reading.read_weights(text, folder, allow_pickle=allow_pickle)
-        weights, replaced = adapters.apply_adapter(text, adapter, own.weights, weights, rename)
-        config = adapters.refit(config, weights, replaced)
+        applied = adapters.apply_adapter(text, adapter, own.weights, weights, rename)
+        weights, factors = applied.weights, family.factored(text, config, applied.factors)
+        config = adapters.refit(config, weights, applied.replaced)
         sha256, pickled = own.sha256, own.pickled or pickled
         notes = (f"a LoRA adapter, applied to {base.source if base else whole}",)
     if convert.is_vision(config):
@@ -193,7 +195,8 @@ def read_checkpoint(
         notes = (*notes, *more)
     weights = family.canonical(text, config, weights)
     _check_shapes(text, config, weights)
-    return Checkpoint(text, folder, config, weights, sha256, pickled, notes)
+    factors = None if pickled else factors  # what is kept of a pickle is a whole model
+    return Checkpoint(text, folder, config, weights, sha256, pickled, notes, factors=factors)
 
 
 def _check_shapes(source: str, config: Mapping[str, Any], weights: Mapping[str, Tensor]) -> None:

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from rmm_lab.errors import InputError
 from rmm_lab.families import limits, reading, text_head
-from rmm_lab.families.parts import Weights
+from rmm_lab.families.parts import Factors, Weights
 from rmm_lab.families.vit_run import TOKEN_AND_MEAN, check_shapes, create
 
 MODEL_TYPES = (
@@ -210,6 +210,19 @@ def _joined(weights: Mapping[str, Tensor]) -> Weights:
             out[f"attn_pool.q.{match[1]}"], out[f"attn_pool.kv.{match[1]}"] = tensor[:n], tensor[n:]
         elif not re.fullmatch(r".+\.attn\.(key|value)\.(weight|bias)", name):
             out[name] = tensor
+    return out
+
+
+def joined_factors(factors: Factors) -> Factors:
+    """An adapter's factors with those of queries, keys and values as factors of the joined matrix."""
+    out: Factors = {}
+    for name, (left, right) in factors.items():
+        if match := re.fullmatch(r"(.+\.attn\.)(query|key|value)\.weight", name):
+            name, i, n = f"{match[1]}qkv.weight", "qkv".index(match[2][0]), len(left)
+            left = torch.nn.functional.pad(left, (0, 0, i * n, (2 - i) * n))  # (D, r) -> (3 D, r)
+            if name in out:
+                left, right = torch.cat([out[name][0], left], 1), torch.cat([out[name][1], right])
+        out[name] = left, right
     return out
 
 

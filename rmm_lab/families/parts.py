@@ -14,6 +14,9 @@ from rmm_lab.errors import InputError
 
 Weights = dict[str, Tensor]
 Shapes = dict[str, tuple[int, ...]]
+Factors = dict[
+    str, tuple[Tensor, Tensor]
+]  # a matrix's name -> B (out, r) and A (r, in) of its change B A
 UNITS = ("block", "sublayer")  # what an agent decides on at a time
 
 

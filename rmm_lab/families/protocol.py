@@ -14,7 +14,7 @@ from typing import Any, Literal, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
-from rmm_lab.families.parts import Parts, Shapes, Weights
+from rmm_lab.families.parts import Factors, Parts, Shapes, Weights
 
 Config = Mapping[str, Any]  # a config.json
 
@@ -25,6 +25,7 @@ class Model:
 
     ``pickled``: the file of the weights, where it is a pickle. ``notes``: what a reader must know about how
     the model was read. ``tokens_from``: the folder of its tokenizer, where that is not its own.
+    ``factors``: what an adapter adds to matrices; None for any other model.
     """
 
     source: str
@@ -35,6 +36,7 @@ class Model:
     pickled: Path | None = None
     notes: tuple[str, ...] = ()
     tokens_from: Path | None = None
+    factors: Factors | None = field(default=None, repr=False)
 
     @property
     def tokenizer_folder(self) -> Path:
@@ -175,6 +177,9 @@ class Family(Protocol):
 
     def canonical(self, source: str, config: Config, weights: Weights) -> Weights:
         """The weights of a file, checked against config.json; InputError if they do not fit."""
+
+    def factored(self, source: str, config: Config, factors: Factors) -> Factors:
+        """An adapter's factors by the names of its base's file, for the matrices that ``canonical`` gives."""
 
     def once(self, source: str, weights: Mapping[str, Tensor]) -> Weights:
         """A model's state with every tensor once, as a file holds it."""

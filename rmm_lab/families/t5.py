@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from rmm_lab.errors import InputError
 from rmm_lab.families import parts
-from rmm_lab.families.parts import Parts, Weights
+from rmm_lab.families.parts import Factors, Parts, Weights
 from rmm_lab.families.protocol import Config, Model, Trainable, TrivialRow, trivial_text_rows
 from rmm_lab.families.t5_run import BIAS, STACKS, T5, bare, is_scaled
 from rmm_lab.tasks.text_task import TextFormat, TextTask, pad
@@ -120,6 +120,11 @@ def canonical(source: str, config: Config, weights: Weights) -> Weights:
             f"says, at least one each, found weights of {counts[0]} and {counts[1]}; save it again"
         )
     return out
+
+
+def factored(source: str, config: Config, factors: Factors) -> Factors:
+    """As they are: a T5's files hold its matrices as transformers does."""
+    return factors
 
 
 def split(weights: Mapping[str, Tensor]) -> Parts:

@@ -22,9 +22,9 @@ from torch import Tensor, nn
 
 from rmm_lab.errors import InputError
 from rmm_lab.families import limits, parts, text_head
-from rmm_lab.families.convert import is_vision
+from rmm_lab.families.convert import is_vision, joined_factors
 from rmm_lab.families.names import hub_name, timm_name
-from rmm_lab.families.parts import Parts, Weights, outside_head
+from rmm_lab.families.parts import Factors, Parts, Weights, outside_head
 from rmm_lab.families.protocol import Config, Model, Trainable, TrivialRow
 from rmm_lab.families.vit_run import (
     SUBLAYERS,
@@ -88,6 +88,10 @@ def canonical(source: str, config: Config, weights: Weights) -> Weights:
             "save it again"
         )
     return weights
+
+
+def factored(source: str, config: Config, factors: Factors) -> Factors:
+    return joined_factors(factors)
 
 
 def once(source: str, weights: Mapping[str, Tensor]) -> Weights:

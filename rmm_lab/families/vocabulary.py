@@ -121,6 +121,10 @@ def _cut(model: M, rows: int) -> M:
     if set(own.values()) == {rows}:
         return model
     weights = model.weights | {n: model.weights[n][:rows] for n in own}
+    factors = model.factors and {
+        n: (left[:rows] if n in own else left, right) for n, (left, right) in model.factors.items()
+    }
     note = f"its {max(own.values())} embeddings are cut to {rows}: the others are of no token"
     config: dict[str, Any] = model.config | {"vocab_size": rows}
-    return replace(model, config=config, weights=weights, notes=(*model.notes, note))
+    notes = (*model.notes, note)
+    return replace(model, config=config, weights=weights, notes=notes, factors=factors)

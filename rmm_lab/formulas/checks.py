@@ -64,6 +64,7 @@ OPTIONS: dict[str, Range] = {
     "power": _FINITE,
     "steps": _COUNT,
     "damping": _FROM_0,
+    "gamma": _FROM_0,
     "alpha": _UNIT,
     "ridge": _or(_one_of("auto"), _FROM_0),
     "weights": _POSITIVE,
@@ -81,6 +82,15 @@ def check_options(**options: Option) -> None:
         expected, is_valid = OPTIONS[key]
         if not is_valid(value):
             raise InputError(f"option {key}: expected {expected}, found {value!r}; correct it")
+
+
+def option_text(value: Option) -> str:
+    """%g, with more digits only where %g would name another number; several with / between them."""
+    if isinstance(value, str):
+        return value
+    if isinstance(value, tuple):
+        return "/".join(map(option_text, value))
+    return f"{value:g}" if float(f"{value:g}") == value else repr(value)
 
 
 def check_for(n: int | None, **options: Option) -> None:

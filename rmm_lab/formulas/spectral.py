@@ -17,23 +17,27 @@ from rmm_lab.formulas.steps import disjoint_merge, elect_sign, largest, trim
 RIDGE = 1e-10  # of the mean diagonal: far below what a float32 weight can show
 
 
-def _triplets(matrix: Tensor, k: int, floor: float) -> tuple[Tensor, Tensor, Tensor]:
+def triplets(matrix: Tensor, k: int, floor: float) -> tuple[Tensor, Tensor, Tensor]:
     """The k largest singular triplets above ``floor``: U (out, k'), values (k',), V (in, k'), k' <= k."""
     u, s, vh = torch.linalg.svd(matrix, full_matrices=False)
     k = min(k, int((s > floor).sum()))
     return u[:, :k], s[:k], vh[:k].mT
 
 
-def _rounding(matrix: Tensor) -> float:
-    """Singular values of a matrix up to this one are rounding error; 0 for zeros."""
-    return float(torch.finfo(matrix.dtype).eps * max(matrix.shape) * matrix.double().norm())
+def rounding(matrix: Tensor, shape: tuple[int, ...] = ()) -> float:
+    """Singular values of a matrix up to this one are rounding error; 0 for zeros.
+
+    shape: of the larger matrix that it has its singular values from.
+    """
+    longest = max(shape or matrix.shape)
+    return float(torch.finfo(matrix.dtype).eps * longest * matrix.double().norm())
 
 
 def _orthogonal(columns: Tensor) -> Tensor:
     """The polar factor ``P Q^T`` of ``P diag(s) Q^T``, the nearest orthonormal columns: (n, k) -> (n, k)."""
     if columns.shape[1] == 0:
         return columns
-    p, _, q = _triplets(columns, columns.shape[1], _rounding(columns))
+    p, _, q = triplets(columns, columns.shape[1], rounding(columns))
     return p @ q.mT
 
 
@@ -54,7 +58,7 @@ def tsv(base: Tensor, experts: Tensor, *, scale: float = 1.0, generator: Rng = N
     base_, experts = matrices("tsv", base, experts)
     deltas = experts - base_
     k = max(1, min(base.shape) // len(deltas))
-    u, s, v = _joined([_triplets(d, k, _rounding(d)) for d in deltas])
+    u, s, v = _joined([triplets(d, k, rounding(d)) for d in deltas])
     return add(base, (u * s) @ v.mT, scale)  # (out, K) @ (K, in) -> (out, in)
 
 
@@ -66,7 +70,7 @@ def iso_c(base: Tensor, experts: Tensor, *, scale: float = 1.0, generator: Rng =
     """
     base_, experts = matrices("iso_c", base, experts)
     total = (experts - base_).sum(dim=0)  # (N, out, in) -> (out, in)
-    u, s, v = _triplets(total, min(base.shape), _rounding(total))
+    u, s, v = triplets(total, min(base.shape), rounding(total))
     return add(base, s.sum() / max(1, len(s)) * (u @ v.mT), scale)
 
 
@@ -91,9 +95,9 @@ def iso_cts(
     deltas, r = experts - base_, min(base.shape)
     m = (r - int(common * r)) // len(deltas)
     total = deltas.sum(dim=0)  # (N, out, in) -> (out, in)
-    parts = [_triplets(total, r - len(deltas) * m, _rounding(total))]
+    parts = [triplets(total, r - len(deltas) * m, rounding(total))]
     u_0 = parts[0][0]
-    parts += [_triplets(d - u_0 @ (u_0.mT @ d), m, _rounding(d)) for d in deltas]
+    parts += [triplets(d - u_0 @ (u_0.mT @ d), m, rounding(d)) for d in deltas]
     u, s, v = _joined(parts)
     return add(base, s.sum() / max(1, len(s)) * (u @ v.mT), scale)
 
@@ -148,13 +152,15 @@ def knots(
     ``ties``. Source: arXiv 2410.19735, Sec. 4.
     """
     base_, experts = matrices("knots", base, experts)
-    side = torch.cat(tuple(experts - base_), dim=1)  # (N, out, in) -> (out, N * in)
-    u, s, v = _triplets(side, min(side.shape), _rounding(side))
+    deltas = experts - base_
+    side = torch.cat(tuple(deltas), dim=1)  # (N, out, in) -> (out, N * in)
+    u, s, _ = triplets(side, min(side.shape), rounding(side))
     if len(s) == 0:
         check_options(density=density, merge=merge)
         return add(base, torch.zeros_like(base_), scale)
-    coordinates = (v * s).mT.reshape(len(s), len(experts), -1).transpose(0, 1)  # (N, r, in)
-    coordinates = trim(coordinates, density)
+    # Not diag(s) V_i^T: for an expert that left the matrix as it was, that is rounding error and not 0, and
+    # would count in a mean.
+    coordinates = trim(u.mT @ deltas, density)  # (r, out) @ (N, out, in) -> (N, r, in)
     return add(base, u @ disjoint_merge(coordinates, elect_sign(coordinates), merge), scale)
 
 
@@ -176,7 +182,7 @@ def star(
     check_options(energy=energy)
     total = torch.zeros_like(base_)
     for delta in experts - base_:
-        u, s, v = _triplets(delta, min(base.shape), _rounding(delta))
+        u, s, v = triplets(delta, min(base.shape), rounding(delta))
         before = s.cumsum(dim=0) - s  # (r,), what the larger values sum to
         k = int((before < energy * s.sum()).sum())
         total += (u[:, :k] * (s[:k] * s.sum() / s[:k].sum())) @ v[:, :k].mT
@@ -218,7 +224,7 @@ def doge(
     size = torch.linalg.vector_norm(deltas, dim=(1, 2), keepdim=True)  # (N, 1, 1)
     a = torch.where(size > 0, scale * size.mean() / size, 0.0)
     r = min(base.shape)
-    left = [_triplets(d, max(1, r // len(deltas)), _rounding(d))[0] for d in deltas if d.any()]
+    left = [triplets(d, max(1, r // len(deltas)), rounding(d))[0] for d in deltas if d.any()]
     q = left[0] if len(left) == 1 else torch.linalg.svd(torch.cat(left, 1), full_matrices=False)[0]
     q = q[:, : max(1, r // 6)]
     goal = (deltas * (deltas - (a * deltas).sum(dim=0))).sum(dim=2, keepdim=True)  # (N, out, 1)

@@ -16,6 +16,7 @@ from rmm_lab.engine.calibration import Calibration
 from rmm_lab.engine.scorer import Scorer
 from rmm_lab.env import MergingEnv
 from rmm_lab.errors import InputError, Range, check_values
+from rmm_lab.families.adapters import factors_of
 from rmm_lab.families.checkpoint import (
     Checkpoint,
     check_same_architecture,
@@ -25,7 +26,7 @@ from rmm_lab.families.checkpoint import (
 )
 from rmm_lab.families.shipped import GROUPS, MODELS, SETS, base_of, expand, locate, multi_task_of
 from rmm_lab.layers import LayerPool
-from rmm_lab.operators import MATCHED, parse_operator
+from rmm_lab.operators import MATCHED, SCOPE, parse_operator
 from rmm_lab.path import LayerPath
 from rmm_lab.reward import PathScorer
 from rmm_lab.search.numbers import ScalesEnv
@@ -271,6 +272,9 @@ def problem_of(spec: ProblemSpec) -> Problem:
         family.check_inputs(origin, checkpoint)
     if stem != "agent":
         pool.check_stem(stem)
+    for text in (*pool.operators, stem):
+        if SCOPE.get(text.partition(":")[0]) == "factors":
+            factors_of(text, checkpoints)
     joint = None
     if spec.multi_task is not None:
         allowed = spec.allow_pickle

@@ -13,7 +13,7 @@ PAPER = tuple(GRIDS)[:7]  # the paper's merges, as published and tuned
 # How many rules that see weights alone a single search shows: each costs evaluations of whole splits.
 RULES: dict[str, Collection[str]] = {
     "paper": PAPER,
-    "few": (*PAPER, uniform.WEIGHTS, "TSV", "Iso-C", "WUDI", "LiNeS"),
+    "few": (*PAPER, uniform.WEIGHTS, "TSV", "Iso-C", "WUDI", "LiNeS", *uniform.OF_ADAPTERS),
     "rules": tuple(name for name in GRIDS if name not in uniform.SLOW),
     "all": tuple(GRIDS),
 }

@@ -116,6 +116,8 @@ GRIDS: dict[str, tuple[str, ...]] = {
     "Iso-CTS": _grid("iso_cts", scale=(0.75, 1.0, 1.3, 1.6)),
     "WUDI": _grid("wudi", scale=(0.4, 0.6, 0.8, 1.0)),
     "KnOTS": _grid("knots", density=(0.3, 1.0), scale=(0.4, 0.6, 1.0)),
+    "KnOTS, factored": _grid("knots_factored", density=(0.3, 1.0), scale=(0.2, 0.3, 0.4, 0.6)),
+    "DO-Merging": _grid("do_merging", steps=(0, 50), scale=(0.2, 0.3, 0.4, 0.6)),
     "STAR": _grid("star", scale=(0.5, 0.8, 1.0, 1.3)),
     "PCB": _grid("pcb", density=(0.1, 0.2, 0.4), scale=(0.8, 1.2)),
     "Breadcrumbs": _grid("breadcrumbs", density=(0.14, 0.9), scale=(0.3, 0.6, 0.8)),
@@ -134,6 +136,7 @@ GRIDS: dict[str, tuple[str, ...]] = {
 }
 PUBLISHED = ("task arithmetic", "TIES", "DARE")
 OF_TWO = ("SLERP",)  # rows of two experts alone
+OF_ADAPTERS = ("KnOTS, factored", "DO-Merging")  # rows of LoRA adapters alone
 SLOW = ("DOGE",)  # iterative: not in the table of a single search
 
 
@@ -232,8 +235,10 @@ TUNED: dict[str, Callable[[Problem], Choice]] = {WEIGHTS: tune_weights, METRICS:
 
 def rule_rows(problem: Problem, names: Collection[str] = tuple(GRIDS)) -> Iterator[Row]:
     """The merges by rule of these rows, on the test split, each tuned on the reward split before."""
+    whole = any(expert.factors is None for expert in problem.pool.experts)
+    left_out = (OF_TWO if problem.pool.n_models != 2 else ()) + (OF_ADAPTERS if whole else ())
     for name in GRIDS:
-        if name not in names or (name in OF_TWO and problem.pool.n_models != 2):
+        if name not in names or name in left_out:
             continue
         start = time.perf_counter()
         choice = TUNED[name](problem) if name in TUNED else tune(problem, GRIDS[name])
