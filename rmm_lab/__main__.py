@@ -23,6 +23,7 @@ from rmm_lab.search.config import PRESETS, Config, RunArgs, configure, read_conf
 from rmm_lab.search.pipeline import train
 from rmm_lab.search.problem import ProblemSpec
 from rmm_lab.search.run_folder import RunFolder
+from rmm_lab.tasks.console import lasting_console
 
 PROG = "python -m rmm_lab"
 
@@ -74,7 +75,11 @@ def merge(words: Sequence[str]) -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code: 0, 2 for bad input, 130 after Ctrl-C."""
-    words = sys.argv[1:] if argv is None else list(argv)
+    with lasting_console():
+        return _main(sys.argv[1:] if argv is None else list(argv))
+
+
+def _main(words: Sequence[str]) -> int:
     if words[:1] == ["finetune"]:
         from rmm_lab.zoo.finetune import Finetune
 

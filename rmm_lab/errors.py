@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import io
 import math
 import sys
 import types
@@ -47,13 +46,12 @@ def run_command(
     """
     import tyro
 
-    if isinstance(
-        sys.stdout, io.TextIOWrapper
-    ):  # a console without a letter shows "?" in its place
-        sys.stdout.reconfigure(errors="replace")
     config = (tyro.conf.PositionalRequiredArgs, tyro.conf.OmitArgPrefixes)
     try:
         words = sys.argv[1:] if argv is None else list(argv)
+        for word, after in zip(words, [*words[1:], None], strict=True):
+            option, equals, value = word.partition("=")
+            check_given(option, value if equals else after)
         tyro.cli(command, args=words, prog=prog, config=config, **options).run()
     except (InputError, OSError) as error:
         print(f"\nerror: {one_sentence(error)}", file=sys.stderr)
@@ -67,7 +65,10 @@ def run_command(
 # ----------------------------------------------------------------------------- checks of options
 
 Range = tuple[str, Callable[[Any], bool]]  # what is expected, in words, and whether a value is that
+SEED_RANGE: Range = ("0 or more and below 2**63", lambda v: 0 <= v < 2**63)
+UNIT_RANGE: Range = ("more than 0 and at most 1", lambda v: 0 < v <= 1)
 _WORDS = {int: "a whole number", float: "a finite number", bool: "True or False", str: "a text"}
+_MAY_BE_EMPTY = ("--groups", "--export")
 
 
 def check_values(args: Any, ranges: dict[str, Range]) -> None:
@@ -80,10 +81,17 @@ def check_values(args: Any, ranges: dict[str, Range]) -> None:
     checks = [(name, hint, (_expected(hint), lambda _: True)) for name, hint in hints.items()]
     checks += [(name, hints[name], r) for names, r in ranges.items() for name in names.split()]
     for name, hint, (expected, is_in_range) in checks:
-        value = getattr(args, name)
+        value, option = getattr(args, name), f"--{name.replace('_', '-')}"
+        if "" in (value if isinstance(value, tuple) else (value,)):
+            check_given(option, "")
         if not _fits(value, hint) or (value is not None and not is_in_range(value)):
-            option = f"--{name.replace('_', '-')}"
             raise InputError(f"{option}: expected {expected}, found {value!r}; correct it")
+
+
+def check_given(option: str, value: str | None) -> None:
+    """Raise InputError for an option whose value is an empty text, unless that means something."""
+    if value == "" and option.startswith("--") and option not in _MAY_BE_EMPTY:
+        raise InputError(f"{option}: expected a value, found ''; give one, or leave the option out")
 
 
 def _fits(value: Any, hint: Any) -> bool:
@@ -95,7 +103,7 @@ def _fits(value: Any, hint: Any) -> bool:
     if origin is tuple:
         return isinstance(value, tuple) and all(_fits(v, inner[0]) for v in value)
     if hint is float:
-        return type(value) in (int, float) and math.isfinite(value)
+        return type(value) in (int, float) and -math.inf < value < math.inf
     return isinstance(value, hint) and (hint is bool or not isinstance(value, bool))
 
 

@@ -306,11 +306,7 @@ class LayerPool:
 
 def _check_name(name: str) -> None:
     """InputError for an expert's name that is an action's too, or cannot stand in a path's text."""
-    try:
-        taken = name in _TAKEN or bool(parse_operator(name))
-    except InputError:
-        taken = False
-    if taken:
+    if name in _TAKEN or name.partition(":")[0] in SCOPE:
         raise InputError(
             f"expert {name!r}: expected a name that no action, stem or operator has; rename its folder"
         )

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from rmm_lab.errors import InputError, check_values, run_command
+from rmm_lab.errors import SEED_RANGE, UNIT_RANGE, InputError, check_values, run_command
 
 
 @dataclass(frozen=True)
@@ -55,10 +55,9 @@ class Args:
     def __post_init__(self) -> None:
         ranges = {
             "episodes_per_update update_epochs": ("at least 1", lambda v: v >= 1),
-            "learning_rate critic_learning_rate clip_coef": ("more than 0", lambda v: v > 0),
-            "gamma": ("more than 0 and at most 1", lambda v: 0 < v <= 1),
+            "learning_rate critic_learning_rate clip_coef gamma": UNIT_RANGE,
             "gae_lambda": ("0 to 1", lambda v: 0 <= v <= 1),
-            "vf_coef ent_coef ent_coef_end target_kl": ("0 or more", lambda v: v >= 0),
+            "vf_coef ent_coef ent_coef_end target_kl": ("0 to 1000", lambda v: 0 <= v <= 1000),
         }
         check_values(self, ranges)
 
@@ -312,7 +311,7 @@ class Main(Args):
         super().__post_init__()
         least = {
             "episodes": ("at least 1", lambda v: v >= 1),
-            "seed": ("0 or more", lambda v: v >= 0),
+            "seed": SEED_RANGE,
         }
         check_values(self, least)
 

@@ -294,7 +294,7 @@ def test_a_metric_for_each_expert_is_read_exactly(metrics):
         ),
         ("metrics_weighted_average:metrics=0.9/", None, "metrics: expected .* found '0.9/'"),
         ("slerp:t=0.3", 3, "slerp: expected 2 experts, found 3"),
-        ("tsv:scale=1/2", None, "scale: expected a finite number, found '1/2'"),
+        ("tsv:scale=1/2", None, "scale: expected a finite number .*, found '1/2'"),
         ("lines:depth=0.5", None, "first, last, found 'depth'"),
         ("model_stock:scale=1", None, "expected no option, found 'scale'"),
         ("regmean:alpha=1.1", None, r"alpha: expected a number in \[0, 1\]"),
@@ -303,7 +303,7 @@ def test_a_metric_for_each_expert_is_read_exactly(metrics):
         ("least_squares:ridge=some", None, "ridge: expected 'auto' or .*found 'some'"),
         ("least_squares:anchor=ties", None, "anchor: expected 'average' or 'regmean' or a finite"),
         ("least_squares:weights=1/3", 3, "weights: expected one for each of 3 experts, found 2"),
-        ("least_squares:weights=1/-3", 2, "weights: expected a finite number above 0, found -3"),
+        ("least_squares:weights=1/-3", 2, "weights: expected a finite number above 0, .*found -3"),
         ("least_squares:weights=1", 2, "weights: expected one for each of 2 experts, found 1"),
     ],
 )

@@ -524,6 +524,27 @@ def test_a_search_that_was_killed_ends_as_an_unbroken_one(tiny, tmp_path):
     assert tables[0] == tables[1]
 
 
+@pytest.mark.slow
+def test_searches_killed_at_random_moments_end_as_unbroken_ones(tmp_path):
+    script = Path(__file__).with_name("kills.py")
+    command = [
+        sys.executable,
+        str(script),
+        str(tmp_path),
+        "2",
+        "1",
+        "default",
+        "paper",
+        "least squares",
+    ]
+    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(script.parents[1])}
+    done = subprocess.run(
+        command, env=env, capture_output=True, text=True, timeout=280, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("equal to the byte") == 3
+
+
 def test_ctrl_c_says_how_to_go_on(tiny, tmp_path, monkeypatch, capsys):
     save, folder = RunFolder.save_checkpoint, tmp_path / "run"
 

@@ -23,10 +23,11 @@ from typing import Any, Literal
 import torch
 
 from rmm_lab.engine.scorer import check_device
-from rmm_lab.errors import InputError, Range, check_values
+from rmm_lab.errors import UNIT_RANGE, InputError, Range, check_values
 from rmm_lab.families.checkpoint import read_checkpoint, write_checkpoint
 from rmm_lab.tasks import image_formats, text_formats
 from rmm_lab.tasks.files import write_file
+from rmm_lab.tasks.hold import check_writable
 from rmm_lab.tasks.image_task import HALVES
 from rmm_lab.zoo import training
 
@@ -86,6 +87,10 @@ class PaperScale:
     metric: Literal["accuracy", "auto", "balanced"] = "accuracy"
     """Of language tasks; the paper's is accuracy, auto balances the answers of a skewed task (WikiQA)."""
 
+    def __post_init__(self) -> None:
+        self.checkpoints = self.checkpoints.expanduser()  # --checkpoints=~/x
+        self.sets_folder = self.sets_folder and self.sets_folder.expanduser()
+
     # ------------------------------------------------------------------------------ what is merged
 
     def groups(self) -> dict[str, list[Group]]:
@@ -141,9 +146,9 @@ class PaperScale:
         Raises InputError for the first that is missing, with what to fetch and where to put it.
         """
         whole: Range = ("at least 1", lambda v: v >= 1)
-        rates: Range = ("more than 0", lambda v: v > 0)
         numbers = {"steps text_steps batch_size text_batch_size": whole}
-        check_values(self, numbers | {"learning_rate text_learning_rate": rates})
+        check_values(self, numbers | {"learning_rate text_learning_rate": UNIT_RANGE})
+        check_writable(self.checkpoints, "--checkpoints")
         if self.sets_folder is not None and not self.sets_folder.is_dir():
             raise InputError(
                 f"--sets-folder: expected a folder, found none at {self.sets_folder}; name the one that "

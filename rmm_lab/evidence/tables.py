@@ -30,7 +30,8 @@ from typing import Any, Literal
 
 import pandas as pd
 
-from rmm_lab.errors import InputError, check_values, run_command
+from rmm_lab.engine.scorer import check_device
+from rmm_lab.errors import SEED_RANGE, InputError, check_values, run_command
 from rmm_lab.evidence import excerpts, measure, page_figures, pages
 from rmm_lab.evidence.measure import Job, Store
 from rmm_lab.evidence.paper_scale import Group, PaperScale
@@ -40,6 +41,7 @@ from rmm_lab.search import rivals
 from rmm_lab.search.config import BOTH, SEARCHED, configure, searched
 from rmm_lab.search.uniform import OF_ADAPTERS, OF_TWO
 from rmm_lab.tasks.files import write_file
+from rmm_lab.tasks.hold import check_writable
 from rmm_lab.tasks.image_task import data_folder
 
 # The groups of experts of each table, by the name that the table calls them.
@@ -198,16 +200,21 @@ class Command:
         check_values(
             self,
             {
-                "episodes jobs threads": ("at least 1", lambda v: v >= 1),
+                "episodes calibration": ("at least 1", lambda v: v >= 1),
+                "jobs threads": ("1 to 1024", lambda v: 1 <= v <= 1024),
                 "budgets": ("one or more of at least 1", lambda v: len(v) > 0 and min(v) >= 1),
             },
         )
-        if not 1 <= len(set(self.seeds)) == len(self.seeds):
+        odd = not all(map(SEED_RANGE[1], self.seeds))
+        if odd or not 1 <= len(set(self.seeds)) == len(self.seeds):
             raise InputError(
-                "--seeds: expected one or more different numbers, found "
+                f"--seeds: expected one or more different numbers, {SEED_RANGE[0]}, found "
                 f"{' '.join(map(str, self.seeds)) or 'none'}; give others"
             )
         out = self.out or Path("results" if self.scale == "kit" else "results-paper")
+        out = out.expanduser()
+        check_writable(out, "--out")
+        check_device(self.device)
         if self.table != "show":
             names = ALL if self.table == "all" else (self.table,)
             groups = self._groups(names)

@@ -265,7 +265,7 @@ def write_checkpoint(
     if beside is not None:
         kept = family_of(str(folder), config).FILES
         files |= {n: (beside / n).read_bytes() for n in kept if (beside / n).is_file()}
-    for name, content in (files | {"config.json": text.encode()}).items():
+    for name, content in (files | {"config.json": text.encode(errors="backslashreplace")}).items():
         write_file(folder / name, content)
 
 

@@ -175,7 +175,8 @@ def sweep_picture(
         axes.set_ylim(0, 100)
         tidy(axes, f"{title}\nbest mean: {mean[best]:.0f} % at {x[best]:g}", xlabel)
     grid[0].set_ylabel("accuracy, % (reward split)", fontsize=9)
-    grid[-1].legend(fontsize=9, loc="upper left", bbox_to_anchor=(1, 1))
+    named = [*tasks, "mean", "best mean"]  # given, or one that begins with "_" is left out
+    grid[-1].legend(grid[-1].lines, named, fontsize=9, loc="upper left", bbox_to_anchor=(1, 1))
     return figure
 
 
@@ -211,7 +212,8 @@ def kept_picture(
     axes.axhline(100 * density, color="black", ls="--", lw=1, label="trimmed layer by layer")
     axes.set_xticks(x, places)
     axes.set_ylabel("entries kept, %")
-    axes.legend(fontsize=9, loc="upper left", bbox_to_anchor=(1, 1))
+    named = [*axes.containers, *axes.lines], [*names, "trimmed layer by layer"]
+    axes.legend(*named, fontsize=9, loc="upper left", bbox_to_anchor=(1, 1))
     axes.spines[["top", "right"]].set_visible(False)
     return figure
 

@@ -7,17 +7,19 @@ below zero from white to brown, and differences from orange to purple with white
 from __future__ import annotations
 
 import io
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from textwrap import fill
 from typing import Any
 
 import numpy as np
 import pandas as pd
-from matplotlib import color_sequences
+from matplotlib import color_sequences, rc_context
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import LinearSegmentedColormap, to_rgb
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
+from matplotlib.text import Text
 from matplotlib.ticker import MultipleLocator
 
 from rmm_lab.operators import SCOPE
@@ -53,13 +55,21 @@ SPELLED = {
 
 
 def png(figure: Figure) -> bytes:
-    """A figure as the bytes of a PNG file, the same for the same figure."""
+    """A figure as the bytes of a PNG file, the same for the same figure.
+
+    Texts are drawn as they are: what is between two dollars of a name is no mathematics. A letter that the
+    font lacks is a box.
+    """
     data, dpi = io.BytesIO(), figure.dpi
     figure.dpi = 150
-    try:  # not savefig, which draws everything twice
-        FigureCanvasAgg(figure).print_png(data, metadata={"Software": None})
-    finally:
-        figure.dpi = dpi
+    with rc_context({"text.parse_math": False}), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing")
+        for text in figure.findobj(Text):
+            text.set_parse_math(False)
+        try:  # not savefig, which draws everything twice
+            FigureCanvasAgg(figure).print_png(data, metadata={"Software": None})
+        finally:
+            figure.dpi = dpi
     return data.getvalue()
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -32,12 +31,13 @@ def _or(text: Range, number: Range) -> Range:
     return f"{text[0]} or {number[0]}", lambda value: text[1](value) or number[1](value)
 
 
+MOST = 1e6  # of a coefficient: beyond, products of float32 soon overflow
 _ABOVE_0 = _number("a number in (0, 1]", lambda value: 0 < value <= 1)
 _BELOW_1 = _number("a number in [0, 1)", lambda value: 0 <= value < 1)
 _UNIT = _number("a number in [0, 1]", lambda value: 0 <= value <= 1)
-_FINITE = _number("a finite number", math.isfinite)
-_FROM_0 = _number("a finite number from 0", lambda value: 0 <= value < math.inf)
-_POSITIVE = _number("a finite number above 0", lambda value: 0 < value < math.inf)
+_FINITE = _number("a finite number from -1e6 to 1e6", lambda value: abs(value) <= MOST)
+_FROM_0 = _number("a finite number from 0 to 1e6", lambda value: 0 <= value <= MOST)
+_POSITIVE = _number("a finite number above 0, to 1e6", lambda value: 0 < value <= MOST)
 _WHOLE = _number("a whole number from 1", lambda value: value >= 1 and float(value).is_integer())
 _COUNT = _number("a whole number from 0", lambda value: value >= 0 and float(value).is_integer())
 

@@ -21,6 +21,13 @@ from rmm_lab.path import LayerPath, Origin
 from rmm_lab.reward import path_text
 
 UNKNOWN = "not stated"
+
+
+def escaped(text: str) -> str:
+    """A name as Markdown shows it: nothing in it begins a column or a tag."""
+    return text.replace("|", "\\|").replace("<", "&lt;")
+
+
 _WHOLE: dict[str, Any] = {"break_long_words": False, "break_on_hyphens": False}
 _PAPER = "[Reinforced Model Merging](https://arxiv.org/abs/2503.21272)"
 _LOAD = {
@@ -40,10 +47,10 @@ def card(path: LayerPath, pool: LayerPool, table: str = "") -> str:
     depth = f"{len(path.steps)} of {pool.n_layers} {path.unit}s" if path.steps else "no layers"
     kind = _task_of(pool)
     parts = [
-        f"| {origin.name} | {_public(origin)} | {licence} | `{origin.sha256[:12]}` |"
+        f"| {escaped(origin.name)} | {_public(origin)} | {licence} | `{origin.sha256[:12]}` |"
         for origin, licence in zip(origins, licences, strict=True)
     ]
-    experts = ", ".join(origin.name for origin in path.experts)
+    experts = ", ".join(escaped(origin.name) for origin in path.experts)
     text = [
         *_header(origins, licences, kind),
         f"# A merge of {experts}",
@@ -125,4 +132,5 @@ def _public(origin: Origin) -> str:
         return origin.source.removeprefix("hf-hub:")
     if locate(origin.source) != origin.source:
         return f"`{origin.source}`, ships with rmm_lab"
-    return f"a folder `{Path(origin.source).name}`"
+    name = Path(origin.source).name.replace("|", "\\|")
+    return f"a folder `{name}`"

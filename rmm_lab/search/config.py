@@ -11,8 +11,8 @@ from typing import Any, Literal
 import torch
 
 from rmm_lab import ppo
-from rmm_lab.errors import InputError, check_values
-from rmm_lab.search.problem import SEED_RANGE, ProblemSpec, at_hand, moved
+from rmm_lab.errors import SEED_RANGE, InputError, check_values
+from rmm_lab.search.problem import ProblemSpec, at_hand, moved
 
 
 @dataclass(frozen=True)
@@ -92,8 +92,9 @@ class RunArgs:
                 "threads": ("0 to 1024", lambda v: 0 <= v <= 1024),
                 "data_fraction": ("at least 1e-6 and at most 1", lambda v: 1e-6 <= v <= 1),
                 "dar_lambda cma_share": ("0 to 1", lambda v: 0 <= v <= 1),
-                "finalists cache_mb shaping": ("0 or more", lambda v: v >= 0),
-                "penalty": ("0 or less", lambda v: v <= 0),
+                "finalists cache_mb": ("0 or more", lambda v: v >= 0),
+                "shaping": ("0 to 1000", lambda v: 0 <= v <= 1000),
+                "penalty": ("-1000 to 0", lambda v: -1000 <= v <= 0),
                 "device": ("a device of torch's, such as cpu or cuda", _is_device),
             },
         )

@@ -15,7 +15,7 @@ import tyro
 from rmm_lab.engine.calibration import Calibration
 from rmm_lab.engine.scorer import Scorer
 from rmm_lab.env import MergingEnv
-from rmm_lab.errors import InputError, Range, check_values
+from rmm_lab.errors import SEED_RANGE, UNIT_RANGE, InputError, check_values
 from rmm_lab.families.adapters import factors_of
 from rmm_lab.families.checkpoint import (
     Checkpoint,
@@ -35,6 +35,7 @@ from rmm_lab.tasks.few_labels import FewLabels, with_all_inputs
 from rmm_lab.tasks.files import (
     SHIPPED,
     absolute,
+    check_names,
     or_shipped,
     place_in,
     recalled,
@@ -50,7 +51,6 @@ OPERATORS = (
     "ties",
 )
 STEM = "agent"
-SEED_RANGE: Range = ("0 or more and below 2**63", lambda v: 0 <= v < 2**63)
 
 
 @dataclass(frozen=True)
@@ -95,9 +95,8 @@ class ProblemSpec:
     """Seed of the random operators' masks and of the draws of calibration inputs and known labels."""
 
     def __post_init__(self) -> None:
-        known: Range = ("more than 0 and at most 1", lambda v: 0 < v <= 1)
         ranges = {"seed": SEED_RANGE, "calibration": ("0 or more", lambda v: v >= 0)}
-        check_values(self, ranges | {"label_fraction": known})
+        check_values(self, ranges | {"label_fraction": UNIT_RANGE})
 
 
 @dataclass
@@ -156,9 +155,9 @@ class Problem:
 
             engine = RayEngine(self.pool, tasks, str(workers), options)
             return Scorer(self.pool, tasks, **engine.options, engine=engine)
-        if not str(workers).isdecimal() or int(workers) < 1:
+        if not str(workers).isdecimal() or not 1 <= int(workers) <= 1024:
             raise InputError(
-                f"--workers: expected a number of threads from 1, ray, or ray://HOST:PORT, found "
+                "--workers: expected a number of threads from 1 to 1024, ray, or ray://HOST:PORT, found "
                 f"{workers!r}"
             )
         return Scorer(self.pool, tasks, **options, workers=int(workers))
@@ -262,6 +261,7 @@ def problem_of(spec: ProblemSpec) -> Problem:
     for task, name in zip(tasks, _distinct([t.name for t in tasks]), strict=True):
         task.name = name
     short = _expert_names(names, [task.name for task in tasks])
+    check_names(tasks, short)
     unit = "sublayer" if spec.unit == "both" else spec.unit
     pool = LayerPool(origin, checkpoints, short, operators, scope=scope, seed=spec.seed, unit=unit)
     if spec.calibration:
@@ -384,7 +384,12 @@ def _read(source: str, spec: ProblemSpec, base: Checkpoint | None = None) -> Che
 def _short(source: str) -> str:
     """What an expert is called in paths and tables: its name, or the last part of its folder's."""
     source = absolute(source, MODELS).partition("@")[0]
-    return Path(source).name.replace(" ", "_")
+    return _joined(Path(source).name)
+
+
+def _joined(name: str) -> str:
+    """A name in one word, as a path's text needs it; what no name may hold stays, and is refused."""
+    return re.sub(r"[^\S\t\n\r\f\v\x1c-\x1f\x85\u2028\u2029]", "_", name)
 
 
 # Folders that training scripts make; they do not say what a model has learned.
@@ -399,7 +404,7 @@ def _expert_names(sources: Sequence[str], tasks: Sequence[str]) -> list[str]:
     where folders are called alike or like any training script's."""
     names = [_short(source) for source in sources]
     if len(set(names)) < len(names) or any(map(_NO_NAMES.fullmatch, names)):
-        own = [task.replace(" ", "_") for task in tasks]
+        own = [_joined(task) for task in tasks]
         names = own if len(set(own)) == len(own) else names
     return _distinct(names)
 

@@ -11,7 +11,7 @@ import numpy as np
 from tqdm import tqdm
 
 from rmm_lab.search import table, uniform
-from rmm_lab.search.card import card
+from rmm_lab.search.card import card, escaped
 from rmm_lab.search.config import SEARCHED, Config, searched, seen_by
 from rmm_lab.search.fronts import write_front
 from rmm_lab.search.problem import Problem
@@ -127,11 +127,6 @@ def frame(rows: Sequence[Row], tasks: Sequence[Any]) -> Any:
         for row, share in zip(rows, shares_of_experts(rows), strict=True)
     ]
     return pd.DataFrame(lines)
-
-
-def escaped(text: str) -> str:
-    """A name as Markdown shows it: nothing in it begins a column or a tag."""
-    return text.replace("|", "\\|").replace("<", "&lt;")
 
 
 def _markdown(rows: Sequence[Row], tasks: Sequence[Any], tablefmt: str) -> str:

@@ -7,7 +7,7 @@ import difflib
 import io
 import os
 import re
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ SPLIT_SEED = 0  # fixed, so that fine-tuning and search agree on the splits that
 def data_folder() -> Path:
     """The folder ``data/`` of the repository, or the one that RMM_LAB_DATA names."""
     folder = Path(os.environ.get("RMM_LAB_DATA") or Path(__file__).resolve().parents[2] / "data")
+    folder = folder.expanduser()
     if not folder.is_dir():
         raise InputError(
             f"expected the data that ships in {folder}, found no such folder; clone the repository "
@@ -119,6 +120,22 @@ def recalled(source: str, known: Collection[str]) -> str:
     return spelled(source) if source in known else source
 
 
+# Control characters (of a terminal too), line and paragraph separators, changes of direction, and bytes of
+# a file's name that are no UTF-8.
+_UNSAFE = re.compile("[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+def check_names(tasks: Sequence[Any], more: Iterable[str] = ()) -> None:
+    """Raise InputError for a name of a task, a class or something else that no table or terminal can hold."""
+    classes = (name for task in tasks for name in getattr(task, "classes", ()))
+    for name in (*more, *(task.name for task in tasks), *classes):
+        if odd := _UNSAFE.search(str(name)):
+            raise InputError(
+                f"name {name!r}: expected letters that tables and terminals show, found {odd[0]!r}; rename "
+                "the folder or class"
+            )
+
+
 def content(folder: Path) -> str:
     """The first names in a folder, for messages."""
     names = sorted(p.name for p in folder.iterdir())
@@ -155,7 +172,9 @@ def write_file(file: Path, content: str | bytes) -> None:
     """
     scratch = file.with_name(f".{file.name}.tmp")
     try:
-        scratch.write_bytes(content.encode() if isinstance(content, str) else content)
+        # What is no UTF-8 in a file's name becomes an escape, which JSON reads.
+        raw = content.encode(errors="backslashreplace") if isinstance(content, str) else content
+        scratch.write_bytes(raw)
         scratch.replace(file)
     except OSError as error:
         raise OSError(error.errno, error.strerror, str(file)) from error

@@ -22,16 +22,24 @@ LOCK = ".lock"
 _NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK)  # some file systems of clusters have none
 
 
+def check_writable(folder: Path, option: str) -> Path:
+    """What is there of a folder's path; InputError where nothing can be written below."""
+    above = next(p for p in (folder, *folder.absolute().parents) if os.path.lexists(p))
+    if not above.is_dir():
+        found = f"{above} is a file"
+    elif not os.access(above, os.W_OK | os.X_OK):
+        found = f"nothing may be written to {above}"
+    else:
+        return above
+    raise InputError(f"{option}: expected a folder to write to, but {found}; name another one")
+
+
 def check_new(folder: Path, option: str = "--run-dir", resume: bool = True) -> None:
     """Raise InputError unless ``folder`` is absent or empty; the file of a lock does not count.
 
     option: what the user named it by. resume: whether what is there may be a run to go on with.
     """
-    above = next(p for p in (folder, *folder.absolute().parents) if os.path.lexists(p))
-    if not above.is_dir():
-        raise InputError(
-            f"{option}: expected a new or empty folder, but {above} is a file; name another one"
-        )
+    above = check_writable(folder, option)
     if above == folder and any(p.name != LOCK for p in folder.iterdir()):
         more = f", or go on with --resume {shlex.quote(str(folder))}" if resume else ""
         raise InputError(
@@ -51,10 +59,9 @@ def held(folder: Path, option: str) -> Iterator[None]:
             descriptor = os.open(file, flags, 0o644)
             _lock(descriptor, folder, option)
         since = time.strftime("%Y-%m-%d %H:%M:%S")
-        os.ftruncate(descriptor, 0)
-        os.lseek(descriptor, 0, os.SEEK_SET)
-        os.write(descriptor, f"process {os.getpid()} on {platform.node()} since {since}".encode())
+        who = f"process {os.getpid()} on {platform.node()} since {since}"
         try:
+            file.write_text(who)
             yield
         finally:
             with suppress(FileNotFoundError, PermissionError):  # Windows removes no open file

@@ -5,7 +5,6 @@ python -m rmm_lab finetune --base B --images FOLDER --out E
 
 from __future__ import annotations
 
-import errno
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,13 +13,14 @@ from typing import Any, Literal
 
 import torch
 
-from rmm_lab.errors import InputError, Range, check_values
+from rmm_lab.errors import FULL, SEED_RANGE, UNIT_RANGE, InputError, Range, check_values
 from rmm_lab.families.checkpoint import Checkpoint, read_checkpoint, write_checkpoint
 from rmm_lab.families.parts import Weights
 from rmm_lab.families.shipped import locate
 from rmm_lab.reward import predict
-from rmm_lab.tasks.files import SPLITS, split_lists, write_file
+from rmm_lab.tasks.files import SPLITS, check_names, split_lists, write_file
 from rmm_lab.tasks.groups import of_groups
+from rmm_lab.tasks.hold import check_new, held_new
 from rmm_lab.zoo.training import fine_tune
 
 _PIECE = 2**24  # bytes that are written at a time to try the space
@@ -30,7 +30,7 @@ _PIECE = 2**24  # bytes that are written at a time to try the space
 class Finetune:
     """Fine-tune a base on image folders or texts: one makes an expert, several a multi-task model."""
 
-    base: str = ""
+    base: str | None = None
     """Base model: a folder of timm or transformers, hf-hub:OWNER/NAME, or base or text-base, which ship."""
     out: Path | None = None
     """New or empty folder to write the fine-tuned model to."""
@@ -62,7 +62,7 @@ class Finetune:
     def run(self) -> None:
         """Fine-tune and write the model; report the reward split on the way, the test split at the end.
 
-        Ctrl-C keeps the model so far.
+        Ctrl-C keeps the model so far. No other process may write to its folder meanwhile.
         """
         data, sources = ("texts", self.texts) if self.texts else ("images", self.images)
         self.out = self.out and self.out.expanduser()  # --out=~/x, which no shell expands
@@ -71,7 +71,7 @@ class Finetune:
         out = self.out
         if self.threads:
             torch.set_num_threads(self.threads)
-        base = read_checkpoint(locate(self.base), allow_pickle=self.allow_pickle)
+        base = read_checkpoint(locate(self.base or ""), allow_pickle=self.allow_pickle)
         family = base.family
         if data != family.DATA:
             raise InputError(
@@ -84,6 +84,7 @@ class Finetune:
             raise InputError(
                 f"--{data}: expected folders of different names, found {[t.name for t in tasks]}; rename"
             )
+        check_names(tasks)
         for task in tasks:  # broken data must show before hours of training
             for split in SPLITS:
                 if cut := getattr(task.split(split), "cut", 0):
@@ -108,34 +109,36 @@ class Finetune:
                 if lists := split_lists(tasks):
                     write_file(out / "splits.csv", lists)
 
-        try_space(out, sum(t.numel() * t.element_size() for t in base.weights.values()))
-        try:
-            config, weights = fine_tune(
-                base,
-                tasks,
-                steps=self.steps,
-                learning_rate=self.learning_rate,
-                seed=self.seed,
-                batch_size=self.batch_size,
-                balance=self.class_weights == "balanced",
-                watch=watch,
-                keep=keep,
-            )
-        except KeyboardInterrupt as stopped:
-            if done := str(stopped):
-                raise KeyboardInterrupt(f"the model after {done} is in {out}") from None
-            raise
-        keep(config, weights)
-        say(Checkpoint(str(out), out, config, weights, ""), "test")
-        print(f"written: {out}")
+        with held_new(out, "--out", resume=False):
+            try_space(out, sum(t.numel() * t.element_size() for t in base.weights.values()))
+            done = ""
+            try:
+                config, weights = fine_tune(
+                    base,
+                    tasks,
+                    steps=self.steps,
+                    learning_rate=self.learning_rate,
+                    seed=self.seed,
+                    batch_size=self.batch_size,
+                    balance=self.class_weights == "balanced",
+                    watch=watch,
+                    keep=keep,
+                )
+                keep(config, weights)
+                done = f"all {self.steps} steps"
+                say(Checkpoint(str(out), out, config, weights, ""), "test")
+            except KeyboardInterrupt as stopped:
+                if done := done or str(stopped):
+                    raise KeyboardInterrupt(f"the model after {done} is in {out}") from None
+                raise
+            print(f"written: {out}")
 
     def _check(self, sources: tuple[str, ...]) -> None:
         """Raise InputError for options out of range, before anything is read."""
         positive: Range = ("more than 0", lambda value: value > 0)
-        given: Range = ("the model to fine-tune, a folder or hub name", bool)
-        threads: Range = ("0 or more", lambda value: value >= 0)
-        ranges = {"steps learning_rate batch_size": positive, "threads": threads, "base": given}
-        check_values(self, ranges)
+        threads: Range = ("0 to 1024", lambda value: 0 <= value <= 1024)
+        ranges = {"steps batch_size": positive, "learning_rate": UNIT_RANGE, "seed": SEED_RANGE}
+        check_values(self, ranges | {"threads": threads})
         if not sources or (self.images and self.texts):
             raise InputError(
                 f"--images: expected at least one folder, or --texts for a T5 or language model, found "
@@ -146,10 +149,13 @@ class Finetune:
                 f"--batch-size: expected at least {len(sources)}, an example of each task, found "
                 f"{self.batch_size}"
             )
-        out = self.out
-        if out is None or out.is_file() or (out.exists() and any(out.iterdir())):
-            found = "none" if out is None else f"something in {out}"
-            raise InputError(f"--out: expected an empty or new folder, found {found}; name one")
+        if self.base is None:
+            raise InputError(
+                "--base: expected the model to fine-tune, a folder or hub name, found none; name one"
+            )
+        if self.out is None:
+            raise InputError("--out: expected an empty or new folder, found none; name one")
+        check_new(self.out, "--out", resume=False)
 
 
 def _scores(model: Checkpoint, tasks: Sequence[Any], split: str) -> Iterator[float]:
@@ -171,7 +177,7 @@ def _room(out: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno not in FULL:
             raise
         raise InputError(
             f"--out: expected space for the model in {out}, found too little; free some, or name a folder "
@@ -180,9 +186,8 @@ def _room(out: Path) -> Iterator[None]:
 
 
 def try_space(out: Path, size: int) -> None:
-    """Raise InputError unless a file of ``size`` bytes fits where ``out`` will be; nothing stays there."""
-    above = next(p for p in (out, *out.absolute().parents) if p.is_dir())
-    scratch = above / f".{out.name}.space"
+    """Raise InputError unless a file of ``size`` bytes fits into the folder ``out``; nothing stays there."""
+    scratch = out / ".space"
     with _room(out):
         try:
             with open(scratch, "wb") as file:
