@@ -203,7 +203,10 @@ def _check_shapes(source: str, config: Mapping[str, Any], weights: Mapping[str, 
     """InputError unless a model of texts has the tensors that its config.json describes; ViTs are known."""
     if (family := family_of(source, config)) is vit:
         return
-    found = family.architecture(config)  # without numbers
+    try:
+        found = family.architecture(config)  # without numbers
+    except InputError as error:
+        raise InputError(f"model {source!r}: {error}") from error
     there = shapes_of(weights)
     said = found.shapes | {n: s for n, s in found.optional.items() if n in there}
     odd = next((n for n in there | said if said.get(n) != there.get(n)), None)
@@ -216,7 +219,13 @@ def _check_shapes(source: str, config: Mapping[str, Any], weights: Mapping[str, 
 
 def _base_folder(source: str, adapter: Mapping[str, Any], allow_pickle: bool) -> Path:
     """The folder of the model that an adapter names as its base."""
-    folder = resolve(adapters.base_of_adapter(source, adapter), allow_pickle=allow_pickle)
+    base = adapters.base_of_adapter(source, adapter)
+    if base.startswith("hf-hub:") and not source.startswith("hf-hub:"):
+        raise InputError(
+            f"model {source!r}: expected its base, since no folder makes us ask a network, found its name on "
+            f"the hub; name it: --base {base}"
+        )
+    folder = resolve(base, allow_pickle=allow_pickle)
     if reading.is_adapter(folder):
         raise InputError(
             f"model {source!r}: expected the base of an adapter to be a whole model, found an adapter in "

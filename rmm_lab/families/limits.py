@@ -24,7 +24,7 @@ def _whole(low: int, high: int) -> Range:
 
 def _number(what: str, test: Callable[[float], bool]) -> Range:
     def fits(v: Any) -> bool:
-        return type(v) in (int, float) and math.isfinite(v) and test(v)
+        return type(v) in (int, float) and abs(v) < 2**63 and test(v)  # of NaN nothing is true
 
     return what, fits
 
@@ -254,5 +254,5 @@ def _numbers(found: Any) -> list[tuple[str, float]]:
     """The numbers of an object and of objects in it, with their keys."""
     out: list[tuple[str, float]] = []
     for key, value in found.items() if isinstance(found, dict) else ():
-        out += [(str(key), float(value))] if type(value) in (int, float) else _numbers(value)
+        out += [(str(key), value)] if type(value) in (int, float) else _numbers(value)
     return out

@@ -87,12 +87,10 @@ def _finite(text: str) -> float:
 def _is_deeper(found: Any, most: int) -> bool:
     """Whether lists and objects are nested more than ``most`` deep; level by level, without recursion."""
     level = [found]
-    for _ in range(most + 1):
+    for _ in range(most):
         level = [v for v in level if isinstance(v, (dict, list))]
         level = [x for v in level for x in (v.values() if isinstance(v, dict) else v)]
-        if not level:
-            return False
-    return True
+    return any(isinstance(v, (dict, list)) for v in level)
 
 
 def visible(name: str) -> str:
