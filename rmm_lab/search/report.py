@@ -165,7 +165,7 @@ def to_json(rows: Sequence[Row], tasks: Sequence[Any]) -> str:
 
 
 def write_results(result: Result, rows: Sequence[Row], problem: Problem, folder: RunFolder) -> None:
-    """Write policy, path, finalists, table, figures and the merged model into the run folder."""
+    """Write policy, path, finalists, notes, table, figures and the merged model into the run folder."""
     from safetensors.torch import save
 
     from rmm_lab.figures import paths as figures
@@ -177,8 +177,10 @@ def write_results(result: Result, rows: Sequence[Row], problem: Problem, folder:
     folder.write("policies.safetensors", save({"policies": result.policies}))
     folder.write("path.json", path.to_json())
     folder.write("finalists.json", json.dumps(result.finalists, indent=2) + "\n")
+    splits = ("reward", "test") if rows else ("reward",)
+    said = [*problem.notes(), *notes(tasks, splits), *(remarks(rows, tasks) if rows else ())]
+    folder.write("notes.json", json.dumps(said, indent=2, ensure_ascii=False) + "\n")
     if rows:
-        said = [*notes(tasks, ("reward", "test")), *remarks(rows, tasks)]
         below = "".join(f"\n{note}.\n" for note in said)
         folder.write("table.md", f"{_markdown(rows, tasks, 'pipe')}\n{below}")
         folder.write("table.json", to_json(rows, tasks))
