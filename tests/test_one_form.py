@@ -144,6 +144,8 @@ def test_a_run_with_another_size_says_so_and_can_be_built_again(tmp_path, monkey
     assert run(base, experts, images) == 0
     out = capsys.readouterr().out
     assert any("note: " in line and "resampled" in line for line in out.splitlines())
+    notes = json.loads(Path("run/notes.json").read_text())
+    assert any(note.startswith("model ") and "resampled" in note for note in notes)
     path = LayerPath.from_json(Path("run/path.json").read_text())
     merged = timm.create_model("local-dir:run/merged", pretrained=True).eval()
     x = torch.randn(2, 1, 16, 16)

@@ -34,7 +34,7 @@ from rmm_lab.tasks.hold import held
 
 RESULT = (
     *("episodes.csv", "updates.csv", "policy.safetensors", "policies.safetensors"),
-    *("path.json", "finalists.json"),
+    *("path.json", "finalists.json", "notes.json"),
 )
 
 
@@ -362,6 +362,11 @@ def test_a_run_folder_holds_what_the_readme_says(tiny, tmp_path, capsys):
         *("rewards.png", "path.png", "cross-task.png", "merged"),
     }
     assert [e["episode"] for e in rows_of(folder)] == list(range(24))
+    notes = json.loads((folder / "notes.json").read_text())
+    assert notes == [line[6:] for line in printed.splitlines() if line.startswith("note: ")]
+    assert any("on its own task" in note or "unmerged" in note for note in notes)
+    for note in notes:
+        assert f"\n{note}.\n" in (folder / "table.md").read_text()
     table = json.loads((folder / "table.json").read_text())
     for row in table:
         assert row["name"] in printed

@@ -31,6 +31,7 @@ MODEL_TYPES = (
 # timm's architectures by the eps of their norms, which config.json cannot say otherwise.
 _BY_EPS = {1e-6: "vit_base_patch16_224", 1e-5: "vit_base_patch16_clip_224"}
 _DISTILLED = "deit_base_distilled_patch16_224"
+_GATED = "vit_giant_patch14_dinov2"  # whose MLPs are SwiGLU
 _SAME = 1e-4  # how far logits may move where timm has no norm of the same eps
 _ACTIVATIONS = {
     **{"gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh"},
@@ -86,17 +87,14 @@ def to_timm(
             f"model {source!r}: expected the weights of a {config['model_type']!r} of transformers', found "
             f"no {lost!r}; save the model with transformers again"
         )
-    if any(".mlp.w" in n or ".mlp.gate" in n for n in weights):
-        raise InputError(
-            f"model {source!r}: expected an MLP of two layers in each block, found SwiGLU; such models are "
-            "not supported"
-        )
     out, args, more = _weights(source, kind, hf, weights)
     out |= {f"head.{name}": tensor for name, tensor in text[0].items()}
     eps = float(hf.layer_norm_eps)
     architecture = _BY_EPS.get(eps, _BY_EPS[1e-6])
     if "dist_token" in out:
         architecture = _DISTILLED
+    if "mlp_ratio" in more:
+        architecture = _GATED
     cfg, notes = _preprocessing(source, folders, kind, hf, args, out)
     n = len(out["head.weight"]) if "head.weight" in out else 0
     found: dict[str, Any] = {
@@ -185,6 +183,9 @@ def _weights(
     elif kind == "siglip":
         args["global_pool"] = "map" if "attn_pool.latent" in out else "avg"
         args |= {} if "attn_pool.latent" in out else {"fc_norm": False}
+    if getattr(hf, "use_swiglu_ffn", False):  # fc1: what is gated and the gate, one below the other
+        more["mlp_ratio"] = hf.mlp_ratio  # as transformers counts
+        args |= {"mlp_ratio": len(out["blocks.0.mlp.fc1.weight"]) / width, "act_layer": "silu"}
     if kind == "deit" and "head_dist.weight" not in out and "dist_token" in out:
         args["reg_tokens"] = 1  # a token that no classifier reads
         out["reg_token"] = out.pop("dist_token")

@@ -24,6 +24,8 @@ _NAMES = tuple(
         (r"^(blocks\.\d+)\.output\.dense\.", r"\1.mlp.fc2."),
         (r"\.(?:layernorm_before|layer_norm1)\.", ".norm1."),
         (r"\.(?:layernorm_after|layer_norm2)\.", ".norm2."),
+        (r"\.mlp\.weights_in\.", ".mlp.fc1."),  # SwiGLU
+        (r"\.mlp\.weights_out\.", ".mlp.fc2."),
         (r"\.layer_scale([12])\.lambda1$", r".ls\1.gamma"),
         (r"^embeddings\.(?:cls_token|class_embedding)$", "cls_token"),
         (r"^embeddings\.distillation_token$", "dist_token"),

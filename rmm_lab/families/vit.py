@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from rmm_lab.errors import InputError
 from rmm_lab.families import limits, parts, text_head
 from rmm_lab.families.convert import is_vision, joined_factors
+from rmm_lab.families.dinov2 import gated
 from rmm_lab.families.names import hub_name, timm_name
 from rmm_lab.families.parts import Factors, Parts, Weights, outside_head
 from rmm_lab.families.protocol import Config, Model, Trainable, TrivialRow
@@ -98,7 +99,7 @@ def once(source: str, weights: Mapping[str, Tensor]) -> Weights:
     """A ViT's file holds every tensor once. A DINOv2 of transformers' gets the names of the hub's files."""
     own = next((n.partition(".")[0] for n in weights if n.startswith("dinov2")), "")
     if own:  # dinov2 or dinov2_with_registers
-        return {hub_name(timm_name(name), own): tensor for name, tensor in weights.items()}
+        return gated({hub_name(timm_name(name), own): t for name, t in weights.items()})
     return dict(weights)
 
 

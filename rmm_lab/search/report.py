@@ -192,14 +192,16 @@ def write_model(result: Result, problem: Problem, folder: RunFolder) -> None:
 
 
 def write_tables(result: Result, rows: Sequence[Row], problem: Problem, folder: RunFolder) -> None:
-    """Write the table, where there are rows, the model's card with it, and the figures."""
+    """Write notes, the table, where there are rows, the model's card with it, and the figures."""
     from rmm_lab.figures import paths as figures
     from rmm_lab.figures.results import cross_task_picture
 
     assert folder.path is not None
     pool, tasks, path = problem.pool, problem.tasks, result.path
+    splits = ("reward", "test") if rows else ("reward",)
+    said = [*problem.notes(), *notes(tasks, splits), *(remarks(rows, tasks) if rows else ())]
+    folder.write("notes.json", json.dumps(said, indent=2, ensure_ascii=False) + "\n")
     if rows:
-        said = [*notes(tasks, ("reward", "test")), *remarks(rows, tasks)]
         below = "".join(f"\n{escaped(note)}.\n" for note in said)
         folder.write("table.md", f"{_markdown(rows, tasks, 'pipe')}\n{below}")
         folder.write("table.json", to_json(rows, tasks))

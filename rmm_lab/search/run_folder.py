@@ -4,8 +4,8 @@ config.json             the options: what is merged, the agent, the run
 episodes.csv            one row per episode: phase, raw scores, raw and DAR reward, path
 updates.csv             one row per policy update: the diagnostics
 checkpoint.safetensors  agent, optimiser, generator, counters, and what the policy did, (U, P, A)
-policy.safetensors, policies.safetensors, path.json, finalists.json, table.json, table.md, *.png, merged/
-                        the result
+policy.safetensors, policies.safetensors, path.json, finalists.json, notes.json, table.json, table.md, *.png,
+merged/                 the result
 converted/              models that came as pickles, as safetensors
 .lock                   while a process holds the folder: see ``tasks.hold``
 
