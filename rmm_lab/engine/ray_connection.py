@@ -86,8 +86,8 @@ def connect(ray: Any, address: str, user: object, n_bytes: int, limit: int | Non
 def _to_ourselves() -> Iterator[None]:
     """While Ray is started: what keeps its servers on the loopback interface, and a token of this process.
 
-    Ray turns 127.0.0.1 into the machine's address, but where clusters of several machines are switched off, as
-    on macOS and Windows.
+    Ray turns 127.0.0.1 into the machine's address, but where clusters of several machines are switched off,
+    as on macOS and Windows.
     """
     switch = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
     own = {switch: "0"}
