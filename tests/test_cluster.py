@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import http.server
+import ipaddress
 import os
 import random
 import signal
@@ -353,6 +354,46 @@ def test_workers_of_a_cluster_of_ours_give_way_to_nobody(shared):
     assert engine.pids
     for pid in engine.pids.values():
         assert psutil.Process(pid).nice() == psutil.Process().nice()
+
+
+def listening() -> list[tuple[str, str, int]]:
+    """Process, address and port of all sockets that this process and those below it listen on."""
+    own = psutil.Process()
+    return [
+        (process.name(), ipaddress.ip_address(c.laddr.ip), c.laddr.port)
+        for process in (own, *own.children(recursive=True))
+        for c in process.net_connections("inet")
+        if c.status == psutil.CONN_LISTEN or (c.laddr and c.type == socket.SOCK_DGRAM)
+    ]
+
+
+def is_loopback(address) -> bool:
+    return (getattr(address, "ipv4_mapped", None) or address).is_loopback
+
+
+@pytest.mark.slow
+def test_a_cluster_of_ours_listens_on_loopback_alone(shared):
+    found = listening()
+    assert any(name == "gcs_server" for name, _, _ in found)  # the cluster is seen
+    assert [own for own in found if not is_loopback(own[1])] == []
+    with socket.create_server(("0.0.0.0", 0)):  # what the test would see
+        assert not all(is_loopback(address) for _, address, _ in listening())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("metadata", [(), (("authorization", "Bearer guessed"),)])
+def test_a_cluster_of_ours_asks_for_its_token(shared, metadata):
+    """And what it takes to start it does not stay in the environment."""
+    import grpc
+    import ray
+
+    names = {"RAY_AUTH_TOKEN", "RAY_AUTH_MODE", "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"}
+    assert not names & set(os.environ)
+    with grpc.insecure_channel(ray.get_runtime_context().gcs_address) as channel:
+        ask = channel.unary_unary("/ray.rpc.NodeInfoGcsService/GetAllNodeInfo")
+        with pytest.raises(grpc.RpcError) as refusal:
+            ask(b"", metadata=metadata, timeout=60)
+    assert refusal.value.code() is grpc.StatusCode.UNAUTHENTICATED
 
 
 @pytest.mark.slow

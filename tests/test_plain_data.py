@@ -80,7 +80,17 @@ def test_arguments_that_are_orders_are_refused(vit, order):
 
 @pytest.mark.parametrize(
     "name",
-    ["local-dir:/tmp", "hf-hub:timm/vit", "hf_hub:a/b", "timm/vit_base", "../vit", "", "a:b", 5],
+    [
+        "local-dir:/tmp",
+        "hf-hub:timm/vit",
+        "hf_hub:a/b",
+        "timm/vit_base",
+        "../vit",
+        "",
+        "a:b",
+        5,
+        None,
+    ],
 )
 def test_an_architecture_is_a_bare_name(vit, name):
     alter(vit, architecture=name)

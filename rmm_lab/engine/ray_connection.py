@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import os
+import secrets
+import sys
 import warnings
+from collections.abc import Iterator
 from typing import Any
 
 from rmm_lab.errors import InputError
 
 STARTS = 5  # times to start Ray, which gives up on itself after 30 s: a busy machine may need more
+LOOPBACK = "127.0.0.1"
 CONNECT_S = 5.0  # until a server must have answered
 _SMALLEST_STORE = 80 * 2**20  # bytes; Ray takes no less than 75 MiB
 
@@ -37,6 +42,8 @@ def import_ray(address: str) -> Any:
 def connect(ray: Any, address: str, user: object, n_bytes: int, limit: int | None) -> None:
     """Connect to the cluster at an address, or start one on this machine with ``limit`` cores.
 
+    One that is started here listens on the loopback interface alone, has no dashboard, and takes commands of
+    whoever has the token: by Ray's own default since 2.60, before by RAY_AUTH_MODE=token in the environment.
     A connection that the process has already is used as it is. n_bytes: of what will be sent to workers.
     Raises InputError where nobody answers.
     """
@@ -51,6 +58,7 @@ def connect(ray: Any, address: str, user: object, n_bytes: int, limit: int | Non
     options: dict[str, Any] = {"address": place}
     if place in ("", "local"):
         options = {"address": "local", "include_dashboard": False, "num_cpus": limit}
+        options["_node_ip_address"] = LOOPBACK
         # By default Ray sets a third of the memory aside; answers are small.
         options["object_store_memory"] = max(_SMALLEST_STORE, n_bytes + 2**26)
         # And its workers give way to all else: beside a few busy processes they would hardly start.
@@ -62,18 +70,57 @@ def connect(ray: Any, address: str, user: object, n_bytes: int, limit: int | Non
             warnings.filterwarnings("ignore", "Ray Client connection timed out")
             _init(ray, options)
     except Exception as error:  # Ray raises a bare one where a machine is too busy to start it
+        if options["address"] == "local":
+            raise InputError(
+                f"--workers {address}: expected to start Ray, but that fails ({reason(error)}); try again "
+                "when the machine is less busy, or use a number of threads"
+            ) from error
         raise InputError(
-            f"--workers {address}: expected {f'a Ray cluster at {place}' if place else 'to start Ray'}, "
-            f"but that fails ({reason(error)}); use the cluster's versions of Ray and Python, and "
-            "RAY_AUTH_MODE=token where it asks for a token"
+            f"--workers {address}: expected a Ray cluster at {place}, but that fails ({reason(error)}); use "
+            "the cluster's versions of Ray and Python, and RAY_AUTH_MODE=token where it asks for a token"
         ) from error
     _users.add(user)
 
 
+@contextlib.contextmanager
+def _to_ourselves() -> Iterator[None]:
+    """While Ray is started: what keeps its servers on the loopback interface, and a token of this process.
+
+    Ray turns 127.0.0.1 into the machine's address, but where clusters of several machines are switched off,
+    as on macOS and Windows.
+    """
+    switch = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
+    own = {switch: "0"}
+    if not {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} & set(os.environ):
+        own["RAY_AUTH_TOKEN"] = _token()
+    before = {name: os.environ.get(name) for name in (*own, "RAY_AUTH_MODE")}
+    constants = sys.modules.get("ray._private.ray_constants")
+    several = getattr(constants, "ENABLE_RAY_CLUSTER", None)
+    os.environ |= own
+    if several is not None:
+        vars(constants)["ENABLE_RAY_CLUSTER"] = False
+    try:
+        yield
+    finally:
+        if several is not None:
+            vars(constants)["ENABLE_RAY_CLUSTER"] = several
+        for name, value in before.items():
+            os.environ.pop(name, None)
+            os.environ |= {} if value is None else {name: value}
+
+
+@functools.cache
+def _token() -> str:
+    """One for the whole process, since Ray keeps the first that it is told."""
+    return secrets.token_hex(32)
+
+
 def _init(ray: Any, options: dict[str, Any]) -> None:
-    for left in reversed(range(STARTS if options["address"] == "local" else 1)):
+    is_ours = options["address"] == "local"
+    for left in reversed(range(STARTS if is_ours else 1)):
         try:
-            ray.init(log_to_driver=False, logging_level=logging.ERROR, **options)
+            with _to_ourselves() if is_ours else contextlib.nullcontext():
+                ray.init(log_to_driver=False, logging_level=logging.ERROR, **options)
             return
         except Exception as error:  # a bare one, too
             if not left or "timed out during startup" not in str(error):

@@ -125,7 +125,7 @@ _TOP: dict[str, Range] = {
     "label_names": _LABELS,
     "rmm_lab": _OBJECT,
 }
-_NOT_NULL = ("num_classes",)
+_NOT_NULL = ("architecture", "num_classes")
 
 # transformers: attributes of configs. ``hidden_size`` and its like stand for what other models call them.
 _SIZES: dict[str, Range] = {
