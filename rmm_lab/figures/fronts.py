@@ -49,7 +49,7 @@ def front_picture(
             "ms": 8 - 2 * (not i),
         }
         axes.plot(*found.T, MARKERS[i], label=f"{split} split", **look)
-    shown = (_last(points) >= 0).all(1)
+    shown = np.all(_last(points) >= 0, axis=1)
     for i, point in enumerate(_last(points)):
         text = f"{i} {(marks or {}).get(i, '')}".strip()
         if shown[i]:

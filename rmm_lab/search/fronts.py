@@ -299,11 +299,11 @@ def find_front(
 ) -> Front:
     """The front of what was scored on subsets, and of a search's ``answers``, the best first.
 
-    Answers take at most three quarters of the n places. Raises InputError where nothing was scored.
+    Answers leave a quarter of the n places to others. Raises InputError where nothing was scored.
     """
     scored = list(scored)
     promised = means(scored)
-    own = list(dict.fromkeys(answers))[: n - n // 4]
+    own = list(dict.fromkeys(answers))[: n - min(n // 4, len(promised))]
     others = map(parse_path, promising(means(scored, PRIOR), ends, n))
     paths = list(dict.fromkeys([*own, *others]))[:n]
     if not paths:

@@ -1,0 +1,274 @@
+"""Searches for fronts that keep a model of the scores: Optuna's samplers, MAP, MM-MO."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+
+from rmm_lab.errors import InputError
+from rmm_lab.reward import Path
+from rmm_lab.search.budget import Deadline
+from rmm_lab.search.front_measures import achievement, lattice_of
+from rmm_lab.search.front_space import Box, Trials
+from rmm_lab.search.layer_scales import BOUNDS, SEEDS
+from rmm_lab.search.preferences import Ends
+from rmm_lab.search.rivals import GROUP, SCALES, STARTUP, path_of_densities
+
+Budget = int | Deadline
+DRAWN = 4096  # points at which a fitted surface is looked at
+
+# ------------------------------------------------------------------------------- samplers of Optuna
+
+
+@contextmanager
+def optuna_study(sampler: str, seed: int, n_objectives: int, **options: Any) -> Iterator[Any]:
+    """A study that maximises so many objectives, without Optuna's news; InputError without the library."""
+    try:
+        import optuna
+    except ImportError as error:
+        raise InputError(
+            f"search: expected the library optuna, found none ({error}); install it with "
+            "pip install -e '.[search]'"
+        ) from error
+    verbosity = optuna.logging.get_verbosity()
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+            draws = getattr(optuna.samplers, sampler)(seed=seed % SEEDS, **options)
+            yield optuna.create_study(directions=["maximize"] * n_objectives, sampler=draws)
+    finally:
+        optuna.logging.set_verbosity(verbosity)
+
+
+def _numbers(size: int, low: float, high: float) -> dict[str, Any]:
+    """Optuna's distributions of (size,) numbers."""
+    import optuna
+
+    one = optuna.distributions.FloatDistribution(low, high)
+    return {str(i): one for i in range(size)}
+
+
+def _by_optuna(
+    scorer: Any,
+    evaluations: Budget,
+    seed: int,
+    ends: Ends,
+    sampler: str,
+    batch: int,
+    **options: Any,
+) -> Trials:
+    """A study over the box, ``batch`` asked for at a time; twenty evaluations share a subset."""
+    out, box = Trials(scorer, evaluations, ends), Box(scorer)
+    with optuna_study(sampler, seed, out.n_tasks, **options) as study:
+        space = _numbers(box.size, *BOUNDS)
+        for numbers, point in box.starts(out):
+            study.enqueue_trial(dict(zip(space, numbers.tolist(), strict=True)))
+            study.tell(study.ask(space), point.tolist())
+        done = 0
+        while out.left:
+            trials = [study.ask(space) for _ in range(min(batch, GROUP - done % GROUP, out.left))]
+            paths = [box.path(np.array([t.params[key] for key in space])) for t in trials]
+            found = out.ask(paths, stay=done % GROUP > 0)
+            for trial, point in zip(trials, found, strict=True):
+                study.tell(trial, point.tolist())
+            done += len(trials)
+    return out
+
+
+def by_nsga2(scorer: Any, evaluations: Budget, seed: int, ends: Ends) -> Trials:
+    """NSGA-II, Optuna's: ranks by domination, then by crowding. A generation shares a subset.
+
+    Source: Deb et al. 2002, "A Fast and Elitist Multiobjective Genetic Algorithm: NSGA-II".
+    """
+    return _by_optuna(
+        scorer, evaluations, seed, ends, "NSGAIISampler", GROUP, population_size=GROUP
+    )
+
+
+def by_nsga3(scorer: Any, evaluations: Budget, seed: int, ends: Ends) -> Trials:
+    """NSGA-III, Optuna's: the same with niches around reference directions in place of crowding.
+
+    Source: Deb and Jain 2014, "An Evolutionary Many-Objective Optimization Algorithm".
+    """
+    return _by_optuna(
+        scorer, evaluations, seed, ends, "NSGAIIISampler", GROUP, population_size=GROUP
+    )
+
+
+def by_tpe(scorer: Any, evaluations: Budget, seed: int, ends: Ends) -> Trials:
+    """Tree-structured Parzen estimator for several objectives, Optuna's: good is what dominates.
+
+    Source: Ozaki et al. 2022, "Multiobjective Tree-Structured Parzen Estimator".
+    """
+    options = {"n_startup_trials": STARTUP, "multivariate": True}
+    return _by_optuna(scorer, evaluations, seed, ends, "TPESampler", 1, **options)
+
+
+def by_gp(scorer: Any, evaluations: Budget, seed: int, ends: Ends) -> Trials:
+    """A Gaussian process for each task, and the numbers of largest log expected hypervolume improvement.
+
+    Optuna's GPSampler; it treats scores as noisy, which subsets are.
+    Sources: Daulton et al. 2020, "Differentiable Expected Hypervolume Improvement"; Ament et al. 2023,
+    "Unexpected Improvements to Expected Improvement", for its logarithm.
+    """
+    return _by_optuna(scorer, evaluations, seed, ends, "GPSampler", 1)
+
+
+# --------------------------------------------------------------------------------------------- MAP
+
+
+def quadratic(points: np.ndarray) -> np.ndarray:
+    """1, c_i and c_i c_j for i <= j of points (n, D): (n, (D + 1) (D + 2) / 2)."""
+    n, d = points.shape
+    i, j = np.triu_indices(d)
+    return np.concatenate([np.ones((n, 1)), points, points[:, i] * points[:, j]], axis=1)
+
+
+def fit_quadratic(points: np.ndarray, found: np.ndarray) -> np.ndarray:
+    """Coefficients of sigmoid(quadratic(c)) for scores (n,) in [0, 1] at points (n, D), by least squares.
+
+    Source: Li et al. 2024, "MAP: Low-compute Model Merging with Amortized Pareto Fronts via Quadratic
+    Approximation" (arXiv 2406.07529), Eq. 4 with the sigmoid for accuracies.
+    """
+    from scipy.optimize import least_squares
+
+    basis = quadratic(points)
+    near = np.log((f := found.clip(0.01, 0.99)) / (1 - f))  # the logits, which are linear in them
+    start = np.linalg.lstsq(basis, near, rcond=1e-6)[0]
+    weight = 1e-3  # of the coefficients, so that fewer points than these have one answer
+
+    def residuals(coefficients: np.ndarray) -> np.ndarray:
+        return np.r_[sigmoid(basis @ coefficients) - found, weight * (coefficients - start)]
+
+    return np.asarray(least_squares(residuals, start).x)
+
+
+def sigmoid(x: np.ndarray) -> np.ndarray:
+    """1 / (1 + exp(-x)), also for large |x|."""
+    return 0.5 * (1 + np.tanh(0.5 * x))
+
+
+def map_surrogate(scorer: Any, evaluations: Budget, seed: int, ends: Ends) -> Trials:
+    """MAP: one scale per expert; a fitted quadratic under a sigmoid for each task has its front for nothing.
+
+    Half of the budget, or (N + 1) (N + 2) where that is more, goes to scales: one expert each, equal ones,
+    then random ones. The best of ``DRAWN`` random scales for each weight of a lattice, by the fit, are the
+    answers; what is left of the budget scores these, subset after subset, and each time the fit is redone.
+    Source: as of ``fit_quadratic``; random search in place of NSGA-III, since the fit has few dimensions.
+    """
+    out, n, rng = Trials(scorer, evaluations, ends), scorer.n_models, np.random.default_rng(seed)
+    box = Box(scorer, blocks=1, members=n)
+    design = [*np.eye(n), *(np.full(n, scale) for scale in SCALES)]
+    wanted = max((n + 1) * (n + 2), out.left // 2)
+    design += list(rng.uniform(*BOUNDS, (max(0, wanted - len(design)), n)))
+    tried: list[np.ndarray] = []
+    first = len(out)
+    for start in range(0, len(design), GROUP):
+        some = design[start : start + GROUP]
+        tried += some[: len(out.ask([box.path(c) for c in some]))]
+    while tried:
+        drawn = np.concatenate([rng.uniform(*BOUNDS, (DRAWN, n)), np.array(tried)])
+        known = np.array(out.by_task[first:])  # (n, N), not normalised: the link needs [0, 1]
+        fits = [fit_quadratic(np.array(tried), own) for own in known.T]
+        guessed = sigmoid(quadratic(drawn) @ np.array(fits).T)
+        values = achievement(ends.normalised(guessed), lattice_of(out.n_tasks, GROUP))
+        best = list(dict.fromkeys(values.argmax(1).tolist()))
+        out.answers = [box.path(drawn[i]) for i in best]
+        if not out.left:
+            break
+        tried += [drawn[i] for i in best][: len(out.ask(out.answers))]
+    return out
+
+
+# ------------------------------------------------------------------------------------------- MM-MO
+
+BATCH, PROPOSED, ELITE = 5, 10, 5
+ASKED = (
+    2  # of the proposals; the others cross the same with other mutants, since a GP's take seconds
+)
+
+
+def mm_mo(scorer: Any, evaluations: Budget, seed: int, ends: Ends) -> Trials:
+    """MM-MO: Bayesian optimisation of a density and a weight per expert, with -||theta - theta_0||_1 as one
+    more objective, against over-fitting.
+
+    Ten random recipes first. Then GPs propose two by the expected hypervolume improvement; each is crossed
+    five times, at rate 1/2, with a mutant a + (b - c) / 2 of the five best by the sum of scores; of these ten
+    the five that are known least are scored, on one subset. In the paper all ten come from the GPs.
+    Source: Li et al. 2024, "It's Morphing Time: Unleashing the Potential of Multiple LLMs via Multi-objective
+    Optimization" (arXiv 2407.00487). Theirs merges by DARE-TIES; this by TIES that adds, as in
+    ``rivals.cmaes_densities``, so that the same recipe is the same model. Known least is, for one kernel,
+    what is farthest from all that was scored: see ``uncertainty``.
+    """
+    out, n, rng = Trials(scorer, evaluations, ends), scorer.n_models, np.random.default_rng(seed)
+    box = Box(scorer, blocks=1, members=n)
+    tried, worth = np.empty((0, 2 * n)), np.empty((0, out.n_tasks + 1))
+
+    def path_of(x: np.ndarray) -> Path:
+        scales, densities = x.reshape(2, 1, n).repeat(len(box.places), axis=1)  # (P, N) each
+        return path_of_densities(scales, BOUNDS[0] + densities * np.ptp(BOUNDS), box.places)
+
+    with optuna_study("GPSampler", seed, out.n_tasks + 1, n_startup_trials=0) as study:
+        import optuna
+
+        space = _numbers(2 * n, 0.0, 1.0)
+        asked = rng.uniform(0, 1, (PROPOSED, 2 * n))
+        while out.left:
+            paths = [path_of(x) for x in asked[: out.left]]
+            found = out.ask(paths)
+            far = np.array([-_one_norm(scorer, path) for path in paths[: len(found)]])
+            rows = np.c_[found, far]
+            for x, values in zip(asked, rows, strict=False):
+                params = dict(zip(space, x.tolist(), strict=True))
+                trial = optuna.trial.create_trial(
+                    params=params, distributions=space, values=values.tolist()
+                )
+                study.add_trial(trial)
+            tried, worth = np.r_[tried, asked[: len(rows)]], np.r_[worth, rows]
+            if not out.left:
+                break
+            trials = [study.ask(space) for _ in range(ASKED)]
+            proposed = np.array([[t.params[key] for key in space] for t in trials])
+            proposed = proposed.repeat(PROPOSED // ASKED, axis=0)
+            for trial in trials:
+                study.tell(trial, state=optuna.trial.TrialState.FAIL)  # a proposal alone
+            elite = tried[np.argsort(-worth[:, :-1].sum(1), kind="stable")[:ELITE]]
+            crossed = np.array([_cross(x, elite, rng) for x in proposed])
+            least = np.argsort(-uncertainty(crossed, tried), kind="stable")
+            asked = crossed[least[:BATCH]]
+    return out
+
+
+def _cross(x: np.ndarray, elite: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """A proposal whose numbers come from a mutant of the elite half of the time."""
+    a, b, c = elite[rng.integers(len(elite), size=3)]
+    return np.where(rng.uniform(size=len(x)) < 0.5, (a + 0.5 * (b - c)).clip(0, 1), x)
+
+
+def uncertainty(points: np.ndarray, known: np.ndarray) -> np.ndarray:
+    """The variance of a Gaussian process at points (n, D) before any value is known there: (n,) in [0, 1].
+
+    Its kernel is exp(-d^2 / (2 l^2)), l the median distance of the known points (m, D): Rasmussen and
+    Williams 2006, Eq. 2.26. MM-MO's Fisher information sum_k 1 / var_k falls with it.
+    """
+    apart = np.linalg.norm(known[:, None] - known[None], axis=-1)  # (m, m)
+    length = np.median(apart[apart > 0]) if apart.any() else 1.0
+    own = np.exp(-0.5 * (apart / length) ** 2) + 1e-6 * np.eye(len(known))
+    across = np.exp(-0.5 * (np.linalg.norm(points[:, None] - known, axis=-1) / length) ** 2)
+    return np.asarray(1 - (across * np.linalg.solve(own, across.T).T).sum(1)).clip(0, 1)
+
+
+def _one_norm(scorer: Any, path: Path) -> float:
+    """||theta - theta_0||_1 of a path whose layers depend on no other; as a mean over weights."""
+    pool, total, n = scorer.pool, 0.0, 0
+    for step in path:
+        base = pool.weights("base", step.layer)
+        own = pool.weights(*step, keep=False)
+        total += sum(float((own[name] - base[name]).abs().sum()) for name in base)
+        n += sum(tensor.numel() for tensor in base.values())
+    return total / n
