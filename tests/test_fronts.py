@@ -305,7 +305,7 @@ def test_a_run_folder_holds_the_front_with_its_test_scores(trained, tmp_path):
 def test_a_preference_chooses_the_path(trained, tmp_path):
     results = {
         prefer: train(configure("weights", prefer=prefer, **options()), trained, table=False)
-        for prefer in ("", "quadrant=1,stripes=0", "quadrant=0,stripes=1", "quadrant=1,stripes=1")
+        for prefer in (None, "quadrant=1,stripes=0", "quadrant=0,stripes=1", "quadrant=1,stripes=1")
     }
     plain, *preferred = results.values()
     ends, stem = ends_of(trained.scorer()), Step(trained.stem, -1)
@@ -328,7 +328,7 @@ def test_a_preference_chooses_the_path(trained, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("before", "now"), [("a=2,b=1", "a=1,b=1"), ("a=2,b=1", ""), ("", "a=2,b=1")]
+    ("before", "now"), [("a=2,b=1", "a=1,b=1"), ("a=2,b=1", None), (None, "a=2,b=1")]
 )
 def test_a_run_is_not_resumed_with_another_preference(tmp_path, before, now):
     stored = configure("weights", prefer=before).stored()

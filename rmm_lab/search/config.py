@@ -53,7 +53,7 @@ class RunArgs:
     """Share of the remaining episodes for the last phase, CMA-ES over a scale per layer and member."""
     finalists: int = 10
     """Best paths, besides the greedy one, that are scored on the whole reward split at the end."""
-    prefer: str = ""
+    prefer: str | None = None
     """Weights of the tasks, such as digits=2,textures=1, that choose the final path; by default the mean."""
     front: bool = False
     """Also write the front: models for every preference, as front.json, front.md and front.png."""

@@ -9,6 +9,8 @@
     MM-MO                              Bayesian, with the 1-norm          Li et al. 2024
     fill-in by constraints             raise one task, keep the others    after C-MORL, Liu et al. 2025
     natural niches                     see ``rivals``                     Abrantes et al. 2025
+    RMM (conditioned)                  one agent that sees the preference see ``conditioned``
+    RMM (agent) per preference         a training each, equal shares      HM3, Zhou et al. 2025
 
 A search returns what it scored and, as ``answers``, what it arrived at; ``fronts.find_front`` scores the
 finalists of either on the whole reward split. ``FRONT_SEARCHES[name](scorer, evaluations, seed, ends)``.
@@ -23,6 +25,7 @@ import numpy as np
 
 from rmm_lab.search import rivals
 from rmm_lab.search.budget import Deadline, Scored
+from rmm_lab.search.conditioned import conditioned, separate
 from rmm_lab.search.front_measures import achievement, lattice_of, non_dominated
 from rmm_lab.search.front_models import by_gp, by_nsga2, by_nsga3, by_tpe, map_surrogate, mm_mo
 from rmm_lab.search.front_space import Box, Known, Trials, best_for
@@ -178,5 +181,9 @@ FRONT_SEARCHES: dict[str, FrontSearch] = {
     "MM-MO": mm_mo,
     "fill-in by constraints": fill_in,
     "natural niches": natural_niches,
+    "RMM (conditioned)": conditioned(),
+    "RMM (conditioned), late": conditioned("late"),
+    "RMM (conditioned), Tchebycheff": conditioned("tchebycheff"),
+    "RMM (agent) per preference": separate,
 }
 CLOSED = (AVERAGES, LEAST_SQUARES)  # that look at no score while they are made

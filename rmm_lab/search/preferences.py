@@ -115,7 +115,7 @@ class Preference:
         return own / own.sum()
 
 
-def preference_of(text: str, scorer: Any) -> Preference | None:
+def preference_of(text: str | None, scorer: Any) -> Preference | None:
     """The preference of ``--prefer``; None where none was given. InputError if no such model can be told."""
     if not text:
         return None
