@@ -38,6 +38,7 @@ from rmm_lab.families.protocol import (
     TrivialRow,
     trivial_text_rows,
 )
+from rmm_lab.families.vocabulary import one_vocabulary
 from rmm_lab.tasks import lm_task
 from rmm_lab.tasks.lm_task import WRITE, Answers, LMBatch, LMFormat, LMTask, make_batch
 
@@ -166,6 +167,9 @@ def signature(config: Config) -> tuple[str, dict[str, Any]]:
     hf = hf_config(config)
     args = {name: getattr(hf, name) for name in _ARGS if hasattr(hf, name)}
     return hf.model_type, args | {"layer_types": kinds_of(hf)}
+
+
+one_form = one_vocabulary
 
 
 def check_head(name: str, source: str, num_classes: int, head: Weights, stem: Weights) -> None:

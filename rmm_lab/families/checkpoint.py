@@ -23,20 +23,11 @@ from rmm_lab.families import adapters, causal_lm, convert, reading, t5, vit
 from rmm_lab.families.names import timm_name
 from rmm_lab.families.parts import Factors, outside_head, shapes_of
 from rmm_lab.families.protocol import Architecture, Family, Model
-from rmm_lab.families.readout import one_readout
-from rmm_lab.families.resolution import one_size
-from rmm_lab.families.vocabulary import one_vocabulary
 from rmm_lab.tasks.files import write_file
 
 FAMILIES: dict[str, Family] = {"vit": vit, "t5": t5, "causal_lm": causal_lm}
 # transformers' models that are read; timm's are known by their 'architecture'.
 MODEL_TYPES = ("t5", "mt5", *convert.MODEL_TYPES, *causal_lm.LAYOUTS)
-# By the family's name, what brings a base and its experts into one form before they are compared.
-_BRIDGES: dict[str, tuple[Any, ...]] = {
-    vit.NAME: (one_readout, one_size),
-    t5.NAME: (one_vocabulary,),
-    causal_lm.NAME: (one_vocabulary,),
-}
 _PICKLES = list(reading.PICKLES)
 # What a download takes besides the families' own files.
 _FILES = (
@@ -285,10 +276,8 @@ def same_form(
 
     Where a difference can be bridged (the size of a ViT's images, say), a note of the model says how.
     """
-    family = base.family
-    if all(expert.family is family for expert in experts):
-        for bridge in _BRIDGES.get(family.NAME, ()):
-            base, experts = bridge(base, experts)
+    if all(expert.family is base.family for expert in experts):
+        base, experts = base.family.one_form(base, experts)
     check_same_architecture(base, experts)
     return base, list(experts)
 

@@ -196,6 +196,12 @@ class Family(Protocol):
     def signature(self, config: Config) -> tuple[str, dict[str, Any]]:
         """What two models must share that shapes do not show."""
 
+    def one_form(self, base: Any, experts: Sequence[Any]) -> tuple[Any, list[Any]]:
+        """Base and experts before they are compared: differences bridged, such as another size of images.
+
+        A note of a model that is changed says how.
+        """
+
     def check_head(
         self, name: str, source: str, num_classes: int, head: Weights, stem: Weights
     ) -> None:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from rmm_lab.families.parts import outside_head
-from rmm_lab.families.protocol import Model
-from rmm_lab.families.vit import signature
+from rmm_lab.families.protocol import Config, Model
 
 M = TypeVar("M", bound=Model)
 # What two signatures may differ in where one model is read out in another way.
@@ -18,11 +17,13 @@ _READOUT = re.compile(
 )
 
 
-def one_readout(base: M, experts: Sequence[M]) -> tuple[M, list[M]]:
+def one_readout(
+    base: M, experts: Sequence[M], signature: Callable[[Config], tuple[str, dict[str, Any]]]
+) -> tuple[M, list[M]]:
     """A base of transformers' read out as its experts are, where these agree: CLIP's base has no classifier.
 
     It loses a final norm or a pooling that they do not have; a distillation token that they do not read is
-    a token as any other.
+    a token as any other. signature: the family's, see ``Family``.
     """
     (kind, own), *others = (signature(m.config) for m in (base, *experts))
     first, theirs = others[0]

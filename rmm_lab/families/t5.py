@@ -25,6 +25,7 @@ from rmm_lab.families import parts
 from rmm_lab.families.parts import Factors, Parts, Weights
 from rmm_lab.families.protocol import Config, Model, Trainable, TrivialRow, trivial_text_rows
 from rmm_lab.families.t5_run import BIAS, STACKS, T5, bare, is_scaled
+from rmm_lab.families.vocabulary import one_vocabulary
 from rmm_lab.tasks.text_task import TextFormat, TextTask, pad
 
 NAME = "a T5"
@@ -156,6 +157,9 @@ def signature(config: Config) -> tuple[str, dict[str, Any]]:
         "start": _start(config),
         "scaled": is_scaled(config),
     }
+
+
+one_form = one_vocabulary
 
 
 def check_head(name: str, source: str, num_classes: int, head: Weights, stem: Weights) -> None:

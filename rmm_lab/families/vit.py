@@ -15,7 +15,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +27,8 @@ from rmm_lab.families.dinov2 import gated
 from rmm_lab.families.names import hub_name, timm_name
 from rmm_lab.families.parts import Factors, Parts, Weights, outside_head
 from rmm_lab.families.protocol import Config, Model, Trainable, TrivialRow
+from rmm_lab.families.readout import one_readout
+from rmm_lab.families.resolution import one_size
 from rmm_lab.families.vit_run import (
     SUBLAYERS,
     TOKEN_AND_MEAN,
@@ -43,6 +45,7 @@ from rmm_lab.tasks.input_format import InputFormat
 from rmm_lab.tasks.metrics import class_weights
 from rmm_lab.tasks.small_images import distort
 
+M = TypeVar("M", bound=Model)
 NAME = "a timm ViT"
 DATA = "images"
 FILES: tuple[str, ...] = ("preprocessor_config.json", text_head.FILE)  # of transformers' models
@@ -125,6 +128,11 @@ def signature(config: Config) -> tuple[str, dict[str, Any]]:
     """
     own = {"readout": str((config.get("rmm_lab") or {}).get("readout", ""))}
     return config["architecture"], described(config)[0] | own
+
+
+def one_form(base: M, experts: Sequence[M]) -> tuple[M, list[M]]:
+    """One readout, images of one size."""
+    return one_size(*one_readout(base, experts, signature))
 
 
 def check_head(name: str, source: str, num_classes: int, head: Weights, stem: Weights) -> None:

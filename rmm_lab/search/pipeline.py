@@ -196,7 +196,7 @@ def check_same_config(config: Config, stored: dict[str, Any]) -> None:
         for name, value in values.items():
             if (was := before[part][name]) != value:
                 raise InputError(
-                    f"--resume: expected --{name.replace('_', '-')} {'none' if was == '' else was} as "
+                    f"--resume: expected --{name.replace('_', '-')} {'none' if was in (None, '') else was} as "
                     f"in {folder}, found {value}; leave the option out, or start a new run"
                 )
 
