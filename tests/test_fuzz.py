@@ -13,6 +13,7 @@ import json
 import os
 import shutil
 import signal
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -29,6 +30,7 @@ from rmm_lab.families.checkpoint import read_checkpoint
 
 CASES = int(os.environ.get("RMM_LAB_FUZZ", "1000"))
 MOST_S = 60  # a case that takes longer hangs
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(max(300, CASES))]
 
 
 def cases(share: float) -> Callable:
@@ -55,13 +57,15 @@ def in_time() -> Iterator[None]:
     def ring(*_: object) -> None:
         raise Hangs
 
-    before = signal.signal(signal.SIGALRM, ring)
-    signal.setitimer(signal.ITIMER_REAL, MOST_S)
+    start, before = time.monotonic(), signal.signal(signal.SIGALRM, ring)
+    left, _ = signal.setitimer(signal.ITIMER_REAL, MOST_S)  # of the whole test's timeout
     try:
         yield
     finally:
+        left = max(0.01, left - (time.monotonic() - start)) if left else 0
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
+        signal.setitimer(signal.ITIMER_REAL, left)
 
 
 def on_disk(folder: Path) -> dict[str, bytes | None]:

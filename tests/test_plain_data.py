@@ -435,6 +435,17 @@ def test_a_picture_that_would_fill_the_memory_is_named(tmp_path, side, recwarn):
     assert not recwarn.list
 
 
+def test_a_broken_picture_is_told_in_one_sentence(tmp_path, recwarn):
+    """Pillow warns of each reader that stumbles over a TIFF."""
+    root = write_images(tmp_path / "images", 1, per_class=2)
+    file = root / "train" / "class0" / "0.png"
+    Image.new("L", (8, 8)).save(file, "tiff")
+    file.write_bytes(file.read_bytes()[:30])
+    with pytest.raises(InputError, match=r"class0/0\.png is broken"):
+        Task(str(root), GREY).split("train")
+    assert not recwarn.list
+
+
 # --------------------------------------------------------------------------------------------- rows
 
 

@@ -67,7 +67,10 @@ class Pictures:
 
         self._pictures, self._format = list(pictures), input_format
         self.seen: Counter[str] = Counter()  # how many were changed in which way: see ``_ways``
-        with warnings.catch_warnings():  # of pictures larger than Pillow likes: an error here
+        with (
+            warnings.catch_warnings()
+        ):  # what cannot be read is an error, and all else is of no use
+            warnings.simplefilter("ignore")
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             for picture in self._pictures:
                 with _opened(picture) as opened:  # reads the size and mode alone
