@@ -15,7 +15,8 @@ from pandas import DataFrame
 
 from rmm_lab.errors import InputError
 from rmm_lab.evidence.comparisons import AGENT, UNCHANGED, ablation_table, searches_table
-from rmm_lab.evidence.markdown import markdown, seconds_text, seeds
+from rmm_lab.evidence.fronts import front_table, quality
+from rmm_lab.evidence.markdown import markdown, seconds_text, seeds, span
 from rmm_lab.evidence.pages import (
     BEST,
     GAIN,
@@ -126,9 +127,20 @@ def language(read: Read) -> str:
     return "\n".join(f"`--experts {name}`:\n\n{_one_seed(own)}" for name, own in groups)
 
 
-EXCERPTS: dict[str, Callable[[Read], str]] = {
-    f.__name__: f for f in (demo, language, groups, halves, searches, agent, preset, dar, fresh)
-}
+def fronts(read: Read) -> str:
+    """The hypervolumes of each group of experts, and of what evaluations and seeds."""
+    rows = quality(read("fronts"))
+    text = ""
+    for name, own in rows.groupby("group", sort=False):
+        n = span(own.loc[own["evaluations"] > 0, "evaluations"])
+        shown = front_table(own)[list(SHOWN)]
+        text += f"{name}, {n} evaluations, seeds: {seeds(own, 'method')}.\n\n{markdown(shown)}\n"
+    return text.rstrip("\n") + "\n"
+
+
+SHOWN = ("hypervolume, test", "reward", "promised", "times the averages", "points", "seconds")
+_ALL = (demo, language, groups, halves, searches, agent, preset, dar, fresh, fronts)
+EXCERPTS: dict[str, Callable[[Read], str]] = {f.__name__: f for f in _ALL}
 _START = "<!-- results:"
 _BLOCK = re.compile(rf"({_START} ([^ ]+) -->\n)(?:(?!{_START}).)*?(<!-- end -->)", re.DOTALL)
 

@@ -68,6 +68,7 @@ KEYS: dict[str, tuple[str, ...]] = {
     "default": ("group", "setting", "seed"),
     "budgets": ("group", "evaluations", "seed", "method"),
     "seconds": ("group", "seed", "method"),
+    "fronts": ("group", "seed", "method"),
     "labels": ("group", "reward", "label_fraction", "data_fraction", "examples", "seed"),
 }
 # What the default search is beside at small budgets and equal seconds: rivals that take all of its menu.

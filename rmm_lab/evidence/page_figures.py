@@ -18,6 +18,7 @@ from rmm_lab.evidence.comparisons import (
     with_settings,
 )
 from rmm_lab.evidence.forest import AXIS, forest
+from rmm_lab.evidence.fronts import draw_fronts
 from rmm_lab.evidence.pages import dar_scores, pair_of
 from rmm_lab.evidence.rows import spread
 from rmm_lab.figures.paths import COLOURS, panels, tidy
@@ -104,4 +105,5 @@ DRAW: dict[str, Callable[..., Figure]] = {
     "budgets": draw_budgets,
     "seconds": partial(draw_differences, by="method"),
     "labels": draw_labels,
+    "fronts": draw_fronts,
 }

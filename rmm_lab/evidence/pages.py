@@ -23,6 +23,7 @@ from rmm_lab.evidence.comparisons import (
     show_seconds,
 )
 from rmm_lab.evidence.forest import forest, with_best_expert
+from rmm_lab.evidence.fronts import show_fronts
 from rmm_lab.evidence.markdown import markdown, seconds_text, seeds, span
 from rmm_lab.evidence.rows import (
     KINDS,
@@ -285,5 +286,6 @@ PAGES = {
     ),
     "budgets": Page(("budgets",), f"{AGENT} beside other searches by budget", show_budgets),
     "seconds": Page(("seconds",), f"{AGENT} beside other searches at equal seconds", show_seconds),
+    "fronts": Page(("fronts",), "Searches for many answers: their fronts", show_fronts),
     "labels": Page(("labels",), f"{AGENT}: few labels, and none", show_labels),
 }

@@ -26,6 +26,7 @@ NUMBERS: dict[str, type] = {
     **dict.fromkeys(("seed", "episode", "episodes", "evaluations"), int),
     **dict.fromkeys(("mean", "reward_split", "test", "seconds", "search_seconds", "value"), float),
     **dict.fromkeys(("dar", "data_fraction", "label_fraction", "raw_reward", "dar_reward"), float),
+    **dict.fromkeys(("hypervolume", "hypervolume_reward", "hypervolume_promised"), float),
     "rmm_mean": float,
 }
 

@@ -14,6 +14,7 @@
     python -m rmm_lab tables budgets      some of these at 50, 100, 200 and 700 evaluations
     python -m rmm_lab tables seconds      the same searches at equal seconds
     python -m rmm_lab tables labels       Table IV by the default search: few labels, and none
+    python -m rmm_lab tables fronts       searches for many answers: hypervolumes of their fronts
     python -m rmm_lab tables show         only write the pages, figures and excerpts from the CSV files
 
 ``--scale paper`` takes the paper's models and sets, for Tables I to IV and Fig. 3: see ``paper_scale``.
@@ -32,13 +33,14 @@ import pandas as pd
 
 from rmm_lab.engine.scorer import check_device
 from rmm_lab.errors import SEED_RANGE, InputError, check_values, run_command
-from rmm_lab.evidence import excerpts, measure, page_figures, pages
+from rmm_lab.evidence import excerpts, fronts, measure, page_figures, pages
 from rmm_lab.evidence.measure import Job, Store
 from rmm_lab.evidence.paper_scale import Group, PaperScale
 from rmm_lab.evidence.rows import DRAWN, KINDS, read_csv
 from rmm_lab.figures.paths import png
 from rmm_lab.search import rivals
 from rmm_lab.search.config import BOTH, SEARCHED, configure, searched
+from rmm_lab.search.front_searches import FRONT_SEARCHES
 from rmm_lab.search.uniform import OF_ADAPTERS, OF_TWO
 from rmm_lab.tasks.files import write_file
 from rmm_lab.tasks.hold import check_writable
@@ -143,6 +145,7 @@ def kit_groups() -> Groups:
     own = {"groups": vision[1:], "searches": searches, "menu": menu, "agent": agent}
     own |= {"default": [vision[0], vision[3], language[0]], "budgets": [*vision, *language]}
     own |= {"seconds": own["budgets"], "labels": agent}
+    own |= {"fronts": [vision[0], vision[3], *language, *writing]}
     return papers | own
 
 
@@ -164,6 +167,7 @@ class Command:
         "budgets",
         "seconds",
         "labels",
+        "fronts",
         "all",
         "show",
     ]
@@ -263,7 +267,7 @@ class Command:
             **dict.fromkeys(("searches", "menu"), self._rivals),
             **dict.fromkeys(("IV", "fig3"), self._dar),
             **{"agent": self._agent, "default": self._default, "labels": self._labels},
-            **{"budgets": self._budgets, "seconds": self._seconds},
+            **{"budgets": self._budgets, "seconds": self._seconds, "fronts": self._fronts},
         }
         for group in groups:
             if name in METHOD_TABLES:
@@ -378,6 +382,12 @@ class Command:
             key = {"group": group.name, "reward": run.reward, "label_fraction": known}
             key |= {"data_fraction": run.data_fraction, "examples": run.examples, "seed": run.seed}
             yield Job(name, measure.trained, key, config)
+
+    def _fronts(self, name: str, group: Group, options: dict[str, Any]) -> Iterator[Job]:
+        config = configure(**options, calibration=self.calibration)
+        for method in (searched(config), *FRONT_SEARCHES):
+            key = {"group": group.name, "seed": options["seed"], "method": method}
+            yield Job(name, fronts.measured, key, config)
 
 
 # ------------------------------------------------------------------------------- reading and showing
