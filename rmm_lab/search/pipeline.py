@@ -195,9 +195,10 @@ def check_same_config(config: Config, stored: dict[str, Any]) -> None:
     for part, values in now.items():
         for name, value in values.items():
             if (was := before[part][name]) != value:
+                shown = "none" if was in (None, "") else was
                 raise InputError(
-                    f"--resume: expected --{name.replace('_', '-')} {'none' if was in (None, '') else was} as "
-                    f"in {folder}, found {value}; leave the option out, or start a new run"
+                    f"--resume: expected --{name.replace('_', '-')} {shown} as in {folder}, "
+                    f"found {value}; leave the option out, or start a new run"
                 )
 
 
