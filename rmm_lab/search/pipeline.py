@@ -25,6 +25,7 @@ from rmm_lab.layers import LayerPool
 from rmm_lab.path import LayerPath
 from rmm_lab.reward import path_text
 from rmm_lab.search import mergekit, report
+from rmm_lab.search.card import scales_of
 from rmm_lab.search.config import Config, check_depth, read_config
 from rmm_lab.search.phases import (
     Search,
@@ -143,7 +144,8 @@ def train(config: Config, problem: Problem | None = None, *, table: bool = True)
             seconds=seconds,
             pool=problem.pool,
         )
-        say(f"path: {path_text(path.path)}")
+        scales = scales_of(path, problem.pool)
+        say(f"path: {path_text(path.path)}" + (f" ({scales})" if scales else ""))
         how = f"on the whole reward split, best of {len(finalists)}"
         say(f"reward: {100 * result.reward:.2f} % {how}")
         rows = report.evaluate_on_test(result, problem, config) if table else []
