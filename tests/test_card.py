@@ -50,6 +50,13 @@ def test_what_the_hub_reads(tiny, tmp_path):
     assert "me/one@v2" in text
 
 
+def test_it_says_whose_the_scales_are(tiny, tmp_path):
+    pool = pool_of(tiny, tmp_path, ["mit"] * 3)
+    path = LayerPath.of(pool, parse_path("task_arithmetic:scale=0.3/0.5@-1 one@0"))
+    assert "The scales are of one, two, in this order." in card(path, pool, "")
+    assert "scales are of" not in card_of(pool)[0]
+
+
 @pytest.mark.parametrize(
     ("licences", "words"),
     [

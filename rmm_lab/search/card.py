@@ -69,7 +69,8 @@ def card(path: LayerPath, pool: LayerPool, table: str = "") -> str:
         "## By which path",
         "",
         f"Each step is a source and the layer taken from it, in running order ({depth}); `@-1` is the stem, "
-        "all weights outside the layers. `config.json` holds it under `rmm_lab.path`.",
+        "all weights outside the layers. `config.json` holds it under `rmm_lab.path`."
+        + (f" The {scales}." if (scales := scales_of(path, pool)) else ""),
         "",
         *(f"    {line}" for line in wrap(path_text(path.path), 90, **_WHOLE)),
         "",
@@ -80,6 +81,12 @@ def card(path: LayerPath, pool: LayerPool, table: str = "") -> str:
         "",
     ]
     return "\n".join(text)
+
+
+def scales_of(path: LayerPath, pool: LayerPool) -> str:
+    """Whose scales a path's steps have, in their order; an empty text where none has any."""
+    n = max(len(step.scales) for step in path.path)
+    return f"scales are of {', '.join(pool.members[:n])}, in this order" if n else ""
 
 
 def licence_of(model: Checkpoint) -> str:

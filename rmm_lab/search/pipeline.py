@@ -25,6 +25,7 @@ from rmm_lab.layers import LayerPool
 from rmm_lab.path import LayerPath
 from rmm_lab.reward import path_text
 from rmm_lab.search import fronts, mergekit, report
+from rmm_lab.search.card import scales_of
 from rmm_lab.search.config import Config, check_depth, read_config
 from rmm_lab.search.made_of import made_of
 from rmm_lab.search.phases import (
@@ -163,11 +164,10 @@ def train(
             pool=problem.pool,
             front=front.on_test(problem) if front is not None and table else front,
         )
-        if (
-            folder.path is not None
-        ):  # before anything that may fail: tables, figures, a closed console
+        if folder.path is not None:  # before what may fail: tables, figures, a closed console
             report.write_model(result, problem, folder)
-        say(f"path: {path_text(path.path)}")
+        scales = scales_of(path, problem.pool)
+        say(f"path: {path_text(path.path)}" + (f" ({scales})" if scales else ""))
         how = f"on the whole reward split, best of {len(finalists)}"
         how += f" for {run.prefer}" if run.prefer else ""
         say(f"reward: {100 * result.reward:.2f} % {how}")

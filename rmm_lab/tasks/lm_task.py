@@ -26,7 +26,7 @@ from torch import Tensor
 from rmm_lab.errors import InputError
 from rmm_lab.tasks import small_writing
 from rmm_lab.tasks.metrics import PERPLEXITY
-from rmm_lab.tasks.text_task import TextTask, pad, read_tokenizer
+from rmm_lab.tasks.text_task import Texts, pad, read_tokenizer
 
 CHOOSE, WRITE, READ, NEXT = range(4)  # what is asked: see ``CausalLM.logits``
 FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")  # each is a tokenizer, or most of one
@@ -163,10 +163,10 @@ class LMSplit:
         return len(self.labels)
 
 
-class LMTask(TextTask):
-    """A task of a language model with three splits; the arguments are those of ``TextTask``."""
+class LMTask(Texts[LMSplit, LMBatch]):
+    """A task of a language model; the arguments are those of ``Texts``."""
 
-    ships = {**TextTask.ships, **dict.fromkeys(small_writing.TASKS, small_writing)}
+    ships = {**Texts.ships, **dict.fromkeys(small_writing.TASKS, small_writing)}
     kind = CHOOSE
 
     def __init__(self, source: str, text_format: Any, **options: Any) -> None:
@@ -180,7 +180,7 @@ class LMTask(TextTask):
         return self.kind == CHOOSE
 
     @property
-    def loses(self) -> str:  # type: ignore[override]
+    def loses(self) -> str:
         """What is cut of a row that is too long; the question is at the end of its prompt."""
         return "end" if self.kind == READ else "beginning"
 
@@ -194,7 +194,7 @@ class LMTask(TextTask):
             )
         (self.kind,) = kinds
 
-    def _tokens(self, rows: Sequence[dict[str, Any]], name: str) -> Any:
+    def _tokens(self, rows: Sequence[dict[str, Any]], name: str) -> LMSplit:
         encoded = self._encoded([row["choices"] for row in rows], rows)
         for row, found in zip(rows, encoded.rows, strict=True):
             tokens = [own for own, _ in found.choices]
@@ -237,7 +237,7 @@ class LMTask(TextTask):
             )
         return Answers([*row.prompt[:keep], *row.prompt[keep + lost :]], row.choices)
 
-    def inputs(self, name: str, rows: np.ndarray) -> Any:
+    def inputs(self, name: str, rows: np.ndarray) -> LMBatch:
         """Some rows of a split without their answers; where choices are offered, with all of them."""
         data = [self.rows(name)[row] for row in rows]
         if self.kind != WRITE:
@@ -246,11 +246,8 @@ class LMTask(TextTask):
         bare = [Answers(row.prompt, [([0], 0)]) for row in encoded.rows]
         return make_batch(bare, NEXT, self.normalise_length)
 
-    def batch(self, name: str, rows: np.ndarray | slice) -> Any:
-        """Some rows of a split, padded to their longest."""
-        if name not in self._padded:
-            self._padded[name] = self._pad(self.split(name))
-        whole: Any = self._padded[name]
+    def batch(self, name: str, rows: np.ndarray | slice) -> LMBatch:
+        whole = self._whole(name)
         ids, positions, groups, targets, at, shares, kind = (tensor[rows] for tensor in whole)
         s = int((groups >= 0).sum(-1).max())
         there = shares > 0  # (n, C, T); what counts stands at a choice's end
@@ -265,7 +262,7 @@ class LMTask(TextTask):
         own = [[row["choices"][row["label"]]] for row in data]
         return make_batch(self._encoded(own, data).rows, WRITE, False)
 
-    def _pad(self, data: Any) -> Any:
+    def _pad(self, data: LMSplit) -> LMBatch:
         return make_batch(data.rows, self.kind, self.normalise_length or self.kind == READ)
 
     @cached_property

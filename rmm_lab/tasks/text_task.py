@@ -7,11 +7,12 @@ and turns their rows into prompts; ``small_texts`` makes the small tasks that sh
 from __future__ import annotations
 
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, Generic, NamedTuple, NoReturn, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -178,8 +179,20 @@ class TextSplit:
         return len(self.labels)
 
 
-class TextTask:
-    """A multiple-choice task with three splits, read and tokenised when first asked for.
+class Labelled(Protocol):
+    """What a split has in any case: labels (n,) int64."""
+
+    @property
+    def labels(self) -> Tensor:
+        """The right answers' numbers."""
+
+
+S = TypeVar("S", bound=Labelled)
+B = TypeVar("B")
+
+
+class Texts(ABC, Generic[S, B]):
+    """A task of texts with three splits, S, read and tokenised when first asked for; batches are B.
 
     Args:
         source: a name that ships (``ships``) or whatever ``formats.load`` reads: a folder or
@@ -193,7 +206,6 @@ class TextTask:
     """
 
     ships: Mapping[str, Any] = dict.fromkeys(small_texts.TASKS, small_texts)  # name -> its grammar
-    loses = "end"  # what is cut of an input that is too long
 
     def __init__(
         self,
@@ -208,8 +220,8 @@ class TextTask:
         self._ships = shipped_name(source, self.ships)
         self.source = spelled(self._ships) if self._ships else source
         self.format, self.normalise_length = text_format, normalise_length
-        self._splits: dict[str, TextSplit] = {}
-        self._padded: dict[str, TextBatch] = {}
+        self._splits: dict[str, S] = {}
+        self._padded: dict[str, B] = {}
         self._asked_metric = metric
         if self._ships:
             self.name = self._ships
@@ -224,13 +236,36 @@ class TextTask:
                 self._rows = formats.load(source)
             self._check_rows()
 
+    @property
+    @abstractmethod
+    def loses(self) -> str:
+        """What is cut of an input that is too long: its end or its beginning."""
+
+    @abstractmethod
     def _check_rows(self) -> None:
-        """Raise InputError for a row that has no choices."""
-        if any(len(row["choices"]) < 2 for rows in self._rows.values() for row in rows):
-            raise InputError(
-                f"texts {self.source!r}: expected 'choices' and a 'label' in every row, as a T5 chooses, "
-                "found a row with a 'target' or a 'text' alone; only language models write and read"
-            )
+        """Raise InputError for rows that the models cannot answer."""
+
+    @abstractmethod
+    def _tokens(self, rows: Sequence[dict[str, Any]], name: str) -> S:
+        """Rows of a split, tokenised."""
+
+    @abstractmethod
+    def _pad(self, data: S) -> B:
+        """Tokenised rows, padded to their longest."""
+
+    @abstractmethod
+    def inputs(self, name: str, rows: np.ndarray) -> B:
+        """Some rows of a split, padded to their longest, without tokenising the others; see ``batch``."""
+
+    @abstractmethod
+    def batch(self, name: str, rows: np.ndarray | slice) -> B:
+        """Some rows of a split, padded to their longest."""
+
+    def _whole(self, name: str) -> B:
+        """A split, padded once."""
+        if name not in self._padded:
+            self._padded[name] = self._pad(self.split(name))
+        return self._padded[name]
 
     def rows(self, name: str) -> list[dict[str, Any]]:
         """A split as ``input``, ``choices``, ``label``."""
@@ -240,26 +275,11 @@ class TextTask:
             self._rows[name] = _small(self._ships, name, self.ships)
         return self._rows[name]
 
-    def split(self, name: str) -> TextSplit:
+    def split(self, name: str) -> S:
         """The split ``train``, ``reward`` or ``test``, tokenised."""
         if name not in self._splits:
             self._splits[name] = self._tokens(self.rows(name), name)
         return self._splits[name]
-
-    def _tokens(self, rows: Sequence[dict[str, Any]], name: str) -> TextSplit:
-        encode, longest = self.format.encode, self.format.max_length
-        inputs = encode([row["input"] for row in rows])
-        flat = iter(encode([choice for row in rows for choice in row["choices"]]))
-        choices = [[next(flat) for _ in row["choices"]] for row in rows]
-        for row, tokens in zip(rows, choices, strict=True):
-            if len(set(map(tuple, tokens))) < len(tokens):
-                self._refuse_alike(row, tokens, name)
-        return TextSplit(
-            [x if len(x) <= longest else [*x[: longest - 1], self.format.end] for x in inputs],
-            choices,
-            torch.tensor([row["label"] for row in rows]),
-            sum(len(x) > longest for x in inputs),
-        )
 
     def _refuse_alike(
         self, row: dict[str, Any], tokens: Sequence[Sequence[int]], name: str
@@ -275,37 +295,6 @@ class TextTask:
     def size(self, name: str) -> int:
         """Rows of a split; nothing is tokenised."""
         return len(self.rows(name))
-
-    def inputs(self, name: str, rows: np.ndarray) -> TextBatch:
-        """Some rows of a split, padded to their longest, without tokenising the others; see ``batch``."""
-        all_rows = self.rows(name)
-        return self._pad(self._tokens([all_rows[row] for row in rows], name))
-
-    def batch(self, name: str, rows: np.ndarray | slice) -> TextBatch:
-        """Some rows of a split, padded to their longest."""
-        if name not in self._padded:
-            self._padded[name] = self._pad(self.split(name))
-        whole = self._padded[name]
-        ids, mask, choices, shifted, shares = (tensor[rows] for tensor in whole)
-        s = int(mask.sum(-1).max())
-        there = shares > 0  # (n, C, T)
-        c, t = int(there.any(-1).sum(-1).max()), int(there.sum(-1).max())
-        return TextBatch(
-            ids[:, :s], mask[:, :s], choices[:, :c, :t], shifted[:, :c, :t], shares[:, :c, :t]
-        )
-
-    def _pad(self, data: TextSplit) -> TextBatch:
-        """A whole split, padded to its longest row."""
-        ids, mask = pad(data.inputs, self.format.pad)
-        n, c = len(data), max(map(len, data.choices))
-        flat = [tokens for row in data.choices for tokens in (*row, *[[]] * (c - len(row)))]
-        choices, there = (x.view(n, c, -1) for x in pad(flat, self.format.pad))  # (n, C, T)
-        shares = there.double()
-        if self.normalise_length:
-            shares /= shares.sum(-1, keepdim=True).clamp(min=1)
-        start = torch.full((n, c, 1), self.format.start)
-        shifted = torch.cat([start, choices[..., :-1]], -1)  # (n, C, T)
-        return TextBatch(ids, mask, choices, shifted, shares.float())
 
     @cached_property
     def metric(self) -> str:
@@ -358,6 +347,64 @@ class TextTask:
     def chance(self, name: str) -> float:
         """Expected accuracy of guessing: the mean of 1 / number of choices."""
         return text_rows.chance(self.rows(name))
+
+
+class TextTask(Texts[TextSplit, TextBatch]):
+    """A multiple-choice task of T5s; the arguments are those of ``Texts``."""
+
+    @property
+    def loses(self) -> str:
+        """Of an input that is too long, the end."""
+        return "end"
+
+    def _check_rows(self) -> None:
+        """Raise InputError for a row that has no choices."""
+        if any(len(row["choices"]) < 2 for rows in self._rows.values() for row in rows):
+            raise InputError(
+                f"texts {self.source!r}: expected 'choices' and a 'label' in every row, as a T5 chooses, "
+                "found a row with a 'target' or a 'text' alone; only language models write and read"
+            )
+
+    def _tokens(self, rows: Sequence[dict[str, Any]], name: str) -> TextSplit:
+        encode, longest = self.format.encode, self.format.max_length
+        inputs = encode([row["input"] for row in rows])
+        flat = iter(encode([choice for row in rows for choice in row["choices"]]))
+        choices = [[next(flat) for _ in row["choices"]] for row in rows]
+        for row, tokens in zip(rows, choices, strict=True):
+            if len(set(map(tuple, tokens))) < len(tokens):
+                self._refuse_alike(row, tokens, name)
+        return TextSplit(
+            [x if len(x) <= longest else [*x[: longest - 1], self.format.end] for x in inputs],
+            choices,
+            torch.tensor([row["label"] for row in rows]),
+            sum(len(x) > longest for x in inputs),
+        )
+
+    def inputs(self, name: str, rows: np.ndarray) -> TextBatch:
+        all_rows = self.rows(name)
+        return self._pad(self._tokens([all_rows[row] for row in rows], name))
+
+    def batch(self, name: str, rows: np.ndarray | slice) -> TextBatch:
+        ids, mask, choices, shifted, shares = (tensor[rows] for tensor in self._whole(name))
+        s = int(mask.sum(-1).max())
+        there = shares > 0  # (n, C, T)
+        c, t = int(there.any(-1).sum(-1).max()), int(there.sum(-1).max())
+        return TextBatch(
+            ids[:, :s], mask[:, :s], choices[:, :c, :t], shifted[:, :c, :t], shares[:, :c, :t]
+        )
+
+    def _pad(self, data: TextSplit) -> TextBatch:
+        """A whole split, padded to its longest row."""
+        ids, mask = pad(data.inputs, self.format.pad)
+        n, c = len(data), max(map(len, data.choices))
+        flat = [tokens for row in data.choices for tokens in (*row, *[[]] * (c - len(row)))]
+        choices, there = (x.view(n, c, -1) for x in pad(flat, self.format.pad))  # (n, C, T)
+        shares = there.double()
+        if self.normalise_length:
+            shares /= shares.sum(-1, keepdim=True).clamp(min=1)
+        start = torch.full((n, c, 1), self.format.start)
+        shifted = torch.cat([start, choices[..., :-1]], -1)  # (n, C, T)
+        return TextBatch(ids, mask, choices, shifted, shares.float())
 
 
 # ------------------------------------------------------------------------------ the tasks that ship
