@@ -13,7 +13,14 @@ import torch
 from PIL import Image
 
 from data import pretraining
-from rmm_lab.errors import InputError, run_command
+from rmm_lab.errors import (
+    SEED_RANGE,
+    UNIT_RANGE,
+    InputError,
+    Range,
+    check_values,
+    run_command,
+)
 from rmm_lab.families.checkpoint import Checkpoint, read_checkpoint, write_checkpoint
 from rmm_lab.families.shipped import (
     BASE,
@@ -93,6 +100,11 @@ class Build:
 
     def run(self) -> None:
         """Sets first, then bases, then the models fine-tuned from them."""
+        some: Range = ("1 or more", lambda v: v >= 1)
+        rates = [name for name in vars(self) if name.endswith("learning_rate")]
+        ranges = {name: some for name in vars(self) if name.endswith("steps")}
+        ranges |= dict.fromkeys(rates, UNIT_RANGE) | {"seed": SEED_RANGE}
+        check_values(self, ranges | {"threads": ("1 to 1024", lambda v: 1 <= v <= 1024)})
         torch.set_num_threads(self.threads)
         tuned = {name: (name,) for name in SETS} | MULTI_TASK
         known = ["sets", "text-sets", BASE, TINY_BASE, TEXT_BASE, WRITING_BASE, *tuned]

@@ -173,8 +173,10 @@ def test_a_folder_is_held_by_one_alone(tmp_path):
     assert not list(tmp_path.iterdir())
     with held_new(tmp_path / "a" / "b"):
         (tmp_path / "a" / "b" / "kept").write_text("")
-        with pytest.raises(InputError, match="found files"), held_new(tmp_path / "a" / "b"):
+        with pytest.raises(InputError, match=by), held_new(tmp_path / "a" / "b", "--x"):
             pass
+    with pytest.raises(InputError, match="found files"), held_new(tmp_path / "a" / "b"):
+        pass
     (tmp_path / "a" / "b" / "kept").unlink()
     (tmp_path / "a" / "b" / LOCK).write_text("of a process that was killed")
     with held_new(tmp_path / "a" / "b"):

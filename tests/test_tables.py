@@ -151,8 +151,8 @@ def test_only_names_groups_and_shares(tmp_path, counted, table, only, found):
     ("words", "message"),
     [
         (["II", "--only", "cats"], "--only: expected some of digits+textures, found 'cats'"),
-        (["II", "--jobs", "0"], "--jobs: expected at least 1, found 0"),
-        (["II", "--seeds", "1", "1"], "--seeds: expected one or more different numbers, found 1 1"),
+        (["II", "--jobs", "0"], "--jobs: expected 1 to 1024, found 0"),
+        (["II", "--seeds", "1", "1"], "below 2**63, found 1 1"),
         (["agent", "--scale", "paper"], "--scale paper: expected one of I, II, III, IV, fig3"),
         (["show"], "expected a folder with the CSV files of a table, found none"),
     ],

@@ -181,6 +181,15 @@ def test_uniform_merges_are_tuned_on_the_reward_split_alone(trained, monkeypatch
     assert baselines.tune(trained, ("weight_average", "ties")).setting == "ties"
 
 
+@pytest.mark.parametrize(
+    "change", [{"threads": 100_000}, {"seed": -1}, {"steps": 0}, {"text_learning_rate": 2.0}]
+)
+def test_rebuilding_with_numbers_out_of_range_is_refused(change):
+    option = f"--{next(iter(change)).replace('_', '-')}: expected"
+    with pytest.raises(InputError, match=option):
+        Build(only=("no model",), **change).run()
+
+
 def test_rebuilding_only_an_unknown_model_is_refused():
     with pytest.raises(InputError, match="found 'rigits'"):
         Build(only=("rigits",)).run()

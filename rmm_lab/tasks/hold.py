@@ -41,6 +41,9 @@ def check_new(folder: Path, option: str = "--run-dir", resume: bool = True) -> N
     """
     above = check_writable(folder, option)
     if above == folder and any(p.name != LOCK for p in folder.iterdir()):
+        if (folder / LOCK).exists():  # or it was left by a process that was killed
+            with held(folder, option):
+                pass
         more = f", or go on with --resume {shlex.quote(str(folder))}" if resume else ""
         raise InputError(
             f"{option}: expected a new or empty folder, found files in {folder}; name another one{more}"
