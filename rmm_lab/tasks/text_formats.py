@@ -247,7 +247,7 @@ def load(source: str) -> dict[str, list[Row]]:
               ``.csv``, ``.tsv``, ``.parquet``; all but the last also as ``.gz``. See ``text_rows.own``.
 
     Missing splits are drawn with a fixed seed: with train and one other file, the other is the test split
-    and a fifth of train the reward split; a single file that is not called test is split 60 : 20 : 20. The
+    and a fifth of train the reward split; a file, or train alone, is split 60 : 20 : 20. The
     draw depends on the inputs, not on their order, and keeps equal inputs together; texts that are merely
     alike, such as Winogrande's twins, may be separated.
 
@@ -279,6 +279,9 @@ def load(source: str) -> dict[str, list[Row]]:
             raise wrong(thing, f"one file for the {which} split", found, "keep one of them")
     _check_names(path, [f for files in parts.values() for f in files], thing)
     rows = {part: [row for f in files for row in read(f)] for part, files in parts.items() if files}
+    if [*rows] == ["validation"]:  # of a whole set it would be the test split
+        found = parts["validation"][0].name
+        raise wrong(thing, "the splits train and test", f"{found} alone", "add the missing file")
     return split(rows, thing)
 
 

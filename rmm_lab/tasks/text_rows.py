@@ -280,7 +280,7 @@ def split(parts: dict[str, list[Row]], thing: str) -> dict[str, list[Row]]:
     if len(parts) == 3:
         return {"train": parts["train"], "reward": parts["validation"], "test": parts["test"]}
     held_out, shares = {}, {"train": 3, "reward": 1, "test": 1}
-    if len(parts) == 1 and "train" in parts:
+    if len(parts) == 1 and "test" not in parts:
         (rows,) = parts.values()
     elif "train" not in parts:
         found = " and ".join(parts) or "neither"
