@@ -336,6 +336,46 @@ def test_distance_map(run):
     assert "cosine" in changed(page, before)
 
 
+FRONT = """
+import numpy as np
+from rmm_lab.path import LayerPath
+from rmm_lab.reward import Step
+from rmm_lab.search.fronts import Front, Point
+from rmm_lab.search.preferences import Ends
+from rmm_lab.search.problem import load_problem
+problem = load_problem(("demo",))
+def point(source, *scores):
+    path = LayerPath.of(problem.pool, tuple(Step(source, k) for k in range(6)), "base")
+    return Point(path, scores, None, None, 6, 1.0, 7)
+ends = {"reward": Ends(np.zeros(2), np.ones(2))}
+points = point("digits", 0.9, 0.1), point("ties", 0.6, 0.6), point("textures", 0.1, 0.9)
+front = Front(("digits", "textures"), ("digits", "textures"), ends, points, 3, 20, 3, 0.5)
+"""
+
+
+def test_pareto_explorer(run, tmp_path):
+    folder = tmp_path / "models"
+    page = run(
+        FRONT,
+        "from rmm_lab.course.widgets import ParetoExplorer\n"
+        f"ParetoExplorer(front, folder={str(folder)!r})",
+    )
+    middle = alt(page)
+    assert "point 1 of 3" in middle
+    handle(page).focus()
+    page.keyboard.press("Home")
+    end = changed(page, middle)
+    assert "digits 100%" in end
+    assert "point 0 of 3" in end
+    status(page, "point 0 of 3")
+    button(page, "export this model").click()
+    status(page, "written: ")
+    assert (folder / "point-0" / "model.safetensors").is_file()
+    box = page.locator(".jp-OutputArea .widget-vbox").first.bounding_box()
+    assert box["height"] <= 640
+    assert box["width"] <= 1366
+
+
 def test_results_table(run):
     page = run(
         "from rmm_lab.course.widgets import ResultsTable\n"

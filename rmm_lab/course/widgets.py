@@ -17,6 +17,7 @@ from matplotlib.figure import Figure
 
 from rmm_lab.course.episode_walk import Walk
 from rmm_lab.course.explorers import ClipExplorer, DarExplorer, DistanceMap, TiesExplorer  # noqa: F401
+from rmm_lab.course.pareto import ParetoExplorer  # noqa: F401
 from rmm_lab.course.run_record import Run, difference, source_text
 from rmm_lab.course.views import View, status
 from rmm_lab.errors import InputError, one_sentence
