@@ -144,6 +144,10 @@ def test_models_merge_with_their_headless_base_and_are_exported(tmp_path, monkey
         exported = timm.create_model("local-dir:run/merged", pretrained=True).eval()
         found = exported(x).detach()
     assert found.shape == (4, 6)
+    library = "transformers" if "model_type" in config else "timm"  # as the card says
+    readme = Path("run/merged/README.md").read_text()
+    assert f"library_name: {library}\n" in readme
+    assert f"    {library}." in readme
     for own in logits(read_checkpoint("run/merged"), x):
         close(own, found)
 

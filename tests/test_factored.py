@@ -364,6 +364,9 @@ def test_factors_are_what_an_adapter_adds_and_their_merge_is_that_of_the_whole_m
         for name, found in pool.weights("do_merging", k).items():
             assert found.isfinite().all(), name
     assert changed > 2
+    halves = LayerPool(base, experts, ("one", "two"), (), unit="sublayer")
+    for name, found in halves.weights("knots_factored:density=1", 0).items():
+        assert torch.equal(found, pool.weights("knots_factored:density=1", 0)[name])
 
 
 def test_cut_embeddings_have_cut_factors(tmp_path):

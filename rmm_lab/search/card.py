@@ -13,9 +13,10 @@ from pathlib import Path
 from textwrap import wrap
 from typing import Any
 
-from rmm_lab.families import causal_lm, t5
+from rmm_lab.families import causal_lm, t5, vit
 from rmm_lab.families.checkpoint import Checkpoint
 from rmm_lab.families.shipped import locate
+from rmm_lab.families.vit_run import TOKEN_AND_MEAN
 from rmm_lab.layers import LayerPool
 from rmm_lab.path import LayerPath, Origin
 from rmm_lab.reward import path_text
@@ -30,11 +31,12 @@ def escaped(text: str) -> str:
 
 _WHOLE: dict[str, Any] = {"break_long_words": False, "break_on_hyphens": False}
 _PAPER = "[Reinforced Model Merging](https://arxiv.org/abs/2503.21272)"
-_LOAD = {
-    "image-classification": 'timm.create_model("local-dir:FOLDER", pretrained=True)',
+_LOAD = {  # by what such models do; of transformers'
+    "image-classification": 'transformers.AutoModelForImageClassification.from_pretrained("FOLDER")',
     "text2text-generation": 'transformers.T5ForConditionalGeneration.from_pretrained("FOLDER")',
     "text-generation": 'transformers.AutoModelForCausalLM.from_pretrained("FOLDER")',
 }
+_LOAD_TIMM = 'timm.create_model("local-dir:FOLDER", pretrained=True)'
 
 
 def card(path: LayerPath, pool: LayerPool, table: str = "") -> str:
@@ -46,13 +48,15 @@ def card(path: LayerPath, pool: LayerPool, table: str = "") -> str:
     licences = [licence_of(model) for model in models]
     depth = f"{len(path.steps)} of {pool.n_layers} {path.unit}s" if path.steps else "no layers"
     kind = _task_of(pool)
+    # A DINOv2 is exported as transformers has it: see ``families.dinov2``.
+    of_timm = pool.base.family is vit and pool.architecture.readout != TOKEN_AND_MEAN
     parts = [
         f"| {escaped(origin.name)} | {_public(origin)} | {licence} | `{origin.sha256[:12]}` |"
         for origin, licence in zip(origins, licences, strict=True)
     ]
     experts = ", ".join(escaped(origin.name) for origin in path.experts)
     text = [
-        *_header(origins, licences, kind),
+        *_header(origins, licences, kind, "timm" if of_timm else "transformers"),
         f"# A merge of {experts}",
         "",
         f"Made without training by rmm_lab, after {_PAPER}: one model with layers of "
@@ -77,7 +81,7 @@ def card(path: LayerPath, pool: LayerPool, table: str = "") -> str:
         *(["## Scores", "", "On the test split, in %:", "", table, ""] if table else []),
         "## Use",
         "",
-        f"    {_LOAD[kind]}",
+        f"    {_LOAD_TIMM if of_timm else _LOAD[kind]}",
         "",
     ]
     return "\n".join(text)
@@ -112,10 +116,12 @@ def _task_of(pool: LayerPool) -> str:
     return "text2text-generation" if family is t5 else "image-classification"
 
 
-def _header(origins: Sequence[Origin], licences: Sequence[str], kind: str) -> list[str]:
+def _header(
+    origins: Sequence[Origin], licences: Sequence[str], kind: str, library: str
+) -> list[str]:
     """The Hub's YAML: only what it can look up. A licence is given where all parts state the same one."""
     hub = [o.source[7:].partition("@")[0] for o in origins if o.source.startswith("hf-hub:")]
-    lines = ["---", f"library_name: {'timm' if kind == 'image-classification' else 'transformers'}"]
+    lines = ["---", f"library_name: {library}"]
     lines += [f"pipeline_tag: {kind}"]
     if hub:
         lines += ["base_model:", *(f"- {json.dumps(name)}" for name in dict.fromkeys(hub))]
