@@ -26,6 +26,8 @@ from rmm_lab.search.run_folder import from_csv
 from rmm_lab.tasks.hold import held
 from rmm_lab.zoo import finetune
 
+# Other systems have no /dev/full, and file systems that take only some names.
+linux = pytest.mark.skipif(sys.platform != "linux", reason="Linux's files and devices")
 QUICK = ("--preset", "agent", "--episodes", "2", "--compare", "paper")
 
 
@@ -84,6 +86,7 @@ def test_odd_names_are_carried_by_tables_figures_and_the_card(tiny, recwarn):
     assert not [w for w in recwarn if "Glyph" in str(w.message)]
 
 
+@linux
 @pytest.mark.parametrize("name", ["a\tb", "a\nb", "a\u2028b", "a\x1b[31mb", "a\u202eb", "a\udce9b"])
 @pytest.mark.parametrize("what", ["expert", "task", "class"])
 def test_names_that_no_table_can_hold_are_refused_at_the_start(tiny, capsys, name, what):
@@ -111,6 +114,7 @@ def test_an_expert_like_an_operator_with_options_is_refused(tiny, capsys):
     refused(capsys, words(tiny, "--run-dir", "run", experts=experts), "'ties:mine'", "rename")
 
 
+@linux
 def test_a_folder_whose_name_is_no_utf8_is_carried(tiny, here):
     images = [shutil.copytree(i, here / "jos\udce9" / Path(i).name) for i in tiny["images"]]
     more = ("--operators", "regmean", "--stem", "regmean", "--calibration", "5", "--quiet")
@@ -148,6 +152,7 @@ STREAMS = {
 }
 
 
+@linux
 @pytest.mark.parametrize("kind", STREAMS)
 def test_a_console_that_fails_ends_no_run(tiny, monkeypatch, kind):
     experts = [tiny["experts"][0], str(shutil.copytree(tiny["experts"][1], "модель"))]
@@ -164,6 +169,7 @@ def test_a_console_that_fails_ends_no_run(tiny, monkeypatch, kind):
             stream.close()  # without an error: nothing is left to write
 
 
+@linux
 def test_a_full_stdout_is_told_and_a_reader_that_had_enough_is_not(capsys, monkeypatch):
     for kind, told in (("full", True), ("a broken pipe", False)):
         with monkeypatch.context() as patched:

@@ -539,7 +539,6 @@ def test_searches_killed_at_random_moments_end_as_unbroken_ones(tmp_path):
         "2",
         "1",
         "default",
-        "paper",
         "least squares",
     ]
     env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(script.parents[1])}
@@ -547,7 +546,7 @@ def test_searches_killed_at_random_moments_end_as_unbroken_ones(tmp_path):
         command, env=env, capture_output=True, text=True, timeout=280, check=False
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("equal to the byte") == 3
+    assert done.stdout.count("equal to the byte") == 2
 
 
 def test_ctrl_c_says_how_to_go_on(tiny, tmp_path, monkeypatch, capsys):
