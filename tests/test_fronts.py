@@ -228,7 +228,11 @@ def test_a_preference_picks_a_point(found):
     assert points[second, 1] == points[:, 1].max()
     regret = np.array([2 / 3, 1 / 3]) * (1 - points)
     least = (regret.max(1) + 0.05 * regret.sum(1)).argmin()
-    assert front.prefer("quadrant=2,stripes=1") == least
+    assert front.prefer("quadrant=2,stripes=1") == front.prefer((2, 1)) == least
+    with pytest.raises(InputError, match="each of 2 tasks, found 1"):
+        front.prefer([1.0])
+    with pytest.raises(InputError, match="0 or more for task 'stripes'"):
+        front.prefer([1.0, -1.0])
     with pytest.raises(InputError, match="--prefer"):
         front.prefer("quadrant=1")
 

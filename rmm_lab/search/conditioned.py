@@ -25,7 +25,6 @@ from rmm_lab import ppo
 from rmm_lab.env import MergingEnv
 from rmm_lab.errors import InputError
 from rmm_lab.reward import Path
-from rmm_lab.search.budget import Deadline
 from rmm_lab.search.front_measures import achievement, lattice_of
 from rmm_lab.search.front_space import Trials
 from rmm_lab.search.numbers import GaussianAgent, ScalesEnv
@@ -378,10 +377,10 @@ def _each(values: Any, lengths: Sequence[int]) -> Tensor:
     return found.repeat_interleave(torch.tensor(lengths), dim=0)
 
 
-def conditioned(form: str = "linear") -> Callable[[Any, int | Deadline, int, Ends], Trials]:
+def conditioned(form: str = "linear") -> Callable[[Any, int, int, Ends], Trials]:
     """The search: one training for all preferences, then the greedy path of each of a lattice."""
 
-    def search(scorer: Any, evaluations: int | Deadline, seed: int, ends: Ends) -> Trials:
+    def search(scorer: Any, evaluations: int, seed: int, ends: Ends) -> Trials:
         out = Trials(scorer, evaluations, ends)
         agent = Conditioned(out, seed, form=form)
         for _ in agent.learn(out.left):
@@ -393,7 +392,7 @@ def conditioned(form: str = "linear") -> Callable[[Any, int | Deadline, int, End
     return search
 
 
-def separate(scorer: Any, evaluations: int | Deadline, seed: int, ends: Ends) -> Trials:
+def separate(scorer: Any, evaluations: int, seed: int, ends: Ends) -> Trials:
     """An agent for each preference of the lattice, as HM3 has it, with an equal share of the budget each."""
     out = Trials(scorer, evaluations, ends)
     weights = lattice_of(out.n_tasks, POINTS)

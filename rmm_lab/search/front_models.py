@@ -11,14 +11,12 @@ import numpy as np
 
 from rmm_lab.errors import InputError
 from rmm_lab.reward import Path
-from rmm_lab.search.budget import Deadline
 from rmm_lab.search.front_measures import achievement, lattice_of
 from rmm_lab.search.front_space import Box, Trials
 from rmm_lab.search.layer_scales import BOUNDS, SEEDS
 from rmm_lab.search.preferences import Ends
 from rmm_lab.search.rivals import GROUP, SCALES, STARTUP, path_of_densities
 
-Budget = int | Deadline
 DRAWN = 4096  # points at which a fitted surface is looked at
 
 # ------------------------------------------------------------------------------- samplers of Optuna
@@ -55,7 +53,7 @@ def _numbers(size: int, low: float, high: float) -> dict[str, Any]:
 
 def _by_optuna(
     scorer: Any,
-    evaluations: Budget,
+    evaluations: int,
     seed: int,
     ends: Ends,
     sampler: str,
@@ -80,7 +78,7 @@ def _by_optuna(
     return out
 
 
-def by_nsga2(scorer: Any, evaluations: Budget, seed: int, ends: Ends) -> Trials:
+def by_nsga2(scorer: Any, evaluations: int, seed: int, ends: Ends) -> Trials:
     """NSGA-II, Optuna's: ranks by domination, then by crowding. A generation shares a subset.
 
     Source: Deb et al. 2002, "A Fast and Elitist Multiobjective Genetic Algorithm: NSGA-II".
@@ -90,7 +88,7 @@ def by_nsga2(scorer: Any, evaluations: Budget, seed: int, ends: Ends) -> Trials:
     )
 
 
-def by_nsga3(scorer: Any, evaluations: Budget, seed: int, ends: Ends) -> Trials:
+def by_nsga3(scorer: Any, evaluations: int, seed: int, ends: Ends) -> Trials:
     """NSGA-III, Optuna's: the same with niches around reference directions in place of crowding.
 
     Source: Deb and Jain 2014, "An Evolutionary Many-Objective Optimization Algorithm".
@@ -100,7 +98,7 @@ def by_nsga3(scorer: Any, evaluations: Budget, seed: int, ends: Ends) -> Trials:
     )
 
 
-def by_tpe(scorer: Any, evaluations: Budget, seed: int, ends: Ends) -> Trials:
+def by_tpe(scorer: Any, evaluations: int, seed: int, ends: Ends) -> Trials:
     """Tree-structured Parzen estimator for several objectives, Optuna's: good is what dominates.
 
     Source: Ozaki et al. 2022, "Multiobjective Tree-Structured Parzen Estimator".
@@ -109,7 +107,7 @@ def by_tpe(scorer: Any, evaluations: Budget, seed: int, ends: Ends) -> Trials:
     return _by_optuna(scorer, evaluations, seed, ends, "TPESampler", 1, **options)
 
 
-def by_gp(scorer: Any, evaluations: Budget, seed: int, ends: Ends) -> Trials:
+def by_gp(scorer: Any, evaluations: int, seed: int, ends: Ends) -> Trials:
     """A Gaussian process for each task, and the numbers of largest log expected hypervolume improvement.
 
     Optuna's GPSampler; it treats scores as noisy, which subsets are.
@@ -153,7 +151,7 @@ def sigmoid(x: np.ndarray) -> np.ndarray:
     return 0.5 * (1 + np.tanh(0.5 * x))
 
 
-def map_surrogate(scorer: Any, evaluations: Budget, seed: int, ends: Ends) -> Trials:
+def map_surrogate(scorer: Any, evaluations: int, seed: int, ends: Ends) -> Trials:
     """MAP: one scale per expert; a fitted quadratic under a sigmoid for each task has its front for nothing.
 
     Half of the budget, or (N + 1) (N + 2) where that is more, goes to scales: one expert each, equal ones,
@@ -193,7 +191,7 @@ ASKED = (
 )
 
 
-def mm_mo(scorer: Any, evaluations: Budget, seed: int, ends: Ends) -> Trials:
+def mm_mo(scorer: Any, evaluations: int, seed: int, ends: Ends) -> Trials:
     """MM-MO: Bayesian optimisation of a density and a weight per expert, with -||theta - theta_0||_1 as one
     more objective, against over-fitting.
 

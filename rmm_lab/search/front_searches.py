@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 
 from rmm_lab.search import rivals
-from rmm_lab.search.budget import Deadline, Scored
+from rmm_lab.search.budget import Scored
 from rmm_lab.search.conditioned import conditioned, separate
 from rmm_lab.search.front_measures import achievement, lattice_of, non_dominated
 from rmm_lab.search.front_models import by_gp, by_nsga2, by_nsga3, by_tpe, map_surrogate, mm_mo
@@ -33,9 +33,8 @@ from rmm_lab.search.layer_scales import BOUNDS, MEANS, Evolution
 from rmm_lab.search.preferences import Ends
 from rmm_lab.search.simplexes import Simplex, averages, least_squares
 
-Budget = int | Deadline
-# Of a scorer, a budget, a seed and both ends of each task's scale.
-FrontSearch = Callable[[Any, Budget, int, Ends], Scored]
+# Of a scorer, a number of evaluations, a seed and both ends of each task's scale.
+FrontSearch = Callable[[Any, int, int, Ends], Scored]
 
 POINTS = 15  # of a simplex: 15 for two tasks and for three
 GENERATIONS = 3  # of CMA-ES for each preference, at least, where the budget lets it
@@ -46,7 +45,7 @@ PENALTY = 10.0  # for each unit that it loses beyond that
 def simplex(make: Simplex) -> FrontSearch:
     """A lattice of weights, a merge for each, by formula. Spends nothing of its budget."""
 
-    def search(scorer: Any, evaluations: Budget, seed: int, ends: Ends) -> Trials:
+    def search(scorer: Any, evaluations: int, seed: int, ends: Ends) -> Trials:
         out = Trials(scorer, 0, ends)
         out.answers = make(scorer, lattice_of(scorer.n_models, POINTS))
         return out
@@ -54,7 +53,7 @@ def simplex(make: Simplex) -> FrontSearch:
     return search
 
 
-def random_scales(scorer: Any, evaluations: Budget, seed: int, ends: Ends) -> Trials:
+def random_scales(scorer: Any, evaluations: int, seed: int, ends: Ends) -> Trials:
     """Numbers drawn uniformly from the box."""
     out, box, rng = Trials(scorer, evaluations, ends), Box(scorer), np.random.default_rng(seed)
     box.starts(out)
@@ -67,7 +66,7 @@ def random_scales(scorer: Any, evaluations: Budget, seed: int, ends: Ends) -> Tr
 # ----------------------------------------------------------------------------------- CMA-ES in the box
 
 
-def cmaes_lattice(scorer: Any, evaluations: Budget, seed: int, ends: Ends) -> Trials:
+def cmaes_lattice(scorer: Any, evaluations: int, seed: int, ends: Ends) -> Trials:
     """A short CMA-ES for each weight of a lattice, started from the best that is known for that weight.
 
     What is known are the members, one scale for all, and the means of the runs before. A run maximises the
@@ -127,7 +126,7 @@ def constrained(points: np.ndarray, task: int, now: np.ndarray) -> np.ndarray:
     return np.asarray(points[:, task] - PENALTY * lost.sum(1))
 
 
-def fill_in(scorer: Any, evaluations: Budget, seed: int, ends: Ends) -> Trials:
+def fill_in(scorer: Any, evaluations: int, seed: int, ends: Ends) -> Trials:
     """Half of the budget as ``cmaes_lattice``; then from the least crowded point each task is raised in turn.
 
     A short CMA-ES of two generations maximises one task, under a penalty for what the others lose; the point
@@ -162,7 +161,7 @@ def fill_in(scorer: Any, evaluations: Budget, seed: int, ends: Ends) -> Trials:
 # ------------------------------------------------------------------------------------------ niches
 
 
-def natural_niches(scorer: Any, evaluations: Budget, seed: int, ends: Ends) -> Scored:
+def natural_niches(scorer: Any, evaluations: int, seed: int, ends: Ends) -> Scored:
     """``rivals.natural_niches``, whose archive is kept diverse by tasks; its last archive is the answer."""
     return rivals.natural_niches(scorer, evaluations, seed)
 

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from rmm_lab.reward import Path, places_of
-from rmm_lab.search.budget import Deadline, Scored
+from rmm_lab.search.budget import Scored
 from rmm_lab.search.front_measures import achievement
 from rmm_lab.search.layer_scales import BOUNDS, path_of_scales
 from rmm_lab.search.preferences import Ends
@@ -28,7 +28,7 @@ class Trials(Scored):
     Like any search it begins with the uniform paths, for up to a tenth of its budget.
     """
 
-    def __init__(self, scorer: Any, budget: int | Deadline, ends: Ends) -> None:
+    def __init__(self, scorer: Any, budget: int, ends: Ends) -> None:
         super().__init__(scorer, budget)
         self.ends, self.n_tasks = ends, int(ends.counts.sum())
         self.begun = len(self)  # evaluations of the uniform paths

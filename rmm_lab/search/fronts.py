@@ -10,7 +10,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path as Folder
 from typing import Any
@@ -171,14 +171,27 @@ class Front:
         """The number of the point at the knee, by the reward split."""
         return knee(self.normalised())
 
-    def prefer(self, text: str) -> int:
-        """The number of the point for a preference such as ``digits=2,textures=1``, by the reward split."""
+    def prefer(self, wanted: str | Sequence[float]) -> int:
+        """The number of the point for a preference, by the reward split.
+
+        wanted: a text such as ``digits=2,textures=1``, or a weight for each task, in their order.
+        """
+        text = wanted if isinstance(wanted, str) else self._spelled(wanted)
         weights = parse_preference(text, self.tasks, self.experts)[self.ends["reward"].counts]
         if not weights.any():
             raise InputError(
                 f"--prefer: expected weight on a task that the front is about, found {text!r}; give others"
             )
         return int(achievement(self.normalised(), weights / weights.sum())[0].argmax())
+
+    def _spelled(self, weights: Sequence[float]) -> str:
+        if len(weights) != len(self.tasks):
+            raise InputError(
+                f"front: expected a weight for each of {len(self.tasks)} tasks, found {len(weights)}; give "
+                f"as many, in the order {', '.join(self.tasks)}"
+            )
+        pairs = zip(self.tasks, weights, strict=True)
+        return ",".join(f"{task}={float(weight)!r}" for task, weight in pairs)
 
     def measures(self) -> dict[str, dict[str, float]]:
         """Split -> hypervolume, R2 and expected utility of the points, as far as they were scored."""
