@@ -11,6 +11,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from conftest import write_images
 
@@ -18,6 +19,7 @@ from rmm_lab import ppo
 from rmm_lab.__main__ import main
 from rmm_lab.errors import InputError
 from rmm_lab.evidence import measure
+from rmm_lab.figures import models
 from rmm_lab.figures import paths as figures
 from rmm_lab.operators import parse_operator
 from rmm_lab.search.config import configure
@@ -133,6 +135,16 @@ def test_two_dollars_are_no_mathematics():
 
     assert drawn("$a_{$").startswith(b"\x89PNG")
     assert drawn("$a$") not in (drawn("a"), drawn("$b$"))
+
+
+def test_a_name_that_begins_with_an_underscore_is_in_the_legend():
+    """matplotlib leaves such labels out."""
+    names = ["_one", "two"]
+    kept = models.kept_picture(np.full((2, 3), 0.5), names, ["a", "b", "c"], 0.2)
+    swept = models.sweep_picture({"x": ([0.1, 0.2], np.full((2, 2), 0.5))}, names, "scale")
+    for figure, more in ((kept, ["trimmed layer by layer"]), (swept, ["mean", "best mean"])):
+        legend = figure.axes[-1].get_legend()
+        assert sorted(text.get_text() for text in legend.get_texts()) == sorted([*names, *more])
 
 
 # ----------------------------------------------------------------------------------------- consoles

@@ -212,7 +212,7 @@ def kept_picture(
     axes.axhline(100 * density, color="black", ls="--", lw=1, label="trimmed layer by layer")
     axes.set_xticks(x, places)
     axes.set_ylabel("entries kept, %")
-    named = [*axes.containers, *axes.lines], [*names, "trimmed layer by layer"]
+    named = [*axes.lines, *axes.containers], ["trimmed layer by layer", *names]
     axes.legend(*named, fontsize=9, loc="upper left", bbox_to_anchor=(1, 1))
     axes.spines[["top", "right"]].set_visible(False)
     return figure
