@@ -211,7 +211,7 @@ def _check_shapes(source: str, config: Mapping[str, Any], weights: Mapping[str, 
         ) from error
     there = shapes_of(weights)
     said = found.shapes | {n: s for n, s in found.optional.items() if n in there}
-    odd = next((n for n in there | said if said.get(n) != there.get(n)), None)
+    odd = next((n for n in said | there if said.get(n) != there.get(n)), None)
     if odd is not None:
         raise InputError(
             f"model {source!r}: expected tensor {odd!r} of shape {said.get(odd, 'none')} by its config.json, "
