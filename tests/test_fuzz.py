@@ -22,13 +22,19 @@ import pytest
 from conftest import write_images, write_model
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
+from lm_models import hf_model as language_model
+from lm_models import write_tokenizer as write_language_tokenizer
 from PIL import Image
 from t5_models import hf_model, tuned, write_t5, write_texts
+from transformers import ViTConfig, ViTForImageClassification
 
 from rmm_lab.__main__ import main
 from rmm_lab.families.checkpoint import read_checkpoint
 
 CASES = int(os.environ.get("RMM_LAB_FUZZ", "1000"))
+SMALL = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2} | {
+    "num_attention_heads": 2
+}
 MOST_S = 60  # a case that takes longer hangs
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(max(300, CASES))]
 
@@ -123,6 +129,10 @@ class World:
             write_t5(root / "t5" / name, tuned(t5, i) if i else t5)
         for i in (1, 2):
             write_texts(root / f"t{i}", i, fixed=i == 2, n=3)
+        config = ViTConfig(**SMALL, image_size=8, patch_size=4, num_channels=1)
+        ViTForImageClassification(config).save_pretrained(root / "hf" / "base")
+        language_model("llama").save_pretrained(root / "lm" / "base")
+        write_language_tokenizer(root / "lm" / "base")
         self.root, self.case = root, root / "case"
 
     def fresh(self, *parts: str) -> Path:
@@ -135,7 +145,7 @@ class World:
         return self.case
 
     def finetune(self, kind: str, base: Path | None = None, data: Path | None = None) -> list[str]:
-        option, own = ("--images", "i1") if kind == "vit" else ("--texts", "t1")
+        option, own = ("--images", "i1") if kind in ("vit", "hf") else ("--texts", "t1")
         base, data = base or self.root / kind / "base", data or self.root / own
         words = [
             "finetune",
@@ -367,8 +377,9 @@ def bent(file: Path, content: bytes) -> Iterator[None]:
 @cases(0.35)
 @given(data=st.data())
 def test_config(world, data):
-    kind, other = data.draw(st.sampled_from(["vit", "vit", "t5"])), data.draw(st.integers(0, 4))
-    names = ["config.json"] if kind == "vit" else ["config.json", "tokenizer_config.json"]
+    kind = data.draw(st.sampled_from(["vit", "vit", "vit", "t5", "t5", "hf", "hf", "lm"]))
+    other = data.draw(st.integers(0, 4))
+    names = ["config.json"] if kind in ("vit", "hf") else ["config.json", "tokenizer_config.json"]
     name = data.draw(st.sampled_from(names))
     case = world.fresh(f"{kind}/base")
     file = case / kind / "base" / name

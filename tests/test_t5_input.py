@@ -113,7 +113,7 @@ def test_the_untouched_problem_is_accepted(own, capsys):
 def test_the_command_line_refuses_with_the_same_sentence(own, capsys):
     own.configure("two", num_heads=4, d_kv=3)
     assert own.run() == 2
-    assert "'num_heads': 4" in capsys.readouterr().err
+    assert "of shape (32, 4) by its config.json" in capsys.readouterr().err
     assert not Path("run").exists()
 
 
@@ -149,14 +149,17 @@ def test_experts_of_another_shape(own, args, words):
 @pytest.mark.parametrize(
     ("values", "words"),
     [
-        ({"num_heads": 4, "d_kv": 3}, ["'num_heads': 3", "'num_heads': 4", "merge only models"]),
+        (
+            {"relative_attention_max_distance": 64},
+            ["distance': 128", "distance': 64", "merge only models"],
+        ),
         ({"scale_decoder_outputs": False}, ["'scaled': True", "'scaled': False"]),
         (
             {"dense_act_fn": "silu"},
             ["relu", "silu"],
         ),  # transformers obeys it, not feed_forward_proj
     ],
-    ids=["heads", "scaled", "activation"],
+    ids=["distance", "scaled", "activation"],
 )
 def test_experts_whose_config_differs_where_no_shape_does(own, values, words):
     own.configure("two", **values)

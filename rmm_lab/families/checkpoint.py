@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from rmm_lab.errors import InputError
+from rmm_lab.errors import InputError, one_sentence
 from rmm_lab.families import adapters, causal_lm, convert, reading, t5, vit
 from rmm_lab.families.names import timm_name
 from rmm_lab.families.parts import Factors, outside_head, shapes_of
@@ -48,10 +48,10 @@ class Checkpoint(Model):
 
 def family_of(source: str, config: Mapping[str, Any]) -> Family:
     """The module that knows a model with this config.json; InputError for another family's."""
-    for family in FAMILIES.values():
+    kind = config.get("model_type")
+    for family in FAMILIES.values() if kind is None or isinstance(kind, str) else ():
         if family.owns(config):
             return family
-    kind = config.get("model_type")
     found = "neither" if kind is None else f"the model_type {kind!r}"
     raise InputError(
         f"model {source!r}: expected timm's config.json with an 'architecture' (a plain ViT) or "
@@ -198,9 +198,14 @@ def _check_shapes(source: str, config: Mapping[str, Any], weights: Mapping[str, 
         found = family.architecture(config)  # without numbers
     except InputError as error:
         raise InputError(f"model {source!r}: {error}") from error
+    except Exception as error:  # transformers raises many kinds where values do not go together
+        raise InputError(
+            f"model {source!r}: expected a config.json that transformers can build a model of, found another "
+            f"({one_sentence(error) or type(error).__name__}); save the model with transformers again"
+        ) from error
     there = shapes_of(weights)
     said = found.shapes | {n: s for n, s in found.optional.items() if n in there}
-    odd = next((n for n in there | said if said.get(n) != there.get(n)), None)
+    odd = next((n for n in said | there if said.get(n) != there.get(n)), None)
     if odd is not None:
         raise InputError(
             f"model {source!r}: expected tensor {odd!r} of shape {said.get(odd, 'none')} by its config.json, "
