@@ -145,7 +145,7 @@ SCOPE: dict[str, str] = {
 }
 # Options with a value for each expert, or that may have one, as in "task_arithmetic:scale=0.3/0.6".
 _EACH = {("metrics_weighted_average", "metrics"), ("least_squares", "weights")}
-_MAY = {("task_arithmetic", "scale"), ("ties", "scale"), ("ties", "density")}
+_MAY = {(f, "scale") for f in ("task_arithmetic", "ties", "dare_ties")} | {("ties", "density")}
 
 # ---------------------------------------------------------------- operators as text
 

@@ -278,6 +278,22 @@ def test_dare_ties_by_hand_on_a_known_mask(merge):
     assert_close(merged, torch.tensor(expected))
 
 
+def test_dare_ties_with_a_scale_for_each_expert_by_hand():
+    base = torch.tensor([1.0, 1.0, 1.0])
+    experts = base + torch.tensor([[4.0, -2.0, 1.0], [-8.0, 3.0, 2.0]])
+    # Times 0.75 and 0.25: 3 -1.5 0.75 and -2 0.75 0.5. Signs: + - +.
+    options = {"drop_rate": 0, "scale": (0.75, 0.25)}
+    assert ops.dare_ties(base, experts, merge="sum", **options).tolist() == [4.0, -0.5, 2.25]
+    assert ops.dare_ties(base, experts, **options).tolist() == [4.0, -0.5, 1.625]
+    # With all weight on one expert its sign is elected everywhere: DARE of that expert alone.
+    corner = ops.dare_ties(base, experts, drop_rate=0.5, scale=(0.0, 1.0), generator=seeded(3))
+    mask = mask_of((2, 3), 0.5, seed=3)
+    assert corner.tolist() == (base + 2 * mask[1] * (experts[1] - base)).tolist()
+    assert ops.parse_operator("dare_ties:scale=0.5/0.25", 2).name == "dare_ties:scale=0.5/0.25"
+    with pytest.raises(InputError, match="scales: expected one for each of 3 experts, found 2"):
+        ops.parse_operator("dare_ties:scale=0.5/0.25", 3)
+
+
 def test_dare_ties_without_drop_is_ties_without_trim_by_hand():
     # elected signs +, +, 0, +, -; the disjoint mean is computed over all the agreeing entries
     merged = ops.dare_ties(BASE, EXPERTS, drop_rate=0)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from rmm_lab.errors import InputError
-from rmm_lab.formulas.checks import Rng, add, check_options, finite
+from rmm_lab.formulas.checks import Rng, add, check_options, finite, weighed
 from rmm_lab.formulas.steps import (
     disjoint_merge,
     drop_and_rescale,
@@ -32,15 +32,17 @@ def dare_ties(
     experts: Tensor,
     *,
     drop_rate: float = 0.34,
-    scale: float = 1.0,
+    scale: float | tuple[float, ...] = 1.0,
     merge: str = "mean",
     generator: Rng = None,
 ) -> Tensor:
     """DARE-TIES: TIES with DARE's random drop in place of the trim (Yu et al. 2024).
 
-    drop_rate in [0, 1); scale: finite; merge: "mean" or "sum"; generator: as for ``dare``.
+    drop_rate in [0, 1); scale: finite, or a tuple of one for each expert, as for ``ties``; merge: "mean" or
+    "sum"; generator: as for ``dare``.
     """
     deltas = drop_and_rescale(task_vectors(base, experts), drop_rate, generator)
+    deltas, scale = weighed(deltas, scale)
     return add(base, disjoint_merge(deltas, elect_sign(deltas), merge), scale)
 
 

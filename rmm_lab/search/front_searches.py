@@ -10,7 +10,8 @@
     fill-in by constraints             raise one task, keep the others    after C-MORL, Liu et al. 2025
     natural niches                     see ``rivals``                     Abrantes et al. 2025
     RMM (conditioned)                  one agent that sees the preference see ``conditioned``
-    RMM (agent) per preference         a training each, equal shares      HM3, Zhou et al. 2025
+    RMM (agent) per preference         a training each, equal shares      after HM3
+    HM3 (as published)                 see ``hm3``                        Zhou et al. 2025
 
 A search returns what it scored and, as ``answers``, what it arrived at; ``fronts.find_front`` scores the
 finalists of either on the whole reward split. ``FRONT_SEARCHES[name](scorer, evaluations, seed, ends)``.
@@ -29,6 +30,7 @@ from rmm_lab.search.conditioned import conditioned, separate
 from rmm_lab.search.front_measures import achievement, lattice_of, non_dominated
 from rmm_lab.search.front_models import by_gp, by_nsga2, by_nsga3, by_tpe, map_surrogate, mm_mo
 from rmm_lab.search.front_space import Box, Known, Trials, best_for
+from rmm_lab.search.hm3 import hm3
 from rmm_lab.search.layer_scales import BOUNDS, MEANS, Evolution
 from rmm_lab.search.preferences import Ends
 from rmm_lab.search.simplexes import Simplex, averages, least_squares
@@ -184,5 +186,6 @@ FRONT_SEARCHES: dict[str, FrontSearch] = {
     "RMM (conditioned), late": conditioned("late"),
     "RMM (conditioned), Tchebycheff": conditioned("tchebycheff"),
     "RMM (agent) per preference": separate,
+    "HM3 (as published)": hm3,
 }
 CLOSED = (AVERAGES, LEAST_SQUARES)  # that look at no score while they are made
