@@ -131,6 +131,9 @@ class World:
             write_texts(root / f"t{i}", i, fixed=i == 2, n=3)
         config = ViTConfig(**SMALL, image_size=8, patch_size=4, num_channels=1)
         ViTForImageClassification(config).save_pretrained(root / "hf" / "base")
+        processor = {"image_mean": [0.5], "image_std": [0.5], "size": {"height": 8, "width": 8}}
+        processor |= {"resample": 2, "do_center_crop": True, "crop_size": {"height": 8, "width": 8}}
+        (root / "hf" / "base" / "preprocessor_config.json").write_text(json.dumps(processor))
         language_model("llama").save_pretrained(root / "lm" / "base")
         write_language_tokenizer(root / "lm" / "base")
         self.root, self.case = root, root / "case"
@@ -379,7 +382,8 @@ def bent(file: Path, content: bytes) -> Iterator[None]:
 def test_config(world, data):
     kind = data.draw(st.sampled_from(["vit", "vit", "vit", "t5", "t5", "hf", "hf", "lm"]))
     other = data.draw(st.integers(0, 4))
-    names = ["config.json"] if kind in ("vit", "hf") else ["config.json", "tokenizer_config.json"]
+    beside = {"vit": (), "hf": ("preprocessor_config.json",)}
+    names = ["config.json", *beside.get(kind, ("tokenizer_config.json",))]
     name = data.draw(st.sampled_from(names))
     case = world.fresh(f"{kind}/base")
     file = case / kind / "base" / name

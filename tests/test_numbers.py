@@ -58,6 +58,18 @@ def test_it_is_an_environment_of_gymnasiums():
     check_env(gym.make("rmm_lab/Merging-v0", scorer=Bowl(), actions="scales").unwrapped)
 
 
+@pytest.mark.parametrize("deviation", [0.01, 0.2])
+def test_the_first_scales_are_drawn_as_far_as_is_asked(tiny, deviation):
+    """Before the first update, around the scales of the best uniform path."""
+    options = {"episodes": 40, "episodes_per_update": 16, "quiet": True, "calibration": 20}
+    result = train(
+        configure(**tiny, **options, operators=(WHOLE,), deviation=deviation), table=False
+    )
+    first = [e for e in result.episodes if e["phase"] == "agent" and e["update"] == 0]
+    drawn = np.array([[step.scales for step in parse_path(e["path"])] for e in first])
+    assert drawn.std(0).mean() == pytest.approx(deviation, rel=0.25)
+
+
 def test_a_gaussian_agents_log_probabilities_by_scipy():
     from scipy.stats import norm
 

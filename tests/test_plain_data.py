@@ -26,6 +26,9 @@ from rmm_lab.tasks.image_task import InputFormat, Task
 from rmm_lab.tasks.text_formats import load
 
 REPOSITORY = Path(__file__).resolve().parent.parent
+SMALL_VIT = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1} | {
+    "num_attention_heads": 2
+}
 GREY = InputFormat((1, 8, 8), (0.5,), (0.5,))
 
 
@@ -188,6 +191,24 @@ def test_a_file_is_read_up_to_its_bound(tmp_path):
     assert plain.read_json(file) == 1
 
 
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        *(("image_mean", v) for v in (True, ["a"], [1e300])),
+        *(("image_std", v) for v in (0.5, [0.0, 1.0, 1.0])),
+        *(("resample", v) for v in ("", 9)),
+        *(("size", v) for v in (0.5, "x", {"height": 8}, {"shortest_edge": 0})),
+        *(("crop_size", v) for v in (0.5, {"height": 0}, {"shortest_edge": 8})),
+    ],
+)
+def test_a_processor_of_pictures_says_numbers(tmp_path, key, value):
+    config = ViTConfig(**SMALL_VIT, image_size=8, patch_size=4, num_labels=3)
+    ViTForImageClassification(config).save_pretrained(tmp_path / "hf")
+    text = json.dumps({"do_center_crop": True, "size": 8} | {key: value})
+    (tmp_path / "hf" / "preprocessor_config.json").write_text(text)
+    refused(tmp_path / "hf", "preprocessor_config.json", repr(key))
+
+
 # ----------------------------------------------------------------------------------------- weights
 
 
@@ -200,10 +221,7 @@ def test_weights_are_floating_point(vit, dtype):
 
 
 def test_positions_of_old_files_are_no_weights(tmp_path):
-    config = ViTConfig(
-        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32, image_size=8,
-        patch_size=4, num_labels=3,
-    )  # fmt: skip
+    config = ViTConfig(**SMALL_VIT, image_size=8, patch_size=4, num_labels=3)
     ViTForImageClassification(config).save_pretrained(tmp_path / "hf")
     file = tmp_path / "hf" / "model.safetensors"
     before = read_checkpoint(tmp_path / "hf").weights

@@ -94,6 +94,7 @@ DEFAULT: dict[str, dict[str, Any]] = {
     "drift seen": {"observation": "map+cursor+drift"},
     "shaping by drift": {"shaping": 1.0},
     "GAE": {"gae_lambda": 0.95},
+    "smaller first steps": {"deviation": 0.01},
     "all three": {"observation": "map+cursor+drift", "shaping": 1.0, "gae_lambda": 0.95},
 }
 # What scores the default search's episodes, and which labels are known. With few of them each episode sees
@@ -143,7 +144,10 @@ def kit_groups() -> Groups:
     papers = {"I": halves, "II": pair, "III": [*language, *writing], "IV": pair, "fig3": pair}
     searches, menu = [*pair, vision[3], *language], [*language, vision[3], vision[1]]
     own = {"groups": vision[1:], "searches": searches, "menu": menu, "agent": agent}
-    own |= {"default": [vision[0], vision[3], language[0]], "budgets": [*vision, *language]}
+    own |= {
+        "default": [vision[0], vision[3], language[0], *writing],
+        "budgets": [*vision, *language],
+    }
     own |= {"seconds": own["budgets"], "labels": agent}
     own |= {"fronts": [vision[0], vision[3], *language, *writing]}
     return papers | own

@@ -45,7 +45,12 @@ _UNUSED = re.compile(
 _IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 _CLIP = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
 _NORMALISED = {"deit": _IMAGENET, "dino": _IMAGENET, "clip": _CLIP}  # without preprocessor_config
-_RESAMPLE = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}  # Pillow's numbers
+_RESAMPLE: dict[Any, str] = {
+    0: "nearest",
+    1: "lanczos",
+    2: "bilinear",
+    3: "bicubic",
+}  # Pillow's numbers
 
 
 def is_vision(config: Mapping[str, Any]) -> bool:
@@ -234,6 +239,7 @@ def _preprocessing(
     files, notes = [f / "preprocessor_config.json" for f in folders], []
     file = next((file for file in files if file.is_file()), None)
     found = reading.read_config(source, file, "of an image processor") if file else {}
+    limits.check_processor(source, found)
     mean, std = _NORMALISED.get(kind[:4], ((0.5,) * 3, (0.5,) * 3))
     mean, std = found.get("image_mean") or mean, found.get("image_std") or std
     if found.get("do_normalize") is False:
@@ -261,7 +267,7 @@ def _preprocessing(
         "fixed_input_size": True,
         "mean": list(mean),
         "std": list(std),
-        "interpolation": _RESAMPLE.get(int(found.get("resample", 3)), "bicubic"),
+        "interpolation": _RESAMPLE.get(found.get("resample"), "bicubic"),
         "first_conv": "patch_embed.proj",
         "classifier": ["head", "head_dist"] if "head_dist.weight" in out else "head",
         **share,

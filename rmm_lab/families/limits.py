@@ -125,6 +125,27 @@ _TOP: dict[str, Range] = {
     "label_names": _LABELS,
     "rmm_lab": _OBJECT,
 }
+
+
+def _sides(*names: tuple[str, ...]) -> Range:
+    """Of a processor of transformers: one number, or those of one of the groups of names, and no others."""
+
+    def fits(v: Any) -> bool:
+        if not isinstance(v, dict):
+            return _PIXELS[1](v)
+        return tuple(sorted(v)) in names and all(map(_PIXELS[1], v.values()))
+
+    return f"pixels, or {' or '.join(map(', '.join, names))} in pixels", fits
+
+
+_PROCESSOR: dict[str, Range] = {
+    "image_mean": _PREPARED["mean"],
+    "image_std": _PREPARED["std"],
+    "resample": _whole(0, 5),
+    "size": _sides(("height", "width"), ("shortest_edge",), ("longest_edge", "shortest_edge")),
+    "crop_size": _sides(("height", "width")),
+    **dict.fromkeys(("do_normalize", "do_center_crop"), _YES_NO),
+}
 _NOT_NULL = ("architecture", "num_classes")
 
 # transformers: attributes of configs. ``hidden_size`` and its like stand for what other models call them.
@@ -193,15 +214,25 @@ def check_timm(source: str, config: Mapping[str, Any]) -> None:
         )
 
 
+def check_processor(source: str, found: Mapping[str, Any]) -> None:
+    """Raise InputError unless a preprocessor_config.json holds numbers in their range."""
+    _check(f"model {source!r}", "", found, _PROCESSOR, "preprocessor_config.json", "transformers")
+
+
 def _check(
-    thing: str, place: str, found: Mapping[str, Any], ranges: Mapping[str, Range], by: str = "timm"
+    thing: str,
+    place: str,
+    found: Mapping[str, Any],
+    ranges: Mapping[str, Range],
+    file: str = "config.json",
+    by: str = "timm",
 ) -> None:
     """InputError for the first value out of its range; null is what is missing, but for some."""
     for key, (expected, fits) in ranges.items():
         value = found.get(key)
         if key in found and not fits(value) and (value is not None or key in _NOT_NULL):
             raise InputError(
-                f"{thing}: expected {place + key!r} in its config.json to be {expected}, found "
+                f"{thing}: expected {place + key!r} in its {file} to be {expected}, found "
                 f"{_short(value)}; save the model with {by} again"
             )
 

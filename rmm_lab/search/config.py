@@ -37,6 +37,8 @@ class RunArgs:
     """What the agent sees: the merging map of Eq. 5, its position, how far from each expert it has got."""
     actions: Literal["sources", "scales"] = "sources"
     """What the agent chooses at each place: a source, or a scale for each expert and merge that looks."""
+    deviation: float = 0.05
+    """First standard deviation of a scale in the policy of an agent of scales."""
     shaping: float = 0.0
     """Weight of a reward for each step by how much nearer to the experts it leads; 0 switches it off."""
     penalty: float = -0.1
@@ -93,6 +95,7 @@ class RunArgs:
                 "data_fraction": ("at least 1e-6 and at most 1", lambda v: 1e-6 <= v <= 1),
                 "dar_lambda cma_share": ("0 to 1", lambda v: 0 <= v <= 1),
                 "finalists cache_mb": ("0 or more", lambda v: v >= 0),
+                "deviation": ("1e-4 to 1", lambda v: 1e-4 <= v <= 1),
                 "shaping": ("0 to 1000", lambda v: 0 <= v <= 1000),
                 "penalty": ("-1000 to 0", lambda v: -1000 <= v <= 0),
                 "device": ("a device of torch's, such as cpu or cuda", _is_device),

@@ -76,8 +76,13 @@ class GaussianAgent(Agent):
     def __init__(self, n_observation: int, n_actions: int) -> None:
         super().__init__(n_observation, n_actions)
         self.register_buffer("start", torch.zeros(n_actions))
-        log_std = nn.Parameter(torch.full((n_actions,), float(np.log(SIGMA))))
-        self.actor.register_parameter("log_std", log_std)
+        self.actor.register_parameter("log_std", nn.Parameter(torch.empty(n_actions)))
+        self.deviate(SIGMA)
+
+    def deviate(self, deviation: float) -> None:
+        """Let all deviations be this one."""
+        with torch.no_grad():
+            self.actor.get_parameter("log_std").fill_(float(np.log(deviation)))
 
     def normal(self, obs: Tensor) -> Normal:
         """pi(.|s): obs (..., D) -> independent normals (..., A)."""

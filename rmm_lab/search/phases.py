@@ -186,6 +186,8 @@ class Search:
         env = make_env(view, config)
         kind = GaussianAgent if config.run.actions == "scales" else ppo.Agent
         agent, optimiser = ppo.make_agent(env, config.agent, config.run.seed, kind)
+        if isinstance(agent, GaussianAgent):
+            agent.deviate(config.run.deviation)
         generator = torch.Generator().manual_seed(config.run.seed)
         search = cls(config, scorer, view, env, agent, optimiser, generator, folder)
         if stored is not None:
