@@ -32,7 +32,7 @@ from typing import Any, Literal
 import pandas as pd
 
 from rmm_lab.engine.scorer import check_device
-from rmm_lab.errors import SEED_RANGE, InputError, check_values, run_command
+from rmm_lab.errors import SEED_RANGE, InputError, check_values
 from rmm_lab.evidence import excerpts, fronts, measure, page_figures, pages
 from rmm_lab.evidence.measure import Job, Store
 from rmm_lab.evidence.paper_scale import Group, PaperScale
@@ -42,6 +42,7 @@ from rmm_lab.search import rivals
 from rmm_lab.search.config import BOTH, SEARCHED, configure, searched
 from rmm_lab.search.front_searches import FRONT_SEARCHES
 from rmm_lab.search.uniform import OF_ADAPTERS, OF_TWO
+from rmm_lab.tasks.console import run_command
 from rmm_lab.tasks.files import write_file
 from rmm_lab.tasks.hold import check_writable
 from rmm_lab.tasks.image_task import data_folder
