@@ -79,14 +79,29 @@ def lasting_console() -> Iterator[None]:
 
 
 @contextmanager
+def finishing() -> Iterator[None]:
+    """Ctrl-C does not stop the block, such as one that writes a model; it is raised after it."""
+    before, asked = signal.getsignal(signal.SIGINT), []
+    if not _ours(before):
+        yield
+        return
+    signal.signal(signal.SIGINT, lambda *_: asked.append(1))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if asked:
+        raise KeyboardInterrupt
+
+
+@contextmanager
 def loading() -> Iterator[None]:
     """Ctrl-C while libraries are imported ends the process at once, in one line.
 
     An exception would come up in the middle of a library, which may take it for its own.
     """
     before = signal.getsignal(signal.SIGINT)
-    in_main = threading.current_thread() is threading.main_thread()
-    if not in_main or before is not signal.default_int_handler:  # such as ignored, under nohup
+    if not _ours(before):
         yield
         return
     signal.signal(signal.SIGINT, _end)
@@ -94,6 +109,12 @@ def loading() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGINT, before)
+
+
+def _ours(handler: Any) -> bool:
+    """Whether Ctrl-C is Python's, and not ignored, as under nohup, or a caller's."""
+    in_main = threading.current_thread() is threading.main_thread()
+    return in_main and handler is signal.default_int_handler
 
 
 def _end(*_: object) -> NoReturn:
