@@ -7,6 +7,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -17,14 +18,16 @@ from conftest import write_images
 
 from rmm_lab import ppo
 from rmm_lab.__main__ import main
+from rmm_lab.course import notebooks
 from rmm_lab.errors import InputError
-from rmm_lab.evidence import measure
+from rmm_lab.evidence import measure, tables
 from rmm_lab.figures import models
 from rmm_lab.figures import paths as figures
 from rmm_lab.operators import parse_operator
 from rmm_lab.search.config import configure
 from rmm_lab.search.pipeline import train
 from rmm_lab.search.run_folder import from_csv
+from rmm_lab.tasks.console import run_command
 from rmm_lab.tasks.hold import held
 from rmm_lab.zoo import finetune
 
@@ -191,6 +194,60 @@ def test_a_full_stdout_is_told_and_a_reader_that_had_enough_is_not(capsys, monke
         stream.close()
         assert ended.value.code == 0
         assert ("note: not all could be written" in capsys.readouterr().err) is told
+
+
+@linux
+@pytest.mark.parametrize("kind", STREAMS)
+def test_every_command_has_a_console_that_lasts(monkeypatch, kind):
+    """Also those that are not started through ``rmm_lab.__main__``."""
+    words = ["--env-id", "CartPole-v1", "--episodes", "1", "--episodes-per-update", "1"]
+    root = str(Path(notebooks.__file__).parents[2] / "notebooks")
+    for command in (
+        lambda: run_command(ppo.Main, "ppo", words),
+        lambda: notebooks.main(["--check", "--folder", root]),
+        lambda: tables.main(["nonsense"]),
+    ):
+        out, err = STREAMS[kind](), STREAMS[kind]()
+        with monkeypatch.context() as patched:
+            patched.setattr(sys, "stdout", out)
+            patched.setattr(sys, "stderr", err)
+            try:
+                code = command()
+            except SystemExit as ended:  # of the parser
+                code = ended.code
+        assert code in (0, 2)
+        for stream in (out, err):
+            if stream is not None:
+                stream.close()
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="has no SIGINT for one process")
+@pytest.mark.parametrize(
+    ("loaded", "argv"),
+    [("numpy", ["--help"]), ("rmm_lab.families", ["finetune"]), ("pandas", ["tables", "show"])],
+    ids=lambda value: value if isinstance(value, str) else value[0],
+)
+def test_ctrl_c_while_libraries_are_imported_is_one_line(loaded, argv):
+    process = subprocess.Popen(
+        [sys.executable, "-X", "importtime", "-m", "rmm_lab", *argv],
+        env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        for line in process.stderr:
+            if line.rpartition("|")[2].strip() == loaded:
+                process.send_signal(signal.SIGINT)
+                break
+        lines = process.stderr.read().splitlines()
+        code = process.wait(timeout=60)
+    finally:
+        process.kill()
+        process.wait(timeout=30)
+        process.stderr.close()
+    said = [line for line in lines if line and not line.startswith("import time:")]
+    assert (code, said) == (130, ["stopped; nothing is written"])
 
 
 @pytest.mark.slow

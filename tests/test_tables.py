@@ -538,6 +538,24 @@ def some_jobs(n: int, run=measure.trained, **options) -> list[Job]:
     ]
 
 
+def test_the_folder_of_a_table_is_held_while_it_is_measured(tmp_path, monkeypatch, capsys):
+    """A second process is refused by name, one with another folder is not; nothing empty is left."""
+    argv, codes = ["II", "--out", str(tmp_path / "a/b")], []
+
+    def meanwhile(*args):
+        for folder in ("a/b", "c"):
+            monkeypatch.setattr(measure, "measure_all", lambda *args: None)
+            codes.append(tables.main([*argv[:2], str(tmp_path / folder)]))
+
+    monkeypatch.setattr(measure, "measure_all", meanwhile)
+    assert tables.main(argv) == 0
+    assert codes == [2, 0]
+    [said] = capsys.readouterr().err.strip().splitlines()
+    assert said.startswith("error: --out: ")
+    assert f"{tmp_path / 'a/b'} held by process {os.getpid()}" in said
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_process_that_is_killed_is_told_in_a_sentence(tmp_path, monkeypatch):
     class Killed(measure.ProcessPoolExecutor):
         def __init__(self, processes, context, *_):

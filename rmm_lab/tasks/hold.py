@@ -80,11 +80,19 @@ def held_new(folder: Path, option: str = "--run-dir", resume: bool = True) -> It
     What was made and is left empty is removed again. Of several processes that begin at once, one gets it.
     """
     check_new(folder, option, resume)
+    with held_made(folder, option):
+        check_new(folder, option, resume)  # now that no other can write to it
+        yield
+
+
+@contextmanager
+def held_made(folder: Path, option: str) -> Iterator[None]:
+    """The same for a folder that may hold files; it is made if need be, and removed if it is left empty."""
+    check_writable(folder, option)
     missing = [p for p in (folder, *folder.absolute().parents) if not p.exists()]
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with held(folder, option):
-            check_new(folder, option, resume)  # now that no other can write to it
             yield
     finally:
         for path in missing:
