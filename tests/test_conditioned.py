@@ -205,6 +205,8 @@ def test_the_environment_by_hand():
     np.testing.assert_allclose(info["gains"], [(2.75 / 3 - 0.2) / 0.8, 0.25])
     assert value == pytest.approx(0.75 * (2.75 / 3 - 0.2) / 0.8 + 0.25 * 0.25)
     assert done
+    obs, _ = env.reset(options={"preference": [6, 2]})  # only ratios count
+    np.testing.assert_allclose(obs[-2:], [0.75, 0.25])
     env.reset()
     assert not np.allclose(env.weights, [0.75, 0.25])
     _, value, _, _, info = env.step(4)  # back at the first layer
@@ -229,6 +231,10 @@ def test_what_is_refused():
         PreferenceEnv(ScalesEnv(Bowl()), UNIT, seed=0, form="x")
     with pytest.raises(InputError, match=r"conditioned agent: expected gamma .* found 0.9 and 1"):
         Conditioned(Trials(Bowl(), 9, UNIT), 1, args=ppo.Args(gamma=0.9))
+    agent = Conditioned(Trials(Bowl(), 9, UNIT), 1)
+    for weights in ([1.0], [2.0, -1.0], [0.0, 0.0], [np.nan, 1.0]):
+        with pytest.raises(InputError, match="preference: expected 2 weights of 0 or more"):
+            agent.path(np.array(weights))
 
 
 def test_the_start_of_a_preference_by_hand():

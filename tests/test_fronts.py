@@ -294,9 +294,16 @@ def test_a_run_resumes_for_its_front_whose_points_are_exported(tmp_path):
         assert torch.allclose(model.eval()(pixels), built.eval()(pixels), atol=1e-5)
 
 
-def test_a_run_folder_holds_the_front_with_its_test_scores(trained, tmp_path):
-    more = options(front=True, compare="paper", run_dir=tmp_path / "run")
+def test_a_run_folder_holds_the_front_with_its_test_scores(trained, tmp_path, capsys):
+    more = options(front=True, compare="paper", run_dir=tmp_path / "run") | {"quiet": False}
     front = train(configure("weights", **more), trained).front
+    said = capsys.readouterr().out
+    assert (
+        f"front: {len(front.points)} of {front.finalists} finalists; the knee is {front.knee}"
+        in said
+    )
+    for line in (tmp_path / "run/table.md").read_text("utf-8").splitlines():
+        assert " nan " not in line  # what was not measured is left empty
     assert np.isfinite(front.scores("test")).all()
     assert front.to_json() == fronts.read_front(tmp_path / "run").to_json()
     text = (tmp_path / "run/front.md").read_text("utf-8")

@@ -54,9 +54,9 @@ class PreferenceEnv(gym.Wrapper[np.ndarray, Any, np.ndarray, Any]):
     """A merging environment whose reward is what a merged model is worth by a preference.
 
     The observation is the environment's, flattened, and then the weights w (K,), unless ``fixed`` gives the
-    only ones there are. ``reset(options={"preference": w})`` plays for w, else w is drawn by the seed. At
-    the end ``info["gains"]`` holds the gains (K,); the reward is sum_k w_k gain_k, or the achievement with
-    ``tchebycheff``. An illegal move gains the penalty in every task.
+    only ones there are. ``reset(options={"preference": w})`` plays for w, of which only ratios count; else w
+    is drawn by the seed. At the end ``info["gains"]`` holds the gains (K,); the reward is sum_k w_k gain_k,
+    or the achievement with ``tchebycheff``. An illegal move gains the penalty in every task.
 
     Args:
         env: a ``MergingEnv``. ends: both ends of each task's scale. seed: of the draws.
@@ -94,7 +94,7 @@ class PreferenceEnv(gym.Wrapper[np.ndarray, Any, np.ndarray, Any]):
         asked = options.pop("preference", None)
         observation, info = self.env.reset(seed=seed, options=options)
         if asked is not None:
-            self.weights = np.asarray(asked, float)
+            self.weights = self._preference(asked)
         elif self.fixed is None:
             self.weights = draw_weights(self.rng, self.lattice)
         return self._seen(observation), info
@@ -115,6 +115,15 @@ class PreferenceEnv(gym.Wrapper[np.ndarray, Any, np.ndarray, Any]):
         if self.form == "tchebycheff":
             return float(achievement(gains[None], self.weights)[0, 0])
         return float(self.weights @ gains)
+
+    def _preference(self, asked: Any) -> np.ndarray:
+        w = np.asarray(asked, float)
+        if w.shape != (self.n_tasks,) or not (w >= 0).all() or not 0 < w.sum() < np.inf:
+            raise InputError(
+                f"preference: expected {self.n_tasks} weights of 0 or more, not all 0, found {asked}; give "
+                "one for each task that counts"
+            )
+        return w / w.sum()
 
     def _seen(self, observation: np.ndarray) -> np.ndarray:
         if self.fixed is not None:

@@ -97,7 +97,7 @@ def promising(promised: Mapping[str, np.ndarray], ends: Ends, n: int = FINALISTS
 def distance(pool: Any, path: Path) -> float:
     """The Euclidean norm of theta - theta_0, over the stem and each layer that runs; in units of the weights.
 
-    Two layers that run twice count twice. MM-MO's regulariser (Li et al. 2024) is the 1-norm of the same.
+    A layer that runs twice counts twice. MM-MO's regulariser (Li et al. 2024) is the 1-norm of the same.
     """
     first, steps = split_stem(path)
     total = 0.0
@@ -420,7 +420,7 @@ def markdown(front: Front) -> str:
         f"stems and layers that a point stores; all points together store {front.modules}. *Distance*: the "
         f"norm of the weights minus the base's.\n\nThe knee is point {front.knee}.\n\nHypervolume of "
         f"(score − base) / (expert − base), 1 for every expert at once: {', '.join(said)}; subsets promised "
-        f"{front.promise:.3f} by {front.archive} paths.\n"
+        f"{front.promise:.3f} by {front.archive} path{'' if front.archive == 1 else 's'}.\n"
     )
     if left:
         text += (
