@@ -267,6 +267,7 @@ class Conditioned:
         seed: of the networks, the actions and the preferences.
         actions: ``scales`` or ``sources``, see ``RunArgs``. form: one of ``FORMS``.
         fixed: the only preference, (K,): then nothing is conditioned, and this is ``ppo.learn``.
+        first: the number of the first episode, which says on which subset it is scored.
     """
 
     def __init__(
@@ -277,6 +278,7 @@ class Conditioned:
         actions: str = "scales",
         form: str = "linear",
         fixed: np.ndarray | None = None,
+        first: int = 0,
         args: ppo.Args = ARGS,
     ) -> None:
         if args.gamma < 1 or args.gae_lambda < 1:
@@ -284,7 +286,7 @@ class Conditioned:
                 f"conditioned agent: expected gamma and gae_lambda 1, found {args.gamma:g} and "
                 f"{args.gae_lambda:g}; an episode's gains count for each of its steps alike"
             )
-        self.out, self.args, self.form = out, args, form
+        self.out, self.args, self.form, self.first = out, args, form, first
         scorer = _Noted(out)
         kind = ScalesEnv if actions == "scales" else MergingEnv
         inner = kind(scorer, episodes_per_subset=args.episodes_per_update)
@@ -318,12 +320,16 @@ class Conditioned:
     def learn(self, episodes: int) -> Iterator[dict[str, float]]:
         """Play and update in turn; yields the diagnostics of each update."""
         total = episodes = min(episodes, self.out.left)
+        options: dict[str, Any] | None = {"episode": self.first}
         while episodes > 0:
             n = min(self.args.episodes_per_update, episodes)
-            played = [
-                ppo.play(self.env, self.agent, self.generator, masked=self.args.mask_actions)
-                for _ in range(n)
-            ]
+            played = []
+            for _ in range(n):
+                masked = self.args.mask_actions
+                played.append(
+                    ppo.play(self.env, self.agent, self.generator, masked=masked, options=options)
+                )
+                options = None
             episodes -= n
             batch = ppo.collect(played, self.args.gamma)
             targets, progress = self._targets(played, batch), 1 - episodes / total
@@ -406,7 +412,7 @@ def separate(scorer: Any, evaluations: int, seed: int, ends: Ends) -> Trials:
     out = Trials(scorer, evaluations, ends)
     weights = lattice_of(out.n_tasks, POINTS)
     for i, w in enumerate(weights):
-        agent = Conditioned(out, seed + i, fixed=w)
+        agent = Conditioned(out, seed + i, fixed=w, first=i * ARGS.episodes_per_update)
         for _ in agent.learn(out.left // (len(weights) - i)):
             pass
         out.answers.append(agent.path(w))
