@@ -59,7 +59,7 @@ def searched(name, evaluations=80, seed=1):
     return scorer, FRONT_SEARCHES[name](scorer, evaluations, seed, UNIT)
 
 
-WEIGHTS = ("MM-MO", "HM3 (as published)")  # which look at weights
+WEIGHTS = ("MM-MO", "HM3 (as published)", "HM3 without its merge")  # which look at weights
 FORMULA = [name for name in OPEN if name not in WEIGHTS]
 
 
@@ -90,11 +90,11 @@ def test_the_same_seed_gives_the_same_search(name):
 ENOUGH = {"GP, log-EHVI": 30, "NSGA-II, several objectives": 400, "NSGA-III": 400}
 
 
-# Niches keep specialists, see test_rivals; agents need more evaluations, see test_conditioned.
-SLOW = ("random scales", "natural niches", *(name for name in FORMULA if name.startswith("RMM")))
+# Niches keep specialists and agents need more: see test_rivals and test_conditioned.
+QUICK = [name for name in FORMULA[1:] if not name.startswith(("natural", "RMM"))]
 
 
-@pytest.mark.parametrize("name", [name for name in FORMULA if name not in SLOW])
+@pytest.mark.parametrize("name", QUICK)
 def test_a_search_finds_more_of_the_front_than_chance(name):
     """Of what was scored and what it answers with; the valley has no noise."""
 

@@ -13,8 +13,9 @@ from rmm_lab.path import LayerPath
 from rmm_lab.reward import Step, evaluate, parse_path, path_text, predict_all
 from rmm_lab.search import hm3
 from rmm_lab.search.any_order import BETA, LayersEnv, spread
-from rmm_lab.search.hm3 import Training, TrajectoryAgent, Wolpertinger, merged, nearest, places
+from rmm_lab.search.hm3 import Training, TrajectoryAgent, Wolpertinger, nearest, places
 from rmm_lab.search.preferences import Ends
+from rmm_lab.search.simplexes import dare_ties
 
 UNIT = Ends(np.zeros(2), np.ones(2))
 ONE = (range(2),)  # a stack of two layers
@@ -200,7 +201,7 @@ def test_the_state_is_the_trajectory_and_padding_is_none():
 
 def test_the_merge_by_hand_and_at_a_corner(problem):
     pool = problem.pool
-    theta = merged(np.array([1.0, 0.0]))
+    theta = dare_ties(np.array([1.0, 0.0]))
     assert theta == "dare_ties:merge=sum,scale=1/0"
     base, own = (
         pool.weights("base", 1),
@@ -238,7 +239,7 @@ def test_what_stands_for_the_weights(problem):
 
 def test_any_layer_may_follow_any_other(problem, tmp_path):
     """A wild path has the scores of the plain evaluation, and its exported model those logits."""
-    scorer, theta = problem.scorer(fraction=0.5, stem="agent"), merged(np.array([0.3, 0.7]))
+    scorer, theta = problem.scorer(fraction=0.5, stem="agent"), dare_ties(np.array([0.3, 0.7]))
     models = (*problem.pool.names, theta)
     gains = []
     env = LayersEnv(
@@ -307,7 +308,7 @@ def test_a_small_problem_is_solved_as_brute_force_does():
 def test_the_search_spends_its_budget_and_can_be_repeated(problem):
     def found(seed):
         scorer = problem.scorer(fraction=0.25, stem="agent")
-        return scorer, hm3.hm3(scorer, 60, seed, UNIT)
+        return scorer, hm3.hm3()(scorer, 60, seed, UNIT)
 
     (scorer, out), (_, again) = found(1), found(1)
     assert len(out) == scorer.evaluations == 60
@@ -335,8 +336,17 @@ def test_the_search_spends_its_budget_and_can_be_repeated(problem):
 def test_a_task_that_does_not_count_has_no_weight_in_the_merge(problem):
     scorer = problem.scorer(fraction=0.25, stem="agent")
     ends = Ends(np.array([0.0, 0.5]), np.array([1.0, 0.5]))
-    out = hm3.hm3(scorer, 20, 1, ends)
+    out = hm3.hm3()(scorer, 20, 1, ends)
     thetas = {
         s.source for text, _ in out[out.begun :] for s in parse_path(text) if "dare" in s.source
     }
     assert thetas == {"dare_ties:merge=sum,scale=1/0"}
+
+
+def test_without_its_merge_it_has_the_experts_layers_alone(problem):
+    scorer = problem.scorer(fraction=0.25, stem="agent")
+    out = hm3.hm3(merge=False)(scorer, 40, 1, UNIT)
+    assert len(out) == 40
+    steps = [step for text, _ in out[out.begun :] for step in parse_path(text)]
+    assert {step.source for step in steps} == set(problem.pool.names)
+    assert out.answers

@@ -2,6 +2,7 @@
 
     simplex of weighted averages       rewarded soups; no evaluation      Ramé et al. 2023
     simplex of weighted least squares  a fit for each weight; none        ``matching``
+    simplex of DARE-TIES               a merge for each weight; none      HM3's first step
     random scales                      drawn in the box
     CMA-ES along a lattice             one short run per preference       after HM3's subproblems, 2025
     NSGA-II, NSGA-III, TPE, GP         Optuna's, for several objectives   see ``front_models``
@@ -11,7 +12,8 @@
     natural niches                     see ``rivals``                     Abrantes et al. 2025
     RMM (conditioned)                  one agent that sees the preference see ``conditioned``
     RMM (agent) per preference         a training each, equal shares      after HM3
-    HM3 (as published)                 see ``hm3``                        Zhou et al. 2025
+    HM3 (as published)                 a merge and a training each        Zhou et al. 2025
+    HM3 without its merge              layers of the experts alone        its ablation
 
 A search returns what it scored and, as ``answers``, what it arrived at; ``fronts.find_front`` scores the
 finalists of either on the whole reward split. ``FRONT_SEARCHES[name](scorer, evaluations, seed, ends)``.
@@ -33,7 +35,7 @@ from rmm_lab.search.front_space import Box, Known, Trials, best_for
 from rmm_lab.search.hm3 import hm3
 from rmm_lab.search.layer_scales import BOUNDS, MEANS, Evolution
 from rmm_lab.search.preferences import Ends
-from rmm_lab.search.simplexes import Simplex, averages, least_squares
+from rmm_lab.search.simplexes import Simplex, averages, by_dare_ties, least_squares
 
 # Of a scorer, a number of evaluations, a seed and both ends of each task's scale.
 FrontSearch = Callable[[Any, int, int, Ends], Scored]
@@ -169,9 +171,11 @@ def natural_niches(scorer: Any, evaluations: int, seed: int, ends: Ends) -> Scor
 
 
 AVERAGES, LEAST_SQUARES = "simplex of weighted averages", "simplex of weighted least squares"
+DARE_TIES = "simplex of DARE-TIES"
 FRONT_SEARCHES: dict[str, FrontSearch] = {
     AVERAGES: simplex(averages),
     LEAST_SQUARES: simplex(least_squares),
+    DARE_TIES: simplex(by_dare_ties),
     "random scales": random_scales,
     "CMA-ES along a lattice": cmaes_lattice,
     "NSGA-II, several objectives": by_nsga2,
@@ -186,6 +190,7 @@ FRONT_SEARCHES: dict[str, FrontSearch] = {
     "RMM (conditioned), late": conditioned("late"),
     "RMM (conditioned), Tchebycheff": conditioned("tchebycheff"),
     "RMM (agent) per preference": separate,
-    "HM3 (as published)": hm3,
+    "HM3 (as published)": hm3(),
+    "HM3 without its merge": hm3(merge=False),
 }
-CLOSED = (AVERAGES, LEAST_SQUARES)  # that look at no score while they are made
+CLOSED = (AVERAGES, LEAST_SQUARES, DARE_TIES)  # that look at no score while they are made

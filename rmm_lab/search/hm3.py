@@ -13,7 +13,7 @@ Source: Zhou et al. 2025, "Hierarchical Multi-Objective Model Merging" (arXiv 24
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import count
 from typing import Any
 
@@ -24,12 +24,12 @@ from torch import Tensor, nn
 from torch.distributions import Normal
 
 from rmm_lab import ppo
-from rmm_lab.operators import OperatorSpec
 from rmm_lab.reward import Path, Step, places_of
 from rmm_lab.search.any_order import LayersEnv, spread
 from rmm_lab.search.front_space import Trials
 from rmm_lab.search.numbers import GaussianAgent
 from rmm_lab.search.preferences import Ends
+from rmm_lab.search.simplexes import dare_ties
 
 # The paper has no number for any of these, but for gamma. More are in ``any_order``.
 PREFERENCES = 11  # N, as many as the other agents answer
@@ -46,18 +46,6 @@ ARGS = ppo.Args(
     ent_coef_end=0.01,
     mask_actions=False,
 )
-
-# ------------------------------------------------------------------------------------ the merge
-
-
-def merged(weights: np.ndarray) -> str:
-    """The source of Theta(w) for weights (N,): theta_base + sum_k w_k M_k * delta_k.
-
-    M_k is the mask of DARE's drop, rescaled, and of the elected sign. As the kit's ``ties`` and mergekit
-    have it, w weighs what the sign is elected from: with all weight on one task, Theta is DARE of its expert.
-    """
-    scale = tuple(round(float(w), 4) for w in weights)
-    return OperatorSpec.of("dare_ties", {"merge": "sum", "scale": scale}, len(scale)).name
 
 
 def summary(pool: Any, models: Sequence[str]) -> np.ndarray:
@@ -256,7 +244,7 @@ class Training:
             update(self.agent, self.optimiser, played, self.args)
 
 
-def best_path(out: Trials, weights: np.ndarray, episodes: int, seed: int) -> Path:
+def best_path(out: Trials, weights: np.ndarray, episodes: int, seed: int, merge: bool) -> Path:
     """One preference (K,): the path with the largest R of all that it scored, each on a subset.
 
     Theta's own layers in their order are scored first, so that the merge is among the answers; the paper does
@@ -264,9 +252,9 @@ def best_path(out: Trials, weights: np.ndarray, episodes: int, seed: int) -> Pat
     """
     scorer, every = out.scorer, np.zeros(out.scorer.n_models)
     every[out.ends.counts] = weights
-    theta = merged(every)
-    models = (*scorer.sources[: scorer.n_models], theta)
-    turns, first = count(), Step(theta, -1) if scorer.chooses_stem else None
+    experts, theta = scorer.sources[: scorer.n_models], dare_ties(every)
+    models = (*experts, theta) if merge else experts
+    turns, first = count(), Step(theta, -1) if merge and scorer.chooses_stem else None
 
     def score(path: Path) -> np.ndarray:
         found = out.ask([path], stay=next(turns) % ARGS.episodes_per_update > 0)
@@ -274,18 +262,26 @@ def best_path(out: Trials, weights: np.ndarray, episodes: int, seed: int) -> Pat
 
     env = LayersEnv(score, models, scorer.stacks, weights, stem=first)
     training = Training(env, summary(scorer.pool, models), seed)
-    whole = tuple(Step(theta, k) for k in places_of(scorer))
-    known = (env.worth(out.ask([whole])[0], scorer.n_layers), whole)
-    training.learn(episodes - 1)
-    return max([known, *training.played], key=lambda pair: pair[0])[1]
+    if merge:
+        whole = tuple(Step(theta, k) for k in places_of(scorer))
+        training.played.append((env.worth(out.ask([whole])[0], scorer.n_layers), whole))
+    training.learn(episodes - len(training.played))
+    return max(training.played, key=lambda pair: pair[0])[1]
 
 
-def hm3(scorer: Any, evaluations: int, seed: int, ends: Ends) -> Trials:
-    """The search: a merge and a training for each preference, with equal shares of the budget."""
-    out = Trials(scorer, evaluations, ends)
-    drawn = np.random.default_rng(seed).dirichlet(np.ones(out.n_tasks), PREFERENCES)
-    for i, weights in enumerate(drawn):
-        if share := out.left // (len(drawn) - i):
-            out.answers.append(best_path(out, weights, share, seed + i))
-    out.answers = list(dict.fromkeys(out.answers))
-    return out
+def hm3(merge: bool = True) -> Callable[[Any, int, int, Ends], Trials]:
+    """The search: a merge and a training for each preference, with equal shares of the budget.
+
+    merge: False leaves Theta out, the paper's ablation without the parameter step.
+    """
+
+    def search(scorer: Any, evaluations: int, seed: int, ends: Ends) -> Trials:
+        out = Trials(scorer, evaluations, ends)
+        drawn = np.random.default_rng(seed).dirichlet(np.ones(out.n_tasks), PREFERENCES)
+        for i, weights in enumerate(drawn):
+            if share := out.left // (len(drawn) - i):
+                out.answers.append(best_path(out, weights, share, seed + i, merge))
+        out.answers = list(dict.fromkeys(out.answers))
+        return out
+
+    return search

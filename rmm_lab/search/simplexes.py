@@ -1,6 +1,7 @@
 """Fronts without a search: each point of a lattice of weights is a merge by formula.
 
-They look at no score. Points that stand for one task alone are its expert.
+They look at no score. Points that stand for one task alone are its expert, of DARE-TIES its expert with
+dropped entries.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from rmm_lab.operators import OperatorSpec
 from rmm_lab.reward import Path, Step, places_of
 from rmm_lab.search.layer_scales import path_of_scales
 
@@ -32,6 +34,21 @@ def least_squares(scorer: Any, weights: np.ndarray) -> list[Path]:
     """
     experts, places = scorer.sources[: scorer.n_models], places_of(scorer)
     return [tuple(Step(_matched(w, experts), k) for k in places) for w in weights]
+
+
+def by_dare_ties(scorer: Any, weights: np.ndarray) -> list[Path]:
+    """DARE-TIES with the weights as scales: HM3's parameter step alone (Zhou et al. 2025)."""
+    return [tuple(Step(dare_ties(w), k) for k in places_of(scorer)) for w in weights]
+
+
+def dare_ties(weights: np.ndarray) -> str:
+    """The source of Theta(w) for weights (N,): theta_base + sum_k w_k M_k * delta_k.
+
+    M_k is the mask of DARE's drop, rescaled, and of the elected sign. As in Akiba et al. 2024, w weighs what
+    the sign is elected from: with all weight on one task, Theta is DARE of its expert.
+    """
+    scale = tuple(round(float(w), 4) for w in weights)
+    return OperatorSpec.of("dare_ties", {"merge": "sum", "scale": scale}, len(scale)).name
 
 
 def _matched(weights: np.ndarray, experts: tuple[str, ...]) -> str:
