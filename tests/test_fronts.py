@@ -11,6 +11,7 @@ import timm
 import torch
 
 from rmm_lab.__main__ import main
+from rmm_lab.course.pareto import ParetoExplorer
 from rmm_lab.errors import InputError
 from rmm_lab.reward import Step, evaluate, parse_path, path_text
 from rmm_lab.search import fronts
@@ -19,6 +20,7 @@ from rmm_lab.search.front_measures import achievement, non_dominated
 from rmm_lab.search.pipeline import check_same_config, train
 from rmm_lab.search.preferences import Ends, ends_of, parse_preference
 from rmm_lab.search.problem import load_problem
+from rmm_lab.search.run_folder import RunFolder
 from rmm_lab.search.simplexes import averages, least_squares
 
 UNIT = Ends(np.zeros(2), np.ones(2))
@@ -311,6 +313,26 @@ def test_a_run_folder_holds_the_front_with_its_test_scores(trained, tmp_path, ca
     assert f"The knee is point {front.knee}." in text
     with pytest.raises(InputError, match=r"merge --resume .* --front"):
         fronts.read_front(tmp_path)
+
+
+@pytest.mark.parametrize("on", [[True, False], [False, False]])
+def test_a_front_whose_experts_are_no_better_on_the_test_split(trained, tmp_path, on):
+    """There is no scale there: what is compared is the reward split, and scores are shown all the same."""
+    front = train(configure("weights", **options(front=True, compare="paper")), trained).front
+    ends = front.ends["test"]
+    ends = dataclasses.replace(ends, expert=np.where(on, ends.expert, ends.base))
+    front = dataclasses.replace(front, ends=front.ends | {"test": ends})
+    assert front.scaled == ("promised", "reward")
+    assert set(front.measures()) == {"promised", "reward"}
+    fronts.write_front(front, RunFolder(tmp_path))
+    assert fronts.read_front(tmp_path).to_json() == front.to_json()
+    text = (tmp_path / "front.md").read_text("utf-8")
+    assert "quadrant, test" in text
+    assert "no scale" in text
+    assert (tmp_path / "front.png").read_bytes().startswith(b"\x89PNG")
+    figure, said = ParetoExplorer(front).still()
+    assert figure.axes
+    assert "reward split" in said
 
 
 def test_a_preference_chooses_the_path(trained, tmp_path):
