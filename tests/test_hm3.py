@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from gymnasium.utils.env_checker import check_env
+from t5_models import problem_of
 
 from rmm_lab import ppo
 from rmm_lab.errors import InputError
@@ -15,6 +16,7 @@ from rmm_lab.search import hm3
 from rmm_lab.search.any_order import BETA, LayersEnv, spread
 from rmm_lab.search.hm3 import Training, TrajectoryAgent, Wolpertinger, nearest, places
 from rmm_lab.search.preferences import Ends
+from rmm_lab.search.problem import load_problem
 from rmm_lab.search.simplexes import dare_ties
 
 UNIT = Ends(np.zeros(2), np.ones(2))
@@ -335,12 +337,12 @@ def test_the_search_spends_its_budget_and_can_be_repeated(problem):
 
 def test_a_task_that_does_not_count_has_no_weight_in_the_merge(problem):
     scorer = problem.scorer(fraction=0.25, stem="agent")
-    ends = Ends(np.array([0.0, 0.5]), np.array([1.0, 0.5]))
+    ends = Ends(np.array([0.5, 0.0]), np.array([0.5, 1.0]))
     out = hm3.hm3()(scorer, 20, 1, ends)
     thetas = {
         s.source for text, _ in out[out.begun :] for s in parse_path(text) if "dare" in s.source
     }
-    assert thetas == {"dare_ties:merge=sum,scale=1/0"}
+    assert thetas == {"dare_ties:merge=sum,scale=0/1"}
 
 
 def test_without_its_merge_it_has_the_experts_layers_alone(problem):
@@ -350,3 +352,36 @@ def test_without_its_merge_it_has_the_experts_layers_alone(problem):
     steps = [step for text, _ in out[out.begun :] for step in parse_path(text)]
     assert {step.source for step in steps} == set(problem.pool.names)
     assert out.answers
+
+
+def test_layers_are_whole_blocks_where_the_pool_has_their_parts(tiny):
+    problem = load_problem(**tiny, operators=("ties",), stem="base", unit="sublayer")
+    pool = problem.pool
+    whole = hm3.summary(load_problem(**tiny, operators=("ties",), stem="base").pool, pool.names)
+    np.testing.assert_allclose(hm3.summary(pool, pool.names), whole, rtol=1e-4)
+    out = hm3.hm3()(problem.scorer(fraction=0.25, stem="agent"), 40, 1, UNIT)
+    assert len(out) == 40
+    wild = set()
+    for text, _ in out[out.begun :]:
+        _, *steps = parse_path(text)
+        for attention, mlp in zip(steps[::2], steps[1::2], strict=True):
+            assert attention.source == mlp.source
+            assert (attention.layer % 2, mlp.layer) == (0, attention.layer + 1)
+        wild |= {tuple(step.layer for step in steps)}
+    assert len(wild) > 3
+    assert set(out.answers) <= {parse_path(text) for text, _ in out}
+
+
+def test_a_t5s_encoder_comes_before_its_decoder(t5s):
+    problem = problem_of(t5s)
+    scorer = problem.scorer(fraction=0.25)
+    encoder, decoder = scorer.stacks
+    out = hm3.hm3()(scorer, 30, 1, UNIT)
+    assert len(out) == 30
+    orders = {tuple(step.layer for step in parse_path(text)) for text, _ in out[out.begun :]}
+    for order in orders:
+        kinds = [k in decoder for k in order]
+        assert kinds == sorted(kinds)
+        assert order[-1] in decoder
+        assert order[0] in encoder
+    assert len(orders) > 3

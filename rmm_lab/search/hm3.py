@@ -24,7 +24,8 @@ from torch import Tensor, nn
 from torch.distributions import Normal
 
 from rmm_lab import ppo
-from rmm_lab.reward import Path, Step, places_of
+from rmm_lab.engine.block_view import BlockView
+from rmm_lab.reward import Path, Step
 from rmm_lab.search.any_order import LayersEnv, spread
 from rmm_lab.search.front_space import Trials
 from rmm_lab.search.numbers import GaussianAgent
@@ -49,24 +50,24 @@ ARGS = ppo.Args(
 
 
 def summary(pool: Any, models: Sequence[str]) -> np.ndarray:
-    """What stands for the weights of each pair in the state: (M L, 1 + N).
+    """What stands for the weights of each pair in the state: (M L, 1 + N), a layer being a whole block.
 
     With the layer's task vector tau, the layer minus the base's: |tau| / |theta_base|, and the cosines of
     tau with each expert's there. The paper learns an encoding of the weights and does not say of what form.
     """
     rows = []
     for model in models:
-        for k in range(pool.n_layers):
-            base = _flat(pool.weights("base", k))
-            own = _flat(pool.weights(model, k)) - base
-            taus = [_flat(pool.weights(name, k)) - base for name in pool.names]
+        for block in pool.blocks or [range(k, k + 1) for k in range(pool.n_layers)]:
+            base = _flat(pool, "base", block)
+            own = _flat(pool, model, block) - base
+            taus = [_flat(pool, name, block) - base for name in pool.names]
             size = float(own.norm() / base.norm().clamp(min=1e-12))
             rows.append([size, *(float(torch.cosine_similarity(own, t, 0)) for t in taus)])
     return np.array(rows)
 
 
-def _flat(weights: dict[str, Tensor]) -> Tensor:
-    return torch.cat([t.flatten() for t in weights.values()]).float()
+def _flat(pool: Any, source: str, block: range) -> Tensor:
+    return torch.cat([t.flatten().float() for k in block for t in pool.weights(source, k).values()])
 
 
 # ------------------------------------------------------------------------------------ the agent
@@ -248,25 +249,30 @@ def best_path(out: Trials, weights: np.ndarray, episodes: int, seed: int, merge:
     """One preference (K,): the path with the largest R of all that it scored, each on a subset.
 
     Theta's own layers in their order are scored first, so that the merge is among the answers; the paper does
-    not say whether it does that. The episodes of an update share a subset.
+    not say whether it does that. The episodes of an update share a subset. Layers are whole blocks, whatever
+    the scorer's are.
     """
     scorer, every = out.scorer, np.zeros(out.scorer.n_models)
+    view: Any = BlockView(scorer) if scorer.blocks else scorer
+    expand = view.expand if scorer.blocks else tuple
     every[out.ends.counts] = weights
     experts, theta = scorer.sources[: scorer.n_models], dare_ties(every)
     models = (*experts, theta) if merge else experts
     turns, first = count(), Step(theta, -1) if merge and scorer.chooses_stem else None
 
     def score(path: Path) -> np.ndarray:
-        found = out.ask([path], stay=next(turns) % ARGS.episodes_per_update > 0)
-        return np.asarray(found[0])
+        stay = next(turns) % ARGS.episodes_per_update > 0
+        return np.asarray(out.ask([expand(path)], stay=stay)[0])
 
-    env = LayersEnv(score, models, scorer.stacks, weights, stem=first)
+    env = LayersEnv(score, models, view.stacks, weights, stem=first)
     training = Training(env, summary(scorer.pool, models), seed)
     if merge:
-        whole = tuple(Step(theta, k) for k in places_of(scorer))
-        training.played.append((env.worth(out.ask([whole])[0], scorer.n_layers), whole))
+        whole = (*([first] if first else []), *(Step(theta, k) for k in range(view.n_layers)))
+        [gains] = out.ask([expand(whole)])
+        training.played.append((env.worth(gains, view.n_layers), whole))
     training.learn(episodes - len(training.played))
-    return max(training.played, key=lambda pair: pair[0])[1]
+    best = max(training.played, key=lambda pair: pair[0])[1]
+    return tuple(expand(best))
 
 
 def hm3(merge: bool = True) -> Callable[[Any, int, int, Ends], Trials]:
