@@ -267,6 +267,7 @@ class Conditioned:
         seed: of the networks, the actions and the preferences.
         actions: ``scales`` or ``sources``, see ``RunArgs``. form: one of ``FORMS``.
         fixed: the only preference, (K,): then nothing is conditioned, and this is ``ppo.learn``.
+        turn: number of the subset of its first update.
     """
 
     def __init__(
@@ -278,6 +279,7 @@ class Conditioned:
         form: str = "linear",
         fixed: np.ndarray | None = None,
         args: ppo.Args = ARGS,
+        turn: int = 0,
     ) -> None:
         if args.gamma < 1 or args.gae_lambda < 1:
             raise InputError(
@@ -287,7 +289,9 @@ class Conditioned:
         self.out, self.args, self.form = out, args, form
         scorer = _Noted(out)
         kind = ScalesEnv if actions == "scales" else MergingEnv
-        inner = kind(scorer, episodes_per_subset=args.episodes_per_update)
+        n = args.episodes_per_update
+        inner = kind(scorer, episodes_per_subset=n)
+        inner.reset(options={"episode": turn * n - 1})  # the first episode comes next
         self.env = PreferenceEnv(inner, out.ends, seed=seed, form=form, fixed=fixed)
         one = fixed is not None or form == "tchebycheff"
         self.n_targets = 1 if one else self.env.n_tasks
@@ -402,13 +406,16 @@ def conditioned(form: str = "linear") -> Callable[[Any, int, int, Ends], Trials]
 
 
 def separate(scorer: Any, evaluations: int, seed: int, ends: Ends) -> Trials:
-    """An agent for each preference of the lattice, as HM3 has it, with an equal share of the budget each."""
-    out = Trials(scorer, evaluations, ends)
+    """An agent for each preference of the lattice, as HM3 has it, with an equal share of the budget each.
+
+    They share the uniform paths, which each would otherwise pay for. Each goes on with the subset after those
+    of the agents before, or agents of few episodes would all see the first ones alone.
+    """
+    out, turn = Trials(scorer, evaluations, ends), 0
     weights = lattice_of(out.n_tasks, POINTS)
     for i, w in enumerate(weights):
-        agent = Conditioned(out, seed + i, fixed=w)
-        for _ in agent.learn(out.left // (len(weights) - i)):
-            pass
+        agent = Conditioned(out, seed + i, fixed=w, turn=turn)
+        turn += sum(1 for _ in agent.learn(out.left // (len(weights) - i)))  # a subset per update
         out.answers.append(agent.path(w))
     out.answers = list(dict.fromkeys(out.answers))
     return out
