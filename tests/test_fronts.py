@@ -13,6 +13,7 @@ import torch
 from rmm_lab.__main__ import main
 from rmm_lab.course.pareto import ParetoExplorer
 from rmm_lab.errors import InputError
+from rmm_lab.path import LayerPath
 from rmm_lab.reward import Step, evaluate, parse_path, path_text
 from rmm_lab.search import fronts
 from rmm_lab.search.config import configure
@@ -257,6 +258,53 @@ def test_equal_points_are_one(trained):
     scored = [(path_text(p), scorer.score(p, 0)) for p in (expert, *again)]
     front = fronts.find_front(scorer, scored, ends_of(scorer))
     assert (front.finalists, len(front.points)) == (2, 1)
+
+
+def test_a_layer_that_follows_others_is_stored_and_measured_as_it_is_built(tiny):
+    """Least squares along the path makes another layer after another stem."""
+    problem = load_problem(**tiny, operators=("least_squares",), stem="base", calibration=20)
+    pool = problem.pool
+    one, two = (tuple(parse_path(f"{name}@-1 least_squares@0 e1@1 e1@2")) for name in pool.names)
+    assert fronts.modules(pool, [one, two]) == 6
+    built = LayerPath.of(pool, one, "base").build(pool).state_dict()
+    base = tuple(Step("base", k) for k in range(-1, 3))
+    first = LayerPath.of(pool, base, "base").build(pool).state_dict()
+    gaps = [(built[n] - first[n]).double().flatten() for n in first if "head" not in n]
+    assert fronts.distance(pool, one) == pytest.approx(float(torch.cat(gaps).norm()), rel=1e-4)
+
+
+def test_answers_leave_places_to_what_was_scored(trained):
+    scorer, names = trained.scorer(fraction=0.25, stem="agent"), trained.pool.names
+    bad = [tuple(Step("base", k) for k in (-1, *own)) for own in ((0, 1), (0, 2), (1, 2), (0,))]
+    good = [tuple(Step(name, k) for k in range(-1, 3)) for name in names]
+    scored = [(path_text(path), scorer.score(path, 0)) for path in good]
+    front = fronts.find_front(scorer, scored, ends_of(scorer), bad, n=4)
+    assert front.finalists == 4
+    assert any(point.path.path in good for point in front.points)
+
+
+def test_one_lucky_subset_makes_no_finalist(trained):
+    scorer = trained.scorer(fraction=0.25, stem="agent")
+    lucky, steady, poor = (
+        path_text(tuple(Step(s, k) for k in range(-1, 3))) for s in trained.pool.sources[:3]
+    )
+    found = {lucky: [0.9], steady: [0.85] * 8, poor: [0.1] * 8}
+    scored = [(text, np.full(2, v)) for text, own in found.items() for v in own]
+    front = fronts.find_front(scorer, scored, UNIT, n=1)
+    assert [path_text(point.path.path) for point in front.points] == [steady]
+    # What was promised is the plain mean, on the scale of the ends.
+    assert front.points[0].promised == pytest.approx((0.85, 0.85))
+    assert (front.archive, front.promise) == (1, pytest.approx(0.81))
+    half = fronts.find_front(scorer, scored, Ends(np.full(2, 0.5), np.ones(2)), n=1)
+    assert half.promise == pytest.approx(0.64)
+
+
+def test_of_equal_points_that_with_fewest_layers_stays(trained, monkeypatch):
+    monkeypatch.setattr(fronts, "scores", lambda scorer, wanted: [np.ones(2) for _ in wanted])
+    scorer, name = trained.scorer(fraction=0.25, stem="agent"), trained.pool.names[0]
+    paths = [tuple(Step(name, k) for k in (-1, *own)) for own in ((0, 1, 1, 2), (0, 2), (0, 1, 2))]
+    front = fronts.find_front(scorer, [], UNIT, paths)
+    assert [point.path.path for point in front.points] == [paths[1]]
 
 
 def test_nothing_that_was_scored_has_no_front(trained):

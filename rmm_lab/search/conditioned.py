@@ -267,7 +267,7 @@ class Conditioned:
         seed: of the networks, the actions and the preferences.
         actions: ``scales`` or ``sources``, see ``RunArgs``. form: one of ``FORMS``.
         fixed: the only preference, (K,): then nothing is conditioned, and this is ``ppo.learn``.
-        first: the number of the first episode, which says on which subset it is scored.
+        turn: number of the subset of its first update.
     """
 
     def __init__(
@@ -278,18 +278,20 @@ class Conditioned:
         actions: str = "scales",
         form: str = "linear",
         fixed: np.ndarray | None = None,
-        first: int = 0,
         args: ppo.Args = ARGS,
+        turn: int = 0,
     ) -> None:
         if args.gamma < 1 or args.gae_lambda < 1:
             raise InputError(
                 f"conditioned agent: expected gamma and gae_lambda 1, found {args.gamma:g} and "
                 f"{args.gae_lambda:g}; an episode's gains count for each of its steps alike"
             )
-        self.out, self.args, self.form, self.first = out, args, form, first
+        self.out, self.args, self.form = out, args, form
         scorer = _Noted(out)
         kind = ScalesEnv if actions == "scales" else MergingEnv
-        inner = kind(scorer, episodes_per_subset=args.episodes_per_update)
+        n = args.episodes_per_update
+        inner = kind(scorer, episodes_per_subset=n)
+        inner.reset(options={"episode": turn * n - 1})  # the first episode comes next
         self.env = PreferenceEnv(inner, out.ends, seed=seed, form=form, fixed=fixed)
         one = fixed is not None or form == "tchebycheff"
         self.n_targets = 1 if one else self.env.n_tasks
@@ -320,16 +322,12 @@ class Conditioned:
     def learn(self, episodes: int) -> Iterator[dict[str, float]]:
         """Play and update in turn; yields the diagnostics of each update."""
         total = episodes = min(episodes, self.out.left)
-        options: dict[str, Any] | None = {"episode": self.first}
         while episodes > 0:
             n = min(self.args.episodes_per_update, episodes)
-            played = []
-            for _ in range(n):
-                masked = self.args.mask_actions
-                played.append(
-                    ppo.play(self.env, self.agent, self.generator, masked=masked, options=options)
-                )
-                options = None
+            played = [
+                ppo.play(self.env, self.agent, self.generator, masked=self.args.mask_actions)
+                for _ in range(n)
+            ]
             episodes -= n
             batch = ppo.collect(played, self.args.gamma)
             targets, progress = self._targets(played, batch), 1 - episodes / total
@@ -408,13 +406,16 @@ def conditioned(form: str = "linear") -> Callable[[Any, int, int, Ends], Trials]
 
 
 def separate(scorer: Any, evaluations: int, seed: int, ends: Ends) -> Trials:
-    """An agent for each preference of the lattice, as HM3 has it, with an equal share of the budget each."""
-    out = Trials(scorer, evaluations, ends)
+    """An agent for each preference of the lattice, as HM3 has it, with an equal share of the budget each.
+
+    They share the uniform paths, which each would otherwise pay for. Each goes on with the subset after those
+    of the agents before, or agents of few episodes would all see the first ones alone.
+    """
+    out, turn = Trials(scorer, evaluations, ends), 0
     weights = lattice_of(out.n_tasks, POINTS)
     for i, w in enumerate(weights):
-        agent = Conditioned(out, seed + i, fixed=w, first=i * ARGS.episodes_per_update)
-        for _ in agent.learn(out.left // (len(weights) - i)):
-            pass
+        agent = Conditioned(out, seed + i, fixed=w, turn=turn)
+        turn += sum(1 for _ in agent.learn(out.left // (len(weights) - i)))  # a subset per update
         out.answers.append(agent.path(w))
     out.answers = list(dict.fromkeys(out.answers))
     return out
