@@ -70,7 +70,8 @@ def test_a_search_spends_its_budget_on_subsets(problem, name, budget):
     out = FRONT_SEARCHES[name](scorer, budget, 1, ends)
     assert len(out) == len(out.by_task) == scorer.evaluations == budget
     uniform = [" ".join(f"{s}@{k}" for k in (-1, 0, 1, 2)) for s in scorer.sources]
-    assert [text for text, _ in out][:4] == uniform[:budget]
+    if not name.startswith("HM3"):  # whose paper has no other operators to begin with
+        assert [text for text, _ in out][:4] == uniform[:budget]
     for text, _ in out:
         parse_path(text)
 

@@ -323,15 +323,10 @@ def test_the_search_spends_its_budget_and_can_be_repeated(problem):
         assert path_text(path) in scored
         assert path[0].source.startswith("dare_ties:merge=sum,scale=")
     # Each preference's merge is scored whole, and no path mixes two merges.
-    thetas = [
-        {s.source for s in parse_path(text) if "dare_ties" in s.source}
-        for text, _ in out[out.begun :]
-    ]
+    thetas = [{s.source for s in parse_path(text) if "dare_ties" in s.source} for text, _ in out]
     assert all(len(own) == 1 for own in thetas)
     assert len(set.union(*thetas)) == hm3.PREFERENCES
-    whole = [
-        text for text, _ in out[out.begun :] if len({w.split("@")[0] for w in text.split()}) == 1
-    ]
+    whole = [text for text, _ in out if len({w.split("@")[0] for w in text.split()}) == 1]
     assert len({text.split("@")[0] for text in whole}) == hm3.PREFERENCES
 
 
@@ -339,9 +334,7 @@ def test_a_task_that_does_not_count_has_no_weight_in_the_merge(problem):
     scorer = problem.scorer(fraction=0.25, stem="agent")
     ends = Ends(np.array([0.5, 0.0]), np.array([0.5, 1.0]))
     out = hm3.hm3()(scorer, 20, 1, ends)
-    thetas = {
-        s.source for text, _ in out[out.begun :] for s in parse_path(text) if "dare" in s.source
-    }
+    thetas = {s.source for text, _ in out for s in parse_path(text) if "dare" in s.source}
     assert thetas == {"dare_ties:merge=sum,scale=0/1"}
 
 
@@ -349,7 +342,7 @@ def test_without_its_merge_it_has_the_experts_layers_alone(problem):
     scorer = problem.scorer(fraction=0.25, stem="agent")
     out = hm3.hm3(merge=False)(scorer, 40, 1, UNIT)
     assert len(out) == 40
-    steps = [step for text, _ in out[out.begun :] for step in parse_path(text)]
+    steps = [step for text, _ in out for step in parse_path(text)]
     assert {step.source for step in steps} == set(problem.pool.names)
     assert out.answers
 
@@ -362,7 +355,7 @@ def test_layers_are_whole_blocks_where_the_pool_has_their_parts(tiny):
     out = hm3.hm3()(problem.scorer(fraction=0.25, stem="agent"), 40, 1, UNIT)
     assert len(out) == 40
     wild = set()
-    for text, _ in out[out.begun :]:
+    for text, _ in out:
         _, *steps = parse_path(text)
         for attention, mlp in zip(steps[::2], steps[1::2], strict=True):
             assert attention.source == mlp.source
@@ -378,7 +371,7 @@ def test_a_t5s_encoder_comes_before_its_decoder(t5s):
     encoder, decoder = scorer.stacks
     out = hm3.hm3()(scorer, 30, 1, UNIT)
     assert len(out) == 30
-    orders = {tuple(step.layer for step in parse_path(text)) for text, _ in out[out.begun :]}
+    orders = {tuple(step.layer for step in parse_path(text)) for text, _ in out}
     for order in orders:
         kinds = [k in decoder for k in order]
         assert kinds == sorted(kinds)

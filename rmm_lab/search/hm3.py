@@ -278,11 +278,13 @@ def best_path(out: Trials, weights: np.ndarray, episodes: int, seed: int, merge:
 def hm3(merge: bool = True) -> Callable[[Any, int, int, Ends], Trials]:
     """The search: a merge and a training for each preference, with equal shares of the budget.
 
-    merge: False leaves Theta out, the paper's ablation without the parameter step.
+    It does not begin with the uniform paths as the others do, which would leave its front full of operators
+    that the paper does not have. merge: False leaves Theta out, the ablation without the parameter step.
     """
 
     def search(scorer: Any, evaluations: int, seed: int, ends: Ends) -> Trials:
-        out = Trials(scorer, evaluations, ends)
+        out = Trials(scorer, 0, ends)
+        out.left = evaluations
         drawn = np.random.default_rng(seed).dirichlet(np.ones(out.n_tasks), PREFERENCES)
         for i, weights in enumerate(drawn):
             if share := out.left // (len(drawn) - i):
