@@ -50,6 +50,11 @@ def check_values(args: Any, ranges: dict[str, Range]) -> None:
             check_given(option, "")
         if not _fits(value, hint) or (value is not None and not is_in_range(value)):
             raise InputError(f"{option}: expected {expected}, found {value!r}; correct it")
+        for number in value if isinstance(value, tuple) else (value,):
+            if type(number) is int and abs(number) >= 2**63:  # which no array holds
+                raise InputError(
+                    f"{option}: expected a number below 2**63, found {number}; correct it"
+                )
 
 
 def check_given(option: str, value: str | None) -> None:

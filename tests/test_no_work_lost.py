@@ -366,6 +366,12 @@ def test_an_empty_text_is_refused_by_its_option(capsys, argv):
         (["--workers", "100000"], "--workers"),
         (["--operators", "task_arithmetic:scale=1e30"], "scale"),
         (["--stem", "task_arithmetic:scale=-1e30"], "scale"),
+        (["--max-steps", str(2**63)], "--max-steps"),
+        (["--episodes", str(10**30)], "--episodes"),
+        (["--calibration", str(2**63)], "--calibration"),
+        (["finetune", "--steps", str(10**30)], "--steps"),
+        (["finetune", "--batch-size", str(10**30)], "--batch-size"),
+        (["tables", "II", "--budgets", "5", str(2**63)], "--budgets"),
         (["finetune", "--learning-rate", "3"], "--learning-rate"),
         (["finetune", "--threads", "100000"], "--threads"),
         (["finetune", "--seed", "-1"], "--seed"),
@@ -416,6 +422,48 @@ def test_a_tilde_is_the_home_everywhere(tiny, monkeypatch, capsys):
     monkeypatch.setenv("RMM_LAB_DATA", "~/data")
     refused(capsys, ["--experts", "digits", "textures"], home / "data")
     assert not Path("~").exists()
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="knows no homes of others")
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["merge", "--run-dir", "~nobody-here"],
+        ["--resume=~nobody-here/run"],
+        ["--base", "~nobody-here/base"],
+        ["finetune", "--images", "digits", "cifar10:~nobody-here/x"],
+        ["finetune", "--out", "~nobody-here"],
+        ["tables", "II", "--out", "~nobody-here"],
+    ],
+    ids=" ".join,
+)
+def test_the_home_of_nobody_is_named(capsys, argv):
+    option = next(w for w in reversed(argv) if w.startswith("--")).partition("=")[0]
+    refused(capsys, argv, f"error: {option}: ", "~nobody-here")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="links need a right there")
+def test_a_link_in_a_circle_is_no_folder(tiny, capsys):
+    Path("circle").symlink_to("circle")
+    for option, more in (("--images", tiny["base"]), ("--texts", "text-base")):
+        argv = ["finetune", "--base", more, option, "circle", "--out", "out"]
+        refused(capsys, argv, "'circle'")
+
+
+@pytest.mark.parametrize(
+    "error",
+    [MemoryError(), RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: ...")],
+)
+def test_too_little_memory_is_told_in_a_sentence(tiny, capsys, monkeypatch, error):
+    def hungry(*args, **options):
+        raise error
+
+    monkeypatch.setattr(finetune, "fine_tune", hungry)
+    refused(capsys, training(tiny), "expected more memory", "smaller batch")
+    monkeypatch.setattr(error, "args", ("another",), raising=False)
+    if isinstance(error, RuntimeError):
+        with pytest.raises(RuntimeError, match="another"):
+            main(training(tiny))
 
 
 # ----------------------------------------------------------------------------------------- finetune

@@ -36,7 +36,7 @@ from rmm_lab.errors import SEED_RANGE, InputError, check_values
 from rmm_lab.evidence import excerpts, fronts, measure, page_figures, pages
 from rmm_lab.evidence.measure import Job, Store
 from rmm_lab.evidence.paper_scale import Group, PaperScale
-from rmm_lab.evidence.rows import DRAWN, KINDS, read_csv
+from rmm_lab.evidence.rows import DRAWN, KINDS, of_this_version, read_csv
 from rmm_lab.figures.paths import png
 from rmm_lab.search import rivals
 from rmm_lab.search.config import BOTH, SEARCHED, configure, searched
@@ -399,9 +399,6 @@ class Command:
             yield Job(name, fronts.measured, key, config)
 
 
-# ------------------------------------------------------------------------------- reading and showing
-
-
 def read(name: str) -> pd.DataFrame:
     """A table that ships, by its file's name without ``.csv``; InputError where there is none."""
     file = data_folder().parent / "results" / f"{name}.csv"
@@ -419,11 +416,13 @@ def write_pages(folder: Path) -> Iterator[Path]:
     needed = {name: page.files for name, page in page_of.items()} | {"fig-3": ("dar-curve",)}
     for name, names in needed.items():
         files = [folder / f"{table}.csv" for table in names]
-        if not all(file.is_file() for file in files):
+        if not all(file.exists() for file in files):
             continue
         tables = [read_csv(file) for file in files]
         if name in page_of:
-            if not (text := page_of[name].text(*tables, paper=paper)):
+            with of_this_version(folder / f"{names[0]}.csv"):
+                text = page_of[name].text(*tables, paper=paper)
+            if not text:
                 continue
             write_file(folder / f"{name}.md", text)
             yield folder / f"{name}.md"

@@ -14,7 +14,7 @@ from rmm_lab.search.config import PRESETS, Config, RunArgs, configure, read_conf
 from rmm_lab.search.pipeline import train
 from rmm_lab.search.problem import ProblemSpec
 from rmm_lab.search.run_folder import RunFolder
-from rmm_lab.tasks.console import refused, run_command
+from rmm_lab.tasks.console import check_words, refused, run_command
 
 
 @dataclass(frozen=True)
@@ -51,6 +51,7 @@ def main(words: Sequence[str]) -> int:
         option, _, value = word.partition("=")
         early[option] = value or after
     try:
+        check_words(words)
         config = PRESETS.get(early.get("--preset", ""), PRESETS["default"])
         if folder := early.get("--resume"):
             if "--preset" in early:

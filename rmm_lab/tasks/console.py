@@ -8,14 +8,18 @@ from __future__ import annotations
 import errno
 import io
 import os
+import re
 import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Any, NoReturn
 
 from rmm_lab.errors import InputError, check_given, one_sentence
+
+_NO_MEMORY = re.compile(r"out of memory|can't allocate memory|invalid buffer size", re.IGNORECASE)
 
 
 class Lasting:
@@ -146,9 +150,7 @@ def run_command(
                 import tyro
 
             words = sys.argv[1:] if argv is None else list(argv)
-            for word, after in zip(words, [*words[1:], None], strict=True):
-                option, equals, value = word.partition("=")
-                check_given(option, value if equals else after)
+            check_words(words)
             config = (tyro.conf.PositionalRequiredArgs, tyro.conf.OmitArgPrefixes)
             tyro.cli(command, args=words, prog=prog, config=config, **options).run()
         except (InputError, OSError) as error:
@@ -156,7 +158,31 @@ def run_command(
         except KeyboardInterrupt as error:
             print(f"\nstopped; {str(error) or stopped}", file=sys.stderr)
             return 130
+        except (MemoryError, RuntimeError) as error:
+            if not isinstance(error, MemoryError) and not _NO_MEMORY.search(str(error)):
+                raise
+            why = str(error).strip().partition("\n")[0] or "Python has none left"
+            more = "take a smaller batch, fewer workers or a smaller model, or another machine"
+            return refused(InputError(f"expected more memory, found too little ({why}); {more}"))
         return 0
+
+
+def check_words(words: Sequence[str]) -> None:
+    """Raise InputError for an option whose value is empty, or in the home of a user who is not there."""
+    option = ""
+    for word, after in zip(words, [*words[1:], None], strict=True):
+        name, equals, value = word.partition("=")
+        check_given(name, value if equals else after)
+        option = name if name.startswith("--") else option
+        if "\0" in word:
+            raise InputError(f"{option or 'argument'}: expected a text without NUL, found {word!r}")
+        home = re.search(r"(?:^|[=:])(~[^/=:]*)", word)
+        try:
+            Path(home[1] if home else "").expanduser()
+        except RuntimeError as error:
+            raise InputError(
+                f"{option or word}: expected the home of a user, found no {home and home[1]}; correct it"
+            ) from error
 
 
 def refused(error: Exception) -> int:
