@@ -162,6 +162,7 @@ def test_lattices():
         assert np.allclose(weights.sum(1), 1)
         assert len(np.unique(weights, axis=0)) == len(weights)
         assert weights.min() == 0
+    assert (np.diff(measures.lattice(2, 4)[:, 0]) > 0).all()
     assert len(measures.lattice_of(2, 21)) == 21
     assert len(measures.lattice_of(3, 21)) == 21
     assert measures.lattice_of(3, 1).tolist() == [[0, 0, 1], [0, 1, 0], [1, 0, 0]]

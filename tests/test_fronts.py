@@ -143,7 +143,7 @@ def test_finalists_are_spread_over_the_preferences():
     found = fronts.promising(promised, UNIT, 5)
     assert len(found) == len(set(found)) == 5
     assert {"left@0", "right@0"} < set(found)
-    assert fronts.promising(promised, UNIT, 1000).__len__() == 52
+    assert len(fronts.promising(promised, UNIT, 1000)) == 52
     assert fronts.promising({}, UNIT, 5) == []
 
 
