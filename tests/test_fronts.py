@@ -18,7 +18,7 @@ from rmm_lab.search import fronts
 from rmm_lab.search.config import configure
 from rmm_lab.search.front_measures import achievement, non_dominated
 from rmm_lab.search.pipeline import check_same_config, train
-from rmm_lab.search.preferences import Ends, ends_of, parse_preference
+from rmm_lab.search.preferences import Ends, Preference, ends_of, parse_preference
 from rmm_lab.search.problem import load_problem
 from rmm_lab.search.simplexes import averages, least_squares
 
@@ -83,6 +83,13 @@ def test_scores_between_the_base_and_the_expert():
     assert ends.normalised(np.array([[0.4, 0.9, 0.9], [0.1, 0, 0]])).ravel() == pytest.approx(
         [0.5, -0.25]
     )
+
+
+def test_what_scores_are_worth_by_hand():
+    """The third task does not count: the other two share its weight."""
+    ends = Ends(np.zeros(3), np.array([1.0, 1.0, 0.0]))
+    worth = Preference(np.array([0.25, 0.25, 0.5]), ends).worth(np.array([0.8, 0.6, 0.1]))
+    assert worth == pytest.approx(-(0.5 * 0.4 + 0.05 * (0.1 + 0.2)))
 
 
 def test_the_ends_are_those_of_whole_models(trained):
