@@ -13,7 +13,7 @@ from sklearn.gaussian_process.kernels import RBF
 from rmm_lab.errors import InputError
 from rmm_lab.reward import parse_path, path_text
 from rmm_lab.search import front_models, front_searches
-from rmm_lab.search.front_measures import hypervolume, lattice, non_dominated
+from rmm_lab.search.front_measures import hypervolume, non_dominated
 from rmm_lab.search.front_searches import CLOSED, FRONT_SEARCHES
 from rmm_lab.search.front_space import Box, Trials
 from rmm_lab.search.layer_scales import BOUNDS
@@ -272,8 +272,3 @@ def test_tasks_that_do_not_count_are_no_objectives():
         assert found.points().shape == (50, 2)
         FRONT_SEARCHES[name](two, 50, 1, UNIT)
         assert three.calls == two.calls
-
-
-def test_the_lattice_of_a_valley_is_ordered():
-    weights = lattice(2, 4)
-    assert (np.diff(weights[:, 0]) > 0).all()

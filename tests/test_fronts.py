@@ -19,7 +19,7 @@ from rmm_lab.search import fronts
 from rmm_lab.search.config import configure
 from rmm_lab.search.front_measures import achievement, non_dominated
 from rmm_lab.search.pipeline import check_same_config, train
-from rmm_lab.search.preferences import Ends, ends_of, parse_preference
+from rmm_lab.search.preferences import Ends, Preference, ends_of, parse_preference
 from rmm_lab.search.problem import load_problem
 from rmm_lab.search.run_folder import RunFolder
 from rmm_lab.search.simplexes import averages, least_squares
@@ -87,6 +87,13 @@ def test_scores_between_the_base_and_the_expert():
     )
 
 
+def test_what_scores_are_worth_by_hand():
+    """The third task does not count: the other two share its weight."""
+    ends = Ends(np.zeros(3), np.array([1.0, 1.0, 0.0]))
+    worth = Preference(np.array([0.25, 0.25, 0.5]), ends).worth(np.array([0.8, 0.6, 0.1]))
+    assert worth == pytest.approx(-(0.5 * 0.4 + 0.05 * (0.1 + 0.2)))
+
+
 def test_the_ends_are_those_of_whole_models(trained):
     scorer = trained.scorer(fraction=0.25, stem="agent")
     ends = ends_of(scorer)
@@ -145,7 +152,7 @@ def test_finalists_are_spread_over_the_preferences():
     found = fronts.promising(promised, UNIT, 5)
     assert len(found) == len(set(found)) == 5
     assert {"left@0", "right@0"} < set(found)
-    assert fronts.promising(promised, UNIT, 1000).__len__() == 52
+    assert len(fronts.promising(promised, UNIT, 1000)) == 52
     assert fronts.promising({}, UNIT, 5) == []
 
 

@@ -94,7 +94,7 @@ class PreferenceEnv(gym.Wrapper[np.ndarray, Any, np.ndarray, Any]):
         asked = options.pop("preference", None)
         observation, info = self.env.reset(seed=seed, options=options)
         if asked is not None:
-            self.weights = self._preference(asked)
+            self.weights = self._shares(asked)
         elif self.fixed is None:
             self.weights = draw_weights(self.rng, self.lattice)
         return self._seen(observation), info
@@ -116,7 +116,7 @@ class PreferenceEnv(gym.Wrapper[np.ndarray, Any, np.ndarray, Any]):
             return float(achievement(gains[None], self.weights)[0, 0])
         return float(self.weights @ gains)
 
-    def _preference(self, asked: Any) -> np.ndarray:
+    def _shares(self, asked: Any) -> np.ndarray:
         w = np.asarray(asked, float)
         if w.shape != (self.n_tasks,) or not (w >= 0).all() or not 0 < w.sum() < np.inf:
             raise InputError(

@@ -141,7 +141,7 @@ def achievement(points: np.ndarray, weights: np.ndarray) -> np.ndarray:
 
     -(max_k w_k (1 - f_k) + 0.05 sum_k w_k (1 - f_k)): 1, the task's expert, is the ideal. A weighted mean
     misses the points of a front that lie in a hollow, and likes its ends; this does neither.
-    Source: Knowles 2006, "ParEGO", Eq. 2, whose sum has the weights too, so that a task of weight 0 has no
+    Source: Knowles 2006, "ParEGO", whose sum has the weights too, so that a task of weight 0 has no
     say; that of Steuer and Choo 1983, "An Interactive Weighted Tchebycheff Procedure", has none.
     """
     regret = np.atleast_2d(weights)[:, None] * (1 - checked(points))[None]  # (W, n, K)
