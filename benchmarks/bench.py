@@ -36,7 +36,7 @@ from torch.utils.benchmark import Timer
 from rmm_lab import operators, reward
 from rmm_lab.engine.cache import keep_freed_memory
 from rmm_lab.engine.scorer import Scorer
-from rmm_lab.errors import InputError, run_command
+from rmm_lab.errors import InputError
 from rmm_lab.evidence.measure import commit
 from rmm_lab.families.checkpoint import Checkpoint
 from rmm_lab.families.vit_run import head_slices
@@ -46,6 +46,7 @@ from rmm_lab.search.config import Config, configure
 from rmm_lab.search.phases import make_scorer
 from rmm_lab.search.pipeline import train
 from rmm_lab.search.problem import Problem, problem_of
+from rmm_lab.tasks.console import run_command
 from rmm_lab.tasks.image_task import Split
 from rmm_lab.tasks.text_task import TextBatch
 

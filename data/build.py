@@ -19,7 +19,6 @@ from rmm_lab.errors import (
     InputError,
     Range,
     check_values,
-    run_command,
 )
 from rmm_lab.families.checkpoint import Checkpoint, read_checkpoint, write_checkpoint
 from rmm_lab.families.shipped import (
@@ -33,6 +32,7 @@ from rmm_lab.families.shipped import (
     model_folder,
 )
 from rmm_lab.tasks import image_task, small_images, small_texts, small_writing, text_task
+from rmm_lab.tasks.console import run_command
 from rmm_lab.tasks.files import SPLITS, write_file
 from rmm_lab.zoo.training import fine_tune
 

@@ -1,12 +1,11 @@
-"""One kind of error for what a user passed in, how it is told, and the check of a command's options."""
+"""One kind of error for what a user passed in, and the check of a command's options."""
 
 from __future__ import annotations
 
 import errno
 import math
-import sys
 import types
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 FULL = (errno.ENOSPC, errno.EDQUOT)  # a full disk, a full quota
@@ -25,41 +24,6 @@ def one_sentence(error: Exception, then: str = "go on or try again") -> str:
         where = error.filename or "the run folder"
         return f"{where}: expected space on the device, found none left; free some, then {then}"
     return " ".join(str(error).split())
-
-
-def run_command(
-    command: Any,
-    prog: str,
-    argv: Sequence[str] | None = None,
-    stopped: str = "",
-    **options: Any,
-) -> int:
-    """Parse a command line into a dataclass with ``run`` and run it.
-
-    Returns the exit code: 0, 2 for bad input, 130 after Ctrl-C.
-
-    Args:
-        command: the dataclass. prog: what the command is called in its help.
-        argv: the words; by default those of the process.
-        stopped: what Ctrl-C leaves behind, for the message.
-        options: further options of ``tyro.cli``, such as ``default``.
-    """
-    import tyro
-
-    config = (tyro.conf.PositionalRequiredArgs, tyro.conf.OmitArgPrefixes)
-    try:
-        words = sys.argv[1:] if argv is None else list(argv)
-        for word, after in zip(words, [*words[1:], None], strict=True):
-            option, equals, value = word.partition("=")
-            check_given(option, value if equals else after)
-        tyro.cli(command, args=words, prog=prog, config=config, **options).run()
-    except (InputError, OSError) as error:
-        print(f"\nerror: {one_sentence(error)}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt as error:
-        print(f"\nstopped; {str(error) or stopped}", file=sys.stderr)
-        return 130
-    return 0
 
 
 # ----------------------------------------------------------------------------- checks of options
@@ -86,6 +50,11 @@ def check_values(args: Any, ranges: dict[str, Range]) -> None:
             check_given(option, "")
         if not _fits(value, hint) or (value is not None and not is_in_range(value)):
             raise InputError(f"{option}: expected {expected}, found {value!r}; correct it")
+        for number in value if isinstance(value, tuple) else (value,):
+            if type(number) is int and abs(number) >= 2**63:  # which no array holds
+                raise InputError(
+                    f"{option}: expected a number below 2**63, found {number}; correct it"
+                )
 
 
 def check_given(option: str, value: str | None) -> None:

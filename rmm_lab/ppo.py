@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from rmm_lab.errors import SEED_RANGE, UNIT_RANGE, InputError, check_values, run_command
+from rmm_lab.errors import SEED_RANGE, UNIT_RANGE, InputError, check_values
 
 
 @dataclass(frozen=True)
@@ -345,4 +345,6 @@ class Main(Args):
 
 
 if __name__ == "__main__":
+    from rmm_lab.tasks.console import run_command
+
     sys.exit(run_command(Main, "python -m rmm_lab.ppo"))

@@ -20,7 +20,6 @@ import torch
 from conftest import write_images, write_model
 
 from rmm_lab.__main__ import main
-from rmm_lab.families.checkpoint import read_checkpoint
 
 MENU = "least_squares:fit=whole,ridge=0.01"
 KINDS = {
@@ -31,6 +30,7 @@ KINDS = {
         *("--preset", "agent", "--operators", "least_squares", "--stem", "least_squares"),
         *("--episodes", "24", "--episodes-per-update", "4"),
     ],
+    "front": ["--operators", MENU, "--episodes-per-update", "5", "--episodes", "40", "--front"],
 }
 TIMED = {
     "table.json",
@@ -43,11 +43,11 @@ KEPT = 0.25  # the share of kills after which the run is first finished and comp
 
 def models(root: Path) -> list[str]:
     """The options that name a tiny base, two experts and their pictures."""
-    base = write_model(root / "base", 0)
-    weights = read_checkpoint(base).weights
-    for i in (1, 2):
-        write_model(root / f"e{i}", i, near=weights)
+    write_model(root / "base", 0)
+    for i in (1, 2):  # which learn something, or there is no front
         write_images(root / f"i{i}", i, per_class=6)
+        words = ["finetune", "--base", "base", "--images", f"i{i}", "--out", f"e{i}"]
+        assert not main([*words, "--steps", "60", "--batch-size", "18", "--learning-rate", "0.01"])
     named = ["--base", "base", "--experts", "e1", "e2", "--images", "i1", "i2"]
     return [
         *named,
@@ -100,20 +100,23 @@ def kills(kind: str, options: list[str], n: int, draw: random.Random) -> None:
     assert ended(start([*options, "--run-dir", str(whole)]))
     took, known = time.perf_counter() - begun, results(whole)
     rows: list[int] = []
+    # What config.json does not hold.
+    resume = [
+        "--resume",
+        str(broken),
+        *options[-3:],
+        *(["--front"] if "--front" in options else []),
+    ]
     while len(rows) < n:
         again = (broken / "config.json").exists()
-        argv = (
-            ["--resume", str(broken), *options[-3:]]
-            if again
-            else [*options, "--run-dir", str(broken)]
-        )
+        argv = resume if again else [*options, "--run-dir", str(broken)]
         if not ended(start(argv), draw.uniform(0, 0.6 * took)):
             table = broken / "episodes.csv"
             rows.append(max(0, table.read_bytes().count(b"\n") - 1) if table.exists() else -1)
             if draw.random() > KEPT and len(rows) < n:
                 continue
         if (broken / "config.json").exists():
-            assert ended(start(["--resume", str(broken), *options[-3:]]))
+            assert ended(start(resume))
             assert results(broken) == known, (kind, rows)
             shutil.rmtree(broken)
     print(

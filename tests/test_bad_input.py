@@ -813,7 +813,7 @@ def test_interrupted_before_there_is_a_folder(own, capsys, monkeypatch):
     def interrupt(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("rmm_lab.__main__.train", interrupt)
+    monkeypatch.setattr("rmm_lab.search.command.train", interrupt)
     assert main(own.argv("--run-dir", "run")) == 130
     err = capsys.readouterr().err
     assert "stopped" in err

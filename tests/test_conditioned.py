@@ -156,6 +156,7 @@ def test_the_late_objective_by_hand():
     # Step 1: 0.7 min(e, 1.2) - 0.3 max(e, 1.2); step 2, ratio 1: -0.7 + 0.3.
     wanted = (0.7 * 1.2 - 0.3 * np.e - 0.7 + 0.3) / 2
     assert found["policy_objective"] == pytest.approx(wanted, rel=1e-5)
+    assert found["value_loss"] == pytest.approx(2)  # 1 for each target
     pooled = update(agent, optimiser, batch, targets, args, 0.0, "linear")
     # Advantages 0.4 and -0.4: min(0.4 e, 0.48) - 0.4.
     assert pooled["policy_objective"] == pytest.approx((0.48 - 0.4) / 2, rel=1e-5)
@@ -183,11 +184,28 @@ def test_scales_get_better_for_each_preference_than_where_they_began():
         assert np.array(w) @ Bowl().score(after) > np.array(w) @ Bowl().score(before) + 0.05
 
 
+@pytest.mark.parametrize("form", FORMS)
+def test_what_each_preference_begins_with_is_not_learned_again(form):
+    """Paths that are the start's have nothing above it, whatever their preference: V has only 0 to learn."""
+    agent = Conditioned(Trials(Bowl(), 30, UNIT), 1, form=form)
+    with torch.no_grad():
+        for parameter in agent.agent.actor.parameters():
+            parameter.zero_()
+    agent.agent.deviate(1e-9)
+    [found] = agent.learn(20)
+    assert found["value_loss"] < 0.1  # about 1 for each target that differs between preferences
+
+
 def test_a_search_spends_its_budget_and_answers_each_preference():
     for search in (conditioned(), separate):
         out = search(Bowl(), 60, 1, UNIT)
         assert len(out) == 60
         assert 2 <= len(out.answers) <= 11
+        second, first = (
+            Bowl().score(out.answers[i]) for i in (0, -1)
+        )  # weights go from (0, 1) to (1, 0)
+        assert first[0] > 0.5 > second[0]
+        assert second[1] > 0.5 > first[1]
         again = search(Bowl(), 60, 1, UNIT)
         assert out == again
         assert out.answers == again.answers
@@ -205,6 +223,8 @@ def test_the_environment_by_hand():
     np.testing.assert_allclose(info["gains"], [(2.75 / 3 - 0.2) / 0.8, 0.25])
     assert value == pytest.approx(0.75 * (2.75 / 3 - 0.2) / 0.8 + 0.25 * 0.25)
     assert done
+    obs, _ = env.reset(options={"preference": [6, 2]})  # only ratios count
+    np.testing.assert_allclose(obs[-2:], [0.75, 0.25])
     env.reset()
     assert not np.allclose(env.weights, [0.75, 0.25])
     _, value, _, _, info = env.step(4)  # back at the first layer
@@ -229,6 +249,10 @@ def test_what_is_refused():
         PreferenceEnv(ScalesEnv(Bowl()), UNIT, seed=0, form="x")
     with pytest.raises(InputError, match=r"conditioned agent: expected gamma .* found 0.9 and 1"):
         Conditioned(Trials(Bowl(), 9, UNIT), 1, args=ppo.Args(gamma=0.9))
+    agent = Conditioned(Trials(Bowl(), 9, UNIT), 1)
+    for weights in ([1.0], [2.0, -1.0], [0.0, 0.0], [np.nan, 1.0]):
+        with pytest.raises(InputError, match="preference: expected 2 weights of 0 or more"):
+            agent.path(np.array(weights))
 
 
 def test_the_start_of_a_preference_by_hand():

@@ -176,8 +176,10 @@ def test_a_config_of_another_version_is_refused(change):
 def trained_with(monkeypatch):
     """The configs that the command line hands to ``train``, which does nothing."""
     configs: list[Config] = []
-    monkeypatch.setattr("rmm_lab.__main__.train", lambda config, above: configs.append(config))
-    monkeypatch.setattr("rmm_lab.__main__.keep_freed_memory", lambda: None)
+    monkeypatch.setattr(
+        "rmm_lab.search.command.train", lambda config, above: configs.append(config)
+    )
+    monkeypatch.setattr("rmm_lab.search.command.keep_freed_memory", lambda: None)
     return configs
 
 

@@ -216,7 +216,7 @@ def test_an_eps_that_timm_has_is_kept_and_one_of_no_influence_becomes_timms(tmp_
 
 
 def test_an_eps_that_changes_logits_is_refused(tmp_path):
-    with pytest.raises(InputError, match=r"1e-06 or 1e-05.*layer_norm_eps 0\.1"):
+    with pytest.raises(InputError, match=r"1e-06 or 1e-05.*layer_norm_eps 0\.1.*write 1e-06"):
         read_checkpoint(vit(tmp_path / "m", layer_norm_eps=0.1))
 
 

@@ -380,10 +380,7 @@ def test_cut_embeddings_have_cut_factors(tmp_path):
     expert.factors["shared.weight"] = torch.randn(rows, 2), torch.randn(2, width)
     model.resize_token_embeddings(rows - 2)
     less = read_checkpoint(write_t5(tmp_path / "less", model))
-    try:
-        _, [cut] = one_vocabulary(less, [expert])
-    except InputError:
-        pytest.skip("the tokenizer needs all rows")
+    _, [cut] = one_vocabulary(less, [expert])
     assert len(cut.factors["shared.weight"][0]) == len(cut.weights["shared.weight"])
 
 

@@ -8,6 +8,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -95,6 +96,74 @@ def test_ctrl_c_keeps_the_model_so_far(words, capsys, monkeypatch):
     assert main(words) == 130
     assert "nothing is written" in capsys.readouterr().err
     assert not Path("out").exists()
+
+
+@pytest.mark.parametrize(
+    ("second", "scores", "kept"),
+    [(False, [0.9, 0.5], 2), (False, [0.5, 0.9], 3), (False, [0.5, 0.5], 3), (True, [0.1, 0.9], 2)],
+    ids=["before", "at the stop", "as good", "twice"],
+)
+def test_ctrl_c_keeps_the_best_by_the_reward_split(
+    words, capsys, monkeypatch, second, scores, kept
+):
+    """Scored after 2 of 8 steps, and at the stop after 3, where a second Ctrl-C may come."""
+    usual, steps, seen = vit.class_loss, [], []
+
+    def interrupted(*args):
+        steps.append(1)
+        if len(steps) == 4:
+            raise KeyboardInterrupt
+        return usual(*args)
+
+    def scored(model, tasks, split):
+        seen.append({name: tensor.clone() for name, tensor in model.weights.items()})
+        assert split == "reward"
+        if second and len(seen) == 2:
+            raise KeyboardInterrupt
+        yield scores[len(seen) - 1]
+
+    monkeypatch.setattr(vit, "class_loss", interrupted)
+    monkeypatch.setattr(finetune, "_scores", scored)
+    assert main(words) == 130
+    err = capsys.readouterr().err
+    assert err.endswith(f"stopped; the model after {kept} of 8 steps is in out\n")
+    found = models.read_checkpoint("out").weights
+    assert not torch.equal(seen[0]["head.weight"], seen[1]["head.weight"])
+    torch.testing.assert_close(found, seen[kept - 2], rtol=0, atol=0)
+
+
+def test_ctrl_c_keeps_no_model_with_nan(words, capsys, monkeypatch):
+    usual = vit.class_loss
+    for at, kept in ((4, True), (2, False)):
+        steps = []
+
+        def broken(*args, at=at, steps=steps):
+            steps.append(1)
+            if len(steps) == at:
+                raise KeyboardInterrupt
+            loss = usual(*args)  # finite, and its gradient is NaN at the step before
+            return loss + 0 * (loss - loss.detach()).sqrt() if len(steps) == at - 1 else loss
+
+        monkeypatch.setattr(vit, "class_loss", broken)
+        assert main(words) == 130
+        said = "the model after 2 of 8 steps is in out" if kept else "nothing is written"
+        assert capsys.readouterr().err.endswith(f"stopped; {said}\n")
+        assert Path("out").exists() is kept
+        shutil.rmtree("out", ignore_errors=True)
+
+
+def test_ctrl_c_while_the_model_is_written_waits_for_it(words, capsys, monkeypatch):
+    usual = finetune.write_checkpoint
+
+    def written(*args, **options):
+        os.kill(os.getpid(), signal.SIGINT)
+        usual(*args, **options)
+
+    monkeypatch.setattr(finetune, "write_checkpoint", written)
+    assert main(words) == 130
+    assert capsys.readouterr().err.endswith("stopped; the model after all 8 steps is in out\n")
+    assert models.read_checkpoint("out").num_classes == N_CLASSES
+    assert Path("out/splits.csv").is_file()
 
 
 def test_a_full_disk_is_told_before_training(words, capsys, monkeypatch):

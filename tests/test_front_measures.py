@@ -162,6 +162,7 @@ def test_lattices():
         assert np.allclose(weights.sum(1), 1)
         assert len(np.unique(weights, axis=0)) == len(weights)
         assert weights.min() == 0
+    assert (np.diff(measures.lattice(2, 4)[:, 0]) > 0).all()
     assert len(measures.lattice_of(2, 21)) == 21
     assert len(measures.lattice_of(3, 21)) == 21
     assert measures.lattice_of(3, 1).tolist() == [[0, 0, 1], [0, 1, 0], [1, 0, 0]]
@@ -190,6 +191,9 @@ def test_knee():
     assert measures.knee(np.array([[1.0, 0.0], [0.5, 0.5], [0.0, 1.0]])) == 1
     assert measures.knee(np.array([[1.0, 0.1], [0.4, 0.4], [0.1, 1.0]])) == 1
     assert measures.knee(np.array([[0.3, 0.4]])) == 0
+    # The base lies beyond the line: there is no knee towards it.
+    below = np.array([[0.1, -1.0], [-0.1, -0.6], [-0.6, -0.5], [-1.0, 0.1]])
+    assert measures.knee(below) == 1
     three = np.array([[1.0, 0, 0], [0, 1.0, 0], [0, 0, 1.0], [0.6, 0.5, 0.4]])
     assert measures.knee(three) == 3
 

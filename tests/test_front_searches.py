@@ -13,7 +13,7 @@ from sklearn.gaussian_process.kernels import RBF
 from rmm_lab.errors import InputError
 from rmm_lab.reward import parse_path, path_text
 from rmm_lab.search import front_models, front_searches
-from rmm_lab.search.front_measures import hypervolume, lattice, non_dominated
+from rmm_lab.search.front_measures import hypervolume, non_dominated
 from rmm_lab.search.front_searches import CLOSED, FRONT_SEARCHES
 from rmm_lab.search.front_space import Box, Trials
 from rmm_lab.search.layer_scales import BOUNDS
@@ -59,8 +59,7 @@ def searched(name, evaluations=80, seed=1):
     return scorer, FRONT_SEARCHES[name](scorer, evaluations, seed, UNIT)
 
 
-WEIGHTS = ("MM-MO", "HM3 (as published)", "HM3 without its merge")  # which look at weights
-FORMULA = [name for name in OPEN if name not in WEIGHTS]
+FORMULA = [name for name in OPEN if name != "MM-MO"]  # which looks at weights
 
 
 @pytest.mark.parametrize("budget", [0, 2, 9, 24])
@@ -91,11 +90,11 @@ def test_the_same_seed_gives_the_same_search(name):
 ENOUGH = {"GP, log-EHVI": 30, "NSGA-II, several objectives": 400, "NSGA-III": 400}
 
 
-# Niches keep specialists and agents need more: see test_rivals and test_conditioned.
-QUICK = [name for name in FORMULA[1:] if not name.startswith(("natural", "RMM"))]
+AGENTS = [name for name in FORMULA if name.startswith("RMM")]  # small steps from the members
+NO_RACE = {"random scales", "natural niches", *AGENTS}  # niches keep specialists: see test_rivals
 
 
-@pytest.mark.parametrize("name", QUICK)
+@pytest.mark.parametrize("name", [name for name in FORMULA if name not in NO_RACE])
 def test_a_search_finds_more_of_the_front_than_chance(name):
     """Of what was scored and what it answers with; the valley has no noise."""
 
@@ -105,6 +104,29 @@ def test_a_search_finds_more_of_the_front_than_chance(name):
         return hypervolume(np.array([*out.by_task, *answers]))
 
     assert found("random scales") < found(name) < ideal() + 1e-9
+
+
+@pytest.mark.parametrize("name", AGENTS)
+def test_agents_have_more_of_the_front_than_the_members_they_begin_with(name):
+    scorer, out = searched(name, 200)
+    answers = np.array([scorer.score(path) for path in out.answers])
+    assert hypervolume(answers) > 2 * hypervolume(np.array(out.by_task[:2]))
+    assert len(answers) > 2
+
+
+def test_separate_agents_share_all_subsets():
+    """Few episodes each: together they see all of the data, as one agent would."""
+
+    class Eleven(Valley):
+        n_subsets = 11
+
+    scorer = Eleven()
+    out = FRONT_SEARCHES["RMM (agent) per preference"](scorer, 14, 1, UNIT)
+    assert [subset for _, subset in scorer.calls[out.begun :]] == list(range(11))
+    scorer = Eleven()  # 33 for the uniform paths; then two updates each, of 20 and 13 episodes
+    out = FRONT_SEARCHES["RMM (agent) per preference"](scorer, 33 + 33 * 11, 1, UNIT)
+    seen = [subset for _, subset in scorer.calls[out.begun :]]
+    assert [seen.count(subset) for subset in range(11)] == [33] * 11
 
 
 def test_a_lattice_of_runs_comes_near_the_whole_front():
@@ -250,8 +272,3 @@ def test_tasks_that_do_not_count_are_no_objectives():
         assert found.points().shape == (50, 2)
         FRONT_SEARCHES[name](two, 50, 1, UNIT)
         assert three.calls == two.calls
-
-
-def test_the_lattice_of_a_valley_is_ordered():
-    weights = lattice(2, 4)
-    assert (np.diff(weights[:, 0]) > 0).all()

@@ -11,14 +11,17 @@ import timm
 import torch
 
 from rmm_lab.__main__ import main
+from rmm_lab.course.pareto import ParetoExplorer
 from rmm_lab.errors import InputError
+from rmm_lab.path import LayerPath
 from rmm_lab.reward import Step, evaluate, parse_path, path_text
 from rmm_lab.search import fronts
 from rmm_lab.search.config import configure
 from rmm_lab.search.front_measures import achievement, non_dominated
 from rmm_lab.search.pipeline import check_same_config, train
-from rmm_lab.search.preferences import Ends, ends_of, parse_preference
+from rmm_lab.search.preferences import Ends, Preference, ends_of, parse_preference
 from rmm_lab.search.problem import load_problem
+from rmm_lab.search.run_folder import RunFolder
 from rmm_lab.search.simplexes import averages, least_squares
 
 UNIT = Ends(np.zeros(2), np.ones(2))
@@ -84,6 +87,13 @@ def test_scores_between_the_base_and_the_expert():
     )
 
 
+def test_what_scores_are_worth_by_hand():
+    """The third task does not count: the other two share its weight."""
+    ends = Ends(np.zeros(3), np.array([1.0, 1.0, 0.0]))
+    worth = Preference(np.array([0.25, 0.25, 0.5]), ends).worth(np.array([0.8, 0.6, 0.1]))
+    assert worth == pytest.approx(-(0.5 * 0.4 + 0.05 * (0.1 + 0.2)))
+
+
 def test_the_ends_are_those_of_whole_models(trained):
     scorer = trained.scorer(fraction=0.25, stem="agent")
     ends = ends_of(scorer)
@@ -142,7 +152,7 @@ def test_finalists_are_spread_over_the_preferences():
     found = fronts.promising(promised, UNIT, 5)
     assert len(found) == len(set(found)) == 5
     assert {"left@0", "right@0"} < set(found)
-    assert fronts.promising(promised, UNIT, 1000).__len__() == 52
+    assert len(fronts.promising(promised, UNIT, 1000)) == 52
     assert fronts.promising({}, UNIT, 5) == []
 
 
@@ -257,6 +267,53 @@ def test_equal_points_are_one(trained):
     assert (front.finalists, len(front.points)) == (2, 1)
 
 
+def test_a_layer_that_follows_others_is_stored_and_measured_as_it_is_built(tiny):
+    """Least squares along the path makes another layer after another stem."""
+    problem = load_problem(**tiny, operators=("least_squares",), stem="base", calibration=20)
+    pool = problem.pool
+    one, two = (tuple(parse_path(f"{name}@-1 least_squares@0 e1@1 e1@2")) for name in pool.names)
+    assert fronts.modules(pool, [one, two]) == 6
+    built = LayerPath.of(pool, one, "base").build(pool).state_dict()
+    base = tuple(Step("base", k) for k in range(-1, 3))
+    first = LayerPath.of(pool, base, "base").build(pool).state_dict()
+    gaps = [(built[n] - first[n]).double().flatten() for n in first if "head" not in n]
+    assert fronts.distance(pool, one) == pytest.approx(float(torch.cat(gaps).norm()), rel=1e-4)
+
+
+def test_answers_leave_places_to_what_was_scored(trained):
+    scorer, names = trained.scorer(fraction=0.25, stem="agent"), trained.pool.names
+    bad = [tuple(Step("base", k) for k in (-1, *own)) for own in ((0, 1), (0, 2), (1, 2), (0,))]
+    good = [tuple(Step(name, k) for k in range(-1, 3)) for name in names]
+    scored = [(path_text(path), scorer.score(path, 0)) for path in good]
+    front = fronts.find_front(scorer, scored, ends_of(scorer), bad, n=4)
+    assert front.finalists == 4
+    assert any(point.path.path in good for point in front.points)
+
+
+def test_one_lucky_subset_makes_no_finalist(trained):
+    scorer = trained.scorer(fraction=0.25, stem="agent")
+    lucky, steady, poor = (
+        path_text(tuple(Step(s, k) for k in range(-1, 3))) for s in trained.pool.sources[:3]
+    )
+    found = {lucky: [0.9], steady: [0.85] * 8, poor: [0.1] * 8}
+    scored = [(text, np.full(2, v)) for text, own in found.items() for v in own]
+    front = fronts.find_front(scorer, scored, UNIT, n=1)
+    assert [path_text(point.path.path) for point in front.points] == [steady]
+    # What was promised is the plain mean, on the scale of the ends.
+    assert front.points[0].promised == pytest.approx((0.85, 0.85))
+    assert (front.archive, front.promise) == (1, pytest.approx(0.81))
+    half = fronts.find_front(scorer, scored, Ends(np.full(2, 0.5), np.ones(2)), n=1)
+    assert half.promise == pytest.approx(0.64)
+
+
+def test_of_equal_points_that_with_fewest_layers_stays(trained, monkeypatch):
+    monkeypatch.setattr(fronts, "scores", lambda scorer, wanted: [np.ones(2) for _ in wanted])
+    scorer, name = trained.scorer(fraction=0.25, stem="agent"), trained.pool.names[0]
+    paths = [tuple(Step(name, k) for k in (-1, *own)) for own in ((0, 1, 1, 2), (0, 2), (0, 1, 2))]
+    front = fronts.find_front(scorer, [], UNIT, paths)
+    assert [point.path.path for point in front.points] == [paths[1]]
+
+
 def test_nothing_that_was_scored_has_no_front(trained):
     scorer = trained.scorer(fraction=0.25, stem="agent")
     with pytest.raises(InputError, match="--episodes"):
@@ -294,9 +351,16 @@ def test_a_run_resumes_for_its_front_whose_points_are_exported(tmp_path):
         assert torch.allclose(model.eval()(pixels), built.eval()(pixels), atol=1e-5)
 
 
-def test_a_run_folder_holds_the_front_with_its_test_scores(trained, tmp_path):
-    more = options(front=True, compare="paper", run_dir=tmp_path / "run")
+def test_a_run_folder_holds_the_front_with_its_test_scores(trained, tmp_path, capsys):
+    more = options(front=True, compare="paper", run_dir=tmp_path / "run") | {"quiet": False}
     front = train(configure("weights", **more), trained).front
+    said = capsys.readouterr().out
+    assert (
+        f"front: {len(front.points)} of {front.finalists} finalists; the knee is {front.knee}"
+        in said
+    )
+    for line in (tmp_path / "run/table.md").read_text("utf-8").splitlines():
+        assert " nan " not in line  # what was not measured is left empty
     assert np.isfinite(front.scores("test")).all()
     assert front.to_json() == fronts.read_front(tmp_path / "run").to_json()
     text = (tmp_path / "run/front.md").read_text("utf-8")
@@ -304,6 +368,26 @@ def test_a_run_folder_holds_the_front_with_its_test_scores(trained, tmp_path):
     assert f"The knee is point {front.knee}." in text
     with pytest.raises(InputError, match=r"merge --resume .* --front"):
         fronts.read_front(tmp_path)
+
+
+@pytest.mark.parametrize("on", [[True, False], [False, False]])
+def test_a_front_whose_experts_are_no_better_on_the_test_split(trained, tmp_path, on):
+    """There is no scale there: what is compared is the reward split, and scores are shown all the same."""
+    front = train(configure("weights", **options(front=True, compare="paper")), trained).front
+    ends = front.ends["test"]
+    ends = dataclasses.replace(ends, expert=np.where(on, ends.expert, ends.base))
+    front = dataclasses.replace(front, ends=front.ends | {"test": ends})
+    assert front.scaled == ("promised", "reward")
+    assert set(front.measures()) == {"promised", "reward"}
+    fronts.write_front(front, RunFolder(tmp_path))
+    assert fronts.read_front(tmp_path).to_json() == front.to_json()
+    text = (tmp_path / "front.md").read_text("utf-8")
+    assert "quadrant, test" in text
+    assert "no scale" in text
+    assert (tmp_path / "front.png").read_bytes().startswith(b"\x89PNG")
+    figure, said = ParetoExplorer(front).still()
+    assert figure.axes
+    assert "reward split" in said
 
 
 def test_a_preference_chooses_the_path(trained, tmp_path):

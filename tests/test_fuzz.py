@@ -30,6 +30,7 @@ from transformers import ViTConfig, ViTForImageClassification
 
 from rmm_lab.__main__ import main
 from rmm_lab.families.checkpoint import read_checkpoint
+from rmm_lab.search.run_folder import from_csv
 
 CASES = int(os.environ.get("RMM_LAB_FUZZ", "1000"))
 SMALL = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2} | {
@@ -570,29 +571,45 @@ def test_rows(world, data):
     check(world.finetune("t5", data=root), case)
 
 
+STATE = ("config.json", "episodes.csv", "updates.csv", "checkpoint.safetensors")
+
+
 @pytest.fixture(scope="module")
 def stopped(world) -> Path:
     """A run folder as an interruption leaves it."""
     world.fresh()
     assert check(world.merge("vit"), world.case) == 0
-    results = ("path.json", "table.json", "merged", "finalists.json", "*.png")
-    ignored = shutil.ignore_patterns(*results)
-    shutil.copytree(world.case / "run", world.root / "stopped", ignore=ignored)
+    shutil.copytree(world.case / "run", world.root / "whole")
+    (world.root / "stopped").mkdir()
+    for name in STATE:
+        shutil.copy(world.root / "whole" / name, world.root / "stopped")
     return world.root / "stopped"
 
 
 @cases(0.05)
 @given(data=st.data())
 def test_run_folder(world, stopped, data):
+    """What is altered is refused, or ends as the unbroken run."""
     case = world.fresh("stopped")
-    files = sorted(p for p in (case / "stopped").iterdir() if p.is_file())
-    file = data.draw(st.sampled_from(files))
-    content = file.read_bytes()
-    if file.name == "config.json" and data.draw(st.booleans()):
+    file = case / "stopped" / data.draw(st.sampled_from([*STATE, ".lock"]))
+    content = file.read_bytes() if file.exists() else b"process 1"
+    kinds = ["pipe", "folder", "zero", "loop", "link", "empty"]
+    how = data.draw(st.sampled_from(["bytes", "bytes", "bytes", "json", "gone", *kinds]))
+    if how in kinds or how == "gone":
+        file.unlink(missing_ok=True)
+    if how in kinds:
+        odd(file, how)
+    elif how == "json" and file.name == "config.json":
         file.write_bytes(data.draw(bent_json(content.decode())).encode("utf-8", "surrogatepass"))
-    else:
+    elif how != "gone":
         file.write_bytes(data.draw(bent_bytes(content)))
-    check(["--resume", str(file.parent), "--quiet", "--compare", "paper"], case)
+    if check(["--resume", str(file.parent), "--quiet", "--compare", "paper"], case) == 0:
+        for name in ("path.json", "merged/model.safetensors"):
+            assert (file.parent / name).read_bytes() == (world.root / "whole" / name).read_bytes()
+        rows = [
+            from_csv((f / "episodes.csv").read_text()) for f in (file.parent, world.root / "whole")
+        ]
+        assert rows[0] == rows[1]
 
 
 OPTIONS = (

@@ -7,6 +7,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -17,14 +18,16 @@ from conftest import write_images
 
 from rmm_lab import ppo
 from rmm_lab.__main__ import main
+from rmm_lab.course import notebooks
 from rmm_lab.errors import InputError
-from rmm_lab.evidence import measure
+from rmm_lab.evidence import measure, tables
 from rmm_lab.figures import models
 from rmm_lab.figures import paths as figures
 from rmm_lab.operators import parse_operator
 from rmm_lab.search.config import configure
 from rmm_lab.search.pipeline import train
 from rmm_lab.search.run_folder import from_csv
+from rmm_lab.tasks.console import run_command
 from rmm_lab.tasks.hold import held
 from rmm_lab.zoo import finetune
 
@@ -107,8 +110,12 @@ def test_names_that_no_table_can_hold_are_refused_at_the_start(tiny, capsys, nam
         config["label_names"] = sorted(["class0", "class1", name])
         file.write_text(json.dumps(config))
     argv = words(tiny, "--run-dir", "run", experts=experts, images=images)
-    lost = what == "expert" and "\udce9" in name  # which safetensors itself does not open
-    refused(capsys, argv, *(["UTF-8"] if lost else ["rename", repr(name)]))
+    told = ["rename", repr(name)]
+    if "\udce9" in name and what == "expert":  # which safetensors itself does not open
+        told = ["UTF-8"]
+    elif "\udce9" in name and what == "class":  # JSON has no such character
+        told = ["half a character", "save the model"]
+    refused(capsys, argv, *told)
 
 
 def test_an_expert_like_an_operator_with_options_is_refused(tiny, capsys):
@@ -191,6 +198,60 @@ def test_a_full_stdout_is_told_and_a_reader_that_had_enough_is_not(capsys, monke
         stream.close()
         assert ended.value.code == 0
         assert ("note: not all could be written" in capsys.readouterr().err) is told
+
+
+@linux
+@pytest.mark.parametrize("kind", STREAMS)
+def test_every_command_has_a_console_that_lasts(monkeypatch, kind):
+    """Also those that are not started through ``rmm_lab.__main__``."""
+    words = ["--env-id", "CartPole-v1", "--episodes", "1", "--episodes-per-update", "1"]
+    root = str(Path(notebooks.__file__).parents[2] / "notebooks")
+    for command in (
+        lambda: run_command(ppo.Main, "ppo", words),
+        lambda: notebooks.main(["--check", "--folder", root]),
+        lambda: tables.main(["nonsense"]),
+    ):
+        out, err = STREAMS[kind](), STREAMS[kind]()
+        with monkeypatch.context() as patched:
+            patched.setattr(sys, "stdout", out)
+            patched.setattr(sys, "stderr", err)
+            try:
+                code = command()
+            except SystemExit as ended:  # of the parser
+                code = ended.code
+        assert code in (0, 2)
+        for stream in (out, err):
+            if stream is not None:
+                stream.close()
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="has no SIGINT for one process")
+@pytest.mark.parametrize(
+    ("loaded", "argv"),
+    [("numpy", ["--help"]), ("rmm_lab.families", ["finetune"]), ("pandas", ["tables", "show"])],
+    ids=lambda value: value if isinstance(value, str) else value[0],
+)
+def test_ctrl_c_while_libraries_are_imported_is_one_line(loaded, argv):
+    process = subprocess.Popen(
+        [sys.executable, "-X", "importtime", "-m", "rmm_lab", *argv],
+        env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        for line in process.stderr:
+            if line.rpartition("|")[2].strip() == loaded:
+                process.send_signal(signal.SIGINT)
+                break
+        lines = process.stderr.read().splitlines()
+        code = process.wait(timeout=60)
+    finally:
+        process.kill()
+        process.wait(timeout=30)
+        process.stderr.close()
+    said = [line for line in lines if line and not line.startswith("import time:")]
+    assert (code, said) == (130, ["stopped; nothing is written"])
 
 
 @pytest.mark.slow
@@ -305,6 +366,12 @@ def test_an_empty_text_is_refused_by_its_option(capsys, argv):
         (["--workers", "100000"], "--workers"),
         (["--operators", "task_arithmetic:scale=1e30"], "scale"),
         (["--stem", "task_arithmetic:scale=-1e30"], "scale"),
+        (["--max-steps", str(2**63)], "--max-steps"),
+        (["--episodes", str(10**30)], "--episodes"),
+        (["--calibration", str(2**63)], "--calibration"),
+        (["finetune", "--steps", str(10**30)], "--steps"),
+        (["finetune", "--batch-size", str(10**30)], "--batch-size"),
+        (["tables", "II", "--budgets", "5", str(2**63)], "--budgets"),
         (["finetune", "--learning-rate", "3"], "--learning-rate"),
         (["finetune", "--threads", "100000"], "--threads"),
         (["finetune", "--seed", "-1"], "--seed"),
@@ -355,6 +422,48 @@ def test_a_tilde_is_the_home_everywhere(tiny, monkeypatch, capsys):
     monkeypatch.setenv("RMM_LAB_DATA", "~/data")
     refused(capsys, ["--experts", "digits", "textures"], home / "data")
     assert not Path("~").exists()
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="knows no homes of others")
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["merge", "--run-dir", "~nobody-here"],
+        ["--resume=~nobody-here/run"],
+        ["--base", "~nobody-here/base"],
+        ["finetune", "--images", "digits", "cifar10:~nobody-here/x"],
+        ["finetune", "--out", "~nobody-here"],
+        ["tables", "II", "--out", "~nobody-here"],
+    ],
+    ids=" ".join,
+)
+def test_the_home_of_nobody_is_named(capsys, argv):
+    option = next(w for w in reversed(argv) if w.startswith("--")).partition("=")[0]
+    refused(capsys, argv, f"error: {option}: ", "~nobody-here")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="links need a right there")
+def test_a_link_in_a_circle_is_no_folder(tiny, capsys):
+    Path("circle").symlink_to("circle")
+    for option, more in (("--images", tiny["base"]), ("--texts", "text-base")):
+        argv = ["finetune", "--base", more, option, "circle", "--out", "out"]
+        refused(capsys, argv, "'circle'")
+
+
+@pytest.mark.parametrize(
+    "error",
+    [MemoryError(), RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: ...")],
+)
+def test_too_little_memory_is_told_in_a_sentence(tiny, capsys, monkeypatch, error):
+    def hungry(*args, **options):
+        raise error
+
+    monkeypatch.setattr(finetune, "fine_tune", hungry)
+    refused(capsys, training(tiny), "expected more memory", "smaller batch")
+    monkeypatch.setattr(error, "args", ("another",), raising=False)
+    if isinstance(error, RuntimeError):
+        with pytest.raises(RuntimeError, match="another"):
+            main(training(tiny))
 
 
 # ----------------------------------------------------------------------------------------- finetune

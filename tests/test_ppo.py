@@ -17,9 +17,10 @@ from torch.distributions import Categorical
 
 from rmm_lab import ppo
 from rmm_lab.env import MergingEnv
-from rmm_lab.errors import InputError, run_command
+from rmm_lab.errors import InputError
 from rmm_lab.ppo import Args
 from rmm_lab.reward import parse_path, path_text
+from rmm_lab.tasks.console import run_command
 
 # ------------------------------------------------------------------------------- formulas by hand
 
@@ -365,7 +366,7 @@ def test_ppo_runs_alone_on_the_demos_pair(monkeypatch, capsys):
     ("words", "message"),
     [
         (["--episodes", "0"], "--episodes: expected at least 1, found 0"),
-        (["--seed", "-1"], "--seed: expected 0 or more, found -1"),
+        (["--seed", "-1"], "--seed: expected 0 or more and below 2**63, found -1"),
         (["--env-id", "NoSuch-v0"], "--env-id: expected one of Gymnasium's, found"),
         (["--env-id", "Pendulum-v1"], "--env-id: expected discrete actions"),
     ],

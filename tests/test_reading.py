@@ -275,3 +275,26 @@ def test_a_run_keeps_pickles_as_safetensors(tiny, tmp_path, capsys, monkeypatch)
     path = LayerPath.from_json(Path("run/path.json").read_text())
     weights = path.build().state_dict()
     same(safetensors.torch.load_file("run/merged/model.safetensors"), weights)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json"])
+def test_a_damaged_conversion_is_noticed(tiny, tmp_path, monkeypatch, name):
+    """A path that is built from it refuses; a run that goes on writes it again."""
+    monkeypatch.chdir(tmp_path)
+    experts = [write_model(tmp_path / f"e{i}", i, near=random_weights(0)) for i in (1, 2)]
+    as_pickle(experts[0])
+    words = ["--base", tiny["base"], "--experts", *map(str, experts), "--images", *tiny["images"]]
+    words += ["--preset", "weights", "--episodes", "4", "--allow-pickle", "--run-dir", "run"]
+    assert main([*words, "--quiet", "--compare", "paper"]) == 0
+    file = Path("run/converted/e1", name)
+    good = file.read_bytes()
+    bad = bytearray(good)
+    bad[-3] ^= 1  # of a weight, or what ends the JSON
+    file.write_bytes(bad)
+    path = LayerPath.from_json(Path("run/path.json").read_text())
+    with pytest.raises(InputError, match=r"SHA-256|JSON"):
+        path.build()
+    assert main(["--resume", "run", "--quiet", "--compare", "paper"]) == 0
+    assert file.read_bytes() == good
+    path = LayerPath.from_json(Path("run/path.json").read_text())
+    same(safetensors.torch.load_file("run/merged/model.safetensors"), path.build().state_dict())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import os
 import subprocess
 import sys
 
@@ -293,3 +294,38 @@ def test_an_optimiser_goes_on_from_its_tensors():
     step(weights, optimiser)
     step(other, again)
     assert torch.equal(weights, other)
+
+
+# -------------------------------------------------------------------------------- odd files in a folder
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="links need a right there")
+def test_a_link_in_a_folder_does_not_have_its_target_written_over(tmp_path):
+    precious, folder = tmp_path / "precious", tmp_path / "run"
+    precious.write_text("mine")
+    folder.mkdir()
+    for name in (LOCK, ".config.json.tmp"):
+        (folder / name).symlink_to(precious)
+    with pytest.raises(InputError, match="found a link"), held(folder, "--resume"):
+        pass
+    write_file(folder / "config.json", "{}")
+    assert (folder / "config.json").read_text() == "{}"
+    assert precious.read_text() == "mine"
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.skipif(sys.platform == "win32", reason="has no pipes in folders")
+@pytest.mark.parametrize("kind", ["pipe", "folder"])
+@pytest.mark.parametrize("name", ["config.json", "episodes.csv", "checkpoint.safetensors", LOCK])
+def test_files_of_a_run_are_regular_ones(tmp_path, name, kind):
+    """A pipe would be waited for, and a device such as /dev/zero never ends."""
+    saved(tmp_path, 2)
+    (tmp_path / name).unlink(missing_ok=True)
+    os.mkfifo(tmp_path / name) if kind == "pipe" else (tmp_path / name).mkdir()
+    folder = RunFolder(tmp_path)
+    reads = {
+        "config.json": folder.read_config,
+        LOCK: lambda: held(tmp_path, "--resume").__enter__(),
+    }
+    with pytest.raises(InputError, match=name if name != "config.json" else "--resume"):
+        reads.get(name, folder.load_checkpoint)()

@@ -538,6 +538,57 @@ def some_jobs(n: int, run=measure.trained, **options) -> list[Job]:
     ]
 
 
+def test_the_folder_of_a_table_is_held_while_it_is_measured(tmp_path, monkeypatch, capsys):
+    """A second process is refused by name, one with another folder is not; nothing empty is left."""
+    argv, codes = ["II", "--out", str(tmp_path / "a/b")], []
+
+    def meanwhile(*args):
+        for folder in ("a/b", "c"):
+            monkeypatch.setattr(measure, "measure_all", lambda *args: None)
+            codes.append(tables.main([*argv[:2], str(tmp_path / folder)]))
+
+    monkeypatch.setattr(measure, "measure_all", meanwhile)
+    assert tables.main(argv) == 0
+    assert codes == [2, 0]
+    [said] = capsys.readouterr().err.strip().splitlines()
+    assert said.startswith("error: --out: ")
+    assert f"{tmp_path / 'a/b'} held by process {os.getpid()}" in said
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("command", ["show", "II"])
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"a,b\n1,2\n",
+        b"\xff\xfe",
+        b"group,size,seed\nx\n1,2,3,4\n",
+        b'"',
+        b"\0\0",
+        None,
+        b"group,size,method,seed,config\ndigits+textures,,x,one,\n",
+    ],
+)
+def test_a_table_that_is_none_is_named(tmp_path, monkeypatch, capsys, command, content):
+    """Before anything is measured. None: a folder of that name."""
+    monkeypatch.setattr(measure, "measure_all", lambda *a: pytest.fail("it measured"))
+    file = tmp_path / "vision.csv"
+    file.mkdir() if content is None else file.write_bytes(content)
+    assert tables.main([command, "--out", str(tmp_path)]) == 2
+    [said] = capsys.readouterr().err.strip().splitlines()
+    assert said.startswith(f"error: {file}: expected ")
+    assert [p.name for p in tmp_path.iterdir()] == ["vision.csv"]
+
+
+def test_a_search_in_a_table_that_is_none_is_named(tmp_path):
+    for config in ("{", "[]", '"{""no"": 1}"'):
+        (tmp_path / "agent.csv").write_text(f"group,setting,seed,config\nx,y,1,{config}\n")
+        store = Store(tmp_path, {})
+        with pytest.raises(InputError, match=r"agent\.csv: expected the options"):
+            store.has("agent", {"group": "x", "setting": "y", "seed": 1}, configure())
+
+
 def test_a_process_that_is_killed_is_told_in_a_sentence(tmp_path, monkeypatch):
     class Killed(measure.ProcessPoolExecutor):
         def __init__(self, processes, context, *_):

@@ -19,7 +19,8 @@ from typing import Any
 
 import nbformat
 
-from rmm_lab.errors import InputError, run_command
+from rmm_lab.errors import InputError
+from rmm_lab.tasks.console import run_command
 from rmm_lab.tasks.files import write_file
 
 BEGIN, END = "### BEGIN SOLUTION", "### END SOLUTION"

@@ -141,8 +141,8 @@ class ParetoExplorer(View):
 
     @property
     def split(self) -> str:
-        """Whose scores are shown: the test split's where they are known."""
-        return "test" if "test" in self.front.ends else "reward"
+        """Whose scores are shown: the test split's where they are known and have a scale."""
+        return self.front.scaled[-1]
 
     def sentence(self) -> str:
         """The preference, the point, its scores and its path."""

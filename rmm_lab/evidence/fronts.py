@@ -15,6 +15,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from pandas import DataFrame
 
+from rmm_lab.errors import InputError
 from rmm_lab.evidence.markdown import markdown, seconds_text, seeds, span
 from rmm_lab.evidence.rows import spread
 from rmm_lab.figures.fronts import fronts_picture
@@ -63,6 +64,11 @@ def measured(job: Job) -> dict[str, list[dict[str, Any]]]:
             front = find_front(scorer, scored, ends)
     seconds = time.perf_counter() - start
     front = front.on_test(problem)
+    if "test" not in front.scaled:
+        raise InputError(
+            f"group {job.key['group']!r}: expected experts that are better than the base on the test split "
+            "too, found one that is not; leave the group out with --only"
+        )
     best = front.points[int(front.scores().mean(1).argmax())]
     assert best.test is not None
     took: dict[str, Any] = {"evaluations": len(scored), "seconds": seconds}

@@ -36,6 +36,7 @@ from rmm_lab.evidence.rows import (
     METHODS,
     STOCHASTIC,
     kind_of,
+    of_this_version,
     read_csv,
 )
 from rmm_lab.reward import Path as Steps
@@ -114,27 +115,32 @@ class Store:
         With ``config`` the rows of other seeds must be of the same search, since one mean over different
         searches says nothing. Raises InputError otherwise.
         """
-        if not self.file(name).is_file():
+        file = self.file(name)
+        if not file.exists():
             return False
-        rows = read_csv(self.file(name))
-        for column in key.keys() - {"seed"}:
-            rows = rows[rows[column] == key[column]]
-        for text in set(rows["config"]) - {""} if config is not None else ():
-            theirs, ours = _search_of(configure(**json.loads(text))), _search_of(config)
+        rows = read_csv(file)
+        with of_this_version(file):
+            for column in key.keys() - {"seed"}:
+                rows = rows[rows[column] == key[column]]
+            known = set(rows["config"]) - {""} if config is not None else set()
+            at = set(rows["seed"]) if "seed" in key else set()
+        for text in known:
+            theirs, ours = _search_of(_config(file, text)), _search_of(config)
             if odd := [option for option in ours if ours[option] != theirs[option]]:
                 raise InputError(
                     f"{self.file(name)}: expected --{odd[0].replace('_', '-')} {theirs[odd[0]]} as in the "
                     f"rows of {' '.join(map(str, key.values()))}, found {ours[odd[0]]}; give the same, or "
                     "another --out"
                 )
-        return not rows.empty and ("seed" not in key or key["seed"] in set(rows["seed"]))
+        return not rows.empty and ("seed" not in key or key["seed"] in at)
 
     def methods(self, name: str, key: Mapping[str, Any]) -> set[str]:
         """The methods that have a row with these values."""
-        if not self.file(name).is_file():
+        if not (file := self.file(name)).exists():
             return set()
-        rows = read_csv(self.file(name))
-        return set(rows[(rows[list(key)] == pd.Series(key)).all(axis=1)]["method"])
+        rows = read_csv(file)
+        with of_this_version(file):
+            return set(rows[(rows[list(key)] == pd.Series(key)).all(axis=1)]["method"])
 
     def add(self, name: str, rows: pd.DataFrame) -> None:
         """Put rows into their places, over those with the same key, and replace the file as a whole.
@@ -164,6 +170,17 @@ class Store:
         known = (ORDER | dict(self.order)).get(str(column.name), ())
         values = dict.fromkeys([*known, *sorted(set(column))])
         return column.map({value: i for i, value in enumerate(values)})
+
+
+def _config(file: Path, text: str) -> Config:
+    """A search as a table has it."""
+    try:
+        return configure(**json.loads(text))
+    except (InputError, ValueError, TypeError) as error:
+        raise InputError(
+            f"{file}: expected the options of a search in its column config, found others ({error}); move "
+            "the file away to measure it again"
+        ) from error
 
 
 def _search_of(config: Any) -> dict[str, Any]:

@@ -7,14 +7,19 @@ A table is a DataFrame with a row for each method and seed, its first columns ``
 
 from __future__ import annotations
 
+import io
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pandas as pd
 
+from rmm_lab.errors import InputError
 from rmm_lab.figures.searches import t_interval
 from rmm_lab.search.config import SEARCHED
 from rmm_lab.search.matched import MATCHED, WEIGHTED
 from rmm_lab.search.uniform import GRIDS
+from rmm_lab.tasks import plain
 
 COLUMNS = (
     *("group", "method", "seed", "mean", "reward_split", "by_task"),
@@ -67,10 +72,32 @@ STOCHASTIC = tuple(
 
 
 def read_csv(file: Path) -> pd.DataFrame:
-    """A table from its file; an empty cell is NaN in a column of numbers, else an empty text."""
-    table = pd.read_csv(file, dtype=str, keep_default_na=False)
-    numbers = {name: kind for name, kind in NUMBERS.items() if name in table}
-    return table.replace({name: {"": "nan"} for name in numbers}).astype(numbers)
+    """A table from its file; an empty cell is NaN in a column of numbers, else an empty text.
+
+    Raises InputError for a file that holds none.
+    """
+    try:
+        content = io.BytesIO(plain.read_bytes(file, plain.TEXT_MB))
+        table = pd.read_csv(content, dtype=str, keep_default_na=False)
+        numbers = {name: kind for name, kind in NUMBERS.items() if name in table}
+        return table.replace({name: {"": "nan"} for name in numbers}).astype(numbers)
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"{file}: expected a table that python -m rmm_lab tables wrote, found none that can be read "
+            f"({error}); move it away"
+        ) from error
+
+
+@contextmanager
+def of_this_version(where: Path) -> Iterator[None]:
+    """InputError where a table lacks a column that is looked for."""
+    try:
+        yield
+    except KeyError as error:
+        raise InputError(
+            f"{where}: expected the columns of this version, found none called {error}; move the file away "
+            "to measure it again"
+        ) from error
 
 
 def kind_of(methods: pd.Series) -> pd.Series:

@@ -32,18 +32,19 @@ from typing import Any, Literal
 import pandas as pd
 
 from rmm_lab.engine.scorer import check_device
-from rmm_lab.errors import SEED_RANGE, InputError, check_values, run_command
+from rmm_lab.errors import SEED_RANGE, InputError, check_values
 from rmm_lab.evidence import excerpts, fronts, measure, page_figures, pages
 from rmm_lab.evidence.measure import Job, Store
 from rmm_lab.evidence.paper_scale import Group, PaperScale
-from rmm_lab.evidence.rows import DRAWN, KINDS, read_csv
+from rmm_lab.evidence.rows import DRAWN, KINDS, of_this_version, read_csv
 from rmm_lab.figures.paths import png
 from rmm_lab.search import rivals
 from rmm_lab.search.config import BOTH, SEARCHED, configure, searched
 from rmm_lab.search.front_searches import FRONT_SEARCHES
 from rmm_lab.search.uniform import OF_ADAPTERS, OF_TWO
+from rmm_lab.tasks.console import run_command
 from rmm_lab.tasks.files import write_file
-from rmm_lab.tasks.hold import check_writable
+from rmm_lab.tasks.hold import check_writable, held_made
 from rmm_lab.tasks.image_task import data_folder
 
 # The groups of experts of each table, by the name that the table calls them.
@@ -223,27 +224,31 @@ class Command:
         out = out.expanduser()
         check_writable(out, "--out")
         check_device(self.device)
-        if self.table != "show":
-            names = ALL if self.table == "all" else (self.table,)
-            groups = self._groups(names)
-            if self.scale == "paper":
-                wanted = [group for own in groups.values() for group in own]
-                self.paper.prepare(wanted, self.device, self.threads)
-            store = Store(out, ORDER)
-            jobs = [job for name in names for job in self.jobs_of(name, groups[name], store)]
-            jobs = list(
-                {(j.table, j.measure, *j.key.values()): j for j in jobs}.values()
-            )  # IV holds fig3
-            print(f"{len(jobs)} jobs to measure into {out}", flush=True)
-            measure.measure_all(jobs, store, self.jobs, self.threads)
-        written = [*write_pages(out), *write_excerpts(out)]
-        if self.table == "show" and not any(out.glob("*.csv")):
-            raise InputError(
-                f"--out: expected a folder with the CSV files of a table, found none in {out}; measure one "
-                "first, or name another folder"
-            )
+        if self.table == "show":
+            written = [*write_pages(out), *write_excerpts(out)]
+            if not any(out.glob("*.csv")):
+                raise InputError(
+                    f"--out: expected a folder with the CSV files of a table, found none in {out}; measure "
+                    "one first, or name another folder"
+                )
+        else:
+            groups = self._groups(ALL if self.table == "all" else (self.table,))
+            with held_made(out, "--out"):
+                self._measure(out, groups)
+                written = [*write_pages(out), *write_excerpts(out)]
         for file in written:
             print(f"written: {file}")
+
+    def _measure(self, out: Path, groups: Groups) -> None:
+        """Measure what is not in the files yet."""
+        if self.scale == "paper":
+            wanted = [group for own in groups.values() for group in own]
+            self.paper.prepare(wanted, self.device, self.threads)
+        store = Store(out, ORDER)
+        found = (job for name, own in groups.items() for job in self.jobs_of(name, own, store))
+        jobs = {(j.table, j.measure, *j.key.values()): j for j in found}  # IV holds fig3
+        print(f"{len(jobs)} jobs to measure into {out}", flush=True)
+        measure.measure_all(list(jobs.values()), store, self.jobs, self.threads)
 
     def _groups(self, names: Sequence[str]) -> Groups:
         """The groups of each table that ``--only`` leaves."""
@@ -394,9 +399,6 @@ class Command:
             yield Job(name, fronts.measured, key, config)
 
 
-# ------------------------------------------------------------------------------- reading and showing
-
-
 def read(name: str) -> pd.DataFrame:
     """A table that ships, by its file's name without ``.csv``; InputError where there is none."""
     file = data_folder().parent / "results" / f"{name}.csv"
@@ -414,11 +416,13 @@ def write_pages(folder: Path) -> Iterator[Path]:
     needed = {name: page.files for name, page in page_of.items()} | {"fig-3": ("dar-curve",)}
     for name, names in needed.items():
         files = [folder / f"{table}.csv" for table in names]
-        if not all(file.is_file() for file in files):
+        if not all(file.exists() for file in files):
             continue
         tables = [read_csv(file) for file in files]
         if name in page_of:
-            if not (text := page_of[name].text(*tables, paper=paper)):
+            with of_this_version(folder / f"{names[0]}.csv"):
+                text = page_of[name].text(*tables, paper=paper)
+            if not text:
                 continue
             write_file(folder / f"{name}.md", text)
             yield folder / f"{name}.md"

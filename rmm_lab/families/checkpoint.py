@@ -233,19 +233,24 @@ def _base_folder(source: str, adapter: Mapping[str, Any], allow_pickle: bool) ->
 def keep_converted(model: Checkpoint, folder: Path) -> Checkpoint:
     """A model whose weights came from a pickle, written to a folder as safetensors; any other as it is.
 
-    Its config.json says of which file it is made. What is there already of the same file is kept.
+    Its config.json says of which file it is made. What is there already is kept if it is the same to the
+    byte, and written again if not: a path is built from these files.
     """
     if model.pickled is None:
         return model
     made = {"file": str(model.pickled), "sha256": model.sha256}
     config = model.config | {"rmm_lab": {**(model.config.get("rmm_lab") or {}), "converted": made}}
-    there = folder / "config.json"
-    if not there.is_file() or reading.read_config(str(folder), there, _CONFIG) != config:
-        write_checkpoint(folder, config, model.weights, beside=model.folder)
+    files = _files(folder, config, model.weights, beside=model.folder)
+    if not all(_holds(folder / name, content) for name, content in files.items()):
+        _write(folder, files)
     sha256 = reading.digest([folder / reading.WEIGHTS])
     return replace(
         model, source=str(folder), folder=folder, config=config, sha256=sha256, pickled=None
     )
+
+
+def _holds(file: Path, content: bytes) -> bool:
+    return file.is_file() and file.read_bytes() == content
 
 
 def write_checkpoint(
@@ -260,17 +265,32 @@ def write_checkpoint(
 
     beside: folder whose tokenizer (or other files of the model's family) is copied.
     """
+    _write(folder, _files(folder, config, weights, dtype, beside))
+
+
+def _files(
+    folder: Path,
+    config: Mapping[str, Any],
+    weights: Mapping[str, Tensor],
+    dtype: torch.dtype = torch.float32,
+    beside: Path | None = None,
+) -> dict[str, bytes]:
+    """The files of a checkpoint by name. The config comes last: with it, all is there."""
     # As text first: what JSON cannot hold must fail before any file is written.
     text = json.dumps(dict(config), indent=2, ensure_ascii=False) + "\n"
-    folder.mkdir(parents=True, exist_ok=True)
     # Clones, so that no two names share memory: safetensors refuses that, and a repeat is a copy.
     tensors = {k: v.detach().to("cpu", dtype, copy=True).contiguous() for k, v in weights.items()}
-    # Not save_file: a full disk must show as OSError. The config comes last: with it, all is there.
-    files = {"model.safetensors": save(tensors, metadata={"format": "pt"})}
+    # Not save_file: a full disk must show as OSError.
+    files = {reading.WEIGHTS: save(tensors, metadata={"format": "pt"})}
     if beside is not None:
         kept = family_of(str(folder), config).FILES
         files |= {n: (beside / n).read_bytes() for n in kept if (beside / n).is_file()}
-    for name, content in (files | {"config.json": text.encode(errors="backslashreplace")}).items():
+    return files | {"config.json": text.encode(errors="backslashreplace")}
+
+
+def _write(folder: Path, files: Mapping[str, bytes]) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, content in files.items():
         write_file(folder / name, content)
 
 

@@ -321,8 +321,9 @@ def _check_eps(source: str, config: dict[str, Any], weights: Weights, eps: float
     if moved > _SAME * max(1.0, float(two.abs().max())):
         raise InputError(
             f"model {source!r}: expected norms with an eps of {' or '.join(map(str, _BY_EPS))}, as timm has, "
-            f"or one of no influence, found layer_norm_eps {eps}, without which logits move by {moved:.2g}; "
-            "such models cannot be exported, and are not merged"
+            f"or one of no influence, found layer_norm_eps {eps}; with {own} logits move by {moved:.2g} on "
+            f"two test images. If that is all the same to you, write {own} into config.json of the base and "
+            "of each expert"
         )
     return [
         f"its norms' eps of {eps} becomes timm's {own}: on two test images logits move by {moved:.0e}"

@@ -54,9 +54,9 @@ class PreferenceEnv(gym.Wrapper[np.ndarray, Any, np.ndarray, Any]):
     """A merging environment whose reward is what a merged model is worth by a preference.
 
     The observation is the environment's, flattened, and then the weights w (K,), unless ``fixed`` gives the
-    only ones there are. ``reset(options={"preference": w})`` plays for w, else w is drawn by the seed. At
-    the end ``info["gains"]`` holds the gains (K,); the reward is sum_k w_k gain_k, or the achievement with
-    ``tchebycheff``. An illegal move gains the penalty in every task.
+    only ones there are. ``reset(options={"preference": w})`` plays for w, of which only ratios count; else w
+    is drawn by the seed. At the end ``info["gains"]`` holds the gains (K,); the reward is sum_k w_k gain_k,
+    or the achievement with ``tchebycheff``. An illegal move gains the penalty in every task.
 
     Args:
         env: a ``MergingEnv``. ends: both ends of each task's scale. seed: of the draws.
@@ -94,7 +94,7 @@ class PreferenceEnv(gym.Wrapper[np.ndarray, Any, np.ndarray, Any]):
         asked = options.pop("preference", None)
         observation, info = self.env.reset(seed=seed, options=options)
         if asked is not None:
-            self.weights = np.asarray(asked, float)
+            self.weights = self._shares(asked)
         elif self.fixed is None:
             self.weights = draw_weights(self.rng, self.lattice)
         return self._seen(observation), info
@@ -115,6 +115,15 @@ class PreferenceEnv(gym.Wrapper[np.ndarray, Any, np.ndarray, Any]):
         if self.form == "tchebycheff":
             return float(achievement(gains[None], self.weights)[0, 0])
         return float(self.weights @ gains)
+
+    def _shares(self, asked: Any) -> np.ndarray:
+        w = np.asarray(asked, float)
+        if w.shape != (self.n_tasks,) or not (w >= 0).all() or not 0 < w.sum() < np.inf:
+            raise InputError(
+                f"preference: expected {self.n_tasks} weights of 0 or more, not all 0, found {asked}; give "
+                "one for each task that counts"
+            )
+        return w / w.sum()
 
     def _seen(self, observation: np.ndarray) -> np.ndarray:
         if self.fixed is not None:
@@ -258,6 +267,7 @@ class Conditioned:
         seed: of the networks, the actions and the preferences.
         actions: ``scales`` or ``sources``, see ``RunArgs``. form: one of ``FORMS``.
         fixed: the only preference, (K,): then nothing is conditioned, and this is ``ppo.learn``.
+        turn: number of the subset of its first update.
     """
 
     def __init__(
@@ -269,6 +279,7 @@ class Conditioned:
         form: str = "linear",
         fixed: np.ndarray | None = None,
         args: ppo.Args = ARGS,
+        turn: int = 0,
     ) -> None:
         if args.gamma < 1 or args.gae_lambda < 1:
             raise InputError(
@@ -278,7 +289,9 @@ class Conditioned:
         self.out, self.args, self.form = out, args, form
         scorer = _Noted(out)
         kind = ScalesEnv if actions == "scales" else MergingEnv
-        inner = kind(scorer, episodes_per_subset=args.episodes_per_update)
+        n = args.episodes_per_update
+        inner = kind(scorer, episodes_per_subset=n)
+        inner.reset(options={"episode": turn * n - 1})  # the first episode comes next
         self.env = PreferenceEnv(inner, out.ends, seed=seed, form=form, fixed=fixed)
         one = fixed is not None or form == "tchebycheff"
         self.n_targets = 1 if one else self.env.n_tasks
@@ -393,13 +406,16 @@ def conditioned(form: str = "linear") -> Callable[[Any, int, int, Ends], Trials]
 
 
 def separate(scorer: Any, evaluations: int, seed: int, ends: Ends) -> Trials:
-    """An agent for each preference of the lattice, as HM3 has it, with an equal share of the budget each."""
-    out = Trials(scorer, evaluations, ends)
+    """An agent for each preference of the lattice, as HM3 has it, with an equal share of the budget each.
+
+    They share the uniform paths, which each would otherwise pay for. Each goes on with the subset after those
+    of the agents before, or agents of few episodes would all see the first ones alone.
+    """
+    out, turn = Trials(scorer, evaluations, ends), 0
     weights = lattice_of(out.n_tasks, POINTS)
     for i, w in enumerate(weights):
-        agent = Conditioned(out, seed + i, fixed=w)
-        for _ in agent.learn(out.left // (len(weights) - i)):
-            pass
+        agent = Conditioned(out, seed + i, fixed=w, turn=turn)
+        turn += sum(1 for _ in agent.learn(out.left // (len(weights) - i)))  # a subset per update
         out.answers.append(agent.path(w))
     out.answers = list(dict.fromkeys(out.answers))
     return out

@@ -13,7 +13,8 @@ import numpy as np
 
 from rmm_lab.errors import InputError
 
-AUGMENT = 0.05  # of the sum beside the largest regret, so that no weakly dominated point is chosen
+# Of the sum beside the largest regret: with weights above 0 no dominated point is chosen (Knowles 2006).
+AUGMENT = 0.05
 
 
 def checked(points: object) -> np.ndarray:
@@ -140,7 +141,8 @@ def achievement(points: np.ndarray, weights: np.ndarray) -> np.ndarray:
 
     -(max_k w_k (1 - f_k) + 0.05 sum_k w_k (1 - f_k)): 1, the task's expert, is the ideal. A weighted mean
     misses the points of a front that lie in a hollow, and likes its ends; this does neither.
-    Source: Steuer and Choo 1983, "An Interactive Weighted Tchebycheff Procedure".
+    Source: Knowles 2006, "ParEGO", whose sum has the weights too, so that a task of weight 0 has no
+    say; that of Steuer and Choo 1983, "An Interactive Weighted Tchebycheff Procedure", has none.
     """
     regret = np.atleast_2d(weights)[:, None] * (1 - checked(points))[None]  # (W, n, K)
     return -(regret.max(-1) + AUGMENT * regret.sum(-1))

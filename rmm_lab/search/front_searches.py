@@ -1,4 +1,4 @@
-"""Searches for fronts: the same evaluations on the same subsets for each, and but for HM3 the same start.
+"""Searches for fronts: the same number of evaluations on the same subsets, and but for HM3 the same start.
 
     simplex of weighted averages       rewarded soups; no evaluation      Ramé et al. 2023
     simplex of weighted least squares  a fit for each weight; none        ``matching``

@@ -97,7 +97,7 @@ def promising(promised: Mapping[str, np.ndarray], ends: Ends, n: int = FINALISTS
 def distance(pool: Any, path: Path) -> float:
     """The Euclidean norm of theta - theta_0, over the stem and each layer that runs; in units of the weights.
 
-    Two layers that run twice count twice. MM-MO's regulariser (Li et al. 2024) is the 1-norm of the same.
+    A layer that runs twice counts twice. MM-MO's regulariser (Li et al. 2024) is the 1-norm of the same.
     """
     first, steps = split_stem(path)
     total = 0.0
@@ -163,8 +163,16 @@ class Front:
         return np.array([getattr(p, split) or nothing for p in self.points], float)
 
     def normalised(self, split: str = "reward") -> np.ndarray:
-        """The same on the scale of ``Ends``, (n, K)."""
-        return self.ends["test" if split == "test" else "reward"].normalised(self.scores(split))
+        """The same on the scale of ``Ends``, (n, K), for a split of ``scaled``."""
+        ends = self.ends["test" if split == "test" else "reward"]
+        return ends.normalised(self.scores(split), self.ends["reward"].counts)
+
+    @property
+    def scaled(self) -> tuple[str, ...]:
+        """The splits with a scale for each task that counts: ``test`` if the experts are better there too."""
+        on = self.ends["reward"].counts
+        there = "test" in self.ends and self.ends["test"].counts[on].all()
+        return SPLITS if there else SPLITS[:2]
 
     @property
     def knee(self) -> int:
@@ -196,7 +204,7 @@ class Front:
     def measures(self) -> dict[str, dict[str, float]]:
         """Split -> hypervolume, R2 and expected utility of the points, as far as they were scored."""
         out: dict[str, dict[str, float]] = {}
-        for split in SPLITS if "test" in self.ends else SPLITS[:2]:
+        for split in self.scaled:
             points = self.normalised(split)
             if len(points := points[np.isfinite(points).all(1)]):
                 weights = lattice_of(points.shape[1], FINALISTS)
@@ -381,8 +389,8 @@ def write_front(front: Front, folder: Any) -> None:
     from rmm_lab.figures.paths import png
 
     tasks = [t for t, on in zip(front.tasks, front.ends["reward"].counts, strict=True) if on]
-    splits = [split for split in SPLITS[1:] if split in front.ends]
-    picture = front_picture({s: front.normalised(s) for s in splits}, tasks, {front.knee: "knee"})
+    found = {split: front.normalised(split) for split in front.scaled[1:]}
+    picture = front_picture(found, tasks, {front.knee: "knee"})
     folder.write("front.json", front.to_json())
     folder.write("front.md", markdown(front))
     folder.write("front.png", png(picture))
@@ -420,11 +428,16 @@ def markdown(front: Front) -> str:
         f"stems and layers that a point stores; all points together store {front.modules}. *Distance*: the "
         f"norm of the weights minus the base's.\n\nThe knee is point {front.knee}.\n\nHypervolume of "
         f"(score − base) / (expert − base), 1 for every expert at once: {', '.join(said)}; subsets promised "
-        f"{front.promise:.3f} by {front.archive} paths.\n"
+        f"{front.promise:.3f} by {front.archive} path{'' if front.archive == 1 else 's'}.\n"
     )
     if left:
         text += (
             f"\n{', '.join(left)}: the expert is no better than the base on the reward split, so that the "
             "front does not count it.\n"
+        )
+    if "test" in front.ends and "test" not in front.scaled:
+        text += (
+            "\nAn expert is no better than the base on the test split, so that there is no scale there and "
+            "no hypervolume.\n"
         )
     return text

@@ -180,6 +180,11 @@ def train(
             report.write_tables(result, rows, problem, folder)
             if run.export:
                 say(mergekit.write(path, problem.pool, folder))
+            if result.front is not None:
+                said = f"the knee is {result.front.knee}; all are in {folder.path / 'front.md'}"
+                say(
+                    f"front: {len(result.front.points)} of {result.front.finalists} finalists; {said}"
+                )
             say(f"\nwritten: {folder.path} (the merged model: {folder.path / 'merged'})")
     return result
 

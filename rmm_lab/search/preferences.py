@@ -31,9 +31,9 @@ class Ends:
         """Which tasks have a scale, (N,) bool: K of them."""
         return self.expert > self.base
 
-    def normalised(self, found: np.ndarray) -> np.ndarray:
-        """(f - base) / (expert - base) of the tasks that count: (..., N) -> (..., K)."""
-        on = self.counts
+    def normalised(self, found: np.ndarray, on: np.ndarray | None = None) -> np.ndarray:
+        """(f - base) / (expert - base) of the tasks that count, or of those ``on``: (..., N) -> (..., K)."""
+        on = self.counts if on is None else on
         gains = np.asarray(found, float)[..., on] - self.base[on]
         return np.asarray(gains / (self.expert - self.base)[on])
 

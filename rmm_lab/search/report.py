@@ -131,9 +131,9 @@ def frame(rows: Sequence[Row], tasks: Sequence[Any]) -> Any:
 
 def _markdown(rows: Sequence[Row], tasks: Sequence[Any], tablefmt: str) -> str:
     found = frame(rows, tasks).astype(object)
-    found = found.where(found.notna(), None)
     if tablefmt == "pipe":
         found = found.map(lambda v: escaped(v) if isinstance(v, str) else v).rename(columns=escaped)
+    found = found.astype(object).where(found.notna(), None)  # last: map makes NaN of None
     return str(found.to_markdown(index=False, floatfmt=".1f", tablefmt=tablefmt, missingval=""))
 
 

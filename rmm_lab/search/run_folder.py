@@ -38,6 +38,7 @@ from torch import Tensor
 
 from rmm_lab.errors import FULL, InputError, one_sentence
 from rmm_lab.search.made_of import of_tensors
+from rmm_lab.tasks import plain
 from rmm_lab.tasks.files import write_file
 from rmm_lab.tasks.hold import check_new, held, held_new
 
@@ -116,7 +117,7 @@ class RunFolder:
         """The options of an earlier run, as stored."""
         assert self.path is not None
         try:
-            return dict(json.loads((self.path / CONFIG).read_text("utf-8")))
+            return dict(plain.read_json(self.path / CONFIG))
         except (OSError, ValueError, TypeError) as error:
             raise InputError(
                 f"--resume: expected a run folder with config.json, found none that can be read in "
@@ -128,10 +129,23 @@ class RunFolder:
         assert self.path is not None
         file = self.path / name
         try:
-            return from_csv(file.read_text("utf-8") if file.exists() else "")
+            return from_csv(self._content(name).decode())
         except (TypeError, ValueError, csv.Error) as error:
             raise InputError(
                 f"{file}: expected a table of a search, found an altered one ({error}); {_AGAIN}"
+            ) from error
+
+    def _content(self, name: str) -> bytes:
+        """A table's bytes, none where there is no file; InputError for what is no regular file."""
+        assert self.path is not None
+        file = self.path / name
+        try:
+            return plain.read_bytes(file, plain.TEXT_MB)
+        except FileNotFoundError:
+            return b""
+        except (OSError, ValueError) as error:
+            raise InputError(
+                f"{file}: expected a table of a search, found none that can be read ({error}); {_AGAIN}"
             ) from error
 
     def save_checkpoint(
@@ -168,6 +182,7 @@ class RunFolder:
             self._check_beyond(0, 0, most)
             return None
         try:
+            plain.check_regular(file)
             with safe_open(file, framework="pt") as stored:
                 metadata = stored.metadata()
                 tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
@@ -175,7 +190,7 @@ class RunFolder:
                 raise ValueError("its SHA-256 is another")
             counters = json.loads(metadata["counters"])
             made_of, tables = counters["made_of"], counters["tables"]
-        except (SafetensorError, ValueError, KeyError, TypeError) as error:
+        except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
             raise InputError(
                 f"--resume: expected a whole checkpoint of this version in {file}, found a truncated or "
                 f"altered one ({error}); {_AGAIN}"
@@ -199,7 +214,7 @@ class RunFolder:
         """The rows of a table that the checkpoint knows."""
         assert self.path is not None
         file = self.path / name
-        content = file.read_bytes() if file.exists() else b""
+        content = self._content(name)
         if _sha256(content[:bytes]) != sha256:
             n = max(0, content.count(b"\n") - 1)
             raise InputError(

@@ -1,14 +1,25 @@
-"""A console that does not end a run: it may close, fill up, lack letters, or not be there at all."""
+"""How a command runs: errors and Ctrl-C in one line, on a console that does not end it.
+
+The console may close, fill up, lack letters, or not be there at all.
+"""
 
 from __future__ import annotations
 
 import errno
 import io
 import os
+import re
+import signal
 import sys
-from collections.abc import Callable, Iterator
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from typing import Any
+from pathlib import Path
+from typing import Any, NoReturn
+
+from rmm_lab.errors import InputError, check_given, one_sentence
+
+_NO_MEMORY = re.compile(r"out of memory|can't allocate memory|invalid buffer size", re.IGNORECASE)
 
 
 class Lasting:
@@ -69,3 +80,112 @@ def lasting_console() -> Iterator[None]:
                 print(f"note: not all could be written to stdout ({out.lost})", file=err)
             err.flush()
             sys.stdout, sys.stderr = before
+
+
+@contextmanager
+def finishing() -> Iterator[None]:
+    """Ctrl-C does not stop the block, such as one that writes a model; it is raised after it."""
+    before, asked = signal.getsignal(signal.SIGINT), []
+    if not _ours(before):
+        yield
+        return
+    signal.signal(signal.SIGINT, lambda *_: asked.append(1))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if asked:
+        raise KeyboardInterrupt
+
+
+@contextmanager
+def loading() -> Iterator[None]:
+    """Ctrl-C while libraries are imported ends the process at once, in one line.
+
+    An exception would come up in the middle of a library, which may take it for its own.
+    """
+    before = signal.getsignal(signal.SIGINT)
+    if not _ours(before):
+        yield
+        return
+    signal.signal(signal.SIGINT, _end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _ours(handler: Any) -> bool:
+    """Whether Ctrl-C is Python's, and not ignored, as under nohup, or a caller's."""
+    in_main = threading.current_thread() is threading.main_thread()
+    return in_main and handler is signal.default_int_handler
+
+
+def _end(*_: object) -> NoReturn:
+    with suppress(OSError):
+        os.write(2, b"\nstopped; nothing is written\n")
+    os._exit(130)
+
+
+def run_command(
+    command: Any,
+    prog: str,
+    argv: Sequence[str] | None = None,
+    stopped: str = "",
+    **options: Any,
+) -> int:
+    """Parse a command line into a dataclass with ``run`` and run it, on a lasting console.
+
+    Returns the exit code: 0, 2 for bad input, 130 after Ctrl-C.
+
+    Args:
+        command: the dataclass. prog: what the command is called in its help.
+        argv: the words; by default those of the process.
+        stopped: what Ctrl-C leaves behind, for the message.
+        options: further options of ``tyro.cli``, such as ``default``.
+    """
+    with lasting_console():
+        try:
+            with loading():
+                import tyro
+
+            words = sys.argv[1:] if argv is None else list(argv)
+            check_words(words)
+            config = (tyro.conf.PositionalRequiredArgs, tyro.conf.OmitArgPrefixes)
+            tyro.cli(command, args=words, prog=prog, config=config, **options).run()
+        except (InputError, OSError) as error:
+            return refused(error)
+        except KeyboardInterrupt as error:
+            print(f"\nstopped; {str(error) or stopped}", file=sys.stderr)
+            return 130
+        except (MemoryError, RuntimeError) as error:
+            if not isinstance(error, MemoryError) and not _NO_MEMORY.search(str(error)):
+                raise
+            why = str(error).strip().partition("\n")[0] or "Python has none left"
+            more = "take a smaller batch, fewer workers or a smaller model, or another machine"
+            return refused(InputError(f"expected more memory, found too little ({why}); {more}"))
+        return 0
+
+
+def check_words(words: Sequence[str]) -> None:
+    """Raise InputError for an option whose value is empty, or in the home of a user who is not there."""
+    option = ""
+    for word, after in zip(words, [*words[1:], None], strict=True):
+        name, equals, value = word.partition("=")
+        check_given(name, value if equals else after)
+        option = name if name.startswith("--") else option
+        if "\0" in word:
+            raise InputError(f"{option or 'argument'}: expected a text without NUL, found {word!r}")
+        home = re.search(r"(?:^|[=:])(~[^/=:]*)", word)
+        try:
+            Path(home[1] if home else "").expanduser()
+        except RuntimeError as error:
+            raise InputError(
+                f"{option or word}: expected the home of a user, found no {home and home[1]}; correct it"
+            ) from error
+
+
+def refused(error: Exception) -> int:
+    """Say what was wrong with the input, in one line; the exit code."""
+    print(f"\nerror: {one_sentence(error)}", file=sys.stderr)
+    return 2

@@ -8,7 +8,7 @@ import io
 import os
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -174,9 +174,11 @@ def write_file(file: Path, content: str | bytes) -> None:
     try:
         # What is no UTF-8 in a file's name becomes an escape, which JSON reads.
         raw = content.encode(errors="backslashreplace") if isinstance(content, str) else content
+        scratch.unlink(missing_ok=True)  # or what a link there leads to would be written over
         scratch.write_bytes(raw)
         scratch.replace(file)
     except OSError as error:
         raise OSError(error.errno, error.strerror, str(file)) from error
     finally:
-        scratch.unlink(missing_ok=True)
+        with suppress(OSError):  # it is a folder
+            scratch.unlink(missing_ok=True)

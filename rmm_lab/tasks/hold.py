@@ -10,6 +10,7 @@ import errno
 import os
 import platform
 import shlex
+import stat
 import sys
 import time
 from collections.abc import Iterator
@@ -53,18 +54,20 @@ def check_new(folder: Path, option: str = "--run-dir", resume: bool = True) -> N
 @contextmanager
 def held(folder: Path, option: str) -> Iterator[None]:
     """No other process may hold the folder meanwhile; InputError if one does."""
-    file, flags = folder / LOCK, os.O_RDWR | os.O_CREAT
-    descriptor = os.open(file, flags, 0o644)
+    file = folder / LOCK
+    descriptor = _opened(file)
     try:
         _lock(descriptor, folder, option)
         while not _is(file, descriptor):  # another's, who has ended and taken the file away
             os.close(descriptor)
-            descriptor = os.open(file, flags, 0o644)
+            descriptor = _opened(file)
             _lock(descriptor, folder, option)
         since = time.strftime("%Y-%m-%d %H:%M:%S")
         who = f"process {os.getpid()} on {platform.node()} since {since}"
         try:
-            file.write_text(who)
+            os.ftruncate(descriptor, 0)
+            os.lseek(descriptor, 0, os.SEEK_SET)
+            os.write(descriptor, who.encode())
             yield
         finally:
             with suppress(FileNotFoundError, PermissionError):  # Windows removes no open file
@@ -80,16 +83,40 @@ def held_new(folder: Path, option: str = "--run-dir", resume: bool = True) -> It
     What was made and is left empty is removed again. Of several processes that begin at once, one gets it.
     """
     check_new(folder, option, resume)
+    with held_made(folder, option):
+        check_new(folder, option, resume)  # now that no other can write to it
+        yield
+
+
+@contextmanager
+def held_made(folder: Path, option: str) -> Iterator[None]:
+    """The same for a folder that may hold files; it is made if need be, and removed if it is left empty."""
+    check_writable(folder, option)
     missing = [p for p in (folder, *folder.absolute().parents) if not p.exists()]
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with held(folder, option):
-            check_new(folder, option, resume)  # now that no other can write to it
             yield
     finally:
         for path in missing:
             with suppress(OSError):  # it is not empty
                 path.rmdir()
+
+
+def _opened(file: Path) -> int:
+    """A regular file to read and write, made if need be; a link would lead to a file of somebody else's."""
+    flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
+    try:
+        descriptor = os.open(file, flags, 0o644)
+        if stat.S_ISREG(os.fstat(descriptor).st_mode):
+            return descriptor
+        os.close(descriptor)
+        found = "something else"
+    except OSError as error:
+        if error.errno not in (errno.ELOOP, errno.EISDIR, errno.ENXIO):
+            raise
+        found = "a link" if error.errno == errno.ELOOP else "something else"
+    raise InputError(f"{file}: expected the file of a lock, found {found}; remove it")
 
 
 def _is(file: Path, descriptor: int) -> bool:

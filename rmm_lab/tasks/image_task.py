@@ -6,6 +6,7 @@ once. Images are kept as uint8 and normalised batch by batch.
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -96,7 +97,7 @@ class Task:
                 f"a folder SPLIT/CLASS/image, a name that ships ({', '.join(SMALL)}), or FORMAT:FOLDER "
                 f"({', '.join(image_formats.ALL)})"
             )
-            self.name = root.resolve().name
+            self.name = Path(os.path.realpath(root)).name  # also of links in a circle
             with or_shipped(source, NAMES):
                 group_of = group_reader(groups, root) if groups else None
                 classes, self._files = images.list_folder(root, expected, group_of)

@@ -6,6 +6,7 @@ and turns their rows into prompts; ``small_texts`` makes the small tasks that sh
 
 from __future__ import annotations
 
+import os
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
@@ -230,7 +231,7 @@ class Texts(ABC, Generic[S, B]):
             head, _, rest = source.partition(":")
             place = rest if head in formats.FORMATS else source
             hub = place.startswith("hf-hub")
-            name = Path(place).expanduser().resolve().name
+            name = Path(os.path.realpath(Path(place).expanduser())).name
             self.name = head if hub else re.sub(r"\.(jsonl?|tsv|csv|parquet)(\.gz)?$", "", name)
             with or_shipped(source, self.ships):
                 self._rows = formats.load(source)

@@ -6,7 +6,7 @@ python -m rmm_lab finetune --base B --images FOLDER --out E
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -18,10 +18,11 @@ from rmm_lab.families.checkpoint import Checkpoint, read_checkpoint, write_check
 from rmm_lab.families.parts import Weights
 from rmm_lab.families.shipped import locate
 from rmm_lab.reward import predict
+from rmm_lab.tasks.console import finishing
 from rmm_lab.tasks.files import SPLITS, check_names, split_lists, write_file
 from rmm_lab.tasks.groups import of_groups
 from rmm_lab.tasks.hold import check_new, held_new
-from rmm_lab.zoo.training import fine_tune
+from rmm_lab.zoo.training import fine_tune, is_finite
 
 _PIECE = 2**24  # bytes that are written at a time to try the space
 
@@ -62,7 +63,9 @@ class Finetune:
     def run(self) -> None:
         """Fine-tune and write the model; report the reward split on the way, the test split at the end.
 
-        Ctrl-C keeps the model so far. No other process may write to its folder meanwhile.
+        Ctrl-C keeps the best model so far by the reward split: of those after each quarter of the steps and
+        the present one, which alone is kept before the first. No other process may write to its folder
+        meanwhile.
         """
         data, sources = ("texts", self.texts) if self.texts else ("images", self.images)
         self.out = self.out and self.out.expanduser()  # --out=~/x, which no shell expands
@@ -94,24 +97,46 @@ class Finetune:
             for note in getattr(task, "notes", ()):
                 print(f"note: {note}")
 
-        def say(model: Checkpoint, split: str, before: str = "") -> None:
-            for task, score in zip(tasks, _scores(model, tasks, split), strict=True):
+        def say(model: Checkpoint, split: str, before: str = "") -> float:
+            scores = list(_scores(model, tasks, split))
+            for task, score in zip(tasks, scores, strict=True):
                 metric = "" if task.metric == "accuracy" else f" ({task.metric})"
                 print(f"{before}{task.name}: {100 * score:.1f} % of the {split} split{metric}")
+            return sum(scores) / len(scores)
+
+        best: tuple[float, str, Weights] | None = None
 
         def watch(step: int, config: dict[str, Any], weights: Weights) -> None:
+            nonlocal best
             model = Checkpoint(str(out), out, config, weights, "")
-            say(model, "reward", f"after {step} steps: ")
+            score = say(model, "reward", f"after {step} steps: ")
+            if best is None or score >= best[0]:
+                copies = {name: tensor.clone() for name, tensor in weights.items()}
+                best = score, f"{step} of {self.steps} steps", copies
 
-        def keep(config: dict[str, Any], weights: Weights) -> None:
-            with _room(out):
+        def keep(at: str, config: dict[str, Any], weights: Weights) -> None:
+            if not all(map(is_finite, weights.values())):
+                weights = {}
+            elif best is not None:
+                with suppress(KeyboardInterrupt):  # again: the best so far
+                    watch(int(at.partition(" ")[0]), config, weights)
+            if best is not None:
+                _, at, weights = best
+            if weights:
+                write(at, config, weights)
+
+        done = ""
+
+        def write(after: str, config: dict[str, Any], weights: Weights) -> None:
+            nonlocal done
+            with finishing(), _room(out):
                 write_checkpoint(out, config, weights, beside=base.folder)
                 if lists := split_lists(tasks):
                     write_file(out / "splits.csv", lists)
+                done = after
 
         with held_new(out, "--out", resume=False):
             try_space(out, sum(t.numel() * t.element_size() for t in base.weights.values()))
-            done = ""
             try:
                 config, weights = fine_tune(
                     base,
@@ -124,13 +149,12 @@ class Finetune:
                     watch=watch,
                     keep=keep,
                 )
-                keep(config, weights)
-                done = f"all {self.steps} steps"
+                write(f"all {self.steps} steps", config, weights)
                 say(Checkpoint(str(out), out, config, weights, ""), "test")
-            except KeyboardInterrupt as stopped:
-                if done := done or str(stopped):
+            except KeyboardInterrupt:
+                if done:
                     raise KeyboardInterrupt(f"the model after {done} is in {out}") from None
-                raise
+                raise KeyboardInterrupt from None
             print(f"written: {out}")
 
     def _check(self, sources: tuple[str, ...]) -> None:

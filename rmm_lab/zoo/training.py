@@ -60,7 +60,7 @@ def optimise(
             progress.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
             quarter = done * 4 // steps > step * 4 // steps
             # Weights that are not finite any more give no score; the next loss tells.
-            if watch is not None and quarter and all(map(_finite, model.parameters())):
+            if watch is not None and quarter and all(map(is_finite, model.parameters())):
                 watch(done)
     except KeyboardInterrupt:
         progress.close()
@@ -69,7 +69,8 @@ def optimise(
         model.eval().requires_grad_(False)
 
 
-def _finite(tensor: Tensor) -> bool:
+def is_finite(tensor: Tensor) -> bool:
+    """Whether no number of a tensor is NaN or infinite."""
     return bool(torch.isfinite(tensor).all())
 
 
@@ -86,14 +87,15 @@ def fine_tune(
     device: str = "cpu",
     balance: bool = False,
     watch: Callable[[int, dict[str, Any], Weights], None] | None = None,
-    keep: Callable[[dict[str, Any], Weights], None] | None = None,
+    keep: Callable[[str, dict[str, Any], Weights], None] | None = None,
 ) -> tuple[dict[str, Any], Weights]:
     """Fine-tune all weights on the train split of one task (an expert) or several (a multi-task model).
 
     tasks: of the base's family. augment: whether images are distorted a little. balance: whether all answers
     of a task weigh the same in its loss, however frequent. watch: called after each quarter of the
-    steps with their number, config.json and weights so far; keep: with the latter two after Ctrl-C, which
-    is raised again. Returns config.json and the weights, on ``device``.
+    steps with their number, config.json and weights so far, which change as it goes on; keep: after Ctrl-C,
+    which is raised again, with "12 of 100 steps" and the same. Returns config.json and the weights, on
+    ``device``.
     """
     # Named only where it is asked for: a family whose tasks have no answers of their own need not know it.
     more = {"balance": True} if balance else {}
@@ -111,6 +113,6 @@ def fine_tune(
         optimise(model, losses, **options, label=label, watch=after)
     except KeyboardInterrupt as stopped:
         if keep is not None and str(stopped):
-            keep(*result())
+            keep(str(stopped), *result())
         raise
     return result()
