@@ -133,6 +133,22 @@ def test_a_folder_whose_name_is_no_utf8_is_carried(tiny, here):
     assert main(["--resume", "run", "--compare", "paper", "--quiet"]) == 0
 
 
+def test_models_with_the_same_weights_are_noted(tiny, capsys):
+    one, two = tiny["experts"]
+    copy = str(shutil.copytree(tiny["base"], "copy"))
+    for experts, said in (
+        ([one, copy], ["note: expert copy has the same weights as the base, and adds nothing"]),
+        ([one, one], ["note: expert i2 has the same weights as expert i1, and adds nothing"]),
+        ([one, two], []),
+    ):
+        assert (
+            main(words(tiny, "--run-dir", f"run{len(list(Path().iterdir()))}", experts=experts))
+            == 0
+        )
+        found = [line for line in capsys.readouterr().out.splitlines() if "same weights" in line]
+        assert [line.partition(" to a merge")[0] for line in found] == said
+
+
 def test_two_dollars_are_no_mathematics():
     def drawn(title):
         figure, (axes,) = figures.panels(1, 1, 2, 2)

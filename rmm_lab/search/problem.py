@@ -119,9 +119,16 @@ class Problem:
         return self.spec.stem
 
     def notes(self) -> list[str]:
-        """What a reader of the scores must know about how the models were read."""
+        """What a reader of the scores must know about how the models were read, and which are the same."""
         models = (self.pool.base, *self.pool.experts)
-        return [f"model {model.source}: {note}" for model in models for note in model.notes]
+        said = [f"model {model.source}: {note}" for model in models for note in model.notes]
+        first: dict[str, str] = {}
+        for model, name in zip(
+            models, ("the base", *map("expert {}".format, self.pool.names)), strict=True
+        ):
+            if model.sha256 and (other := first.setdefault(model.sha256, name)) != name:
+                said.append(f"{name} has the same weights as {other}, and adds nothing to a merge")
+        return said
 
     def keep_converted(self, folder: Path) -> None:
         """Write what came as a pickle to a folder as safetensors, from where the pool's paths read it."""
