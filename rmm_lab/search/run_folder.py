@@ -117,7 +117,7 @@ class RunFolder:
         """The options of an earlier run, as stored."""
         assert self.path is not None
         try:
-            return dict(plain.read_json(self.path / CONFIG))
+            return dict(plain.read_json(self.path / CONFIG, halves=True))  # paths may have them
         except (OSError, ValueError, TypeError) as error:
             raise InputError(
                 f"--resume: expected a run folder with config.json, found none that can be read in "

@@ -40,14 +40,15 @@ def read_bytes(file: Path, most_mb: int) -> bytes:
     return content
 
 
-def read_json(file: Path) -> Any:
+def read_json(file: Path, *, halves: bool = False) -> Any:
     """``parse_json`` of a regular file of at most ``CONFIG_MB``, in UTF-8."""
-    return parse_json(read_bytes(file, CONFIG_MB).decode("utf-8-sig"))
+    return parse_json(read_bytes(file, CONFIG_MB).decode("utf-8-sig"), halves=halves)
 
 
-def parse_json(text: str) -> Any:
+def parse_json(text: str, *, halves: bool = False) -> Any:
     """JSON as data; ValueError for NaN or Infinity, a key twice, more than ``DEEPEST`` lists or objects in
-    each other, and halves of a character (lone surrogates), which cannot be written again."""
+    each other, and unless ``halves`` half a character (a lone surrogate), which a path may have that is no
+    UTF-8."""
     try:
         found = json.loads(
             text, object_pairs_hook=_once, parse_constant=_refuse, parse_float=_finite
@@ -57,7 +58,7 @@ def parse_json(text: str) -> Any:
         too_deep = True
     if too_deep:
         raise ValueError(f"more than {DEEPEST} lists or objects in each other")
-    if _SURROGATE.search(text):
+    if not halves and _SURROGATE.search(text):
         try:
             json.dumps(found, ensure_ascii=False).encode()
         except UnicodeEncodeError as error:
