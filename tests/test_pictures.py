@@ -21,6 +21,7 @@ from rmm_lab.families import checkpoint as models
 from rmm_lab.families import vit
 from rmm_lab.search import report
 from rmm_lab.search.problem import load_problem, pool_of
+from rmm_lab.tasks.groups import reader
 from rmm_lab.tasks.image_task import InputFormat, Task
 from rmm_lab.tasks.input_format import preprocessing
 
@@ -405,6 +406,14 @@ def test_bad_groups_are_refused_in_a_sentence(tmp_path, monkeypatch, groups, wor
     Path("short.csv").write_text("file,group\nb/0.png,x\n")
     with pytest.raises(InputError, match=words):
         Task("set", GREY, groups)
+
+
+def test_a_table_of_groups_that_is_too_large_is_refused(tmp_path, monkeypatch):
+    file = tmp_path / "groups.csv"
+    file.write_text("file,group\n" + "a/1.png,x\n" * 200_000)  # 2 MB
+    monkeypatch.setattr("rmm_lab.tasks.plain.CONFIG_MB", 1)
+    with pytest.raises(InputError, match="expected a table in UTF-8, .*more than 1 MiB"):
+        reader(str(file), tmp_path)
 
 
 def test_groups_are_part_of_a_problem_and_of_its_path(tmp_path):

@@ -329,3 +329,13 @@ def test_files_of_a_run_are_regular_ones(tmp_path, name, kind):
     }
     with pytest.raises(InputError, match=name if name != "config.json" else "--resume"):
         reads.get(name, folder.load_checkpoint)()
+
+
+def test_a_folder_in_the_place_of_a_result_is_told_before_the_search_goes_on(tmp_path):
+    folder = RunFolder.create(tmp_path / "run", {})
+    for name in ("notes.json", "cross-task.png"):
+        (tmp_path / "run" / name).mkdir()
+        with pytest.raises(InputError, match=rf"--resume: .*{name}, found a folder; move it away"):
+            folder.load_checkpoint()
+        (tmp_path / "run" / name).rmdir()
+    assert folder.load_checkpoint() is None

@@ -49,6 +49,11 @@ Stored = tuple[
 _AGAIN = "start the search again in another folder"
 CONFIG, EPISODES, UPDATES = "config.json", "episodes.csv", "updates.csv"
 CHECKPOINT = "checkpoint.safetensors"
+RESULTS = (  # files that are written in the end
+    *("policy.safetensors", "policies.safetensors", "path.json", "finalists.json", "notes.json"),
+    *("table.json", "table.md", "rewards.png", "path.png", "cross-task.png", "mergekit.yaml"),
+    *("front.json", "front.md", "front.png"),
+)
 TEXTS = ("phase", "actions", "path")  # columns of text; all others hold numbers
 
 
@@ -177,6 +182,11 @@ class RunFolder:
         """
         if self.path is None:
             return None
+        for name in RESULTS:
+            if (self.path / name).is_dir():
+                raise InputError(
+                    f"--resume: expected to write the file {self.path / name}, found a folder; move it away"
+                )
         file = self.path / CHECKPOINT
         if not file.exists():
             self._check_beyond(0, 0, most)

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from rmm_lab.errors import InputError
+from rmm_lab.tasks import plain
 from rmm_lab.tasks.files import absolute
 
 GroupOf = Callable[[Any], str]  # a picture -> what it belongs to
@@ -80,8 +81,9 @@ def _table(file: Path, thing: str) -> dict[str, str]:
     if not file.is_file():
         raise InputError(f"{thing}: expected a table of files and groups, found no {file}; name it")
     try:
-        rows = list(csv.reader(file.read_text("utf-8-sig").splitlines()))
-    except (UnicodeDecodeError, csv.Error) as error:
+        text = plain.read_bytes(file, plain.CONFIG_MB).decode("utf-8-sig")
+        rows = list(csv.reader(text.splitlines()))
+    except (OSError, ValueError, csv.Error) as error:
         raise InputError(
             f"{thing}: expected a table in UTF-8, found another file ({error}); save it as CSV"
         ) from error

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from rmm_lab.errors import InputError
-from rmm_lab.tasks import hub
+from rmm_lab.tasks import hub, plain
 from rmm_lab.tasks import image_folder as images
 from rmm_lab.tasks.files import content
 from rmm_lab.tasks.groups import GroupOf
@@ -117,8 +117,12 @@ def _read_cub(folder: Path, form: ImageFormat, refuse: Refuse) -> Official:
 
 def _numbered(file: Path, refuse: Refuse) -> dict[str, str]:
     """Lines of a number and a text."""
-    out = {}
-    for line in filter(str.strip, file.read_text("utf-8", errors="replace").splitlines()):
+    out: dict[str, str] = {}
+    try:
+        text = plain.read_bytes(file, plain.CONFIG_MB).decode("utf-8", errors="replace")
+    except (OSError, ValueError) as error:
+        refuse(f"a table of numbers and texts in {file}", f"none that can be read ({error})")
+    for line in filter(str.strip, text.splitlines()):
         number, _, text = line.strip().partition(" ")
         if not number.isdecimal() or not text or number in out:
             refuse(f"lines of a new number and a text in {file}", repr(line))
@@ -202,7 +206,8 @@ def _read_gtsrb(folder: Path, form: ImageFormat, refuse: Refuse) -> Official:
 def _signs(file: Path, refuse: Refuse) -> list[tuple[str, int]]:
     """File names and classes of a table of GTSRB."""
     try:
-        rows = list(csv.DictReader(file.read_text("utf-8-sig").splitlines(), delimiter=";"))
+        text = plain.read_bytes(file, plain.CONFIG_MB).decode("utf-8-sig")
+        rows = list(csv.DictReader(text.splitlines(), delimiter=";"))
         return [(row["Filename"], int(row["ClassId"])) for row in rows]
     except (OSError, KeyError, ValueError, TypeError, csv.Error) as error:
         refuse(f"Filename and ClassId, separated by semicolons, in {file}", f"others ({error!r})")
