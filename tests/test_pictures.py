@@ -412,7 +412,7 @@ def test_a_table_of_groups_that_is_too_large_is_refused(tmp_path, monkeypatch):
     file = tmp_path / "groups.csv"
     file.write_text("file,group\n" + "a/1.png,x\n" * 200_000)  # 2 MB
     monkeypatch.setattr("rmm_lab.tasks.plain.CONFIG_MB", 1)
-    with pytest.raises(InputError, match="expected a table in UTF-8, .*more than 1 MiB"):
+    with pytest.raises(InputError, match=r"expected a table in UTF-8, .*more than 1 MiB"):
         reader(str(file), tmp_path)
 
 
