@@ -2,45 +2,20 @@
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 
-from rmm_lab.errors import InputError
 from rmm_lab.reward import Path
 from rmm_lab.search.front_measures import achievement, lattice_of
 from rmm_lab.search.front_space import Box, Trials
-from rmm_lab.search.layer_scales import BOUNDS, SEEDS
+from rmm_lab.search.layer_scales import BOUNDS
 from rmm_lab.search.preferences import Ends
-from rmm_lab.search.rivals import GROUP, SCALES, STARTUP, path_of_densities
+from rmm_lab.search.rivals import GROUP, SCALES, STARTUP, optuna_study, path_of_densities
 
 DRAWN = 4096  # points at which a fitted surface is looked at
 
 # ------------------------------------------------------------------------------- samplers of Optuna
-
-
-@contextmanager
-def optuna_study(sampler: str, seed: int, n_objectives: int, **options: Any) -> Iterator[Any]:
-    """A study that maximises so many objectives, without Optuna's news; InputError without the library."""
-    try:
-        import optuna
-    except ImportError as error:
-        raise InputError(
-            f"search: expected the library optuna, found none ({error}); install it with "
-            "pip install -e '.[search]'"
-        ) from error
-    verbosity = optuna.logging.get_verbosity()
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-            draws = getattr(optuna.samplers, sampler)(seed=seed % SEEDS, **options)
-            yield optuna.create_study(directions=["maximize"] * n_objectives, sampler=draws)
-    finally:
-        optuna.logging.set_verbosity(verbosity)
 
 
 def _numbers(size: int, low: float, high: float) -> dict[str, Any]:

@@ -22,7 +22,9 @@ worse on average.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import cache
 from itertools import cycle, repeat
 from typing import Any
@@ -127,6 +129,27 @@ def nsga2(scorer: Any, evaluations: int | Deadline, seed: int) -> Scored:
     return _by_optuna(scorer, evaluations, seed, GROUP, "NSGAIISampler", options)
 
 
+@contextmanager
+def optuna_study(sampler: str, seed: int, n_objectives: int, **options: Any) -> Iterator[Any]:
+    """A study that maximises so many objectives, without Optuna's news; InputError without the library."""
+    try:
+        import optuna
+    except ImportError as error:
+        raise InputError(
+            f"search: expected the library optuna, found none ({error}); install it with "
+            "pip install -e '.[search]'"
+        ) from error
+    verbosity = optuna.logging.get_verbosity()
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+            draws = getattr(optuna.samplers, sampler)(seed=seed % SEEDS, **options)
+            yield optuna.create_study(directions=["maximize"] * n_objectives, sampler=draws)
+    finally:
+        optuna.logging.set_verbosity(verbosity)
+
+
 def _by_optuna(
     scorer: Any,
     evaluations: int | Deadline,
@@ -136,20 +159,12 @@ def _by_optuna(
     options: dict[str, Any],
 ) -> Scored:
     """A study of one categorical choice for each place, ``batch`` paths asked for at a time."""
-    try:
-        import optuna
-    except ImportError as error:
-        raise InputError(
-            f"search: expected the library optuna, found none ({error}); install it with "
-            "pip install -e '.[search]'"
-        ) from error
-    one = optuna.distributions.CategoricalDistribution(range(len(scorer.sources)))
-    choices: dict[str, Any] = {str(k): one for k in places_of(scorer)}
-    out, verbosity = Scored(scorer, evaluations), optuna.logging.get_verbosity()
-    optuna.logging.set_verbosity(optuna.logging.WARNING)  # without its news of each study
-    try:
-        draws = getattr(optuna.samplers, sampler)(seed=seed % SEEDS, **options)
-        study = optuna.create_study(direction="maximize", sampler=draws)
+    with optuna_study(sampler, seed, 1, **options) as study:
+        from optuna.distributions import CategoricalDistribution
+
+        one = CategoricalDistribution(range(len(scorer.sources)))
+        choices: dict[str, Any] = {str(k): one for k in places_of(scorer)}
+        out = Scored(scorer, evaluations)
         for number, value in enumerate(out.known):  # the uniform paths
             study.enqueue_trial(dict.fromkeys(choices, number))
             study.tell(study.ask(choices), value)
@@ -163,8 +178,6 @@ def _by_optuna(
             subset = len(out) // GROUP % scorer.n_subsets
             for trial, value in zip(trials, out.score(paths, repeat(subset)), strict=True):
                 study.tell(trial, value)
-    finally:
-        optuna.logging.set_verbosity(verbosity)
     return out
 
 
