@@ -27,6 +27,17 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+from rmm_lab.tasks.console import loaded, run_command
+
+if __name__ == "__main__":  # here, so that Ctrl-C is a sentence while torch is imported
+    sys.exit(
+        run_command(
+            loaded("benchmarks.bench:Bench"),
+            "python -m benchmarks.bench",
+            stopped="finished cases are stored",
+        )
+    )
+
 import numpy as np
 import pandas as pd
 import torch
@@ -46,7 +57,6 @@ from rmm_lab.search.config import Config, configure
 from rmm_lab.search.phases import make_scorer
 from rmm_lab.search.pipeline import train
 from rmm_lab.search.problem import Problem, problem_of
-from rmm_lab.tasks.console import run_command
 from rmm_lab.tasks.image_task import Split
 from rmm_lab.tasks.text_task import TextBatch
 
@@ -440,7 +450,3 @@ def machine() -> str:
         name = names[0].partition(":")[2].strip() if names else name
     gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
     return f"{name}, {os.cpu_count()} cores{gpu}, torch {torch.__version__}"
-
-
-if __name__ == "__main__":
-    sys.exit(run_command(Bench, "python -m benchmarks.bench", stopped="finished cases are stored"))

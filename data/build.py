@@ -9,6 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rmm_lab.tasks.console import loaded, run_command
+
+if __name__ == "__main__":  # here, so that Ctrl-C is a sentence while torch is imported
+    sys.exit(loaded("data.build:main")())
+
 import torch
 from PIL import Image
 
@@ -32,7 +37,6 @@ from rmm_lab.families.shipped import (
     model_folder,
 )
 from rmm_lab.tasks import image_task, small_images, small_texts, small_writing, text_task
-from rmm_lab.tasks.console import run_command
 from rmm_lab.tasks.files import SPLITS, write_file
 from rmm_lab.zoo.training import fine_tune
 
@@ -179,7 +183,3 @@ class Build:
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line; returns the exit code."""
     return run_command(Build, "python -m data.build", argv, "what was rebuilt so far is stored")
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -14,7 +14,7 @@ import sys
 from collections.abc import Sequence
 
 from rmm_lab.errors import InputError
-from rmm_lab.tasks.console import lasting_console, loading, refused, run_command
+from rmm_lab.tasks.console import lasting_console, loaded, refused, run_command
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -32,17 +32,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(command: str, words: Sequence[str]) -> int:
     """Run a command, whose libraries are loaded now."""
     if command == "merge":
-        with loading():
-            from rmm_lab.search.command import main as merge
-        return merge(words)
+        return loaded("rmm_lab.search.command:main")(words)
     if command == "finetune":
-        with loading():
-            from rmm_lab.zoo.finetune import Finetune
-        return run_command(Finetune, "python -m rmm_lab finetune", words, "nothing is written")
+        return run_command(
+            loaded("rmm_lab.zoo.finetune:Finetune"), f"python -m rmm_lab {command}", words
+        )
     if command == "tables":
-        with loading():
-            from rmm_lab.evidence.tables import main as tables
-        return tables(words)
+        return loaded("rmm_lab.evidence.tables:main")(words)
     return refused(InputError(f"expected merge, finetune or tables, found {command!r}"))
 
 

@@ -16,6 +16,11 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from rmm_lab.tasks.console import loaded, run_command
+
+if __name__ == "__main__":  # here, so that Ctrl-C is a sentence while torch is imported
+    sys.exit(run_command(loaded("rmm_lab.ppo:Main"), "python -m rmm_lab.ppo"))
+
 import numpy as np
 import torch
 from torch import Tensor, nn
@@ -342,9 +347,3 @@ class Main(Args):
         print(f"greedy return {sum(greedy.rewards):.3f}")
         if "path" in greedy.info:
             print("greedy path", *greedy.info["path"])
-
-
-if __name__ == "__main__":
-    from rmm_lab.tasks.console import run_command
-
-    sys.exit(run_command(Main, "python -m rmm_lab.ppo"))

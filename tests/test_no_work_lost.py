@@ -245,12 +245,21 @@ def test_every_command_has_a_console_that_lasts(monkeypatch, kind):
 @pytest.mark.skipif(sys.platform == "win32", reason="has no SIGINT for one process")
 @pytest.mark.parametrize(
     ("loaded", "argv"),
-    [("numpy", ["--help"]), ("rmm_lab.families", ["finetune"]), ("pandas", ["tables", "show"])],
+    [
+        ("numpy", ["rmm_lab", "--help"]),
+        ("rmm_lab.families", ["rmm_lab", "finetune"]),
+        ("pandas", ["rmm_lab", "tables", "show"]),
+        ("numpy", ["rmm_lab.ppo", "--env-id", "CartPole-v1"]),
+        ("torch", ["rmm_lab.ppo"]),
+        ("nbformat", ["rmm_lab.course.notebooks", "--check"]),
+        ("numpy", ["benchmarks.bench", "--only", "none"]),
+        ("numpy", ["data.build", "--only", "none"]),
+    ],
     ids=lambda value: value if isinstance(value, str) else value[0],
 )
 def test_ctrl_c_while_libraries_are_imported_is_one_line(loaded, argv):
     process = subprocess.Popen(
-        [sys.executable, "-X", "importtime", "-m", "rmm_lab", *argv],
+        [sys.executable, "-X", "importtime", "-m", *argv],
         env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])},
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,

@@ -17,10 +17,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rmm_lab.tasks.console import loaded, run_command
+
+if __name__ == "__main__":  # here, so that Ctrl-C is a sentence while nbformat is imported
+    sys.exit(loaded("rmm_lab.course.notebooks:main")())
+
 import nbformat
 
 from rmm_lab.errors import InputError
-from rmm_lab.tasks.console import run_command
 from rmm_lab.tasks.files import write_file
 
 BEGIN, END = "### BEGIN SOLUTION", "### END SOLUTION"
@@ -134,7 +138,3 @@ class Course:
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line; returns the exit code: 0, or 2 for bad input and where a check fails."""
     return run_command(Course, "python -m rmm_lab.course.notebooks", argv)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -62,5 +62,4 @@ def main(words: Sequence[str]) -> int:
     except InputError as error:
         return refused(error)
     default = Merge(config.problem, config.agent, config.run)
-    prog, stopped = "python -m rmm_lab merge", "nothing is written"
-    return run_command(Merge, prog, words, stopped, default=default)
+    return run_command(Merge, "python -m rmm_lab merge", words, default=default)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import errno
 import io
 import os
+import pkgutil
 import re
 import signal
 import sys
@@ -115,6 +116,12 @@ def loading() -> Iterator[None]:
         signal.signal(signal.SIGINT, before)
 
 
+def loaded(name: str) -> Any:
+    """What MODULE:NAME says, its libraries imported now; for a module that is run, before it imports them."""
+    with loading():
+        return pkgutil.resolve_name(name)
+
+
 def _ours(handler: Any) -> bool:
     """Whether Ctrl-C is Python's, and not ignored, as under nohup, or a caller's."""
     in_main = threading.current_thread() is threading.main_thread()
@@ -131,7 +138,7 @@ def run_command(
     command: Any,
     prog: str,
     argv: Sequence[str] | None = None,
-    stopped: str = "",
+    stopped: str = "nothing is written",
     **options: Any,
 ) -> int:
     """Parse a command line into a dataclass with ``run`` and run it, on a lasting console.
