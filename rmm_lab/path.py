@@ -15,6 +15,7 @@ from rmm_lab.layers import LayerPool
 from rmm_lab.operators import MATCHED
 from rmm_lab.reward import Path, Step, split_stem
 from rmm_lab.tasks.files import shipped_name
+from rmm_lab.tasks.hold import check_apart
 
 SCHEMA = "rmm_lab/layer-path/1"
 _OLD_SCALES = "task_arithmetic:scale="  # older files have a step's scales in its source
@@ -166,6 +167,9 @@ class LayerPath:
         ViT's slices of the classifier); a repeated layer is stored as a copy.
         """
         pool, folder = pool or self.load_pool(), pathlib.Path(folder)
+        sources = [locate_stored(origin.source) for origin in (self.base, *self.experts)]
+        models = [s for s in sources if any(pathlib.Path(s).glob("*config.json"))]
+        check_apart(folder, "folder", models)
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             raise InputError(f"folder {folder}: expected a new or empty one; name another")
         model = self.build(pool)

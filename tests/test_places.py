@@ -11,6 +11,8 @@ from conftest import write_images
 from t5_models import write_texts
 
 from rmm_lab.errors import InputError
+from rmm_lab.evidence import tables
+from rmm_lab.evidence.paper_scale import PaperScale
 from rmm_lab.families import shipped
 from rmm_lab.path import LayerPath
 from rmm_lab.search.config import configure, read_config
@@ -19,6 +21,7 @@ from rmm_lab.search.problem import load_problem, pool_of
 from rmm_lab.search.run_folder import RunFolder
 from rmm_lab.tasks.files import absolute, place_in, recalled, shipped_name, spelled
 from rmm_lab.tasks.image_task import InputFormat, Task
+from rmm_lab.zoo.finetune import Finetune
 
 GREY = InputFormat((1, 8, 8), (0.5,), (0.5,))
 # Few episodes of merges that need nothing but weights.
@@ -182,3 +185,102 @@ def test_an_older_run_with_names_from_its_own_folder_says_where_to_resume(
     monkeypatch.chdir(elsewhere)
     with pytest.raises(InputError, match=rf"'base' in {elsewhere}.*where the run was started"):
         train(configure(config, resume=here / "run", quiet=True), table=False)
+
+
+# ----------------------------------------------------------------------- nothing goes into an input
+
+
+def everything(folder: Path) -> list[Path]:
+    return sorted(folder.rglob("*"))
+
+
+def refuses(command, option: str, where: str, inside: str) -> None:
+    """A sentence that names the option, the folder and the input; and nothing new on the disk."""
+    before = everything(Path())
+    with pytest.raises(InputError) as error:
+        command()
+    said = str(error.value)
+    assert said.startswith(f"{option}: expected a folder outside of what is read, found {where} ")
+    assert f"in {inside}" in said
+    assert everything(Path()) == before
+
+
+MERGE = {**OWN, **FEW, "multi_task": "joint"}
+
+
+@pytest.mark.parametrize("inside", ["letters", "symbols", "base", "digits", "textures", "joint"])
+@pytest.mark.parametrize("below", ["", "/run", "/train/class0/a/b"])
+def test_no_search_writes_into_what_it_reads(here, inside, below):
+    shutil.copytree("base", "joint")
+    options = MERGE | {"run_dir": Path(inside + below)}
+    refuses(lambda: train(configure("agent", **options)), "--run-dir", inside + below, inside)
+
+
+def test_a_folder_is_in_another_whatever_its_name(here):
+    """By a link, by way of ``..``, behind a format's name and a half's, and the default's runs/."""
+    (here / "link").symlink_to("letters")
+    for run_dir, images in (
+        ("link/run", OWN["images"]),
+        ("base/../letters/run", OWN["images"]),
+        ("letters/run", ("link", "symbols")),
+        ("letters/run", ("cifar10:letters:first", "symbols")),
+    ):
+        options = OWN | FEW | {"images": images, "run_dir": Path(run_dir)}
+        inside = next(i for i in images if "l" in i).split(":")[-2 if ":" in images[0] else 0]
+        refuses(lambda o=options: train(configure("agent", **o)), "--run-dir", run_dir, inside)
+    options = OWN | FEW | {"images": (".", "symbols")}
+    refuses(
+        lambda: train(configure("agent", **options), above=Path("runs")),
+        *("--run-dir", "runs", "."),
+    )
+
+
+def test_a_folder_beside_what_is_read_is_taken(here):
+    for run_dir in ("letters-run", "runs/letters", "base2/base"):
+        assert train(configure("agent", **OWN, **FEW, run_dir=Path(run_dir)), table=False).folder
+    Path("letters/old").mkdir()
+    shutil.move("runs/letters", "letters/old/run")
+    config = read_config(RunFolder(Path("letters/old/run")).read_config(), "letters/old/run")
+    options = {"resume": Path("letters/old/run"), **OWN}
+    refuses(
+        lambda: train(configure(config, **options), table=False),
+        *("--resume", "letters/old/run", "letters"),
+    )
+
+
+@pytest.mark.parametrize("inside", ["letters", "base"])
+def test_no_expert_is_written_into_what_it_is_made_of(here, inside):
+    for out in (Path(inside), Path(inside, "e"), here / inside / "a" / "b"):
+        tune = Finetune(base="base", images=("symbols", "letters"), out=out)
+        refuses(tune.run, "--out", str(out), inside)
+
+
+def test_no_merged_model_is_written_into_what_it_is_made_of(here):
+    result = train(configure("agent", **OWN, **FEW), table=False)
+    for inside in ("digits", "base"):
+        at = Path(inside, "merged")
+        refuses(lambda a=at: result.path.save_pretrained(a), "folder", str(at), str(here / inside))
+    assert result.path.save_pretrained(Path("digits-merged")).is_dir()
+
+
+def test_no_table_is_written_into_what_it_is_made_of(here, monkeypatch):
+    monkeypatch.setattr(tables.measure, "measure_all", lambda *a: pytest.fail("it measured"))
+    monkeypatch.setattr(PaperScale, "_look_for", lambda *a: pytest.fail("it looked"))
+    (here / "sets" / "cub200").mkdir(parents=True)
+    refuses(tables.Command("II", out=Path("textures/x")).run, "--out", "textures/x", "textures")
+    ours = shipped.model_folder("textures")
+    shutil.rmtree("textures")  # so that the name means what ships
+    refuses(tables.Command("II", out=ours / "x").run, "--out", str(ours / "x"), str(ours))
+    assert not (ours / "x").exists()
+    paper = PaperScale(Path("sets"), bases=("ViT-B/16=base",))
+    for out, inside in (
+        ("sets/results", "sets"),
+        ("base/results", "base"),
+        ("checkpoints-paper/ViT-B-16/dogs/x", "checkpoints-paper/ViT-B-16/dogs"),
+    ):
+        command = tables.Command("II", scale="paper", out=Path(out), paper=paper)
+        refuses(command.run, "--out", out, inside)
+    for place in ("sets", "sets/own", "base/own"):
+        paper = PaperScale(Path("sets"), bases=("ViT-B/16=base",), checkpoints=Path(place))
+        command = tables.Command("II", scale="paper", out=Path("results"), paper=paper)
+        refuses(command.run, "--checkpoints", place, place.partition("/")[0])

@@ -25,9 +25,11 @@ import torch
 from rmm_lab.engine.scorer import check_device
 from rmm_lab.errors import UNIT_RANGE, InputError, Range, check_values
 from rmm_lab.families.checkpoint import read_checkpoint, write_checkpoint
+from rmm_lab.search.config import configure
+from rmm_lab.search.problem import places_of
 from rmm_lab.tasks import image_formats, text_formats
 from rmm_lab.tasks.files import write_file
-from rmm_lab.tasks.hold import check_writable
+from rmm_lab.tasks.hold import check_apart, check_writable
 from rmm_lab.tasks.image_task import HALVES
 from rmm_lab.zoo import training
 
@@ -60,6 +62,11 @@ class Group:
     def places(self) -> tuple[str, ...]:
         """Where its sets are."""
         return self.options.get("images") or self.options["texts"]
+
+    @property
+    def reads(self) -> list[str]:
+        """Where its models and sets are."""
+        return places_of(configure(**self.options).problem)
 
 
 @dataclass
@@ -117,6 +124,11 @@ class PaperScale:
             sources[name] = source
         return sources
 
+    def places(self) -> list[str]:
+        """What is read and not made here: the sets and the bases that were named."""
+        own = [source for name, source in self._sources().items() if source != BASES[name]]
+        return [*own, str(self.sets_folder)] if self.sets_folder else own
+
     def _group(self, name: str, size: str, sets: Sequence[str]) -> Group:
         kind = "texts" if size in T5S else "images"
         folder = self.checkpoints / size.replace("/", "-")
@@ -148,6 +160,7 @@ class PaperScale:
         whole: Range = ("at least 1", lambda v: v >= 1)
         numbers = {"steps text_steps batch_size text_batch_size": whole}
         check_values(self, numbers | {"learning_rate text_learning_rate": UNIT_RANGE})
+        check_apart(self.checkpoints, "--checkpoints", self.places())
         check_writable(self.checkpoints, "--checkpoints")
         if self.sets_folder is not None and not self.sets_folder.is_dir():
             raise InputError(

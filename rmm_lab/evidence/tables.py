@@ -44,7 +44,7 @@ from rmm_lab.search.front_searches import FRONT_SEARCHES
 from rmm_lab.search.uniform import OF_ADAPTERS, OF_TWO
 from rmm_lab.tasks.console import run_command
 from rmm_lab.tasks.files import write_file
-from rmm_lab.tasks.hold import check_writable, held_made
+from rmm_lab.tasks.hold import check_apart, check_writable, held_made
 from rmm_lab.tasks.image_task import data_folder
 
 # The groups of experts of each table, by the name that the table calls them.
@@ -220,8 +220,7 @@ class Command:
                 f"--seeds: expected one or more different numbers, {SEED_RANGE[0]}, found "
                 f"{' '.join(map(str, self.seeds)) or 'none'}; give others"
             )
-        out = self.out or Path("results" if self.scale == "kit" else "results-paper")
-        out = out.expanduser()
+        out = (self.out or Path("results" if self.scale == "kit" else "results-paper")).expanduser()
         check_writable(out, "--out")
         check_device(self.device)
         if self.table == "show":
@@ -233,6 +232,8 @@ class Command:
                 )
         else:
             groups = self._groups(ALL if self.table == "all" else (self.table,))
+            found = {place for own in groups.values() for group in own for place in group.reads}
+            check_apart(out, "--out", (*found, *self.paper.places()))
             with held_made(out, "--out"):
                 self._measure(out, groups)
                 written = [*write_pages(out), *write_excerpts(out)]

@@ -38,9 +38,9 @@ from rmm_lab.search.phases import (
     uniform_phase,
     view_of,
 )
-from rmm_lab.search.problem import Problem, at_rest, check_places, problem_of
+from rmm_lab.search.problem import Problem, at_rest, check_places, places_of, problem_of
 from rmm_lab.search.run_folder import Row, RunFolder, opened
-from rmm_lab.tasks.hold import check_new
+from rmm_lab.tasks.hold import check_apart, check_new
 
 
 @dataclass
@@ -108,6 +108,9 @@ def train(
     run = config.run
     if problem is not None:
         config = dataclasses.replace(config, problem=problem.spec)
+    if (place := run.resume or run.run_dir or above) is not None:
+        option = "--run-dir" if run.resume is None else "--resume"
+        check_apart(place, option, places_of(config.problem))
     if run.resume is not None:
         check_same_config(config, RunFolder(run.resume).read_config())
     elif run.run_dir is not None:

@@ -300,6 +300,14 @@ def problem_of(spec: ProblemSpec) -> Problem:
     return Problem(pool, tasks, spec, joint)
 
 
+def places_of(spec: ProblemSpec) -> list[str]:
+    """Sources of all that a problem is read from, with folders for the models that ship."""
+    experts = expand(list(map(str, spec.experts)))
+    ships = [name for name in (shipped_name(e, SETS) for e in experts) if name]
+    models = [spec.base, spec.multi_task, *(SHIPPED + base_of(name) for name in ships), *experts]
+    return [*(locate(model) for model in models if model), *spec.images, *spec.texts]
+
+
 def pool_of(path: LayerPath) -> LayerPool:
     """The pool that a path was made from, also where its layers were fitted to calibration inputs.
 

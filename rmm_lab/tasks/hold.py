@@ -13,11 +13,12 @@ import shlex
 import stat
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from rmm_lab.errors import InputError
+from rmm_lab.tasks.files import place_in
 
 LOCK = ".lock"
 _NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK)  # some file systems of clusters have none
@@ -49,6 +50,23 @@ def check_new(folder: Path, option: str = "--run-dir", resume: bool = True) -> N
         raise InputError(
             f"{option}: expected a new or empty folder, found files in {folder}; name another one{more}"
         )
+
+
+def check_apart(folder: Path, option: str, inputs: Iterable[str]) -> None:
+    """Raise InputError where ``folder`` is an input's or lies in one: what is written would be read as data.
+
+    option: what the user named it by. inputs: sources of models and data, of which hub names are nowhere.
+    """
+    target = Path(os.path.realpath(folder))
+    for source in inputs:
+        _, place, _ = place_in(source) or ("", source, "")
+        at = Path(os.path.realpath(os.path.expanduser(place)))
+        known = [p for p in (target, *target.parents) if p == at or (p.exists() and at.exists())]
+        if "hf-hub" not in source and any(p == at or p.samefile(at) for p in known):
+            raise InputError(
+                f"{option}: expected a folder outside of what is read, found {folder} in {place}; name one "
+                "beside it"
+            )
 
 
 @contextmanager

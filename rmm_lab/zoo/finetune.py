@@ -21,7 +21,7 @@ from rmm_lab.reward import predict
 from rmm_lab.tasks.console import finishing
 from rmm_lab.tasks.files import SPLITS, check_names, split_lists, write_file
 from rmm_lab.tasks.groups import of_groups
-from rmm_lab.tasks.hold import check_new, held_new
+from rmm_lab.tasks.hold import check_apart, check_new, held_new
 from rmm_lab.zoo.training import fine_tune, is_finite
 
 _PIECE = 2**24  # bytes that are written at a time to try the space
@@ -179,6 +179,7 @@ class Finetune:
             )
         if self.out is None:
             raise InputError("--out: expected an empty or new folder, found none; name one")
+        check_apart(self.out, "--out", (locate(self.base), *sources))
         check_new(self.out, "--out", resume=False)
 
 
