@@ -209,7 +209,10 @@ def parse_operator(text: str, n: int | None = None) -> OperatorSpec:
             options[key] = tuple(map(float, value.split("/"))) if each else float(value)
         except ValueError:
             options[key] = value  # right for a word; OperatorSpec.of refuses it for a number
-    return OperatorSpec.of(function, options, n)
+    try:
+        return OperatorSpec.of(function, options, n)
+    except InputError as error:
+        raise InputError(f"operator {text!r}: {error}") from error
 
 
 def expand_operators(specs: Sequence[str], n: int) -> list[str]:

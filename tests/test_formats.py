@@ -6,6 +6,7 @@ import contextlib
 import importlib.util
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -18,6 +19,7 @@ import huggingface_hub
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from t5_models import write_texts
 
 from rmm_lab.errors import InputError
 from rmm_lab.tasks import text_rows
@@ -842,3 +844,13 @@ def test_the_seed_of_the_draw_is_fixed(tmp_path, monkeypatch):
     before = load(str(file))
     monkeypatch.setattr(text_rows, "SPLIT_SEED", 1)
     assert load(str(file)) != before
+
+
+@pytest.mark.parametrize("place", ["{}", "qasc:{}", "{}/train.jsonl"])
+def test_what_stands_behind_a_folder_of_texts_is_refused(tmp_path, place):
+    write_texts(tmp_path / "t1", 1, fixed=True)
+    for part in (":first", ":third", ":"):
+        source = place.format(tmp_path / "t1")
+        said = f"expected nothing behind {source.removeprefix('qasc:')!r}, found {part!r}; leave it out"
+        with pytest.raises(InputError, match=re.escape(f"language task {source + part!r}: {said}")):
+            load(source + part)

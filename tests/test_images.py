@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import json
 import pickle
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -17,7 +18,7 @@ import huggingface_hub
 import numpy as np
 import pytest
 import torch
-from conftest import TINY, write_model
+from conftest import TINY, write_images, write_model
 from PIL import Image
 from torchvision.datasets import ImageFolder
 
@@ -331,6 +332,39 @@ def test_halves_of_an_official_set_are_parts_of_the_whole(tmp_path, write):
 def test_an_unknown_format_is_refused(text):
     with pytest.raises(InputError, match="one of the formats cifar10, cifar100, cub200, dogs"):
         Task(text, GREY)
+
+
+HALVES = "expected :first or :second, a half of its classes, or nothing behind {!r}, found {!r}"
+
+
+@pytest.mark.parametrize("part", [":third", ":First", ":1", ":", ":train", ":first:second"])
+@pytest.mark.parametrize("place", ["{}", "cub200:{}", "cifar10:{}", "digits"])
+def test_what_stands_behind_a_folder_is_a_half(tmp_path, monkeypatch, place, part):
+    monkeypatch.chdir(tmp_path)
+    write_images(tmp_path / "i1", 1)
+    for folder in ("i1", tmp_path / "i1"):
+        source = place.format(folder) + part
+        first = "digits" if place == "digits" else str(folder)
+        said = re.escape(f"images {source!r}: {HALVES.format(first, part)}; correct it")
+        if part.endswith("second"):
+            said = "^images .*, found ':first(:second)?'; correct it$"
+        with pytest.raises(InputError, match=said):
+            Task(source, GREY)
+
+
+def test_a_name_of_the_hubs_needs_its_format():
+    for source in ("hf-hub:uoft-cs/cifar10", "hf-hub:cub200"):
+        with pytest.raises(InputError, match=r"FORMAT:FOLDER or FORMAT:hf-hub.* 'hf-hub'"):
+            Task(source, GREY)
+
+
+def test_groups_for_splits_that_are_given_are_noted(tmp_path):
+    write_images(tmp_path / "i1", 1)
+    said = "its splits are given, so that --groups changes nothing"
+    assert not [n for n in Task(str(tmp_path / "i1"), GREY).notes if said in n]
+    assert [n for n in Task(str(tmp_path / "i1"), GREY, "(.)").notes if said in n]
+    write_images(tmp_path / "i2", 1, splits=("train", "test"))
+    assert not [n for n in Task(str(tmp_path / "i2"), GREY, r"(\d+)\.").notes if said in n]
 
 
 def test_a_format_needs_a_folder():

@@ -815,3 +815,11 @@ def test_a_cuda_layer_gives_the_same_result_with_a_cpu_generator(name):
     on_cuda = apply(name, base.cuda(), experts.cuda())
     assert on_cuda.is_cuda
     assert_close(on_cuda.cpu(), apply(name, base, experts))
+
+
+@pytest.mark.parametrize(
+    "text", ["ties:density=0", "ties:density", "dare:drop_rate=1", "slerp:at=x"]
+)
+def test_a_wrong_option_names_its_operator(text):
+    with pytest.raises(InputError, match=f"^operator '{text}': (option )?.*expected"):
+        parse_operator(text)

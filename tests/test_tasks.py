@@ -222,7 +222,7 @@ def test_too_few_classes_to_halve_and_a_folder_called_like_a_half(tmp_path, monk
     with pytest.raises(InputError, match="no such folder"):
         Task(f"{tmp_path / 'x'}:second", MARKED)
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(InputError, match=r"one of the formats.*'digits'"):
+    with pytest.raises(InputError, match=r"nothing behind 'digits', found ':third'"):
         Task("digits:third", MARKED)
 
 

@@ -33,21 +33,39 @@ def data_folder() -> Path:
     return folder
 
 
-def format_of(source: str, formats: Collection[str], thing: str) -> str:
-    """FORMAT of a source ``FORMAT:...``, or "" for any other source; InputError for an unknown format.
+def format_of(
+    source: str,
+    formats: Collection[str],
+    thing: str,
+    halves: Sequence[str] = (),
+    ships: Collection[str] = (),
+) -> str:
+    """FORMAT of a source ``FORMAT:PLACE``, or "" for any other source; InputError for an unknown format.
 
-    thing: what the message speaks of.
+    Nor may anything stand behind a place that is there, or a name of ``ships``: one of ``halves`` is gone
+    already. thing: what the message speaks of.
     """
-    name, colon, _ = source.partition(":")
-    if colon and name in formats:
-        return name
+    name, colon, place = source.partition(":")
+    is_known = bool(colon) and name in formats
+    place = place if is_known else source
+    for end in (m.start() for m in re.finditer(":", place) if m.start() and not _there(place)):
+        if place[:end] in ships or _there(place[:end]):
+            half = f"{' or '.join(f':{h}' for h in halves)}, a half of its classes, or "
+            expected = f"{half if halves else ''}nothing behind {place[:end]!r}"
+            remedy = "correct it" if halves else "leave it out"
+            raise InputError(f"{thing}: expected {expected}, found {place[end:]!r}; {remedy}")
     # A letter alone is a Windows drive.
-    if colon and re.fullmatch(r"[A-Za-z][\w-]+", name) and not Path(source).expanduser().exists():
+    if not is_known and colon and re.fullmatch(r"[A-Za-z][\w-]+", name) and not _there(source):
         raise InputError(
-            f"{thing}: expected one of the formats {', '.join(formats)}, or a folder, found {name!r}; "
-            "check the spelling"
+            f"{thing}: expected a folder, or FORMAT:FOLDER or FORMAT:hf-hub with one of the formats "
+            f"{', '.join(formats)}, found {name!r}; check the spelling"
         )
-    return ""
+    return name if is_known else ""
+
+
+def _there(place: str) -> bool:
+    """Whether a file or folder is there; ``~`` of nobody is nowhere."""
+    return os.path.exists(os.path.expanduser(place))
 
 
 def shipped_name(source: str, known: Collection[str]) -> str:
@@ -110,7 +128,7 @@ def place_in(source: str) -> tuple[str, str, str] | None:
     head, _, rest = source.partition(":")
     for before, place in (("", source), (f"{head}:", rest)):  # FORMAT:FOLDER
         for folder in (place, place.rpartition(":")[0]):  # FOLDER:first
-            if head != "hf-hub" and folder and Path(folder).expanduser().exists():
+            if head != "hf-hub" and folder and _there(folder):
                 return before, folder, place[len(folder) :]
     return None
 

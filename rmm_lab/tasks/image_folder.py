@@ -28,7 +28,7 @@ from rmm_lab.tasks.input_format import MODES, InputFormat
 KEPT_MB = 1024  # a split that is larger when decoded is decoded batch by batch instead
 Picture = Path | bytes  # a picture's file, or the file's content
 Listing = dict[str, list[tuple[Picture, int]]]  # split -> its pictures with their class numbers
-_REWARD = ("reward", "val", "valid", "validation")  # names of the reward split's folder
+REWARD = ("reward", "val", "valid", "validation")  # names of the reward split's folder
 # What a folder has of the splits -> the shares of what is drawn from it.
 _DRAWN = {
     "all": {"train": 3, "reward": 1, "test": 1},
@@ -219,13 +219,13 @@ def list_folder(
             f"images {str(root)!r}: expected class folders, found Final_Training of GTSRB; give it as "
             f"gtsrb:{root}"
         )
-    several = [name for name in found if name in _REWARD]
+    several = [name for name in found if name in REWARD]
     if len(several) > 1:
         raise InputError(
             f"images {str(root)!r}: expected one folder for the reward split, found several of "
             f"{', '.join(several)}; keep one of them"
         )
-    parts = {"reward" if name in _REWARD else name: path for name, path in found.items()}
+    parts = {"reward" if name in REWARD else name: path for name, path in found.items()}
     parts = {name: path for name, path in parts.items() if name in SPLITS}
     _check_names(root, found, parts)
     if "train" in parts and "test" not in parts and "reward" in parts:
@@ -355,8 +355,8 @@ def _check_names(root: Path, found: Mapping[str, Path], parts: Collection[str]) 
     Beside a split any folder is; where there is none, one whose folders another one has, too.
     """
     for name, path in found.items():
-        meant = "" if name in parts else nearly(name, (*SPLITS, *_REWARD))
-        if not meant or name in _REWARD:
+        meant = "" if name in parts else nearly(name, (*SPLITS, *REWARD))
+        if not meant or name in REWARD:
             continue
         inside, rest = set(_subfolders(path)), [p for n, p in found.items() if n != name]
         if inside and any(parts or len(inside & set(_subfolders(p))) > 1 for p in rest):

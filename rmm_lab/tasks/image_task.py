@@ -89,7 +89,7 @@ class Task:
         self._ships = bool(ships)
         if ships:
             self.name, classes = self._place, SMALL[self._place][0]
-        elif format_of(self._place, image_formats.ALL, f"images {source!r}"):
+        elif format_of(self._place, image_formats.ALL, f"images {source!r}", HALVES, SMALL):
             self.name, classes, self._files = image_formats.load(self._place)
         else:
             root = Path(self._place).expanduser()
@@ -101,7 +101,7 @@ class Task:
             with or_shipped(source, NAMES):
                 group_of = group_reader(groups, root) if groups else None
                 classes, self._files = images.list_folder(root, expected, group_of)
-            self._said = _notes(root, classes, self._files, drawn=not groups)
+            self._said = _notes(root, classes, self._files, grouped=bool(groups))
         self._kept = range(len(classes))  # class numbers in the whole set
         if half:
             self.name = f"{self.name}-{half}"
@@ -192,7 +192,7 @@ class Task:
         )
 
 
-def _notes(root: Path, classes: Sequence[str], files: Listing, drawn: bool) -> list[str]:
+def _notes(root: Path, classes: Sequence[str], files: Listing, grouped: bool) -> list[str]:
     """What to know of a folder of pictures."""
     out = []
     if rest := images.left_out(root, files):
@@ -211,7 +211,9 @@ def _notes(root: Path, classes: Sequence[str], files: Listing, drawn: bool) -> l
             f"the pictures of {', '.join(classes[:3])} lie in folders below ({paths[0].parent}): if those "
             "are the classes, give the folder that they are in"
         )
-    if drawn and not {"train", "test"} <= splits and (found := series(files)):
+    if grouped and {"train", "test"} <= splits and splits & set(images.REWARD):
+        out.append("its splits are given, so that --groups changes nothing")
+    if not grouped and not {"train", "test"} <= splits and (found := series(files)):
         out.append(
             f"its pictures look like {found[0]} series of frames ({found[1]}), which the random splits tear "
             "apart, so that scores are too high; keep them together with --groups"
