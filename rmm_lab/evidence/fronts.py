@@ -44,12 +44,9 @@ DRAWN = 5  # fronts in a panel, the averages on top of them
 
 def measured(job: Job) -> dict[str, list[dict[str, Any]]]:
     """A search for a front by the key's method; any other name is that of the config's own search."""
-    from rmm_lab.evidence.measure import cells, load
+    from rmm_lab.evidence.measure import cells, fitted
 
-    problem, run, method = load(job.config), job.config.run, job.key["method"]
-    for task in problem.tasks:
-        task.split("reward")
-    start = time.perf_counter()
+    (problem, start), run, method = fitted(job.config), job.config.run, job.key["method"]
     with closing(make_scorer(problem, job.config)) as scorer:
         names, ends = scorer.task_names, ends_of(scorer)
         check_ends(ends, names, "tables fronts")
