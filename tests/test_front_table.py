@@ -13,9 +13,9 @@ from rmm_lab.evidence.measure import Job, Store
 from rmm_lab.evidence.rows import read_csv
 from rmm_lab.evidence.tables import ORDER, Command, kit_groups
 from rmm_lab.figures.fronts import attained, front_picture
+from rmm_lab.fronts.searches import AVERAGES, FRONT_SEARCHES
 from rmm_lab.search.config import configure, searched
 from rmm_lab.search.front_measures import hypervolume
-from rmm_lab.search.front_searches import AVERAGES, FRONT_SEARCHES
 
 
 def made_up() -> pd.DataFrame:

@@ -19,9 +19,11 @@ from rmm_lab.errors import InputError
 from rmm_lab.evidence.markdown import markdown, seconds_text, seeds, span
 from rmm_lab.evidence.rows import spread
 from rmm_lab.figures.fronts import fronts_picture
+from rmm_lab.fronts.searches import AVERAGES, FRONT_SEARCHES
 from rmm_lab.reward import path_text
 from rmm_lab.search import uniform
 from rmm_lab.search.config import seen_by
+from rmm_lab.search.front import FINALISTS, find_front
 from rmm_lab.search.front_measures import (
     epsilon,
     expected_utility,
@@ -29,8 +31,6 @@ from rmm_lab.search.front_measures import (
     lattice_of,
     non_dominated,
 )
-from rmm_lab.search.front_searches import AVERAGES, FRONT_SEARCHES
-from rmm_lab.search.fronts import FINALISTS, find_front
 from rmm_lab.search.phases import Search, make_scorer
 from rmm_lab.search.pipeline import run_phases
 from rmm_lab.search.preferences import check_ends, ends_of, scored_by_task
