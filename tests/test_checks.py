@@ -225,5 +225,5 @@ def equal(monkeypatch, expected, answer) -> bool:
 
 def test_an_unknown_exercise_is_refused(monkeypatch):
     monkeypatch.undo()
-    with pytest.raises(InputError, match=r"exercise '98\.x': expected one of notebooks 00 to 09"):
+    with pytest.raises(InputError, match=r"exercise '98\.x': expected one of notebooks 00 to 12"):
         checks.exercise("98.x")

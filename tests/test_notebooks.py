@@ -18,7 +18,7 @@ FOLDER = ROOT / "notebooks"
 NAMES = (
     *("00_start_here", "01_models_and_task_vectors", "02_merging_operators"),
     *("03_actions_and_merging_map", "04_compose_and_reward", "05_ppo_from_scratch"),
-    *("06_train_the_agent", "07_dar_ablation", "08_vit_experiments", "09_t5_experiments"),
+    *("06_train_the_agent", "08_dar_ablation", "09_vit_experiments", "10_t5_experiments"),
 )
 HEADER = ("You will", "You need", "From the paper", "Time", "Seed")
 

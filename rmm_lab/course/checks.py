@@ -137,7 +137,7 @@ def exercise(name: str) -> Exercise | Quiz:
         known = {}
     if name not in known:
         raise InputError(
-            f"exercise {name!r}: expected one of {', '.join(known) or 'notebooks 00 to 09'}; copy its "
+            f"exercise {name!r}: expected one of {', '.join(known) or 'notebooks 00 to 12'}; copy its "
             "name from the notebook"
         )
     return known[name]
