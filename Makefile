@@ -1,7 +1,7 @@
 # `make` lists the targets. Everything is installed into .venv, on first use.
 
 .DEFAULT_GOAL := help
-.PHONY: help demo lab student test lint browser clean
+.PHONY: help demo lab student handout test lint browser clean
 
 # python3.11 where it runs, python3 otherwise; `make PY=/path/to/python ...` chooses another.
 PY ?= $(shell for p in python3.11 python3; do if $$p -c '' 2>/dev/null; then echo $$p; break; fi; done)
@@ -36,6 +36,10 @@ lab: .venv/.stamp-lab ## open the notebooks in JupyterLab
 
 student: .venv/.stamp-lab ## write the student notebooks from the solved ones
 	$(BIN)/python -m rmm_lab.course.notebooks
+
+handout: .venv/.stamp-lab ## write the tree that students get, without solutions, into build/handout
+	rm -rf build/handout
+	$(BIN)/python -m rmm_lab.course.notebooks --handout build/handout
 
 test: lint browser ## lint, run the tests, run the notebooks (student and solved)
 	$(ONE_THREAD) $(BIN)/python -m pytest $(TWO_WORKERS)

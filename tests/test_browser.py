@@ -340,7 +340,7 @@ FRONT = """
 import numpy as np
 from rmm_lab.path import LayerPath
 from rmm_lab.reward import Step
-from rmm_lab.search.fronts import Front, Point
+from rmm_lab.search.front import Front, Point
 from rmm_lab.search.preferences import Ends
 from rmm_lab.search.problem import load_problem
 problem = load_problem(("demo",))

@@ -1043,6 +1043,29 @@ def test_a_vits_drift_is_that_of_whole_models(tmp_path):
         np.testing.assert_allclose(cal.drift(pool, path[:end]), expected, rtol=1e-4)
 
 
+def test_few_inputs_are_drawn_from_all_of_them(tmp_path):
+    """From the whole list, which is sorted by class, and from no others."""
+    _, tasks = vits(tmp_path)
+    cal = Calibration(tasks, 40, seed=3)
+    few = cal.few(10)
+    for all_of, own in zip(cal.rows, few.rows, strict=True):
+        assert len(set(own)) == 10
+        assert set(own) < set(all_of)
+        assert own.max() > np.median(all_of) > own.min()
+    assert [list(rows) for rows in cal.few(99).rows] == [list(rows) for rows in cal.rows]
+
+
+def test_a_scorers_drift_looks_at_few_inputs(tiny, monkeypatch):
+    monkeypatch.setattr("rmm_lab.engine.scorer.DRIFTING", 3)
+    problem = load_problem(**tiny, operators=("ties",), calibration=8, stem="base")
+    path = uniform("ties", problem.pool.n_layers)[1:]
+    rows = problem.pool.calibration.few(3).rows
+    looked = Calibration(problem.tasks, 3, rows=rows).drift(problem.pool, (STEM, *path))
+    drift = problem.scorer().drift((STEM, *path))
+    np.testing.assert_array_equal(drift, looked)
+    assert (drift != problem.pool.calibration.drift(problem.pool, (STEM, *path))).all()
+
+
 def test_a_t5s_drift_leaves_padding_out(t5s):
     """Inputs and choices one by one; behind the encoder's first block, its end, the decoder's first block."""
     pool = t5_problem(t5s)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pytest
 import torch
 
 from rmm_lab.course import checks
-from rmm_lab.course.checks import Exercise, Mistake, Quiz
+from rmm_lab.course.checks import Essay, Exercise, Mistake, Quiz
 from rmm_lab.errors import InputError
 
 EXERCISES = {
@@ -21,6 +23,12 @@ EXERCISES = {
         right="The mean over experts.",
     ),
     "99.quiz": Quiz(right="b", explained={"a": "Too low.", "b": "Just so.", "c": "Too <high>."}),
+    "99.essay": Essay(
+        rubric=("names a number", "says <what> it does not show"),
+        model="It gains 3 points & no more.",
+        needs={r"\d": "Name a number.", "not|no": "Say what it does not show."},
+        words=(3, 9),
+    ),
 }
 
 
@@ -141,7 +149,7 @@ def not_done(*_):
 def test_use_returns_a_working_function_in_any_case(capsys):
     x = torch.tensor([[1.0], [4.0]])
     own = lambda x: sum(x) / len(x)  # noqa: E731
-    assert checks.use("99.mean", own) is own
+    assert checks.use("99.mean", own).mine is own
     for bad in (not_done, raises, lambda x: x.sum(0)):
         torch.testing.assert_close(checks.use("99.mean", bad)(x), torch.tensor([2.5]))
     assert checks.check("99.mean", not_done).status == "not attempted"
@@ -169,9 +177,86 @@ def test_a_quiz_explains_the_option_and_then_all(answer, status, words):
 
 def test_a_quiz_not_attempted_or_broken_or_no_function():
     assert checks.check("99.quiz", not_done).status == "not attempted"
-    assert "a function that returns the letter" in checks.check("99.quiz", "b").message
+    assert "the letter, or a function that returns it" in checks.check("99.quiz", 2).message
+    assert checks.check("99.quiz", "b").status == "correct"
     verdict = checks.check("99.quiz", lambda: 1 / 0)
     assert (verdict.status, "ZeroDivisionError" in verdict.message) == ("wrong", True)
+
+
+def test_the_students_own_function_is_kept_and_tried_again():
+    def own(x):
+        return x.sum(0)
+
+    kits = checks.use("99.mean", own)
+    assert kits.mine is own
+    assert "The sum" not in checks.box("99.mean", checks.check("99.mean", own))
+    again = checks.use(
+        "99.mean", kits
+    )  # the cell below is run twice: the kit's answer is not the student's
+    assert again.mine is own
+    assert checks.VERDICTS["99.mean"]["status"] == "wrong"
+
+
+def test_a_failing_case_can_be_had():
+    verdict = checks.check("99.mean", lambda x: x.mean(0) if len(x) == 2 else x.sum(0))
+    assert verdict.case == 1
+    assert 'checks.case("99.mean", 1)' in checks.box("99.mean", verdict)
+    (x,), expected = checks.case("99.mean", 1)
+    torch.testing.assert_close(x.mean(0), expected)
+    x += 1  # the next one is fresh
+    torch.testing.assert_close(checks.case("99.mean", 1).arguments[0], x - 1)
+    for name, i in (("99.mean", 2), ("99.mean", -1), ("99.quiz", 0)):
+        with pytest.raises(InputError, match=f"exercise '{name}': expected"):
+            checks.case(name, i)
+
+
+def test_the_line_of_an_exception_is_the_students_own(monkeypatch):
+    def also(function):
+        function(torch.ones(1, 1))
+
+    def own(x):
+        if x.numel() == 1:
+            raise ValueError("one")
+        return x.mean(0)
+
+    mean = EXERCISES["99.mean"]
+    task = Exercise(mean.reference, mean.cases, (), "", also=also)
+    monkeypatch.setattr(checks, "exercise", lambda name: task)
+    assert ': raise ValueError("one").' in checks.check("99.mean", own).message
+
+
+@pytest.mark.parametrize(
+    ("text", "status", "words"),
+    [
+        ("It gains 2 points, not more.", "written", "2. says <what> it"),
+        ("two words", "wrong", "Expected 3 to 9 words, found 2."),
+        ("word " * 10, "wrong", "found 10"),
+        ("It gains nothing here.", "wrong", "Name a number."),
+        ("It gains 2 points here.", "wrong", "Say what it does not show."),
+        (7, "wrong", "Expected a text, found 7."),
+    ],
+)
+def test_an_essay_has_a_rubric_once_it_has_what_it_needs(text, status, words):
+    verdict = checks.check("99.essay", lambda: text)
+    assert (verdict.status, words in verdict.message) == (status, True), verdict
+    html = checks.box("99.essay", verdict)
+    assert ("3 points &amp; no more" in html) == (status == "written")
+
+
+def test_a_report_holds_every_exercise_of_a_notebook_that_was_tried(monkeypatch, tmp_path):
+    monkeypatch.setattr(checks, "VERDICTS", {})
+    monkeypatch.setattr(checks, "_exercises", lambda number: EXERCISES)
+    checks.use("99.mean", lambda x: x.sum(0))
+    checks.use("99.mean", lambda x: x.mean(0))
+    checks.use("99.essay", "It gains 2 points, not more.")
+    file = checks.report(tmp_path / "own.json")
+    found = json.loads(file.read_text("utf-8"))["exercises"]
+    assert {name: (v["status"], v["tries"]) for name, v in found.items()} == {
+        "99.mean": ("correct", 2),
+        "99.quiz": ("not attempted", 0),
+        "99.essay": ("written", 1),
+    }
+    assert found["99.essay"]["text"] == "It gains 2 points, not more."
 
 
 def test_the_box_tells_the_status_in_words_and_escapes_the_rest():
@@ -225,5 +310,5 @@ def equal(monkeypatch, expected, answer) -> bool:
 
 def test_an_unknown_exercise_is_refused(monkeypatch):
     monkeypatch.undo()
-    with pytest.raises(InputError, match=r"exercise '98\.x': expected one of notebooks 00 to 09"):
+    with pytest.raises(InputError, match=r"exercise '98\.x': expected one of notebooks 00 to 12"):
         checks.exercise("98.x")

@@ -11,8 +11,7 @@ import torch
 from rmm_lab import ppo
 from rmm_lab.env import MergingEnv
 from rmm_lab.errors import InputError
-from rmm_lab.reward import Step
-from rmm_lab.search.conditioned import (
+from rmm_lab.fronts.conditioned import (
     FORMS,
     Conditioned,
     PreferenceEnv,
@@ -24,8 +23,9 @@ from rmm_lab.search.conditioned import (
     separate,
     update,
 )
+from rmm_lab.fronts.space import Trials
+from rmm_lab.reward import Step
 from rmm_lab.search.front_measures import lattice_of
-from rmm_lab.search.front_space import Trials
 from rmm_lab.search.numbers import ScalesEnv
 from rmm_lab.search.preferences import Ends
 

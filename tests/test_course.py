@@ -103,6 +103,40 @@ def test_the_command_writes_and_checks(folder, capsys):
     assert "03_y.ipynb has no solved version" in capsys.readouterr().err
 
 
+def test_a_handout_has_no_solutions_and_its_checks_work(folder, tmp_path, capsys):
+    """Of a repository in small: a notebook, and an exercise whose answer must not be read by accident."""
+    exercises = tmp_path / "rmm_lab" / "course" / "exercises"
+    exercises.mkdir(parents=True)
+    answer = (
+        'from __future__ import annotations\nEXERCISES = {"é": "the answer ' + "x" * 300 + '"}\n'
+    )
+    (exercises / "nb02.py").write_text(answer, "utf-8")
+    (exercises / "__init__.py").write_text('"""Exercises."""\n')
+    (tmp_path / "README.md").write_text("# Kit\n")
+    notebooks = tmp_path / "notebooks"
+    notebooks.mkdir()
+    shutil.move(folder / "solved", notebooks / "solved")
+    out = tmp_path / "out"
+    arguments = ["--folder", str(notebooks), "--handout", str(out)]
+    assert course.main(arguments) == 2  # the students' notebooks are out of step
+    assert course.main(arguments[:2]) == 0
+    assert course.main(arguments) == 0
+    files = sorted(str(f.relative_to(out)) for f in out.rglob("*") if f.is_file())
+    package = "rmm_lab/course/exercises"
+    assert files == [
+        *("README.md", "notebooks/02_x.ipynb"),
+        *(f"{package}/__init__.py", f"{package}/nb02.py"),
+    ]
+    packed = (out / package / "nb02.py").read_text()
+    assert "the answer" not in packed
+    space = {"__name__": "nb02"}
+    exec(packed, space)
+    assert space["EXERCISES"] == {"é": "the answer " + "x" * 300}
+    assert course.main(arguments) == 2  # it exists
+    assert course.main([*arguments[:3], str(notebooks / "inside")]) == 2
+    assert "expected a new folder" in capsys.readouterr().err
+
+
 def test_bad_folders_are_refused(tmp_path, capsys):
     assert course.main(["--folder", str(tmp_path)]) == 2
     assert "expected solved notebooks, found none" in capsys.readouterr().err

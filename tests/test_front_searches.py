@@ -11,11 +11,11 @@ from sklearn.gaussian_process import GaussianProcessRegressor
 from sklearn.gaussian_process.kernels import RBF
 
 from rmm_lab.errors import InputError
+from rmm_lab.fronts import models, searches
+from rmm_lab.fronts.searches import CLOSED, FRONT_SEARCHES
+from rmm_lab.fronts.space import Box, Trials
 from rmm_lab.reward import parse_path, path_text
-from rmm_lab.search import front_models, front_searches
 from rmm_lab.search.front_measures import hypervolume, non_dominated
-from rmm_lab.search.front_searches import CLOSED, FRONT_SEARCHES
-from rmm_lab.search.front_space import Box, Trials
 from rmm_lab.search.layer_scales import BOUNDS
 from rmm_lab.search.preferences import Ends
 from rmm_lab.search.problem import load_problem
@@ -146,7 +146,7 @@ def test_closed_forms_score_nothing(tiny):
     for name in CLOSED:
         out = FRONT_SEARCHES[name](scorer, 50, 1, UNIT)
         assert len(out) == scorer.evaluations == 0
-        assert len(out.answers) == len(set(out.answers)) == front_searches.POINTS
+        assert len(out.answers) == len(set(out.answers)) == searches.POINTS
 
 
 # ------------------------------------------------------------------------------------------ the box
@@ -193,7 +193,7 @@ def test_trials_take_subsets_in_turn():
 
 def test_crowding_by_hand():
     points = np.array([[0.0, 1.0], [0.4, 0.8], [0.5, 0.2], [1.0, 0.0]])
-    found = front_searches.crowding(points)
+    found = searches.crowding(points)
     assert found[[0, 3]].tolist() == [np.inf, np.inf]
     assert found[1:3] == pytest.approx([0.5 + 0.8, 0.6 + 0.8])
 
@@ -201,7 +201,7 @@ def test_crowding_by_hand():
 def test_a_constraint_costs_what_others_lose():
     now = np.array([0.5, 0.5])
     points = np.array([[0.6, 0.49], [0.9, 0.38], [0.6, 0.9]])
-    worth = front_searches.constrained(points, 0, now)
+    worth = searches.constrained(points, 0, now)
     assert worth == pytest.approx([0.6, 0.9 - 10 * 0.1, 0.6])
 
 
@@ -210,14 +210,14 @@ def test_the_fit_of_map_recovers_a_quadratic():
     c, true = rng.uniform(-0.2, 1.5, (30, 2)), np.array([-2.0, 3.0, 1.0, -1.5, 0.5, -2.0])
     logits = true[0] + c @ true[1:3] + true[3] * c[:, 0] ** 2
     logits += true[4] * c[:, 0] * c[:, 1] + true[5] * c[:, 1] ** 2
-    found = front_models.fit_quadratic(c, 1 / (1 + np.exp(-logits)))
+    found = models.fit_quadratic(c, 1 / (1 + np.exp(-logits)))
     assert found == pytest.approx(true, abs=1e-2)
 
 
 def test_the_fit_takes_fewer_points_than_unknowns():
     c = np.array([[0.0, 1.0], [1.0, 0.0], [0.5, 0.5]])
-    found = front_models.fit_quadratic(c, np.array([0.0, 1.0, 0.5]))
-    guessed = front_models.sigmoid(front_models.quadratic(c) @ found)
+    found = models.fit_quadratic(c, np.array([0.0, 1.0, 0.5]))
+    guessed = models.sigmoid(models.quadratic(c) @ found)
     assert guessed == pytest.approx([0, 1, 0.5], abs=0.02)
 
 
@@ -228,8 +228,8 @@ def test_uncertainty_is_a_gaussian_processs():
     # The median over pairs in both orders is that over pairs.
     process = GaussianProcessRegressor(RBF(np.median(apart)), alpha=1e-6, optimizer=None)
     _, deviation = process.fit(known, np.zeros(8)).predict(points, return_std=True)
-    assert front_models.uncertainty(points, known) == pytest.approx(deviation**2, abs=1e-5)
-    assert front_models.uncertainty(known, known) == pytest.approx(np.zeros(8), abs=1e-4)
+    assert models.uncertainty(points, known) == pytest.approx(deviation**2, abs=1e-5)
+    assert models.uncertainty(known, known) == pytest.approx(np.zeros(8), abs=1e-4)
 
 
 def test_mm_mo_counts_the_one_norm_of_what_changed(problem):
@@ -238,7 +238,7 @@ def test_mm_mo_counts_the_one_norm_of_what_changed(problem):
     path = parse_path(" ".join(f"{pool.names[0]}@{k}" for k in (-1, 0, 1, 2)))
     shared = [n for n in pool.base.weights if "head" not in n]
     gaps = [(pool.experts[0].weights[n] - pool.base.weights[n]).flatten().numpy() for n in shared]
-    assert front_models._one_norm(scorer, path) == pytest.approx(
+    assert models._one_norm(scorer, path) == pytest.approx(
         abs(np.concatenate(gaps)).mean(), rel=1e-5
     )
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -11,9 +13,9 @@ from rmm_lab.evidence.measure import Job, Store
 from rmm_lab.evidence.rows import read_csv
 from rmm_lab.evidence.tables import ORDER, Command, kit_groups
 from rmm_lab.figures.fronts import attained, front_picture
+from rmm_lab.fronts.searches import AVERAGES, FRONT_SEARCHES
 from rmm_lab.search.config import configure, searched
 from rmm_lab.search.front_measures import hypervolume
-from rmm_lab.search.front_searches import AVERAGES, FRONT_SEARCHES
 
 
 def made_up() -> pd.DataFrame:
@@ -93,7 +95,7 @@ def test_a_front_of_a_run_names_what_it_does_not_show():
 
 @pytest.mark.parametrize("method", ["agent + CMA-ES", AVERAGES, "CMA-ES along a lattice"])
 def test_a_row_is_measured_and_stored(trained, monkeypatch, tmp_path, method):
-    monkeypatch.setattr(measure, "load", lambda config: trained)
+    monkeypatch.setattr(measure, "fitted", lambda config: (trained, time.perf_counter()))
     config = configure("weights", unit="block", episodes=30, data_fraction=0.25, quiet=True)
     assert searched(config) == "agent + CMA-ES"
     key = {"group": "own", "seed": 1, "method": method}

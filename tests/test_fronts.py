@@ -13,16 +13,16 @@ import torch
 from rmm_lab.__main__ import main
 from rmm_lab.course.pareto import ParetoExplorer
 from rmm_lab.errors import InputError
+from rmm_lab.fronts.simplexes import averages, least_squares
 from rmm_lab.path import LayerPath
 from rmm_lab.reward import Step, evaluate, parse_path, path_text
-from rmm_lab.search import fronts
+from rmm_lab.search import front as fronts
 from rmm_lab.search.config import configure
 from rmm_lab.search.front_measures import achievement, non_dominated
 from rmm_lab.search.pipeline import check_same_config, train
 from rmm_lab.search.preferences import Ends, Preference, ends_of, parse_preference
 from rmm_lab.search.problem import load_problem
 from rmm_lab.search.run_folder import RunFolder
-from rmm_lab.search.simplexes import averages, least_squares
 
 UNIT = Ends(np.zeros(2), np.ones(2))
 

@@ -10,14 +10,14 @@ from t5_models import problem_of
 
 from rmm_lab import ppo
 from rmm_lab.errors import InputError
+from rmm_lab.fronts import hm3
+from rmm_lab.fronts.any_order import BETA, LayersEnv, spread
+from rmm_lab.fronts.hm3 import Training, TrajectoryAgent, Wolpertinger, nearest, places
+from rmm_lab.fronts.simplexes import dare_ties
 from rmm_lab.path import LayerPath
 from rmm_lab.reward import Step, evaluate, parse_path, path_text, predict_all
-from rmm_lab.search import hm3
-from rmm_lab.search.any_order import BETA, LayersEnv, spread
-from rmm_lab.search.hm3 import Training, TrajectoryAgent, Wolpertinger, nearest, places
 from rmm_lab.search.preferences import Ends
 from rmm_lab.search.problem import load_problem
-from rmm_lab.search.simplexes import dare_ties
 
 UNIT = Ends(np.zeros(2), np.ones(2))
 ONE = (range(2),)  # a stack of two layers

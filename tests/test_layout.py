@@ -19,6 +19,7 @@ LEVELS = [
     {"root"},
     {"engine", "zoo", "figures"},
     {"search"},
+    {"fronts"},
     {"evidence", "course"},
     {"__main__"},
 ]
@@ -164,8 +165,10 @@ GOOD = {
     "engine/scorer.py": "from . import cache\nfrom rmm_lab import reward",
     "search/__init__.py": "",
     "search/pipeline.py": "from rmm_lab import ppo\nfrom rmm_lab.engine import scorer",
+    "fronts/__init__.py": "",
+    "fronts/searches.py": "from rmm_lab.search import pipeline\nfrom rmm_lab import ppo",
     "evidence/__init__.py": "",
-    "evidence/tables.py": "import rmm_lab.search.pipeline",
+    "evidence/tables.py": "import rmm_lab.search.pipeline\nimport rmm_lab.fronts.searches",
     "course/__init__.py": "",
     "course/checks.py": "import rmm_lab\nfrom rmm_lab.search.pipeline import train",
 }
@@ -206,6 +209,8 @@ def test_a_good_tree_has_no_fault(tmp_path):
         ("engine/new.py", "from rmm_lab.search import pipeline", "engine may not import search"),
         ("zoo/new.py", "from rmm_lab.engine.cache import x", "zoo may not import engine"),
         ("search/new.py", "import rmm_lab.course.checks", "search may not import course"),
+        ("search/new.py", "from rmm_lab.fronts import searches", "search may not import fronts"),
+        ("fronts/new.py", "import rmm_lab.evidence.tables", "fronts may not import evidence"),
         ("course/new.py", "from rmm_lab.evidence import tables", "course may not import evidence"),
         ("evidence/new.py", "from rmm_lab.course import checks", "evidence may not import course"),
         ("errors.py", "from rmm_lab import operators", "errors may not import root"),

@@ -18,7 +18,7 @@ FOLDER = ROOT / "notebooks"
 NAMES = (
     *("00_start_here", "01_models_and_task_vectors", "02_merging_operators"),
     *("03_actions_and_merging_map", "04_compose_and_reward", "05_ppo_from_scratch"),
-    *("06_train_the_agent", "07_dar_ablation", "08_vit_experiments", "09_t5_experiments"),
+    *("06_train_the_agent", "08_dar_ablation", "09_vit_experiments", "10_t5_experiments"),
 )
 HEADER = ("You will", "You need", "From the paper", "Time", "Seed")
 
@@ -49,7 +49,7 @@ def test_the_course_is_complete_and_the_student_notebooks_are_up_to_date():
 def test_header_and_last_cell(name):
     notebook = course.read(FOLDER / "solved" / f"{name}.ipynb")
     header, last = notebook.cells[0], notebook.cells[-1]
-    assert header.source.startswith(f"# {name[:2]} · ")
+    assert header.source.startswith(f"# {number(name)} · ")
     assert "?*" in header.source  # the question that it starts from
     rows = re.findall(r"^\| \*\*(.+?)\*\* \|", header.source, re.M)
     assert rows == list(HEADER)
@@ -63,7 +63,9 @@ def test_header_and_last_cell(name):
 
 def test_the_teachers_table_says_what_the_headers_say():
     text = (FOLDER / "README.md").read_text("utf-8")
-    rows = re.findall(r"^\| \[\d\d · [^|]*\]\((\w+)\.ipynb\) \|.*\| (\d+) \| (\d+) \|$", text, re.M)
+    rows = re.findall(
+        r"^\| \[\d\db? · [^|]*\]\((\w+)\.ipynb\) \|.*\| (\d+) \| (\d+) \|$", text, re.M
+    )
     assert [name for name, _, _ in rows] == list(NAMES)
     for name, minutes, seconds in rows:
         header = course.read(FOLDER / "solved" / f"{name}.ipynb").cells[0].source
@@ -113,8 +115,12 @@ def test_figures_go_through_show(solved):
             assert "show(" in source, source
 
 
-def tasks_of(name: str) -> dict[str, checks.Exercise | checks.Quiz]:
-    return importlib.import_module(f"rmm_lab.course.exercises.nb{name[:2]}").EXERCISES
+def number(name: str) -> str:
+    return name.partition("_")[0]
+
+
+def tasks_of(name: str) -> dict[str, checks.Task]:
+    return importlib.import_module(f"rmm_lab.course.exercises.nb{number(name)}").EXERCISES
 
 
 def used(notebook) -> dict[str, str]:
@@ -130,7 +136,7 @@ def test_each_exercise_is_set_once_and_described(name):
     assert any(isinstance(t, checks.Exercise) for t in tasks.values())
     text = prose(notebook)
     headings = re.findall(r"^### Exercise (\S+)", text, re.M)
-    assert headings == [f"{name[:2]}.{i + 1}" for i in range(len(tasks))]
+    assert headings == [f"{number(name)}.{i + 1}" for i in range(len(tasks))]
     assert len(re.findall(r"Difficulty: [●○]{3} · \d+ minutes", text)) == len(tasks)
     n_code = sum(isinstance(t, checks.Exercise) for t in tasks.values())
     assert text.count("<details>") == text.count("</details>") >= n_code  # a hint each
@@ -160,7 +166,8 @@ def test_the_solved_notebooks_solutions_pass_and_the_students_stubs_are_not_atte
     notebook = course.read(FOLDER / "solved" / f"{name}.ipynb")
     for exercise, source in used(notebook).items():
         verdict = checks.check(exercise, function_of(source))
-        assert verdict.status == "correct", (exercise, verdict.message)
+        essay = isinstance(checks.exercise(exercise), checks.Essay)
+        assert verdict.status == ("written" if essay else "correct"), (exercise, verdict.message)
     for exercise, source in used(course.student(notebook)).items():
         verdict = checks.check(exercise, function_of(source))
         assert verdict.status == "not attempted", (exercise, verdict.message)
@@ -173,6 +180,11 @@ def test_every_mistake_differs_from_the_answer_and_from_the_others(name):
             assert task.right in task.explained
             assert len(task.explained) >= 3
             assert len(set(task.explained.values())) == len(task.explained)
+            continue
+        if isinstance(task, checks.Essay):
+            assert 3 <= len(task.rubric) <= 6
+            assert checks.check(exercise, task.model).status == "written"
+            assert checks.check(exercise, "word " * task.words[0]).status == "wrong"
             continue
         assert len(task.cases()) >= 2
         assert len(task.mistakes) >= 3

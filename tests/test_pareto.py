@@ -12,7 +12,7 @@ from rmm_lab.course.pareto import ParetoExplorer
 from rmm_lab.errors import InputError
 from rmm_lab.path import LayerPath
 from rmm_lab.reward import Step
-from rmm_lab.search.fronts import Front, Point
+from rmm_lab.search.front import Front, Point
 from rmm_lab.search.preferences import Ends
 
 

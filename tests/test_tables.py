@@ -313,6 +313,18 @@ def check_again(row, problem) -> None:
     assert row["mean"] == pytest.approx(100 * again.mean, abs=0.01)
 
 
+def test_jobs_of_one_problem_merge_once_and_count_it_each(tiny):
+    config = configure(**tiny, operators=("regmean",), calibration=8, episodes=4)
+    first, _ = measure.fitted(config)
+    merged = first.pool.weights("regmean", 0)
+    before = time.perf_counter()
+    again, start = measure.fitted(configure(config, episodes=9, reward="likelihood"))
+    assert again is first
+    assert again.pool.weights("regmean", 0) is merged
+    assert start < before  # as if it had been merged anew
+    assert measure.fitted(configure(config, seed=2))[0] is not first
+
+
 @pytest.mark.slow
 def test_table_iv_and_fig_3(small, tmp_path):
     Command("IV", seeds=(1,), episodes=6, out=tmp_path).run()

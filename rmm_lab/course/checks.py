@@ -2,7 +2,8 @@
 
 ``f = checks.use("02.ties", f)`` in a notebook tries a student's function. It displays whether the exercise
 was not attempted, is wrong (with the hint for that mistake) or correct, and returns a working function:
-the student's if it is correct, else the kit's. So no later cell depends on a student's answer.
+the student's if it is correct, else the kit's. So no later cell depends on a student's answer, which
+``f.mine`` keeps. ``case("02.ties", 1)`` is a case to try by hand, ``report()`` a file of all verdicts.
 
 ``rmm_lab/course/exercises/nbNN.py`` holds the exercises of notebook NN, as ``EXERCISES: dict[str, ...]``.
 """
@@ -10,28 +11,39 @@ the student's if it is correct, else the kit's. So no later cell depends on a st
 from __future__ import annotations
 
 import copy
+import functools
 import importlib
 import inspect
+import json
 import math
+import re
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from itertools import chain, count
-from typing import Any, Literal
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
 from IPython.display import HTML, display
 
 from rmm_lab.errors import InputError, one_sentence
+from rmm_lab.tasks.files import write_file
 
 Function = Callable[..., Any]
 ORDINALS = ("first", "second", "third", "fourth", "fifth", "sixth")
 ARRAYS = (np.ndarray, torch.Tensor)
 NUMBERS = (int, float, np.generic, *ARRAYS)
 LONGEST = 90  # characters of a value in a message
-MARKS = {"not attempted": ("○", "#56B4E9"), "wrong": ("✗", "#D55E00"), "correct": ("✓", "#009E73")}
+MARKS = {
+    "not attempted": ("○", "#56B4E9"),
+    "wrong": ("✗", "#D55E00"),
+    "correct": ("✓", "#009E73"),
+    "written": ("✎", "#CC79A7"),
+}
+VERDICTS: dict[str, dict[str, Any]] = {}  # of this session, by exercise, for ``report``
 
 
 @dataclass(frozen=True)
@@ -74,16 +86,17 @@ class Exercise:
             try:
                 hint = self.also(function) if self.also else None
             except Exception as error:  # a student's code may raise anything; the verdict says so
-                hint = f"Your function raised {_raised(error)}."
+                hint = f"Your function raised {_raised(error)}{_line(error, function)}."
             return Verdict("wrong", hint) if hint else Verdict("correct", self.right)
         if any(answers[i] is None for i in differ):
-            return Verdict("wrong", "Your function returns None. Is its return missing?")
+            return Verdict("wrong", "Your function returns None. Is its return missing?", differ[0])
         for mistake in self.mistakes:
             if not wrong(mistake.wrong):
-                return Verdict("wrong", mistake.hint)
+                return Verdict("wrong", mistake.hint, differ[0])
         case, found = self.cases()[differ[0]], answers[differ[0]]
         expected = self.reference(*case)
-        return Verdict("wrong", _compare(function, case, found, expected, self.tolerance))
+        message = _compare(function, case, found, expected, self.tolerance)
+        return Verdict("wrong", message, differ[0])
 
 
 @dataclass(frozen=True)
@@ -92,7 +105,7 @@ class Quiz:
 
     right: str
     explained: Mapping[str, str]
-    how = "a function that returns the letter"
+    how = "the letter, or a function that returns it"
 
     @property
     def todo(self) -> str:
@@ -121,74 +134,187 @@ class Quiz:
 
 
 @dataclass(frozen=True)
+class Essay:
+    """A design or an argument in words, which no machine grades.
+
+    ``rubric``: what earns a point each. ``model``: an answer that earns them all. ``needs``: a pattern that
+    the text must match -> what is missing where it does not. ``words``: fewest and most.
+    """
+
+    rubric: Sequence[str]
+    model: str
+    needs: Mapping[str, str]
+    words: tuple[int, int] = (30, 120)
+    how = "the text, or a function that returns it"
+    todo = "Return your text."
+
+    def reference(self) -> str:
+        """The model answer."""
+        return self.model
+
+    def cases(self) -> Sequence[tuple[Any, ...]]:
+        """One call, without arguments."""
+        return [()]
+
+    def judge(self, function: Function, answers: Sequence[Any]) -> Verdict:
+        """Wrong if the text is too short, too long or lacks what it needs; else the rubric to grade it by."""
+        (text,), (least, most) = answers, self.words
+        if not isinstance(text, str):
+            return Verdict("wrong", f"Expected a text, found {_short(text)}.")
+        if not least <= (n := len(text.split())) <= most:
+            return Verdict("wrong", f"Expected {least} to {most} words, found {n}.")
+        for pattern, missing in self.needs.items():
+            if not re.search(pattern, text, re.I):
+                return Verdict("wrong", missing)
+        points = "\n".join(f"{i}. {point}" for i, point in enumerate(self.rubric, 1))
+        return Verdict("written", f"Give yourself, or a neighbour, a point for each:\n{points}")
+
+
+@dataclass(frozen=True)
 class Verdict:
-    """The result of a check: ``message`` is one or a few sentences for the student."""
+    """The result of a check: ``message`` is one or a few sentences for the student; ``case``: the number of
+    the first case that fails."""
 
-    status: Literal["not attempted", "wrong", "correct"]
+    status: Literal["not attempted", "wrong", "correct", "written"]
     message: str
+    case: int | None = None
 
 
-def exercise(name: str) -> Exercise | Quiz:
+Task = Exercise | Quiz | Essay
+
+
+class Case(NamedTuple):
+    """Arguments of a function to write, and the answer that is expected for them."""
+
+    arguments: tuple[Any, ...]
+    expected: Any
+
+
+def exercise(name: str) -> Task:
     """An exercise by its name, such as ``02.ties``; InputError for an unknown one."""
-    number = name.partition(".")[0]
-    try:
-        known = importlib.import_module(f"rmm_lab.course.exercises.nb{number}").EXERCISES
-    except ModuleNotFoundError:
-        known = {}
+    known = _exercises(name.partition(".")[0])
     if name not in known:
         raise InputError(
-            f"exercise {name!r}: expected one of {', '.join(known) or 'notebooks 00 to 09'}; copy its "
+            f"exercise {name!r}: expected one of {', '.join(known) or 'notebooks 00 to 12'}; copy its "
             "name from the notebook"
         )
     return known[name]
 
 
+def _exercises(number: str) -> dict[str, Task]:
+    """The exercises of a notebook, by name; none where it has none."""
+    try:
+        found: dict[str, Task] = importlib.import_module(
+            f"rmm_lab.course.exercises.nb{number}"
+        ).EXERCISES
+    except ModuleNotFoundError:
+        return {}
+    return found
+
+
+def case(name: str, i: int = 0) -> Case:
+    """Case i of an exercise, to try a function on: ``f(*case("02.trim", 1).arguments)``.
+
+    InputError for a quiz, which has none, and for a number that the exercise lacks.
+    """
+    task = exercise(name)
+    cases = task.cases() if isinstance(task, Exercise) else ()
+    if not 0 <= i < len(cases):
+        raise InputError(
+            f"exercise {name!r}: expected a case from 0 to {len(cases) - 1}, found {i}; see its verdict"
+            if cases
+            else f"exercise {name!r}: expected a function to write, found a question; it has no cases"
+        )
+    return Case(cases[i], task.reference(*copy.deepcopy(cases[i])))
+
+
 def check(name: str, function: Function) -> Verdict:
     """Try a student's function on an exercise's cases.
 
-    For a quiz, the function takes nothing and returns an option's letter. Whatever the function does,
-    the result is a verdict; only an unknown name raises (InputError).
+    For a quiz, the function takes nothing and returns an option's letter, for an essay its text; the bare
+    letter or text will do. Whatever the function does, the result is a verdict; only an unknown name raises
+    (InputError).
     """
-    task = exercise(name)
+    task, answer = exercise(name), function
+    if isinstance(answer, str) and not isinstance(task, Exercise):
+        function = lambda: answer  # noqa: E731
     if not callable(function):
         found = _short(function)
         return Verdict("wrong", f"Expected a function, found {found}. Pass {task.how}.")
     answers = []
-    for case in task.cases():
+    for i, case in enumerate(task.cases()):
         before = copy.deepcopy(case)
         try:
             answer = function(*case)
         except NotImplementedError:
             return Verdict("not attempted", task.todo)
         except Exception as error:  # a student's code may raise anything; the verdict says so
-            where = f"for {_call(function, case)}{_line(error)}"
-            return Verdict("wrong", f"Your function raised {_raised(error)}, {where}.")
+            where = f"for {_call(function, case)}{_line(error, function)}"
+            return Verdict("wrong", f"Your function raised {_raised(error)}, {where}.", i)
         if not _equal(case, before, 0.0):
             return Verdict(
                 "wrong",
                 "Your function changes its arguments in place. Work on a copy: new = x.copy() (NumPy) or "
                 "x.clone() (torch), list(x); or make a new one: x = x + y, not x += y.",
+                i,
             )
         answers.append(copy.deepcopy(answer))
     return task.judge(function, answers)
 
 
 def use(name: str, function: Function) -> Function:
-    """Display the verdict on a student's function; return it if it is correct, else the kit's."""
-    verdict = check(name, function)
+    """Display the verdict on a student's function; return it if it is correct, else the kit's.
+
+    ``.mine`` of what is returned is the student's function in any case; passed again, that is tried.
+    """
+    mine = getattr(function, "mine", function)
+    verdict = check(name, mine)
+    tries = VERDICTS.get(name, {}).get("tries", 0) + 1
+    VERDICTS[name] = {"status": verdict.status, "message": verdict.message, "tries": tries}
+    if verdict.status == "written":
+        VERDICTS[name]["text"] = mine if isinstance(mine, str) else mine()
     display(HTML(box(name, verdict)))
-    return function if verdict.status == "correct" else exercise(name).reference
+    kept = mine if verdict.status == "correct" and callable(mine) else exercise(name).reference
+
+    @functools.wraps(kept)
+    def working(*args: Any, **options: Any) -> Any:
+        return kept(*args, **options)
+
+    working.mine = mine  # type: ignore[attr-defined]
+    return working
 
 
 def box(name: str, verdict: Verdict) -> str:
     """A verdict as HTML; a word and a mark show its status, not only a colour."""
     mark, colour = MARKS[verdict.status]
-    note = "<br><em>The cells below use the kit's answer.</em>" * (verdict.status != "correct")
     message = escape(verdict.message).replace("\n", "<br>")
+    if verdict.case is not None:
+        call = f'<code>checks.case("{escape(name)}", {verdict.case})</code>'
+        message += f"<br>The first case that fails: {call} has its arguments and answer."
+    if verdict.status == "written":
+        model = escape(str(exercise(name).reference()))
+        message += f"<details><summary>A model answer</summary>{model}</details>"
+    elif verdict.status != "correct":
+        message += "<br><em>The cells below use the kit's answer.</em>"
     return (
         f'<div role="status" style="border-left: 6px solid {colour}; padding: 4px 10px">'
-        f"<strong>{mark} {escape(name)}: {verdict.status}.</strong> {message}{note}</div>"
+        f"<strong>{mark} {escape(name)}: {verdict.status}.</strong> {message}</div>"
     )
+
+
+def report(file: str | Path = "verdicts.json") -> Path:
+    """Write the verdicts of this session as JSON: exercise -> status, message, tries, and a written text.
+
+    Exercises of a notebook of which any was tried are all in it. It says what the checks said on this
+    machine: a record for students and teachers, no proof.
+    """
+    found: dict[str, Any] = {}
+    for number in dict.fromkeys(name.partition(".")[0] for name in sorted(VERDICTS)):
+        for name in _exercises(number):
+            found[name] = VERDICTS.get(name, {"status": "not attempted", "message": "", "tries": 0})
+    data = {"schema": "rmm_lab/verdicts/1", "exercises": found}
+    write_file(Path(file), json.dumps(data, indent=2, ensure_ascii=False) + "\n")
+    return Path(file)
 
 
 # ------------------------------------------------------------------------------------ comparing
@@ -298,11 +424,11 @@ def _raised(error: Exception) -> str:
     return f"{type(error).__name__}: {one_sentence(error)[:200]}".removesuffix(": ")
 
 
-def _line(error: Exception) -> str:
+def _line(error: Exception, function: Function) -> str:
     """The line of the student's code that raised; nothing if the call itself failed."""
-    frames = traceback.extract_tb(error.__traceback__)[1:]  # the first is this module's call
-    lines = [frame for frame in frames if frame.filename == frames[0].filename]
-    return f", in line {lines[-1].lineno}: {lines[-1].line}" if lines else ""
+    file = getattr(getattr(function, "__code__", None), "co_filename", None)
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if f.filename == file]
+    return f", in line {frames[-1].lineno}: {frames[-1].line}" if frames else ""
 
 
 def _short(value: Any) -> str:

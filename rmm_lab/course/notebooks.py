@@ -2,6 +2,7 @@
 
     python -m rmm_lab.course.notebooks            write notebooks/*.ipynb from notebooks/solved/*.ipynb
     python -m rmm_lab.course.notebooks --check    write nothing; fail if a file differs
+    python -m rmm_lab.course.notebooks --handout FOLDER    the tree that students get, without solutions
 
 The solved notebook is the only source. A line to replace takes the place of what is between
 ``### BEGIN SOLUTION`` and ``### END SOLUTION`` (nbgrader's markers). Cell ids stay, outputs go.
@@ -9,9 +10,12 @@ The solved notebook is the only source. A line to replace takes the place of wha
 
 from __future__ import annotations
 
+import base64
 import copy
 import re
+import shutil
 import sys
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +33,11 @@ from rmm_lab.tasks.files import write_file
 
 BEGIN, END = "### BEGIN SOLUTION", "### END SOLUTION"
 STUB = ("# YOUR CODE HERE", "raise NotImplementedError()")  # as nbgrader writes it
+HANDED = (  # what a student's tree has, if it is there
+    *("README.md", "LICENSE", "CITATION.cff", "Makefile", "pyproject.toml", "constraints.txt"),
+    *("environment.yml", "requirements.txt", "rmm_lab", "data", "docs", "notebooks", "results"),
+)
+KEPT_BACK = (".*", "__pycache__", "solved", "conftest.py", "teaching")
 SLACK, LEAST = 4.0, 120.0  # times its stated seconds, and seconds: what a busy machine may take
 
 
@@ -107,17 +116,52 @@ def faults(notebook: Any, seconds: float) -> list[str]:
     return out
 
 
+def hand_out(repository: Path, folder: Path) -> None:
+    """Copy the repository to a new folder without solved notebooks and tests; exercises are packed.
+
+    Packed ones work as before, and no answer is read by accident; who wants to can unpack them. InputError
+    for a folder that exists, or lies inside what is copied.
+    """
+    inside = any(folder.resolve().is_relative_to((repository / name).resolve()) for name in HANDED)
+    if folder.exists() or inside:
+        found = "one inside what is copied" if inside else "one that exists"
+        raise InputError(f"--handout {folder}: expected a new folder, found {found}; name another")
+    for name in HANDED:
+        if (repository / name).is_dir():
+            ignore = shutil.ignore_patterns(*KEPT_BACK)
+            shutil.copytree(repository / name, folder / name, ignore=ignore)
+        elif (repository / name).is_file():
+            folder.mkdir(parents=True, exist_ok=True)
+            shutil.copy(repository / name, folder / name)
+    for file in (folder / "rmm_lab" / "course" / "exercises").glob("nb*.py"):
+        packed = base64.b85encode(zlib.compress(file.read_bytes(), 9)).decode()
+        lines = "\n".join(f'    b"{packed[i : i + 100]}"' for i in range(0, len(packed), 100))
+        file.write_text(
+            '"""Exercises of a notebook, packed: try them before you look."""\n\n'
+            f"import base64\nimport zlib\n\nDATA = (\n{lines}\n)\n"
+            'exec(compile(zlib.decompress(base64.b85decode(DATA)), __name__, "exec"))\n',
+            "utf-8",
+        )
+
+
 @dataclass
 class Course:
-    """Write the student notebooks from the solved ones."""
+    """Write the student notebooks from the solved ones, or a folder to hand out."""
 
     folder: Path = Path("notebooks")
     """The folder of the student notebooks; the solved ones are in solved/ below it."""
     check: bool = False
     """Write nothing; fail if a student notebook differs from what its solved one gives."""
+    handout: Path | None = None
+    """A new folder for what students get: this repository without solutions, answers of exercises packed."""
 
     def run(self) -> None:
         """Write or check all notebooks; InputError names the files that fail the check."""
+        if self.handout is not None:
+            Course(self.folder, check=True).run()
+            hand_out(self.folder.resolve().parent, self.handout)
+            print(f"written: {self.handout}")
+            return
         solved = sorted((self.folder / "solved").glob("*.ipynb"))
         if not solved:
             raise InputError(f"folder {self.folder}/solved: expected solved notebooks, found none")

@@ -14,8 +14,8 @@ from rmm_lab.course.views import View, status
 from rmm_lab.errors import InputError, one_sentence
 from rmm_lab.figures.paths import COLOURS, HATCHES, panels, tidy
 from rmm_lab.reward import path_text
+from rmm_lab.search.front import Front
 from rmm_lab.search.front_measures import achievement, lattice
-from rmm_lab.search.fronts import Front
 
 DIVISIONS = 5  # of a triangle's sides: 21 preferences
 SHORT = 80  # characters of a path that are shown

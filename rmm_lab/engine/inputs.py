@@ -75,6 +75,15 @@ class Inputs:
                 )
         return self._rows
 
+    def few(self, n: int) -> Self:
+        """At most n of these inputs of each task, drawn from them at random, with nothing computed yet."""
+        rows = [
+            np.sort(np.random.default_rng((self.seed, i)).permutation(own)[:n])
+            for i, own in enumerate(self.rows)
+        ]
+        other: dict[str, Any] = {"seed": self.seed, "split": self.split, "complete": self.complete}
+        return type(self)(self.tasks, n, rows=rows, **other)
+
     def __getstate__(self) -> dict[str, Any]:
         """With its inputs in place of the tasks, since another process may not have this split."""
         batches = {(i, j): self._batch(i, j) for i in range(len(self.rows)) for j in self._parts(i)}

@@ -23,6 +23,7 @@ from rmm_lab.layers import LayerPool
 from rmm_lab.reward import Path, Step, Task, partition, split_stem
 from rmm_lab.tasks.metrics import REWARDS, agreement, answers, likelihood, mean_of
 
+DRIFTING = 64  # inputs of a task: a mean over all their tokens
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 # ------------------------------------------------------------------- how many examples at once
@@ -176,6 +177,7 @@ class Scorer:
         ]
         self._lock = threading.Lock()
         self._seen: dict[tuple[Path, int | None], np.ndarray] = {}
+        self._few: Any = None  # the inputs that drift looks at
         self._own: dict[tuple[int | None, int], Tensor] = {}  # logits of experts, by part
         self._workers = workers
         self.alone = engine is None and workers == 1  # then nothing is won by looking ahead
@@ -213,9 +215,9 @@ class Scorer:
         return self._seen[path, subset].copy()
 
     def drift(self, path: Path) -> np.ndarray:
-        """How far a beginning of a path is from each expert on its calibration inputs, (N,); none: 0.
+        """How far a beginning of a path is from each expert, (N,); none: 0. See ``Calibration.drift``.
 
-        See ``Calibration.drift``. InputError where the pool has no such inputs.
+        Looks at up to DRIFTING of a task's calibration inputs; InputError where the pool has none.
         """
         if self.pool.calibration is None:
             raise InputError(
@@ -224,7 +226,8 @@ class Scorer:
         if not path:
             return np.zeros(self.n_models)
         first, steps = split_stem(path, self.stem)
-        return self.pool.calibration.drift(self.pool, (first, *steps))
+        self._few = self._few or self.pool.calibration.few(DRIFTING)
+        return self._few.drift(self.pool, (first, *steps))
 
     def prefetch(self, wanted: Iterable[tuple[Path, int | None]]) -> None:
         """Score (path, subset) pairs together, so that all workers have work; ``score`` then finds them.

@@ -19,9 +19,11 @@ from rmm_lab.errors import InputError
 from rmm_lab.evidence.markdown import markdown, seconds_text, seeds, span
 from rmm_lab.evidence.rows import spread
 from rmm_lab.figures.fronts import fronts_picture
+from rmm_lab.fronts.searches import AVERAGES, FRONT_SEARCHES
 from rmm_lab.reward import path_text
 from rmm_lab.search import uniform
 from rmm_lab.search.config import seen_by
+from rmm_lab.search.front import FINALISTS, find_front
 from rmm_lab.search.front_measures import (
     epsilon,
     expected_utility,
@@ -29,8 +31,6 @@ from rmm_lab.search.front_measures import (
     lattice_of,
     non_dominated,
 )
-from rmm_lab.search.front_searches import AVERAGES, FRONT_SEARCHES
-from rmm_lab.search.fronts import FINALISTS, find_front
 from rmm_lab.search.phases import Search, make_scorer
 from rmm_lab.search.pipeline import run_phases
 from rmm_lab.search.preferences import check_ends, ends_of, scored_by_task
@@ -44,12 +44,9 @@ DRAWN = 5  # fronts in a panel, the averages on top of them
 
 def measured(job: Job) -> dict[str, list[dict[str, Any]]]:
     """A search for a front by the key's method; any other name is that of the config's own search."""
-    from rmm_lab.evidence.measure import cells, load
+    from rmm_lab.evidence.measure import cells, fitted
 
-    problem, run, method = load(job.config), job.config.run, job.key["method"]
-    for task in problem.tasks:
-        task.split("reward")
-    start = time.perf_counter()
+    (problem, start), run, method = fitted(job.config), job.config.run, job.key["method"]
     with closing(make_scorer(problem, job.config)) as scorer:
         names, ends = scorer.task_names, ends_of(scorer)
         check_ends(ends, names, "tables fronts")

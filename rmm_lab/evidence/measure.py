@@ -8,6 +8,7 @@ writes, so a command that is stopped leaves whole rows, and the next one goes on
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 import multiprocessing
 import signal
@@ -47,7 +48,7 @@ from rmm_lab.search.config import Config, configure, describe, searched, seen_by
 from rmm_lab.search.finalists import candidates, legal, rank
 from rmm_lab.search.phases import Search, choose, make_scorer
 from rmm_lab.search.pipeline import Result, run_phases, train
-from rmm_lab.search.problem import Problem, at_hand, problem_of
+from rmm_lab.search.problem import Problem, ProblemSpec, at_hand, problem_of
 from rmm_lab.search.run_folder import RunFolder
 from rmm_lab.tasks.files import write_file
 
@@ -56,20 +57,14 @@ Measured = dict[str, list[dict[str, Any]]]  # table -> rows; the last table is t
 # The columns that say what was measured.
 METHOD_KEY = ("group", "size", "seed", "method")
 KEYS: dict[str, tuple[str, ...]] = {
-    "halves": METHOD_KEY,
-    "vision": METHOD_KEY,
-    "language": METHOD_KEY,
+    **dict.fromkeys(("halves", "vision", "language"), METHOD_KEY),
     "dar": ("group", "preset", "reward", "data_fraction", "dar", "seed"),
     "dar-curve": ("dar", "seed", "episode"),
-    "searches": ("group", "seed", "method"),
     "searches-curve": ("group", "seed", "method", "evaluations"),
-    "menu": ("group", "seed", "method"),
     "menu-curve": ("group", "seed", "method", "evaluations"),
-    "agent": ("group", "setting", "seed"),
-    "default": ("group", "setting", "seed"),
+    **dict.fromkeys(("searches", "menu", "seconds", "fronts"), ("group", "seed", "method")),
+    **dict.fromkeys(("agent", "default"), ("group", "setting", "seed")),
     "budgets": ("group", "evaluations", "seed", "method"),
-    "seconds": ("group", "seed", "method"),
-    "fronts": ("group", "seed", "method"),
     "labels": ("group", "reward", "label_fraction", "data_fraction", "examples", "seed"),
 }
 # What the default search is beside at small budgets and equal seconds: rivals that take all of its menu.
@@ -213,6 +208,27 @@ def load(config: Config) -> Problem:
     return replace(problem_of(at_hand(config.problem)), device=config.run.device)
 
 
+@functools.lru_cache(maxsize=1)
+def _fitted(spec: ProblemSpec, device: str) -> tuple[Problem, float]:
+    problem = replace(problem_of(at_hand(spec)), device=device)
+    for task in problem.tasks:
+        task.split("reward")
+    start, pool = time.perf_counter(), problem.pool
+    for source, k in itertools.product(pool.sources, range(pool.n_layers)):
+        if not pool.depends_on_path(source):
+            pool.weights(source, k)
+    return problem, time.perf_counter() - start
+
+
+def fitted(config: Config) -> tuple[Problem, float]:
+    """What is loaded, with its data read and every source merged, and when a search would have begun this.
+
+    Jobs of one problem that follow each other in a process share it; the seconds of merging count for each.
+    """
+    problem, took = _fitted(config.problem, config.run.device)
+    return problem, time.perf_counter() - took
+
+
 def cells(problem: Problem, row: uniform.Row) -> dict[str, Any]:
     """A row of a result table, in %."""
     names = [task.name for task in problem.tasks]
@@ -272,23 +288,20 @@ def by_gradient(job: Job) -> Measured:
     return {job.table: [cells(problem, row) for row in found]}
 
 
-def _trained(job: Job, problem: Problem) -> tuple[dict[str, Any], Result]:
+def _trained(job: Job, problem: Problem, start: float) -> tuple[dict[str, Any], Result]:
     """The row of ``train``, with its seconds from loaded models to the chosen path, and all of its result."""
-    for task in problem.tasks:
-        task.split("reward")
-    start = time.perf_counter()
-    result = train(job.config, problem, table=False)
-    return chosen(job, problem, start, result.path.path, result.reward), result
+    found = train(job.config, problem, table=False)
+    return chosen(job, problem, start, found.path.path, found.reward), found
 
 
 def trained(job: Job) -> Measured:
     """A search by ``train``."""
-    return {job.table: [_trained(job, load(job.config))[0]]}
+    return {job.table: [_trained(job, *fitted(job.config))[0]]}
 
 
 def trained_curve(job: Job) -> Measured:
     """The same, and every episode's reward (Fig. 3)."""
-    row, result = _trained(job, load(job.config))
+    row, result = _trained(job, *fitted(job.config))
     curve = [
         {"episode": e["episode"]} | {k: round(100 * e[k], 2) for k in ("raw_reward", "dar_reward")}
         for e in result.episodes
@@ -297,14 +310,13 @@ def trained_curve(job: Job) -> Measured:
 
 
 def _searched(
-    job: Job, problem: Problem, scorer: Scorer
+    job: Job, problem: Problem, start: float, scorer: Scorer
 ) -> tuple[dict[str, Any], list[tuple[str, float]]]:
     """The row of a search by the key's method, and (path as text, reward) of what it scored."""
     run, method = job.config.run, job.key["method"]
     if method not in rivals.SEARCHES:
-        row, result = _trained(job, problem)
+        row, result = _trained(job, problem, start)
         return row, legal(result.episodes)
-    start = time.perf_counter()
     scored = rivals.SEARCHES[method](scorer, run.episodes, run.seed)
     best = _best_of(scorer, scored, run.finalists)
     return chosen(job, problem, start, best["path"], best["reward"]), scored
@@ -318,9 +330,9 @@ def _best_of(scorer: Scorer, scored: rivals.Scored, finalists: int) -> dict[str,
 
 def search(job: Job) -> Measured:
     """A search by the key's method; its curve is ``rivals.curve_of``, and at the end its final choice."""
-    problem = load(job.config)
+    problem, start = fitted(job.config)
     with closing(make_scorer(problem, job.config)) as scorer:
-        row, scored = _searched(job, problem, scorer)
+        row, scored = _searched(job, problem, start, scorer)
         curve = list(rivals.curve_of(scorer, scored))
     curve[-1]["reward_split"] = row["reward_split"]  # what is chosen in the end
     return {f"{job.table}-curve": curve, job.table: [row]}
@@ -328,9 +340,9 @@ def search(job: Job) -> Measured:
 
 def search_alone(job: Job) -> Measured:
     """The same without its curve, whose paths are scored on the whole reward split."""
-    problem = load(job.config)
+    problem, start = fitted(job.config)
     with closing(make_scorer(problem, job.config)) as scorer:
-        return {job.table: [_searched(job, problem, scorer)[0]]}
+        return {job.table: [_searched(job, problem, start, scorer)[0]]}
 
 
 def at_equal_seconds(job: Job) -> Measured:

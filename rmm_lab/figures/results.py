@@ -1,4 +1,4 @@
-"""Figures of notebooks 08 and 09: paths as amounts, seeds, T5s. Plain data in, a Figure out."""
+"""Figures of notebooks 09 and 10: paths as amounts, seeds, T5s. Plain data in, a Figure out."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from rmm_lab.figures.paths import (
 from rmm_lab.operators import parse_operator
 from rmm_lab.reward import Path, Step
 
-# ---- notebook 08
+# ---- notebook 09
 
 LINEAR = ("task_arithmetic", "weight_average", "weighted_average")  # sums of scaled task vectors
 
@@ -214,7 +214,7 @@ def cross_task_picture(scores: Mapping[str, Sequence[float]], tasks: Sequence[st
     return figure
 
 
-# ---- notebook 09
+# ---- notebook 10
 
 
 def t5_picture(n_encoder: int, n_decoder: int) -> Figure:

@@ -1,4 +1,4 @@
-"""Figures of notebooks 04 to 07: rewards, agents, searches, subsets. Plain data in, a Figure out."""
+"""Figures of notebooks 04 to 08: rewards, agents, searches, subsets. Plain data in, a Figure out."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def t_interval(values: Sequence[float] | np.ndarray) -> tuple[float, float]:
     return float(v.mean()), float(stdtrit(len(v) - 1, 0.975) * v.std(ddof=1) / len(v) ** 0.5)
 
 
-# ------------------------------------------------------------------------------------ notebooks 06 and 07
+# ------------------------------------------------------------------------------------ notebooks 06 and 08
 
 Rows = Sequence[Mapping[str, Any]]  # a table; a DataFrame will do as well
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")

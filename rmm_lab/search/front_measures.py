@@ -1,8 +1,8 @@
 """What a front is worth: domination, hypervolume, IGD+, additive epsilon, R2, expected utility, the knee.
 
 A *front* is a set of points (n, K), a score for each of K tasks, more being better, of which none is as good
-as another everywhere and better somewhere. Scores are normalised (see ``fronts.Ends``): 0 is the base, 1 the
-task's own expert. All measures take any set of points; dominated ones and repeats change none of them.
+as another everywhere and better somewhere. Scores are normalised (see ``preferences.Ends``): 0 is the base,
+1 the task's own expert. All measures take any set of points; dominated ones and repeats change none of them.
 """
 
 from __future__ import annotations

@@ -24,9 +24,11 @@ from rmm_lab.errors import InputError
 from rmm_lab.layers import LayerPool
 from rmm_lab.path import LayerPath
 from rmm_lab.reward import path_text
-from rmm_lab.search import fronts, mergekit, report
+from rmm_lab.search import mergekit, report
 from rmm_lab.search.card import scales_of
 from rmm_lab.search.config import Config, check_depth, read_config
+from rmm_lab.search.front import Front, front_of
+from rmm_lab.search.front import check as check_front
 from rmm_lab.search.made_of import made_of
 from rmm_lab.search.phases import (
     Search,
@@ -67,7 +69,7 @@ class Result:
     finalists: list[Row] = field(default_factory=list)
     seconds: float = float("nan")
     pool: LayerPool | None = None
-    front: fronts.Front | None = None
+    front: Front | None = None
 
 
 # ----------------------------------------------------------------------------------------- the whole
@@ -131,7 +133,7 @@ def train(
         scorer = make_scorer(problem, config)
         with contextlib.closing(scorer):
             check_depth(scorer, config)
-            fronts.check(run, scorer)
+            check_front(run, scorer)
             make_env(view_of(scorer, config), config)  # wrong bounds must show before a folder does
             parts = made_of(problem, config, splits)
             if place is not None:
@@ -148,7 +150,7 @@ def train(
             run_phases(search)
             finalists = choose(search)
             seconds = time.perf_counter() - start if run.resume is None else float("nan")
-            front = fronts.front_of(search) if run.front else None
+            front = front_of(search) if run.front else None
         say(report.cost(scorer))
         best = finalists[0]
         stem = "base" if problem.stem == "agent" else problem.stem

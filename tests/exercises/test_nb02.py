@@ -15,8 +15,20 @@ from rmm_lab.course.checks import Exercise
 from rmm_lab.course.exercises.nb02 import EXERCISES
 from rmm_lab.figures import models as pictures
 
+ORDER = (
+    "def f(d, p):\n m = max(1, int(p * d.shape[1]))\n out = torch.zeros_like(d)\n"
+    " idx = d.abs().argsort(dim=1, descending=True, stable=True)[:, :m]\n"
+)
 # (exercise, what a student may write, a phrase of the answer)
 WRONG = [
+    ("dare", "def f(d, keep, p):\n return torch.where(keep, d, 0 * d) / (p + 1e-9)", "by the drop rate; a"),
+    ("ties", "def f(t):\n return torch.sign(t.sum(0)) * t.abs().sum(0) / len(t)", "mean of all magnitudes"),
+    ("ties", "def f(t):\n return t.relu().mean(0)", "clamp(0) keeps what is positive"),
+    ("trim", "def f(d, p):\n m = max(1, math.ceil(p * d.shape[1]))\n out = torch.zeros_like(d)\n"
+     " for row, o in zip(d, out):\n  i = row.abs().argsort(descending=True, stable=True)[:m]\n"
+     "  o[i] = row[i]\n return out", "m is rounded up"),
+    ("trim", ORDER + " out[:, idx] = d[:, idx]\n return out", "out[:, idx]"),
+    ("trim", ORDER + " for i in range(len(d)):\n  out[i, :m] = d[i, idx[i]]\n return out", "to the front"),
     ("task_arithmetic", "def f(b, e, s):\n return s * sum(x - b for x in e)", "The base is missing"),
     ("task_arithmetic", "def f(b, e, s):\n return b + s * (e.mean(0) - b)", "You average the task vectors"),
     (

@@ -16,6 +16,8 @@ from rmm_lab.figures import models as pictures
 # (exercise, what a student may write, a phrase of the answer)
 STEP = "def f(s, k, a):\n n = s.shape[0]\n m = np.array(s)\n"
 WRONG = [
+    ("count_paths", "def f(n, L):\n return n ** L + 2", "expected"),
+    ("count_paths", "def f(n, L):\n return n ** L + 1", "skipping everything"),
     ("apply_action", STEP + " if a < n:\n  m[a, k] += 1\n  return m, k + 1\n if a == n:\n  return m, k + 1\n"
      " m[:, k - 1] = 0\n return m, k - 1", "Back undoes nothing"),
     ("apply_action", STEP + " if a < n:\n  m[a, k] += 1\n  return m, k + 1\n if a == n:\n  return m, k + 1\n"
@@ -77,7 +79,6 @@ WRONG = [
     ("count_paths", "def f(n, layers):\n return pow(layers, n)", "swapped, and skip is missing"),
     ("count_paths", "def f(n, layers):\n return float(n + 1) ** layers", "whole number"),
     ("count_paths", "def f(n, layers):\n return np.power(n + 1.0, layers)", "whole number"),
-    ("count_paths", "def f(n, layers):\n return n ** layers + 1", "expected"),
     ("count_paths", "def f(n, layers):\n (n + 1) ** layers", "returns None"),
 ]  # fmt: skip
 

@@ -12,6 +12,20 @@ WRONG = [
         "05.returns",
         """
 def f(r, g):
+    T = len(r)
+    return torch.stack([sum(g ** (k - t + 1) * r[k] for k in range(t, T)) for t in range(T)])
+""",
+        "one gamma too many",
+    ),
+    (
+        "05.advantage",
+        "def f(r, v):\n    return (r - v) / r.std(correction=0)",
+        "divide the difference",
+    ),
+    (
+        "05.returns",
+        """
+def f(r, g):
     return torch.stack([r[t:].sum() for t in range(len(r))])
 """,
         "no effect",

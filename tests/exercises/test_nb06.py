@@ -19,6 +19,18 @@ def f(scored{more}):
 """
 WRONG = [
     (
+        "06.shortlist",
+        """
+def f(scored, n):
+    seen = defaultdict(list)
+    for p, r in scored:
+        seen[p].append(r)
+    m = sum(r for _, r in scored) / len(scored)
+    return sorted(seen, key=lambda p: ((sum(seen[p]) + 2 * m) / (len(seen[p]) + 2), p))[:n]
+""",
+        "sorted() goes from low to high",
+    ),
+    (
         "06.best_so_far",
         "def f(scored):\n    return [max(r for _, r in scored[:i + 1]) for i in range(len(scored))]",
         "highest single reward",

@@ -1,4 +1,4 @@
-"""The checks of notebook 08: right variants pass, wrong ones get the hint that is meant for them."""
+"""The checks of notebook 08 against wrong and right answers, and the data of its pictures."""
 
 from __future__ import annotations
 
@@ -8,278 +8,233 @@ from answers import function_of
 
 from rmm_lab.course import checks
 from rmm_lab.course.exercises import nb08
-from rmm_lab.evidence import tables
-from rmm_lab.evidence.rows import KINDS, RULES
-from rmm_lab.figures import results as pictures
-from rmm_lab.reward import Step, parse_path
+from rmm_lab.figures import searches as pictures
 
-RIGHT = [
-    (
-        "08.mean_and_spread",
-        """
-def f(scores):
-    per_seed = []
-    for row in scores:
-        per_seed.append(sum(row) / len(row))
-    m = sum(per_seed) / len(per_seed)
-    return m, (sum((x - m) ** 2 for x in per_seed) / (len(per_seed) - 1)) ** 0.5
-""",
-    ),
-    (
-        "08.mean_and_spread",
-        """
-import torch
-def f(scores):
-    x = torch.as_tensor(scores).mean(1)
-    return [x.mean(), x.std()]
-""",
-    ),
-    (
-        "08.gain",
-        """
-def f(search, chosen_by, reported):
-    return np.array([r - t[list(c).index(max(c))] for r, c, t in zip(search, chosen_by, reported)])
-""",
-    ),
-    (
-        "08.gain",
-        """
-def f(search, chosen_by, reported):
-    best = chosen_by.argmax(1)[:, None]
-    return (search[:, None] - np.take_along_axis(reported, best, 1))[:, 0].astype(np.float32)
-""",
-    ),
-]
-
+ORDER = "    order = np.random.default_rng(seed).permutation(n)\n"
 WRONG = [
     (
-        "08.mean_and_spread",
-        """
-def f(scores):
-    x = [sum(row) / len(row) for row in scores]
-    m = sum(x) / len(x)
-    return m, (sum((v - m) ** 2 for v in x) / len(x)) ** 0.5
-""",
-        "divide by S - 1",
+        "08.subset",
+        "def f(n, k, seed):\n" + ORDER + "    size = n // k\n    out = []\n"
+        "    for i in range(0, size * k, size):\n        out.append(np.array(sorted(order[i:i + size])))\n"
+        "    return out",
+        "lose the rest",
     ),
     (
-        "08.mean_and_spread",
-        """
-import statistics
-def f(scores):
-    by_task = [sum(column) / len(column) for column in scores.T]
-    return statistics.mean(by_task), statistics.stdev(by_task)
-""",
-        "spread over tasks",
+        "08.subset",
+        "def f(n, k, seed):\n" + ORDER + "    cuts = [n // k * i for i in range(k)] + [n]\n"
+        "    return [np.sort(order[a:b]) for a, b in zip(cuts[:-1], cuts[1:])]",
+        "whole rest goes to the last",
     ),
     (
-        "08.mean_and_spread",
-        """
-import statistics
-def f(scores):
-    x = [float(sum(row)) / len(row) for row in scores]
-    return statistics.mean(x), statistics.stdev(x) / len(x) ** 0.5
-""",
-        "standard error",
+        "08.subset",
+        "def f(n, k, seed):\n    sizes = [n // k + (i < n % k) for i in range(k)]\n"
+        "    ends = np.cumsum(sizes)\n    return [np.arange(e - s, e) for s, e in zip(sizes, ends)]",
+        "not shuffled",
     ),
     (
-        "08.mean_and_spread",
-        """
-import statistics
-def f(scores):
-    spreads = [statistics.stdev(column) for column in scores.T.tolist()]
-    return scores.mean(), sum(spreads) / len(spreads)
-""",
-        "each task's spread",
+        "08.subset",
+        "def f(n, k, seed):\n    order = np.random.default_rng(0).permutation(n)\n"
+        "    return [np.array(sorted(part)) for part in np.array_split(order, k)]",
+        "seed has no effect",
     ),
     (
-        "08.mean_and_spread",
-        """
-import torch
-def f(scores):
-    every = torch.as_tensor(scores).flatten()
-    return every.mean(), every.std()
-""",
-        "pooled",
+        "08.dar",
+        "def f(reward, previous, t, t_max, dar_lambda):\n    if not previous:\n        return reward\n"
+        "    w = dar_lambda * t / t_max\n    return w * previous + (1 - w) * reward",
+        "previous is None",
     ),
     (
-        "08.mean_and_spread",
-        """
-import statistics
-def f(scores):
-    x = [float(sum(row)) / len(row) for row in scores]
-    return statistics.mean(x), statistics.variance(x)
-""",
-        "root is missing",
+        "08.subset",
+        "def f(n, k, seed):\n" + ORDER + "    hands = [[] for _ in range(k)]\n"
+        "    for i, row in enumerate(order):\n        hands[i % k].append(row)\n"
+        "    return [np.sort(h) for h in hands]",
+        "in turn",
     ),
     (
-        "08.mean_and_spread",
-        "def f(scores):\n    return scores.mean(0), scores.std(0)",
-        "expected (",
-    ),
-    ("08.mean_and_spread", "def f(scores):\n    scores.mean()", "returns None"),
-    ("08.mean_and_spread", "def f(scores):\n    return scores.mean(7)", "raised"),
-    (
-        "08.gain",
-        """
-def f(search, chosen_by, reported):
-    return np.array([t[list(c).index(max(c))] - r for r, c, t in zip(search, chosen_by, reported)])
-""",
-        "sign is reversed",
+        "08.subset",
+        "def f(n, k, seed):\n" + ORDER + "    return np.array_split(order, k)",
+        "sort each",
     ),
     (
-        "08.gain",
-        "def f(search, by, reported):\n    return np.array([r - max(t) for r, t in zip(search, reported)])",
-        "chosen by the very scores that are reported",
+        "08.subset",
+        "def f(n, k, seed):\n    out = []\n    while len(out) < k:\n"
+        "        rng = np.random.default_rng(seed)\n"
+        "        out.append(np.sort(rng.permutation(n)[:n // k]))\n    return out",
+        "same rows",
     ),
     (
-        "08.gain",
-        "def f(search, by, reported):\n    return np.array([r - max(c) for r, c in zip(search, by)])",
-        "its score comes from reported",
+        "08.subset",
+        "def f(n, k, seed):\n    rng, out = np.random.default_rng(seed), []\n    for _ in range(k):\n"
+        "        out.append(np.sort(rng.choice(np.arange(n), n // k)))\n    return out",
+        "with replacement",
     ),
     (
-        "08.gain",
-        "def f(search, chosen_by, reported):\n    return search - sum(reported.T) / reported.shape[1]",
-        "mean over all uniform merges",
+        "08.subset",
+        "def f(n, k, seed):\n    rng, out = np.random.default_rng(seed), []\n    for _ in range(k):\n"
+        "        out.append(np.sort(rng.choice(np.arange(n), n // k, replace=False)))\n    return out",
+        "overlap",
+    ),
+    ("08.subset", "def f(n, k, seed):\n    np.array_split(np.arange(n), k)", "returns None"),
+    ("08.subset", "def f(n, k, seed):\n    return np.split(np.arange(n), k)", "raised ValueError"),
+    (
+        "08.standard_error",
+        "def f(p, n):\n    return sum(math.sqrt(q * (1 - q) / m) for q, m in zip(p, n)) / len(p)",
+        "do not add up",
     ),
     (
-        "08.gain",
-        """
-def f(search, chosen_by, reported):
-    return np.array([r - t[list(c).index(min(c))] for r, c, t in zip(search, chosen_by, reported)])
-""",
-        "worst uniform merge",
+        "08.standard_error",
+        "def f(p, n):\n    return math.sqrt(sum(q * (1 - q) / m for q, m in zip(p, n)))",
+        "1/N is missing",
     ),
     (
-        "08.gain",
-        """
-def f(search, chosen_by, reported):
-    u = [t[list(c).index(max(c))] for c, t in zip(chosen_by, reported)]
-    return np.array([r - sum(u) / len(u) for r in search])
-""",
-        "not paired",
+        "08.standard_error",
+        "def f(p, n):\n    return np.mean(p * (1 - p) / n) ** 0.5",
+        "by the root of N",
     ),
     (
-        "08.gain",
-        """
-def f(search, chosen_by, reported):
-    totals = list(chosen_by.sum(axis=0))
-    return search - reported[:, totals.index(max(totals))]
-""",
-        "one merge for all seeds",
+        "08.standard_error",
+        "def f(p, n):\n    q = p.sum() / len(p)\n    return np.sqrt(q * (1 - q) / n.sum())",
+        "pool all examples",
     ),
     (
-        "08.gain",
-        """
-def f(search, chosen_by, reported):
-    return np.mean([r - t[c.argmax()] for r, c, t in zip(search, chosen_by, reported)])
-""",
-        "expected shape",
+        "08.standard_error",
+        "def f(p, n):\n    return np.sum(p * (1 - p) / n) / len(n) ** 2",
+        "variance. Its root",
     ),
-    ("08.gain", "def f(search, chosen_by, reported):\n    return search - chosen_by", "raised"),
+    (
+        "08.standard_error",
+        "def f(p, n):\n    return np.sqrt(np.sum(p - p**2)) / p.size",
+        "number of examples is missing",
+    ),
+    ("08.standard_error", "def f(p, n):\n    return np.sqrt(p * (1 - p) / n) / len(p)", "shape"),
+    (
+        "08.standard_error",
+        "def f(p, n):\n    return math.sqrt(p * (1 - p) / n)",
+        "raised TypeError",
+    ),
+    (
+        "08.dar",
+        "def f(reward, previous, t, t_max, dar_lambda):\n    if previous is None:\n        return reward\n"
+        "    own = dar_lambda * t / t_max\n    return previous + own * (reward - previous)",
+        "swapped",
+    ),
+    (
+        "08.dar",
+        "def f(reward, previous, t, t_max, dar_lambda):\n    if previous is None:\n        previous = 0\n"
+        "    w = dar_lambda * (t / t_max)\n    return reward - w * (reward - previous)",
+        "start of a window",
+    ),
+    (
+        "08.dar",
+        "def f(reward, previous, t, t_max, dar_lambda):\n    if previous is None:\n        return reward\n"
+        "    return reward + dar_lambda * (previous - reward)",
+        "t / T_max is missing",
+    ),
+    (
+        "08.dar",
+        "def f(reward, previous, t, t_max, dar_lambda):\n    if previous is None:\n        return reward\n"
+        "    return reward + t / t_max * (previous - reward)",
+        "λ is missing",
+    ),
+    (
+        "08.dar",
+        "def f(reward, previous, t, t_max, dar_lambda):\n    if previous is not None:\n"
+        "        reward = reward + dar_lambda * t * previous / t_max\n    return reward",
+        "sum to 1",
+    ),
+    (
+        "08.dar",
+        "def f(reward, previous, t, t_max, dar_lambda):\n    w = dar_lambda * t / t_max\n"
+        "    return w * previous + (1 - w) * reward",
+        "raised TypeError",
+    ),
+    (
+        "08.dar",
+        "def f(reward, previous, t, t_max, dar_lambda):\n    return previous",
+        "returns None",
+    ),
+]
+RIGHT = [
+    (
+        "08.subset",
+        "def f(n, k, seed):\n" + ORDER + "    out, start = [], 0\n    for i in range(k):\n"
+        "        stop = start + n // k + (1 if i < n % k else 0)\n"
+        "        out.append(np.array(sorted(order[start:stop].tolist())))\n        start = stop\n"
+        "    return out",
+    ),
+    (
+        "08.standard_error",
+        "def f(p, n):\n    total = 0.0\n    for i in range(len(p)):\n"
+        "        total += p[i] * (1 - p[i]) / n[i] / len(p) ** 2\n    return math.sqrt(total)",
+    ),
+    (
+        "08.dar",
+        "def f(reward, previous, t, t_max, dar_lambda):\n"
+        "    w = np.float64(0.0) if previous is None else dar_lambda * t / t_max\n"
+        "    return (1 - w) * reward + w * (previous or 0.0)",
+    ),
 ]
 
 
-@pytest.mark.parametrize(("name", "text"), RIGHT)
-def test_right_variants_pass(name, text):
-    assert checks.check(name, function_of(text)).status == "correct"
-
-
-@pytest.mark.parametrize(("name", "text", "phrase"), WRONG)
-def test_wrong_answers_get_their_hint(name, text, phrase):
-    verdict = checks.check(name, function_of(text))
+@pytest.mark.parametrize(("name", "source", "phrase"), WRONG)
+def test_a_wrong_answer_gets_its_hint(name, source, phrase):
+    verdict = checks.check(name, function_of(source))
     assert verdict.status == "wrong"
     assert phrase in verdict.message
 
 
-@pytest.mark.parametrize("name", ["08.claim", "08.mean_and_spread", "08.gain"])
-def test_not_attempted(name):
-    def f(*args):
-        raise NotImplementedError
-
-    assert checks.check(name, f).status == "not attempted"
+@pytest.mark.parametrize(("name", "source"), RIGHT)
+def test_other_right_answers_pass(name, source):
+    assert checks.check(name, function_of(source)).status == "correct"
 
 
-def test_quiz_explains_each_option():
-    quiz = nb08.EXERCISES["08.claim"]
-    texts = set()
-    for letter in quiz.explained:
-        verdict = checks.check("08.claim", lambda letter=letter: letter)
-        assert verdict.status == ("correct" if letter == "b" else "wrong")
-        assert verdict.message.startswith(f"({letter})")
-        texts.add(verdict.message.split("\n")[0])
-    assert len(texts) == 4
+def test_each_option_of_the_quiz_says_why():
+    told = {o: checks.check("08.dar_bias", lambda o=o: o) for o in "abcd"}
+    assert [v.status for v in told.values()] == ["wrong", "correct", "wrong", "wrong"]
+    assert "neighbours" in told["a"].message
+    assert "as it draws poor ones" in told["c"].message
+    assert "as noise" in told["d"].message
 
 
-def test_references_by_hand():
-    scores = np.array([[60.0, 80.0], [70.0, 90.0], [80.0, 100.0]])  # by seed: 70, 80, 90
-    assert nb08.mean_and_spread(scores) == pytest.approx((80.0, 10.0))
-    gain = nb08.paired_gain(
-        np.array([10.0, 20.0]),
-        np.array([[1.0, 2.0], [4.0, 3.0]]),
-        np.array([[5.0, 6.0], [7.0, 9.0]]),
-    )
-    assert gain.tolist() == [4.0, 13.0]
+def test_the_standard_error_by_hand_and_by_chance():
+    # Two tasks with variances 0.25 / 25 = 0.01 each: sqrt(0.02) / 2.
+    assert nb08.standard_error(np.array([0.5, 0.5]), np.array([25, 25])) == pytest.approx(0.0707107)
+    p, n = np.array([0.8, 0.6, 0.9]), np.array([6, 12, 30])
+    drawn = (np.random.default_rng(0).binomial(n, p, (200_000, 3)) / n).mean(1)
+    assert nb08.standard_error(p, n) == pytest.approx(drawn.std(), rel=0.01)
 
 
-def test_claims_against_the_recorded_table():
-    """What the quiz says holds or does not hold is decided by results/vision.csv."""
-    vision = tables.read("vision")
-    mean = vision.pivot_table("mean", "group", "method")  # over the seeds; NaN: not measured
-    best = mean[mean.columns.intersection(RULES)].max(axis=1)
-    ours = mean["agent + CMA-ES"]
-    a = bool((ours - best > 5).all())
-    pair = vision[vision["group"] == "digits+textures"]
-    seeds = pair.pivot(index="seed", columns="method", values="mean")
-    by_weights = seeds[seeds.columns.intersection(KINDS["uniform"])].max().max()
-    fitted = pair[pair["method"] == "least squares"]
-    found = seeds["agent + CMA-ES"]
-    b = bool((found > by_weights).all() and fitted["mean"].min() > found.max())
-    c = bool((ours >= mean["multi-task"]).any())  # NaN where none ships
-    tuning = mean["task arithmetic, tuned"] - mean["task arithmetic"]
-    d = bool((tuning < 5).all())
-    assert {"a": a, "b": b, "c": c, "d": d} == {"a": False, "b": True, "c": False, "d": False}
-    assert nb08.EXERCISES["08.claim"].right == "b"
-    assert set(fitted["sees"]) == {"inputs"}  # no label, as option b says
-    seconds = pair.groupby("method")["seconds"].mean()
-    assert seconds["least squares"] < seconds["agent + CMA-ES"]
-    # The notebook: wherever it was measured, least squares beats the search.
-    assert (mean["least squares"] - ours).dropna().gt(0).all()
-    assert tuning["digits+textures"] > 10  # what option d's text says
-    assert (mean["fine-tuned"] - best)["letters+symbols"] < 5  # what option a's text says
+# ------------------------------------------------------------------------------------ pictures
 
 
-def test_amounts_by_hand():
-    text = "task_arithmetic:scale=0.3/-0.1@-1 b@0 weighted_average:expert=1,share=0.75@1 ties@3"
-    found = pictures.path_amounts(parse_path(text), ["a", "b"], 4)
-    nan = np.nan  # layer 2 is skipped, TIES is no sum
-    expected = [[0.3, 0.0, 0.75, nan, nan], [-0.1, 1.0, 0.25, nan, nan]]
-    np.testing.assert_allclose(found, expected, atol=1e-7)
-    for source, amount in {
-        "base": [0, 0, 0],
-        "weight_average": [1 / 3] * 3,
-        "task_arithmetic:scale=0.75": [0.75] * 3,
-        "weighted_average:expert=2,share=0.5": [0.25, 0.5, 0.25],
-    }.items():
-        np.testing.assert_allclose(pictures.amounts(Step(source, 0), "abc"), amount, atol=1e-7)
+def test_histograms_hold_every_estimate():
+    rng = np.random.default_rng(0)
+    estimates = {"10 %": rng.uniform(0.5, 0.9, 10), "1 %": rng.integers(10, 24, 100) / 24}
+    figure = pictures.estimates_picture(estimates, 0.7, {"10 %": 0.03, "1 %": 0.1})
+    for axes, values in zip(figure.axes, estimates.values(), strict=True):
+        assert sum(p.get_height() for p in axes.patches if p.get_hatch()) == len(values)
+        whole, mean = axes.lines[:2]
+        assert whole.get_xdata()[0] == pytest.approx(70)
+        assert mean.get_xdata()[0] == pytest.approx(100 * values.mean())
 
 
-def test_pictures_show_what_they_are_given():
-    scores = {"TIES": [50.0, 60.0], "RMM (agent)": [65.0, 66.0], "agent + CMA-ES": [70.0, 72.0]}
-    figure = pictures.seeds_picture({"a+b": {m: np.array(s) for m, s in scores.items()}, "c+d": {}})
-    lines = figure.axes[0].get_lines()
-    assert [list(line.get_xdata()) for line in lines] == list(scores.values())
-    assert len({line.get_marker() for line in lines}) == 3  # not by colour alone
-    figure = pictures.gain_picture({"a+b": np.array([1.0, 3.0])}, {"a+b": 0.5})
-    assert [2.0] in [list(line.get_xdata()) for line in figure.axes[0].get_lines()]
-    own = {"a": np.array([0.25, np.nan, 1.0]), "b": np.array([-0.1, 0.0, 0.6])}
-    figure = pictures.amounts_picture({"a+b": own})
-    shown = {text.get_position(): text.get_text() for text in figure.axes[0].texts}
-    assert shown == {
-        (0, 0): "0.2",
-        (1, 0): "–",
-        (2, 0): "1.0",
-        (0, 1): "-0.1",
-        (1, 1): "0.0",
-        (2, 1): "0.6",
-    }
+def test_few_examples_get_a_bar_for_each_possible_value():
+    values = np.array([18, 18, 19, 20, 24, 16]) / 24
+    figure = pictures.estimates_picture({"1 %": values}, 0.8, {"1 %": 0.1})
+    bars = [p for p in figure.axes[0].patches if p.get_hatch()]
+    tall = {p.get_x() + p.get_width() / 2: p.get_height() for p in bars if p.get_height()}
+    assert [round(float(x) * 24 / 100, 4) for x in tall] == [16, 18, 19, 20, 24]
+    assert list(tall.values()) == [1, 2, 1, 1, 1]
+
+
+def test_dar_curves_show_what_was_paid():
+    rows = [
+        {"dar": d, "episode": e, "raw_reward": 10.0 * e, "dar_reward": 10.0 * e - d}
+        for d in (0.8, 0.0)
+        for e in range(4)
+    ]
+    without, with_dar = pictures.dar_curve_picture(rows, window=2).axes
+    assert list(without.lines[0].get_ydata()) == [0, 10, 20, 30]
+    assert list(with_dar.lines[1].get_ydata()) == pytest.approx([-0.8, 9.2, 19.2, 29.2])
+    dotted = [line for line in with_dar.lines if line.get_linestyle() == ":"]
+    assert [line.get_xdata()[0] for line in dotted] == [0, 2]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -116,6 +117,19 @@ def _last_of_equal(deltas: Tensor, density: float) -> Tensor:
     return _first(deltas.abs().flip(1), deltas.flip(1), _kept(deltas, density)).flip(1)
 
 
+def _moved_to_the_front(deltas: Tensor, density: float) -> Tensor:
+    m = _kept(deltas, density)
+    order = deltas.abs().argsort(dim=1, descending=True, stable=True)[:, :m]
+    return torch.cat([deltas.gather(1, order), torch.zeros_like(deltas[:, m:])], 1)
+
+
+def _columns_of_any_row(deltas: Tensor, density: float) -> Tensor:
+    order = deltas.abs().argsort(dim=1, descending=True, stable=True)[:, : _kept(deltas, density)]
+    out = torch.zeros_like(deltas)
+    out[:, order] = deltas[:, order]
+    return out
+
+
 SIGNED = "This keeps the largest values and drops large negative ones. Large means far from 0."
 EQUAL = (
     "The number of entries is right. Of equal magnitudes keep those with the lower index (argsort has "
@@ -159,6 +173,22 @@ TRIM = Exercise(
         Mistake(
             "This is the mask, 1 where an entry stays. Return the task vectors with the others set to 0.",
             lambda deltas, density: (operators.trim(deltas, density) != 0).float(),
+        ),
+        Mistake(
+            "m is rounded up here. int() rounds down, so that no more than the density's share stays.",
+            lambda deltas, density: _first(
+                deltas.abs(), deltas, max(1, math.ceil(density * deltas.shape[1]))
+            ),
+        ),
+        Mistake(
+            "The largest entries are moved to the front of each row. They must stay in their places: set "
+            "the others to 0 instead.",
+            _moved_to_the_front,
+        ),
+        Mistake(
+            "out[:, idx] = ... takes the columns that any row chose, for all rows. Each row keeps its own "
+            "entries: use scatter, or one row at a time.",
+            _columns_of_any_row,
         ),
         Mistake(
             "The signs are lost. Choose by magnitude, but keep the entries themselves.",
@@ -232,6 +262,16 @@ TIES = Exercise(
             lambda trimmed: trimmed.sum(0) / (trimmed != 0).sum(0).clamp(min=1),
         ),
         Mistake(
+            "You give the elected sign to the mean of all magnitudes, those of the losers too. Average only "
+            "entries that have that sign.",
+            lambda trimmed: trimmed.sum(0).sign() * trimmed.abs().mean(0),
+        ),
+        Mistake(
+            "clamp(0) keeps what is positive, whichever sign was elected. Where the negative entries weigh "
+            "more, they are merged.",
+            lambda trimmed: trimmed.clamp(min=0).mean(0),
+        ),
+        Mistake(
             "This keeps the entries that lost the election. An entry agrees if it has the sign of the sum.",
             lambda trimmed: _merge(trimmed, -trimmed.sum(0).sign()),
         ),
@@ -278,6 +318,11 @@ DARE = Exercise(
             "You divide by the share that is dropped. With a drop rate near 0 this grows without bound; "
             "divide by the share that is kept.",
             lambda deltas, keep, drop_rate: deltas * keep / drop_rate if drop_rate else deltas / 0,
+        ),
+        Mistake(
+            "You divide by the drop rate; a small number beside it only hides the division by 0. Divide by "
+            "the share that is kept, 1 - p.",
+            lambda deltas, keep, drop_rate: deltas * keep / (drop_rate + 1e-9),
         ),
         Mistake(
             "You divide by the share that this mask happened to keep. DARE divides by the expected share, "

@@ -334,6 +334,11 @@ COUNT_PATHS = Exercise(
             lambda n, layers: n**layers + layers * n ** (layers - 1),
         ),
         Mistake(
+            "You count skipping everything, but no path that skips only some layers. Skip is one more choice "
+            "at each of them.",
+            lambda n, layers: n**layers + 1,
+        ),
+        Mistake(
             "You leave out the path that skips every layer. It makes a poor model, but is legal.",
             lambda n, layers: (n + 1) ** layers - 1,
         ),

@@ -93,6 +93,10 @@ def _normalised_last(returns: Tensor, values: Tensor) -> Tensor:
     return ppo.normalise(returns - values)
 
 
+def _divided_last(returns: Tensor, values: Tensor) -> Tensor:
+    return (returns - values) / (returns.std(correction=0) + 1e-8)
+
+
 def _values_too(returns: Tensor, values: Tensor) -> Tensor:
     return ppo.normalise(returns) - ppo.normalise(values)
 
@@ -212,6 +216,11 @@ EXERCISES: dict[str, Exercise | Quiz] = {
                 "not discounted.",
                 _from_the_start,
             ),
+            Mistake(
+                "All returns have one gamma too many. A step's own reward is not discounted: gamma "
+                "multiplies only the return of the next step.",
+                lambda rewards, gamma: gamma * ppo.discounted_returns(rewards, gamma),
+            ),
             Mistake("The step's own reward is missing from its return.", _without_own),
             Mistake(
                 "Only the next reward counts here. What comes after it counts too, discounted more.",
@@ -243,6 +252,11 @@ EXERCISES: dict[str, Exercise | Quiz] = {
             Mistake(
                 "The difference is normalised. Normalise the returns first, then subtract the values.",
                 _normalised_last,
+            ),
+            Mistake(
+                "You divide the difference, and subtract no mean. Normalise the returns alone, mean and "
+                "deviation, then subtract the values.",
+                _divided_last,
             ),
             Mistake(
                 "The values are normalised too. They are already in the right unit.", _values_too

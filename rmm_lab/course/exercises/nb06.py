@@ -187,6 +187,17 @@ EXERCISES: dict[str, Exercise | Quiz] = {
                 lambda scored, n: shortlist(scored, len(scored))[::-1][:n],
             ),
             Mistake(
+                "sorted() goes from low to high, so these are the worst paths. Sort by the negative score, "
+                "or the best n come last.",
+                lambda scored, n: sorted(
+                    _values(scored), key=lambda p: (_drawn(2)(_values(scored)[p], scored), p)
+                )[:n],
+            ),
+            Mistake(
+                "These are the right paths, the worst of them first. The best comes first.",
+                lambda scored, n: shortlist(scored, n)[::-1],
+            ),
+            Mistake(
                 "All paths come back. Return the first n only.",
                 lambda scored, n: shortlist(scored, len(scored)),
             ),

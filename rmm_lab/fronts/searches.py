@@ -5,7 +5,7 @@
     simplex of DARE-TIES               a merge for each weight; none      HM3's first step
     random scales                      drawn in the box
     CMA-ES along a lattice             one short run per preference       after HM3's subproblems, 2025
-    NSGA-II, NSGA-III, TPE, GP         Optuna's, for several objectives   see ``front_models``
+    NSGA-II, NSGA-III, TPE, GP         Optuna's, for several objectives   see ``models``
     MAP                                a quadratic fit with a link        Li et al. 2024
     MM-MO                              Bayesian, with the 1-norm          Li et al. 2024
     fill-in by constraints             raise one task, keep the others    after C-MORL, Liu et al. 2025
@@ -15,7 +15,7 @@
     HM3 (as published)                 a merge and a training each        Zhou et al. 2025
     HM3 without its merge              layers of the experts alone        its ablation
 
-A search returns what it scored and, as ``answers``, what it arrived at; ``fronts.find_front`` scores the
+A search returns what it scored and, as ``answers``, what it arrived at; ``front.find_front`` scores the
 finalists of either on the whole reward split. ``FRONT_SEARCHES[name](scorer, evaluations, seed, ends)``.
 """
 
@@ -26,16 +26,16 @@ from typing import Any
 
 import numpy as np
 
+from rmm_lab.fronts.conditioned import conditioned, separate
+from rmm_lab.fronts.hm3 import hm3
+from rmm_lab.fronts.models import by_gp, by_nsga2, by_nsga3, by_tpe, map_surrogate, mm_mo
+from rmm_lab.fronts.simplexes import Simplex, averages, by_dare_ties, least_squares
+from rmm_lab.fronts.space import Box, Known, Trials, best_for
 from rmm_lab.search import rivals
 from rmm_lab.search.budget import Scored
-from rmm_lab.search.conditioned import conditioned, separate
 from rmm_lab.search.front_measures import achievement, lattice_of, non_dominated
-from rmm_lab.search.front_models import by_gp, by_nsga2, by_nsga3, by_tpe, map_surrogate, mm_mo
-from rmm_lab.search.front_space import Box, Known, Trials, best_for
-from rmm_lab.search.hm3 import hm3
 from rmm_lab.search.layer_scales import BOUNDS, MEANS, Evolution
 from rmm_lab.search.preferences import Ends
-from rmm_lab.search.simplexes import Simplex, averages, by_dare_ties, least_squares
 
 # Of a scorer, a number of evaluations, a seed and both ends of each task's scale.
 FrontSearch = Callable[[Any, int, int, Ends], Scored]

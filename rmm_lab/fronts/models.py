@@ -6,9 +6,9 @@ from typing import Any
 
 import numpy as np
 
+from rmm_lab.fronts.space import Box, Trials
 from rmm_lab.reward import Path
 from rmm_lab.search.front_measures import achievement, lattice_of
-from rmm_lab.search.front_space import Box, Trials
 from rmm_lab.search.layer_scales import BOUNDS
 from rmm_lab.search.preferences import Ends
 from rmm_lab.search.rivals import GROUP, SCALES, STARTUP, optuna_study, path_of_densities

@@ -25,12 +25,12 @@ from torch.distributions import Normal
 
 from rmm_lab import ppo
 from rmm_lab.engine.block_view import BlockView
+from rmm_lab.fronts.any_order import LayersEnv, spread
+from rmm_lab.fronts.simplexes import dare_ties
+from rmm_lab.fronts.space import Trials
 from rmm_lab.reward import Path, Step
-from rmm_lab.search.any_order import LayersEnv, spread
-from rmm_lab.search.front_space import Trials
 from rmm_lab.search.numbers import GaussianAgent
 from rmm_lab.search.preferences import Ends
-from rmm_lab.search.simplexes import dare_ties
 
 # The paper has no number for any of these, but for gamma. More are in ``any_order``.
 PREFERENCES = 11  # N, as many as the other agents answer

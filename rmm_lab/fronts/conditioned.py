@@ -24,9 +24,9 @@ from torch import Tensor
 from rmm_lab import ppo
 from rmm_lab.env import MergingEnv
 from rmm_lab.errors import InputError
+from rmm_lab.fronts.space import Trials
 from rmm_lab.reward import Path
 from rmm_lab.search.front_measures import achievement, lattice_of
-from rmm_lab.search.front_space import Trials
 from rmm_lab.search.numbers import GaussianAgent, ScalesEnv
 from rmm_lab.search.preferences import Ends
 
