@@ -221,17 +221,12 @@ def test_few_labels_are_all_that_a_search_has(tmp_path, counted):
     found = set()
     for job in counted:
         run, known = job.config.run, job.config.problem.label_fraction
-        found.add(setting := (run.reward, known, run.data_fraction, run.examples))
-        names = ("reward", "label_fraction", "data_fraction", "examples", "seed")
-        assert [job.key[name] for name in names] == [*setting, 2]
-    few = {
-        (reward, *share, examples)
-        for reward in ("metric", "likelihood")
-        for share in ((0.1, 1), (0.01, 1), (1, 0.01))
-        for examples in ("random", "anchors")
-    }
-    every = {(reward, 1, 0.1, "random") for reward in ("metric", "likelihood", "agreement")}
-    assert found == {*few, *every, ("metric", 1, 0.1, "anchors")}
+        found.add((run.reward, known, run.data_fraction))
+        names = ("reward", "label_fraction", "data_fraction", "seed")
+        assert [job.key[name] for name in names] == [run.reward, known, run.data_fraction, 2]
+    few = {(reward, share, 1) for reward in ("metric", "likelihood") for share in (0.1, 0.01)}
+    every = {(reward, 1, 0.1) for reward in ("metric", "likelihood", "agreement")}
+    assert found == {*few, *every, ("metric", 1, 0.01)}
     assert len(counted) == 2 * len(found)
 
 
@@ -460,8 +455,7 @@ def test_rivals_get_the_agents_seconds(small, tmp_path, monkeypatch, capsys):
 @pytest.mark.slow
 def test_rows_with_few_labels_are_scored_on_these(small, tmp_path, monkeypatch):
     """The reward split's score is that of the few, or of agreement: not that of all labels."""
-    share = {"label_fraction": 0.2, "data_fraction": 1.0}
-    some = (tables.LABELS[0], share, tables.LABELS[-1])
+    some = (tables.LABELS[0], tables.LABELS[3] | {"label_fraction": 0.2}, tables.LABELS[-1])
     monkeypatch.setattr(tables, "LABELS", some)
     Command("labels", seeds=(1,), episodes=12, calibration=20, out=tmp_path).run()
     found = read(tmp_path, "labels")
@@ -949,13 +943,7 @@ def test_a_page_of_a_table_that_was_stopped(name, reference):
     """Whether the first row is what others are compared with, or another."""
     row = {"group": "g", "method": "RMM (agent)", "setting": "RMM (agent)", "reward": "metric"}
     row |= {"label_fraction": 1.0, "data_fraction": 0.1, "seed": 1, "evaluations": 50}
-    row |= {
-        "examples": "random",
-        "search_seconds": 9.0,
-        "reward_split": 81.0,
-        "mean": 80.0,
-        "sees": "labels",
-    }
+    row |= {"search_seconds": 9.0, "reward_split": 81.0, "mean": 80.0, "sees": "labels"}
     if not reference:
         row |= {"method": "TPE", "setting": "GAE", "reward": "agreement"}
     found = pd.DataFrame([row])
@@ -971,42 +959,32 @@ def test_a_page_of_a_table_that_was_stopped(name, reference):
 def test_few_labels_by_hand():
     found = pd.DataFrame(
         {"group": "g", "reward": reward, "label_fraction": known, "data_fraction": data}
-        | {
-            "examples": examples,
-            "seed": seed,
-            "evaluations": 700,
-            "reward_split": 1.0,
-            "mean": mean,
-            "sees": sees,
-        }
-        for reward, known, data, examples, sees, means in (
-            ("metric", 1.0, 0.1, "random", "labels", (70, 72)),
-            ("metric", 1.0, 0.01, "random", "labels", (69, 69)),
-            ("metric", 1.0, 0.01, "anchors", "labels", (73, 75)),
-            ("metric", 0.01, 1.0, "random", "labels", (60, 62)),
-            ("likelihood", 0.01, 1.0, "anchors", "labels", (65,)),
-            ("agreement", 1.0, 0.1, "random", "inputs", (71, 73)),
+        | {"seed": seed, "evaluations": 700, "reward_split": 1.0, "mean": mean, "sees": sees}
+        for reward, known, data, sees, means in (
+            ("metric", 1.0, 0.1, "labels", (70, 72)),
+            ("metric", 1.0, 0.01, "labels", (69, 69)),
+            ("metric", 0.01, 1.0, "labels", (60, 62)),
+            ("likelihood", 0.01, 1.0, "labels", (65,)),
+            ("agreement", 1.0, 0.1, "inputs", (71, 73)),
         )
         for seed, mean in enumerate(means)
     )
     text = page("labels", found)
     every = "all labels, 10 % at a time"
     assert line(text, "g", every) == ["71.0 ± 1.4", "", "labels", "2"]
-    # -1 and -3; 3 and 3; -10 and -10; -5; 1 and 1.
+    # -1 and -3; -10 and -10; -5; 1 and 1.
     one = line(text, "g", "all labels, 1 % at a time")
     assert one == ["69.0 ± 0.0", "−2.0 ± 12.7", "labels", "2"]
-    anchored = line(text, "g", "all labels, 1 % anchors")
-    assert anchored == ["74.0 ± 1.4", "+3.0 ± 0.0", "labels", "2"]
     few = line(text, "g", "1 % of the labels, all at a time")
     assert few == ["61.0 ± 1.4", "−10.0 ± 0.0", "labels", "2"]
-    soft = line(text, "g", "1 % of the labels, anchors, by likelihood")
+    soft = line(text, "g", "1 % of the labels, all at a time, by likelihood")
     assert soft == ["65.0", "−5.0", "labels", "1"]
     none = "no labels: agreement with the experts, 10 % of the inputs at a time"
     assert line(text, "g", none) == ["72.0 ± 1.4", "+1.0 ± 0.0", "inputs", "2"]
     assert f"differences to {every} on the test split. g: all labels, 1 % at a time −2.0, " in text
     (axes,) = page_figures.DRAW["labels"](found).axes
     drawn = {x for c in axes.containers for x in c.lines[0].get_xdata()}
-    assert drawn == {-2, 3, -10, -5, 1}
+    assert drawn == {-2, -10, -5, 1}
     (agreed,) = (c for c in axes.containers if c.get_label() == "sees inputs")
     assert list(agreed.lines[0].get_xdata()) == [1]
 

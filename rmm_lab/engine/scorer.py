@@ -98,8 +98,6 @@ class Scorer:
         reward: what a subset's scores are: ``metric``, each task's own; ``likelihood`` of the right
             answers; or ``agreement`` with the task's expert, which reads no label.
         choice: the same of all examples together, subset None; None: agreement for itself, else the metric.
-        anchors: for each task rows of the split and their weights, see ``engine.anchors``: the only subset,
-            in place of ``fraction``.
         engine: what runs the work in place of threads, such as ``ray_workers.RayEngine``.
     """
 
@@ -119,7 +117,6 @@ class Scorer:
         precision: str = "float32",
         reward: str = "metric",
         choice: str | None = None,
-        anchors: Sequence[tuple[np.ndarray, np.ndarray]] | None = None,
         engine: Engine | None = None,
     ) -> None:
         if not 0 < fraction <= 1:
@@ -155,18 +152,10 @@ class Scorer:
         self._kept = {source for source in kept if not pool.depends_on_path(source)}
         self.stacks: Sequence[range] = pool.stacks
         self.blocks: Sequence[range] = pool.blocks
-        self.n_subsets = 1 if anchors else max(1, round(1 / fraction))
+        self.n_subsets = max(1, round(1 / fraction))
         self.device, self.dtype = torch.device(check_device(device)), PRECISIONS[precision]
         self._batch_size, self._reward, self._choice = batch_size, reward, choice
-        sizes = [len(t.split(split)) for t in tasks]
-        self._rows = [partition(n, self.n_subsets, seed) for n in sizes]
-        self._weights: list[Tensor] | None = None
-        if anchors:
-            self._rows = [[rows] for rows, _ in anchors]
-            self._weights = [torch.from_numpy(weights) for _, weights in anchors]
-        self._all_weighted = [
-            len(rows) == n for [rows, *_], n in zip(self._rows, sizes, strict=True)
-        ]
+        self._rows = [partition(len(t.split(split)), self.n_subsets, seed) for t in tasks]
         self._parts: dict[int | None, list[tuple[int, np.ndarray]]] = {}
         budget = free_bytes(device) // 4 if cache_mb is None else int(cache_mb * 2**20)
         self.cache = Cache(budget)
@@ -266,27 +255,18 @@ class Scorer:
             scores = []
             for i, (task, parts) in enumerate(zip(self.tasks, by_task, strict=True)):
                 answers, kind = torch.cat(parts), self._kind(subset)
-                weights = self._weights_of(i, subset)
                 if kind == "agreement":
                     right, labels = answers.unbind(-1)  # (n, 2) -> (n,), (n,)
                 else:
                     right, labels = answers, self._labels(i, self.rows(i, subset))
-                if kind == "metric" and weights is None:
-                    scores.append(task.score(answers, labels))
-                    continue
                 if kind == "metric":
-                    right = (answers == labels).double()
-                scores.append(mean_of(task.metric, right, labels, weights))
+                    scores.append(task.score(answers, labels))
+                else:
+                    scores.append(mean_of(task.metric, right, labels))
             self._seen[path, subset] = np.array(scores)
 
     def _kind(self, subset: int | None) -> str:
         return self._choice if subset is None else self._reward
-
-    def _weights_of(self, i: int, subset: int | None) -> Tensor | None:
-        """The weights of task i's examples; None where all count the same."""
-        if self._weights is None or (subset is None and not self._all_weighted[i]):
-            return None
-        return self._weights[i]
 
     def _labels(self, i: int, rows: np.ndarray) -> Tensor:
         return self.tasks[i].split(self.split).labels[torch.from_numpy(rows)]

@@ -181,22 +181,20 @@ def show_seconds(rows: DataFrame) -> str:
 ALL_LABELS = "all labels, 10 % at a time"  # the default search
 
 
-def labels_setting(reward: str, known: float, data: float, examples: str) -> str:
+def labels_setting(reward: str, known: float, data: float) -> str:
     """What a search is called by its reward, the share of labels that is known, and an episode's of these."""
     if reward == "agreement":
         return f"no labels: agreement with the experts, {100 * data:g} % of the inputs at a time"
     share = "all labels" if known == 1 else f"{100 * known:g} % of the labels"
-    at_a_time = "all at a time" if data == 1 else f"{100 * data:g} % at a time"
-    if examples == "anchors":
-        at_a_time = "anchors" if data == 1 else f"{100 * data:g} % anchors"
+    at_a_time = "all" if data == 1 else f"{100 * data:g} %"
     by = "" if reward == "metric" else f", by {reward}"
-    return f"{share}, {at_a_time}{by}"
+    return f"{share}, {at_a_time} at a time{by}"
 
 
 def with_settings(rows: DataFrame) -> DataFrame:
     """The table ``labels`` with the column ``setting``, see ``labels_setting``."""
-    key = rows[["reward", "label_fraction", "data_fraction", "examples"]]
-    return rows.assign(setting=[labels_setting(*each) for each in key.itertuples(index=False)])
+    each = zip(rows["reward"], rows["label_fraction"], rows["data_fraction"], strict=True)
+    return rows.assign(setting=[labels_setting(*key) for key in each])
 
 
 def show_labels(rows: DataFrame) -> str:
@@ -212,12 +210,11 @@ def show_labels(rows: DataFrame) -> str:
         f"![{difference_alt(rows, 'setting', ALL_LABELS)}](labels.png)\n\n"
         f"{AGENT}, {rows['evaluations'].iloc[0]} episodes. *N % of the labels*: no others of the reward "
         "split are known, to the final choice neither. *N % at a time*: the share of these that scores an "
-        "episode, another one in turn; *anchors*: always the same, chosen and weighted by how the merges of "
-        "the menu answer. The final choice reads all that are known. Episodes and choice go by the metric, "
-        "or by what the setting says; with all labels the choice is by the metric after likelihood too. "
-        "*Agreement*: how likely the merged model gives the experts' answers. Test split: mean ± sample "
-        f"standard deviation over seeds; the difference to *{ALL_LABELS}* is paired by seed, ± its 95 % "
-        "interval.\n\n" + markdown(compared(rows, "setting", ALL_LABELS, columns), left=["sees"])
+        "episode; the final choice reads all of them. Episodes and choice go by the metric, or by what the "
+        "setting says; with all labels the choice is by the metric after likelihood too. *Agreement*: how "
+        "likely the merged model gives the experts' answers. Test split: mean ± sample standard deviation "
+        f"over seeds; the difference to *{ALL_LABELS}* is paired by seed, ± its 95 % interval.\n\n"
+        + markdown(compared(rows, "setting", ALL_LABELS, columns), left=["sees"])
     )
 
 

@@ -65,7 +65,7 @@ KEYS: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("searches", "menu", "seconds", "fronts"), ("group", "seed", "method")),
     **dict.fromkeys(("agent", "default"), ("group", "setting", "seed")),
     "budgets": ("group", "evaluations", "seed", "method"),
-    "labels": ("group", "reward", "label_fraction", "data_fraction", "examples", "seed"),
+    "labels": ("group", "reward", "label_fraction", "data_fraction", "seed"),
 }
 # What the default search is beside at small budgets and equal seconds: rivals that take all of its menu.
 ON_A_BUDGET = ("CMA-ES over scales", "TPE", "coordinate ascent", "random search")

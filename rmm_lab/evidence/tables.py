@@ -103,15 +103,10 @@ DEFAULT: dict[str, dict[str, Any]] = {
 LABELS: tuple[dict[str, Any], ...] = (
     {},
     {"reward": "likelihood"},
-    {"examples": "anchors"},
+    {"data_fraction": 0.01},
     *(
-        {"reward": reward, "examples": examples} | share
-        for share in (
-            {"data_fraction": 0.01},
-            {"label_fraction": 0.1, "data_fraction": 1.0},
-            {"label_fraction": 0.01, "data_fraction": 1.0},
-        )
-        for examples in ("random", "anchors")
+        {"reward": reward, "label_fraction": share, "data_fraction": 1.0}
+        for share in (0.1, 0.01)
         for reward in ("metric", "likelihood")
     ),
     {"reward": "agreement"},
@@ -390,7 +385,7 @@ class Command:
             config = configure(**options, calibration=self.calibration, **changed)
             run, known = config.run, config.problem.label_fraction
             key = {"group": group.name, "reward": run.reward, "label_fraction": known}
-            key |= {"data_fraction": run.data_fraction, "examples": run.examples, "seed": run.seed}
+            key |= {"data_fraction": run.data_fraction, "seed": run.seed}
             yield Job(name, measure.trained, key, config)
 
     def _fronts(self, name: str, group: Group, options: dict[str, Any]) -> Iterator[Job]:

@@ -28,9 +28,6 @@ class RunArgs:
     reward: Literal["metric", "likelihood", "agreement"] = "metric"
     """What scores an episode: each task's metric (Eq. 7), how likely its right answers are, or how nearly
     the answers are those of the task's expert, without labels, which then also makes the final choice."""
-    examples: Literal["random", "anchors"] = "random"
-    """Which examples score an episode: another random share in turn, or one fixed share of anchor points,
-    those that tell apart the merges that the search begins with."""
     dar_lambda: float = 0.0
     """Lambda of the Dynamic Average Reward, Eq. 10, in [0, 1]; 0 switches it off."""
     observation: Literal["map", "map+cursor", "map+cursor+drift"] = "map+cursor"

@@ -5,8 +5,6 @@ Each phase spends its share of the episodes and adds rows to the log, which save
 
 from __future__ import annotations
 
-import contextlib
-import dataclasses
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -17,7 +15,6 @@ import torch
 from torch import Tensor
 
 from rmm_lab import ppo
-from rmm_lab.engine.anchors import Anchors, choose_anchors, known_answers
 from rmm_lab.engine.block_view import BlockView
 from rmm_lab.engine.prefetch import RecordingScorer
 from rmm_lab.engine.scorer import Scorer
@@ -38,8 +35,6 @@ from rmm_lab.search.preferences import preference_of, with_worth
 from rmm_lab.search.problem import Problem
 from rmm_lab.search.run_folder import Row, RunFolder, Stored, optimiser_tensors, restore_optimiser
 from rmm_lab.search.shaping import DriftShaping
-from rmm_lab.tasks.few_labels import FewLabels, with_all_inputs
-from rmm_lab.tasks.metrics import PERPLEXITY
 
 # ------------------------------------------------------------------------------------ scorer and env
 
@@ -52,9 +47,6 @@ def make_scorer(problem: Problem, config: Config) -> Scorer:
     """
     run = config.run
     choice = "metric" if problem.spec.label_fraction == 1 else run.reward
-    anchors = anchors_of(problem, config) if run.examples == "anchors" else None
-    if anchors and problem.spec.label_fraction < 1:
-        anchors = know(problem, anchors)
     return problem.scorer(
         fraction=run.data_fraction,
         seed=run.seed,
@@ -64,53 +56,7 @@ def make_scorer(problem: Problem, config: Config) -> Scorer:
         precision=run.precision,
         reward=run.reward,
         choice="agreement" if run.reward == "agreement" else choice,
-        anchors=anchors,
     )
-
-
-def anchors_of(problem: Problem, config: Config) -> list[Anchors]:
-    """Each task's anchor points: the run's share of the data, or of the labels where few are known.
-
-    The uniform path of each source answers the whole reward split, which no budget counts. Without labels,
-    unless a task offers no answers to choose from.
-    """
-    run, known = config.run, problem.spec.label_fraction
-    offers = all(getattr(task, "offers", True) for task in problem.tasks)
-    if not offers and known < 1:
-        raise InputError(
-            f"--examples anchors: expected answers to choose from in all tasks with --label-fraction "
-            f"{known:g}, found a task that is written; use --examples random or know all labels"
-        )
-    tasks = [with_all_inputs(task) for task in problem.tasks]
-    if odd := [task.name for task in tasks if task.metric == PERPLEXITY]:
-        raise InputError(
-            f"--examples anchors: expected tasks whose answers are right or wrong, found texts that are "
-            f"read in task {odd[0]!r}; use --examples random"
-        )
-    whole = dataclasses.replace(problem, tasks=tasks).scorer(
-        cache_mb=run.cache_mb,
-        device=run.device,
-        precision=run.precision,
-        reward="agreement" if offers else "likelihood",
-        choice="agreement" if offers else "likelihood",
-    )
-    paths = [tuple(Step(s, k) for k in places_of(whole)) for s in whole.sources]
-    with contextlib.closing(whole):
-        answers = known_answers(whole, paths)
-    share = known if known < 1 else run.data_fraction
-    return [
-        choose_anchors(own, max(1, round(share * len(own))), (run.seed, i))
-        for i, own in enumerate(answers)
-    ]
-
-
-def know(problem: Problem, anchors: Sequence[Anchors]) -> list[Anchors]:
-    """Let the labels that a problem knows be those of the anchor points; these as rows of what is known."""
-    problem.tasks = [
-        FewLabels(task.task, task.fraction, task.seed, rows)
-        for task, (rows, _) in zip(problem.tasks, anchors, strict=True)
-    ]
-    return [Anchors(np.arange(len(rows)), weights) for rows, weights in anchors]
 
 
 def view_of(scorer: Any, config: Config) -> Any:
@@ -152,7 +98,7 @@ def shares(config: Config, n_sources: int) -> Shares:
     run = config.run
     uniform = 0
     if run.score_uniform_first:
-        n_subsets = 1 if run.examples == "anchors" else max(1, round(1 / run.data_fraction))
+        n_subsets = max(1, round(1 / run.data_fraction))
         uniform = min(run.episodes, n_sources * rounds(run.episodes, n_sources, n_subsets))
     scales = round(run.cma_share * (run.episodes - uniform))
     return Shares(uniform, run.episodes - uniform - scales, scales)

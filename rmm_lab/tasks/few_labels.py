@@ -30,21 +30,14 @@ class FewLabels:
         task: of images or texts.
         fraction: share of the reward split whose labels are known, in (0, 1]; one example at least.
         seed: of the draw; different tasks of a problem get different ones.
-        known: (n,) row numbers in order, that were chosen in place of a draw.
 
     ``task``: the task with all labels. What a task says of its split as a whole, such as a text task's
     metric, goes by all of it.
     """
 
-    def __init__(
-        self,
-        task: Any,
-        fraction: float,
-        seed: int | tuple[int, ...],
-        known: np.ndarray | None = None,
-    ) -> None:
+    def __init__(self, task: Any, fraction: float, seed: int | tuple[int, ...]) -> None:
         self.task, self.fraction, self.seed = task, fraction, seed
-        self._known = known
+        self._known: np.ndarray | None = None
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("_") or name == "task":  # what is not there yet while one is copied

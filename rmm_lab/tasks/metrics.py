@@ -21,21 +21,15 @@ def answers(task: Any, logits: Tensor) -> Tensor:
     return (logits.argmax(-1) if found is None else found(logits)).cpu()
 
 
-def mean_of(metric: str, right: Tensor, labels: Tensor, weights: Tensor | None = None) -> float:
+def mean_of(metric: str, right: Tensor, labels: Tensor) -> float:
     """How right answers are, as a metric counts them: right (n,) in [0, 1], labels (n,) -> [0, 1].
 
     ``accuracy``: the mean. ``balanced``: the mean over the answers that occur in ``labels``, of which a small
-    subset may lack one. weights: (n,), of the examples; None: all count the same.
+    subset may lack one.
     """
-
-    def mean(of: Tensor | slice) -> Tensor:
-        if weights is None:
-            return right[of].mean()
-        return (right[of] * weights[of]).sum() / weights[of].sum()
-
     if metric == "balanced":
-        return float(torch.stack([mean(labels == k) for k in labels.unique()]).mean())
-    return float(mean(slice(None)))
+        return float(torch.stack([right[labels == k].mean() for k in labels.unique()]).mean())
+    return float(right.mean())
 
 
 def likelihood(logits: Tensor, labels: Tensor) -> Tensor:
