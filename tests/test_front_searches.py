@@ -11,11 +11,12 @@ from sklearn.gaussian_process import GaussianProcessRegressor
 from sklearn.gaussian_process.kernels import RBF
 
 from rmm_lab.errors import InputError
-from rmm_lab.fronts import models, searches
-from rmm_lab.fronts.searches import CLOSED, FRONT_SEARCHES
+from rmm_lab.fronts import conditioned, models, searches
+from rmm_lab.fronts.conditioned import Conditioned
+from rmm_lab.fronts.searches import A_FIFTH, CLOSED, FRONT_SEARCHES, SEPARATE
 from rmm_lab.fronts.space import Box, Trials
-from rmm_lab.reward import parse_path, path_text
-from rmm_lab.search.front_measures import hypervolume, non_dominated
+from rmm_lab.reward import Step, parse_path, path_text
+from rmm_lab.search.front_measures import hypervolume, lattice_of, non_dominated
 from rmm_lab.search.layer_scales import BOUNDS
 from rmm_lab.search.preferences import Ends
 from rmm_lab.search.problem import load_problem
@@ -69,17 +70,18 @@ def test_a_search_spends_its_budget_on_subsets(problem, name, budget):
     scorer = problem.scorer(fraction=0.25, stem="agent")
     ends = Ends(np.zeros(2), np.ones(2))
     out = FRONT_SEARCHES[name](scorer, budget, 1, ends)
-    assert len(out) == len(out.by_task) == scorer.evaluations == budget
+    spent = budget // 5 if name == A_FIFTH else budget
+    assert len(out) == len(out.by_task) == scorer.evaluations == spent
     uniform = [" ".join(f"{s}@{k}" for k in (-1, 0, 1, 2)) for s in scorer.sources]
     if not name.startswith("HM3"):  # whose paper has no other operators to begin with
-        assert [text for text, _ in out][:4] == uniform[:budget]
+        assert [text for text, _ in out][:4] == uniform[:spent]
     for text, _ in out:
         parse_path(text)
 
 
 @pytest.mark.parametrize("name", FORMULA)
 def test_the_same_seed_gives_the_same_search(name):
-    budget = 14 if name == "GP, log-EHVI" else 40
+    budget = {"GP, log-EHVI": 14, A_FIFTH: 200}.get(name, 40)
     (one, first), (two, second) = searched(name, budget), searched(name, budget)
     assert one.calls == two.calls
     assert first.answers == second.answers
@@ -115,6 +117,45 @@ def test_agents_have_more_of_the_front_than_the_members_they_begin_with(name):
     assert len(answers) > 2
 
 
+def test_a_fifth_is_the_search_with_a_fifth_of_its_evaluations():
+    one, other = Valley(), Valley()
+    found = FRONT_SEARCHES[A_FIFTH](one, 203, 1, UNIT)
+    whole = FRONT_SEARCHES["RMM (conditioned)"](other, 40, 1, UNIT)
+    assert len(found) == 40
+    assert one.calls == other.calls
+    assert found.answers == whole.answers
+
+
+@pytest.mark.parametrize(("n_tasks", "trainings"), [(2, 11), (3, 10), (4, 10)])
+def test_how_many_trainings_there_are_and_how_long(monkeypatch, n_tasks, trainings):
+    """As many as preferences that are answered, with equal shares of what the uniform paths leave."""
+    learned = []
+
+    class Agent(Conditioned):
+        def __init__(self, out, seed, *, fixed, turn):
+            self.out, self.seed, self.fixed = out, seed, fixed
+
+        def learn(self, episodes):
+            learned.append((self.seed, episodes, tuple(self.fixed)))
+            self.out.left -= episodes
+            return iter(())
+
+        def path(self, weights):
+            return (Step("a", self.seed),)
+
+    monkeypatch.setattr(conditioned, "Conditioned", Agent)
+    ends = Ends(np.zeros(n_tasks), np.ones(n_tasks))
+    monkeypatch.setattr(Valley, "score", lambda *_: np.zeros(n_tasks))
+    out = FRONT_SEARCHES[SEPARATE](Valley(), 700, 5, ends)
+    seeds, shares, preferences = zip(*learned, strict=True)
+    assert seeds == tuple(range(5, 5 + trainings))
+    assert sum(shares) == 700 - out.begun
+    assert max(shares) - min(shares) <= 1
+    assert min(shares) >= 60
+    assert preferences == tuple(map(tuple, lattice_of(n_tasks, 11)))
+    assert len(out.answers) == trainings
+
+
 def test_separate_agents_share_all_subsets():
     """Few episodes each: together they see all of the data, as one agent would."""
 
@@ -122,10 +163,10 @@ def test_separate_agents_share_all_subsets():
         n_subsets = 11
 
     scorer = Eleven()
-    out = FRONT_SEARCHES["RMM (agent) per preference"](scorer, 14, 1, UNIT)
+    out = FRONT_SEARCHES[SEPARATE](scorer, 14, 1, UNIT)
     assert [subset for _, subset in scorer.calls[out.begun :]] == list(range(11))
     scorer = Eleven()  # 33 for the uniform paths; then two updates each, of 20 and 13 episodes
-    out = FRONT_SEARCHES["RMM (agent) per preference"](scorer, 33 + 33 * 11, 1, UNIT)
+    out = FRONT_SEARCHES[SEPARATE](scorer, 33 + 33 * 11, 1, UNIT)
     seen = [subset for _, subset in scorer.calls[out.begun :]]
     assert [seen.count(subset) for subset in range(11)] == [33] * 11
 
@@ -203,22 +244,6 @@ def test_a_constraint_costs_what_others_lose():
     points = np.array([[0.6, 0.49], [0.9, 0.38], [0.6, 0.9]])
     worth = searches.constrained(points, 0, now)
     assert worth == pytest.approx([0.6, 0.9 - 10 * 0.1, 0.6])
-
-
-def test_the_fit_of_map_recovers_a_quadratic():
-    rng = np.random.default_rng(0)
-    c, true = rng.uniform(-0.2, 1.5, (30, 2)), np.array([-2.0, 3.0, 1.0, -1.5, 0.5, -2.0])
-    logits = true[0] + c @ true[1:3] + true[3] * c[:, 0] ** 2
-    logits += true[4] * c[:, 0] * c[:, 1] + true[5] * c[:, 1] ** 2
-    found = models.fit_quadratic(c, 1 / (1 + np.exp(-logits)))
-    assert found == pytest.approx(true, abs=1e-2)
-
-
-def test_the_fit_takes_fewer_points_than_unknowns():
-    c = np.array([[0.0, 1.0], [1.0, 0.0], [0.5, 0.5]])
-    found = models.fit_quadratic(c, np.array([0.0, 1.0, 0.5]))
-    guessed = models.sigmoid(models.quadratic(c) @ found)
-    assert guessed == pytest.approx([0, 1, 0.5], abs=0.02)
 
 
 def test_uncertainty_is_a_gaussian_processs():

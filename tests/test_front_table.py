@@ -117,6 +117,27 @@ def test_the_command_has_a_job_for_each_search(tmp_path):
     assert [g.name for g in groups] == [
         *("digits+textures", "digits+letters+textures", "qa", "mixed", "llm")
     ]
-    jobs = list(command.jobs_of("fronts", groups[:1], Store(tmp_path, ORDER)))
-    assert len(jobs) == 2 * (1 + len(FRONT_SEARCHES))
+    jobs = list(command.jobs_of("fronts", groups, Store(tmp_path, ORDER)))
     assert {job.config.run.episodes for job in jobs} == {40}
+    for group in groups:  # nested merging is MAP itself for two experts
+        left_out = {"MAP, nested"} if group.name == "digits+textures" else set()
+        for seed in (1, 2):
+            at = {"group": group.name, "seed": seed}
+            found = [job.key["method"] for job in jobs if job.key.items() >= at.items()]
+            assert found == ["RMM (agent)", *(m for m in FRONT_SEARCHES if m not in left_out)]
+
+
+def test_one_agent_is_compared_with_a_training_for_each_preference():
+    rows = made_up().replace({"method": {AVERAGES: fronts.A_FIFTH, "MAP": fronts.SEPARATE}})
+    rows["evaluations"] = rows["method"].map({fronts.A_FIFTH: 140, fronts.SEPARATE: 700})
+    # A quarter of the square against a half of it and all of it.
+    assert fronts.one_for_all(rows).strip() == (
+        "One agent for all preferences, RMM (conditioned), a fifth, has 0.375 ± 0.177 times the hypervolume "
+        "of RMM (agent) per preference, with 140 evaluations against 700."
+    )
+    paper = pd.DataFrame({"table": [], "model": []})
+    text = pages.PAGES["fronts"].text(rows, paper=paper)
+    assert "0.375 ± 0.177 times" in text
+    assert "had 700 evaluations" in text
+    assert fronts.one_for_all(rows[rows["method"] == fronts.A_FIFTH]) == ""
+    assert fronts.one_for_all(made_up()) == ""

@@ -18,11 +18,12 @@ from pandas import DataFrame
 from rmm_lab.errors import InputError
 from rmm_lab.evidence.markdown import markdown, seconds_text, seeds, span
 from rmm_lab.evidence.rows import spread
+from rmm_lab.families.shipped import expand
 from rmm_lab.figures.fronts import fronts_picture
-from rmm_lab.fronts.searches import AVERAGES, FRONT_SEARCHES
+from rmm_lab.fronts.searches import A_FIFTH, AVERAGES, FRONT_SEARCHES, OF_MORE, SEPARATE
 from rmm_lab.reward import path_text
 from rmm_lab.search import uniform
-from rmm_lab.search.config import seen_by
+from rmm_lab.search.config import Config, searched, seen_by
 from rmm_lab.search.front import FINALISTS, find_front
 from rmm_lab.search.front_measures import (
     epsilon,
@@ -40,6 +41,12 @@ if TYPE_CHECKING:
     from rmm_lab.evidence.measure import Job
 
 DRAWN = 5  # fronts in a panel, the averages on top of them
+
+
+def methods(config: Config) -> tuple[str, ...]:
+    """The config's own search and all searches for fronts, but for those that are another for two experts."""
+    left_out = OF_MORE if len(expand(config.problem.experts)) == 2 else ()
+    return (searched(config), *(name for name in FRONT_SEARCHES if name not in left_out))
 
 
 def measured(job: Job) -> dict[str, list[dict[str, Any]]]:
@@ -147,7 +154,8 @@ def front_table(rows: DataFrame) -> DataFrame:
 
 def show_fronts(rows: DataFrame) -> str:
     """The page of the table."""
-    n = span(rows.loc[rows["evaluations"] > 0, "evaluations"])
+    whole = (rows["evaluations"] > 0) & (rows["method"] != A_FIFTH)
+    n = span(rows.loc[whole, "evaluations"])
     text = (
         f"![{fronts_alt(rows)}](fronts.png)\n\n"
         f"Hypervolume of (score − base) / (expert − base) with the base as reference: 1 is every expert at "
@@ -160,8 +168,21 @@ def show_fronts(rows: DataFrame) -> str:
         "the front's point with the best mean on the reward split. All see labels, if only to choose.\n"
     )
     for group, own in quality(rows).groupby("group", sort=False):
-        text += f"\n## {group}\n\n{markdown(front_table(own))}"
+        text += f"\n## {group}\n\n{markdown(front_table(own))}{one_for_all(own)}"
     return text
+
+
+def one_for_all(rows: DataFrame) -> str:
+    """Of one group: what one agent with a fifth of the evaluations has of a training for each preference."""
+    one, each = (rows[rows["method"] == name].set_index("seed") for name in (A_FIFTH, SEPARATE))
+    shares = (one["hypervolume"] / each["hypervolume"]).dropna()
+    if shares.empty:
+        return ""
+    n, most = span(one["evaluations"]), span(each["evaluations"])
+    return (
+        f"\nOne agent for all preferences, {A_FIFTH}, has {_three(shares)} times the hypervolume of "
+        f"{SEPARATE}, with {n} evaluations against {most}.\n"
+    )
 
 
 def fronts_alt(rows: DataFrame) -> str:

@@ -38,7 +38,6 @@ from rmm_lab.evidence.measure import Job, Store
 from rmm_lab.evidence.paper_scale import Group, PaperScale
 from rmm_lab.evidence.rows import DRAWN, KINDS, of_this_version, read_csv
 from rmm_lab.figures.paths import png
-from rmm_lab.fronts.searches import FRONT_SEARCHES
 from rmm_lab.search import rivals
 from rmm_lab.search.config import BOTH, SEARCHED, configure, searched
 from rmm_lab.search.uniform import OF_ADAPTERS, OF_TWO
@@ -390,7 +389,7 @@ class Command:
 
     def _fronts(self, name: str, group: Group, options: dict[str, Any]) -> Iterator[Job]:
         config = configure(**options, calibration=self.calibration)
-        for method in (searched(config), *FRONT_SEARCHES):
+        for method in fronts.methods(config):
             key = {"group": group.name, "seed": options["seed"], "method": method}
             yield Job(name, fronts.measured, key, config)
 

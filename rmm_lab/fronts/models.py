@@ -1,4 +1,4 @@
-"""Searches for fronts that keep a model of the scores: Optuna's samplers, MAP, MM-MO."""
+"""Searches for fronts that keep a model of the scores: Optuna's samplers, MM-MO."""
 
 from __future__ import annotations
 
@@ -8,12 +8,9 @@ import numpy as np
 
 from rmm_lab.fronts.space import Box, Trials
 from rmm_lab.reward import Path
-from rmm_lab.search.front_measures import achievement, lattice_of
 from rmm_lab.search.layer_scales import BOUNDS
 from rmm_lab.search.preferences import Ends
-from rmm_lab.search.rivals import GROUP, SCALES, STARTUP, optuna_study, path_of_densities
-
-DRAWN = 4096  # points at which a fitted surface is looked at
+from rmm_lab.search.rivals import GROUP, STARTUP, optuna_study, path_of_densities
 
 # ------------------------------------------------------------------------------- samplers of Optuna
 
@@ -90,72 +87,6 @@ def by_gp(scorer: Any, evaluations: int, seed: int, ends: Ends) -> Trials:
     "Unexpected Improvements to Expected Improvement", for its logarithm.
     """
     return _by_optuna(scorer, evaluations, seed, ends, "GPSampler", 1)
-
-
-# --------------------------------------------------------------------------------------------- MAP
-
-
-def quadratic(points: np.ndarray) -> np.ndarray:
-    """1, c_i and c_i c_j for i <= j of points (n, D): (n, (D + 1) (D + 2) / 2)."""
-    n, d = points.shape
-    i, j = np.triu_indices(d)
-    return np.concatenate([np.ones((n, 1)), points, points[:, i] * points[:, j]], axis=1)
-
-
-def fit_quadratic(points: np.ndarray, found: np.ndarray) -> np.ndarray:
-    """Coefficients of sigmoid(quadratic(c)) for scores (n,) in [0, 1] at points (n, D), by least squares.
-
-    Source: Li et al. 2024, "MAP: Low-compute Model Merging with Amortized Pareto Fronts via Quadratic
-    Approximation" (arXiv 2406.07529), Eq. 4 with the sigmoid for accuracies.
-    """
-    from scipy.optimize import least_squares
-
-    basis = quadratic(points)
-    near = np.log((f := found.clip(0.01, 0.99)) / (1 - f))  # the logits, which are linear in them
-    start = np.linalg.lstsq(basis, near, rcond=1e-6)[0]
-    weight = 1e-3  # of the coefficients, so that fewer points than these have one answer
-
-    def residuals(coefficients: np.ndarray) -> np.ndarray:
-        return np.r_[sigmoid(basis @ coefficients) - found, weight * (coefficients - start)]
-
-    return np.asarray(least_squares(residuals, start).x)
-
-
-def sigmoid(x: np.ndarray) -> np.ndarray:
-    """1 / (1 + exp(-x)), also for large |x|."""
-    return 0.5 * (1 + np.tanh(0.5 * x))
-
-
-def map_surrogate(scorer: Any, evaluations: int, seed: int, ends: Ends) -> Trials:
-    """MAP: one scale per expert; a fitted quadratic under a sigmoid for each task has its front for nothing.
-
-    Half of the budget, or (N + 1) (N + 2) where that is more, goes to scales: one expert each, equal ones,
-    then random ones. The best of ``DRAWN`` random scales for each weight of a lattice, by the fit, are the
-    answers; what is left of the budget scores these, subset after subset, and each time the fit is redone.
-    Source: as of ``fit_quadratic``; random search in place of NSGA-III, since the fit has few dimensions.
-    """
-    out, n, rng = Trials(scorer, evaluations, ends), scorer.n_models, np.random.default_rng(seed)
-    box = Box(scorer, blocks=1, members=n)
-    design = [*np.eye(n), *(np.full(n, scale) for scale in SCALES)]
-    wanted = max((n + 1) * (n + 2), out.left // 2)
-    design += list(rng.uniform(*BOUNDS, (max(0, wanted - len(design)), n)))
-    tried: list[np.ndarray] = []
-    first = len(out)
-    for start in range(0, len(design), GROUP):
-        some = design[start : start + GROUP]
-        tried += some[: len(out.ask([box.path(c) for c in some]))]
-    while tried:
-        drawn = np.concatenate([rng.uniform(*BOUNDS, (DRAWN, n)), np.array(tried)])
-        known = np.array(out.by_task[first:])  # (n, N), not normalised: the link needs [0, 1]
-        fits = [fit_quadratic(np.array(tried), own) for own in known.T]
-        guessed = sigmoid(quadratic(drawn) @ np.array(fits).T)
-        values = achievement(ends.normalised(guessed), lattice_of(out.n_tasks, GROUP))
-        best = list(dict.fromkeys(values.argmax(1).tolist()))
-        out.answers = [box.path(drawn[i]) for i in best]
-        if not out.left:
-            break
-        tried += [drawn[i] for i in best][: len(out.ask(out.answers))]
-    return out
 
 
 # ------------------------------------------------------------------------------------------- MM-MO

@@ -6,11 +6,12 @@
     random scales                      drawn in the box
     CMA-ES along a lattice             one short run per preference       after HM3's subproblems, 2025
     NSGA-II, NSGA-III, TPE, GP         Optuna's, for several objectives   see ``models``
-    MAP                                a quadratic fit with a link        Li et al. 2024
+    MAP, and Bayesian, and nested      a quadratic fit with a link        Li et al. 2024
     MM-MO                              Bayesian, with the 1-norm          Li et al. 2024
     fill-in by constraints             raise one task, keep the others    after C-MORL, Liu et al. 2025
     natural niches                     see ``rivals``                     Abrantes et al. 2025
     RMM (conditioned)                  one agent that sees the preference see ``conditioned``
+    RMM (conditioned), a fifth         the same with a fifth of its evaluations
     RMM (agent) per preference         a training each, equal shares      after HM3
     HM3 (as published)                 a merge and a training each        Zhou et al. 2025
     HM3 without its merge              layers of the experts alone        its ablation
@@ -28,7 +29,8 @@ import numpy as np
 
 from rmm_lab.fronts.conditioned import conditioned, separate
 from rmm_lab.fronts.hm3 import hm3
-from rmm_lab.fronts.models import by_gp, by_nsga2, by_nsga3, by_tpe, map_surrogate, mm_mo
+from rmm_lab.fronts.models import by_gp, by_nsga2, by_nsga3, by_tpe, mm_mo
+from rmm_lab.fronts.quadratics import map_bayesian, map_nested, map_surrogate
 from rmm_lab.fronts.simplexes import Simplex, averages, by_dare_ties, least_squares
 from rmm_lab.fronts.space import Box, Known, Trials, best_for
 from rmm_lab.search import rivals
@@ -171,7 +173,8 @@ def natural_niches(scorer: Any, evaluations: int, seed: int, ends: Ends) -> Scor
 
 
 AVERAGES, LEAST_SQUARES = "simplex of weighted averages", "simplex of weighted least squares"
-DARE_TIES = "simplex of DARE-TIES"
+DARE_TIES, NESTED = "simplex of DARE-TIES", "MAP, nested"
+A_FIFTH, SEPARATE = "RMM (conditioned), a fifth", "RMM (agent) per preference"
 FRONT_SEARCHES: dict[str, FrontSearch] = {
     AVERAGES: simplex(averages),
     LEAST_SQUARES: simplex(least_squares),
@@ -183,14 +186,18 @@ FRONT_SEARCHES: dict[str, FrontSearch] = {
     "TPE, several objectives": by_tpe,
     "GP, log-EHVI": by_gp,
     "MAP": map_surrogate,
+    "MAP, Bayesian": map_bayesian,
+    NESTED: map_nested,
     "MM-MO": mm_mo,
     "fill-in by constraints": fill_in,
     "natural niches": natural_niches,
     "RMM (conditioned)": conditioned(),
     "RMM (conditioned), late": conditioned("late"),
     "RMM (conditioned), Tchebycheff": conditioned("tchebycheff"),
-    "RMM (agent) per preference": separate,
+    A_FIFTH: conditioned(part=5),
+    SEPARATE: separate,
     "HM3 (as published)": hm3(),
     "HM3 without its merge": hm3(merge=False),
 }
 CLOSED = (AVERAGES, LEAST_SQUARES, DARE_TIES)  # that look at no score while they are made
+OF_MORE = (NESTED,)  # that are another search where there are two experts
