@@ -77,12 +77,18 @@ def _solved(x: Sequence[Tensor], y: Sequence[Tensor]) -> Tensor:
     return torch.linalg.lstsq(torch.cat(list(x)), torch.cat(list(y))).solution.T
 
 
+def _answers(x: Sequence[Tensor], layer: Sequence[Tensor]) -> list[Tensor]:
+    return [a @ w.T for a, w in zip(x, layer, strict=True)]
+
+
+def _to_experts(ours: list[Tensor], theirs: list[Tensor], layer: Sequence[Tensor]) -> Tensor:
+    return _solved(ours, _answers(theirs, layer))
+
+
 def layer_by_layer(
     inputs: Sequence[Tensor],
     experts: Nets,
-    fit: Callable[..., Tensor] = lambda ours, theirs, layer: _solved(
-        ours, [x @ w.T for x, w in zip(theirs, layer, strict=True)]
-    ),
+    fit: Callable[..., Tensor] = _to_experts,
     between: Callable[[Tensor], Tensor] = torch.tanh,
 ) -> list[Tensor]:
     """The merge of N nets, each layer fitted to what the merged net so far feeds it.
@@ -94,7 +100,7 @@ def layer_by_layer(
     for layer in zip(*experts, strict=True):
         merged.append(fit(ours, theirs, layer))
         ours = [between(x @ merged[-1].T) for x in ours]
-        theirs = [between(x @ w.T) for x, w in zip(theirs, layer, strict=True)]
+        theirs = [between(y) for y in _answers(theirs, layer)]
     return merged
 
 
@@ -113,10 +119,6 @@ def _net_cases() -> list[tuple[Any, ...]]:
 
 def _wrong(fit: Callable[..., Tensor]) -> Callable[..., list[Tensor]]:
     return lambda inputs, experts: layer_by_layer(inputs, experts, fit)
-
-
-def _answers(x: Sequence[Tensor], layer: Sequence[Tensor]) -> list[Tensor]:
-    return [a @ w.T for a, w in zip(x, layer, strict=True)]
 
 
 LAYERS = Exercise(
