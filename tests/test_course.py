@@ -103,6 +103,14 @@ def test_the_command_writes_and_checks(folder, capsys):
     assert "03_y.ipynb has no solved version" in capsys.readouterr().err
 
 
+def test_the_command_without_words_writes(folder, monkeypatch):
+    (folder / "notebooks").mkdir()
+    shutil.move(folder / "solved", folder / "notebooks" / "solved")
+    monkeypatch.chdir(folder)
+    assert course.main([]) == 0
+    assert (folder / "notebooks" / "02_x.ipynb").exists()
+
+
 def test_a_handout_has_no_solutions_and_its_checks_work(folder, tmp_path, capsys):
     """Of a repository in small: a notebook, and an exercise whose answer must not be read by accident."""
     exercises = tmp_path / "rmm_lab" / "course" / "exercises"

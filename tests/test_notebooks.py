@@ -18,7 +18,13 @@ FOLDER = ROOT / "notebooks"
 NAMES = (
     *("00_start_here", "01_models_and_task_vectors", "02_merging_operators"),
     *("03_actions_and_merging_map", "04_compose_and_reward", "05_ppo_from_scratch"),
-    *("06_train_the_agent", "08_dar_ablation", "09_vit_experiments", "10_t5_experiments"),
+    *(
+        "06_train_the_agent",
+        "07_does_it_take_a_search",
+        "08_dar_ablation",
+        "09_vit_experiments",
+        "10_t5_experiments",
+    ),
 )
 HEADER = ("You will", "You need", "From the paper", "Time", "Seed")
 
@@ -117,6 +123,12 @@ def test_figures_go_through_show(solved):
 
 def number(name: str) -> str:
     return name.partition("_")[0]
+
+
+def test_what_to_try_names_cells_by_their_first_line(solved):
+    first = {c.id: c.source.split("\n")[0] for c in solved.cells}
+    for name in re.findall(r"\bcells? `([^`]+)`", solved.cells[-1].source):
+        assert first.get(name) == f"# {name}", name
 
 
 def tasks_of(name: str) -> dict[str, checks.Task]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import base64
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
@@ -37,6 +37,18 @@ def status(sentence: str) -> str:
 def show(figure: Figure, alt: str) -> None:
     """Display a figure under a notebook's cell, with its alt sentence."""
     display.display(display.HTML(img(figure, alt)))
+
+
+def reveal(guess: Any, found: Any, unit: str = " %") -> None:
+    """Print a guess beside what was measured, numbers or dicts of them; None where no guess was typed."""
+
+    def words(value: Any) -> str:
+        if isinstance(value, Mapping):
+            return ", ".join(f"{name} {words(own)}" for name, own in value.items())
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        return "?" if value is None else f"{value:.3g}{unit}" if number else str(value)
+
+    print(f"you guessed {words(guess)}; measured {words(found)}")
 
 
 class View(VBox):

@@ -177,7 +177,7 @@ def run_command(
 def check_words(words: Sequence[str]) -> None:
     """Raise InputError for an option whose value is empty, or in the home of a user who is not there."""
     option = ""
-    for word, after in zip(words, [*words[1:], None], strict=True):
+    for word, after in zip(words, [*words, None][1:], strict=True):
         name, equals, value = word.partition("=")
         check_given(name, value if equals else after)
         option = name if name.startswith("--") else option

@@ -119,16 +119,6 @@ WRONG = [
     ("dare", "def f(d, k, p):\n return (d[k] / (1 - p))", "expected shape"),
     ("dare", "def f(d, k, p):\n d[~k] = 0\n return d / (1 - p)", "changes its arguments in place"),
     ("dare", "def f(d, k, p):\n raise NotImplementedError", "Replace the line"),
-    ("fit", "def f(x, w):\n return sum(w) / len(w)", "plain average"),
-    ("fit", "def f(x, w):\n g = sum(a.T @ a for a in x)\n return sum(w) @ g @ torch.linalg.inv(g)",
-     "sum of the weights"),
-    ("fit", "def f(x, w):\n return sum(v @ a.T @ a for a, v in zip(x, w))", "right side"),
-    ("fit", "def f(x, w):\n b = torch.stack([v @ a.T @ a for a, v in zip(x, w)]).mean(0)\n"
-     " return b @ torch.linalg.inv(sum(a.T @ a for a in x))", "factor of N"),
-    ("fit", "def f(x, w):\n s = (x**2).sum(1)\n return (w * s[:, None]).sum(0) / s.sum(0)", "diagonal"),
-    ("fit", "def f(x, w):\n b = sum(v @ a.T @ a for a, v in zip(x, w))\n"
-     " return torch.linalg.solve(sum(a.T @ a for a in x), b.T)", "axes are turned"),
-    ("fit", "def f(x, w):\n return w", "expected shape"),
 ]  # fmt: skip
 
 RIGHT = [
@@ -143,10 +133,6 @@ RIGHT = [
      "  a = [x for x in column if x * sum(column) > 0]\n"
      "  out.append(sum(a) / len(a) if a else 0.0)\n return torch.tensor(out)"),
     ("dare", "def f(d, k, p):\n return torch.where(k, d.double() / (1 - p), 0.0)"),
-    ("fit", "def f(x, w):\n y = torch.cat([a @ v.T for a, v in zip(x, w)])\n"
-     " return torch.linalg.lstsq(x.flatten(0, 1), y).solution.T"),
-    ("fit", "def f(x, w):\n g = [a.T @ a for a in x]\n"
-     " return sum(v @ m for v, m in zip(w, g)) @ torch.linalg.inv(sum(g))"),
 ]  # fmt: skip
 
 
@@ -177,13 +163,6 @@ def test_the_references_by_hand() -> None:
     assert references["02.ties"](trimmed).tolist() == [3, 2, -4, 0, 0]
     dropped = references["02.dare"](torch.tensor([[4.0, 2.0]]), torch.tensor([[True, False]]), 0.75)
     assert dropped.tolist() == [[16.0, 0.0]]
-    # A has only a first input and B a second; then both have the same one, B's twice as large.
-    weights = torch.tensor([[[2.0, 5.0]], [[7.0, 3.0]]])
-    inputs = torch.tensor([[[1.0, 0.0]], [[0.0, 3.0]]])
-    fit = references["02.fit"]
-    torch.testing.assert_close(fit(inputs, weights), torch.tensor([[2.0, 3.0]]))
-    one, two = torch.tensor([[[1.0]], [[2.0]]]), torch.tensor([[[2.0]], [[7.0]]])
-    torch.testing.assert_close(fit(one, two), torch.tensor([[6.0]]))  # (1 * 2 + 4 * 7) / 5
 
 
 @settings(max_examples=20, deadline=None)

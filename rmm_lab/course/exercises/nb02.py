@@ -1,4 +1,4 @@
-"""Exercises of notebook 02: task arithmetic, TIES in two steps, DARE's rescaling, a fit to inputs."""
+"""Exercises of notebook 02: task arithmetic, TIES in two steps, DARE's rescaling."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rmm_lab import matching, operators
+from rmm_lab import operators
 from rmm_lab.course.checks import Exercise, Mistake, Quiz
 
 # ------------------------------------------------------------------------------- task arithmetic
@@ -333,66 +333,9 @@ DARE = Exercise(
     right="Each entry is 0 with probability p and delta / (1 - p) otherwise: its mean is delta.",
 )
 
-# ---------------------------------------------------------------------------------- a fit to inputs
-
-
-def _fit_cases() -> list[tuple[Any, ...]]:
-    generator = torch.Generator().manual_seed(6)
-    inputs = torch.tensor([[[1.0, 0.0], [2.0, 0.0]], [[0.0, 1.0], [0.0, 3.0]]])
-    cases: list[tuple[Any, ...]] = [(inputs, torch.tensor([[[2.0, 5.0]], [[7.0, 3.0]]]))]
-    for n, d, o in ((2, 3, 2), (3, 2, 3)):
-        shared = torch.randn(n, 8, 1, generator=generator)  # so that inputs vary together
-        x = shared + torch.randn(n, 8, d, generator=generator)
-        cases.append((x, torch.randn(n, o, d, generator=generator)))
-    return [tuple(t.double() for t in case) for case in cases]
-
-
-def _grams(inputs: Tensor) -> Tensor:
-    return inputs.mT @ inputs  # (N, D, D)
-
-
-def _fit(inputs: Tensor, weights: Tensor) -> Tensor:
-    return matching.regmean(_grams(inputs), weights, alpha=1.0)
-
-
-FIT = Exercise(
-    reference=_fit,
-    cases=_fit_cases,
-    mistakes=[
-        Mistake(
-            "This is the plain average: it counts what an expert says about inputs that it never had.",
-            lambda inputs, weights: weights.mean(0),
-        ),
-        Mistake(
-            "This is the sum of the weights. Multiply each expert's weights by its own Gram matrix before "
-            "you add them up.",
-            lambda inputs, weights: weights.sum(0),
-        ),
-        Mistake(
-            "This is the right side of the equation. Solve for W: the sum of the Gram matrices is still in "
-            "front of it.",
-            lambda inputs, weights: (weights @ _grams(inputs)).sum(0),
-        ),
-        Mistake(
-            "One side is a mean over experts and the other a sum: the answer is off by a factor of N.",
-            lambda inputs, weights: _fit(inputs, weights) / len(weights),
-        ),
-        Mistake(
-            "This uses only the diagonal of the Gram matrices, as if inputs never varied together.",
-            lambda inputs, weights: matching.regmean(_grams(inputs), weights, alpha=0.0),
-        ),
-        Mistake(
-            "The axes are turned. The unknown of torch.linalg.solve is W transposed, (D, O): turn it back.",
-            lambda inputs, weights: _fit(inputs, weights).T,
-        ),
-    ],
-    right="Each expert has a say where its task has inputs, and the more the larger they are.",
-)
-
 EXERCISES: dict[str, Exercise | Quiz] = {
     "02.task_arithmetic": ARITHMETIC,
     "02.trim": TRIM,
     "02.ties": TIES,
     "02.dare": DARE,
-    "02.fit": FIT,
 }
