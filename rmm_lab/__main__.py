@@ -6,6 +6,7 @@ python -m rmm_lab --base B --experts E1 E2 --images D1 D2          your own ViTs
 python -m rmm_lab --base B --experts E1 E2 --texts D1 D2           your own T5s or language models
 python -m rmm_lab finetune --base B --images D1 --out E1           make an expert
 python -m rmm_lab tables show                                      the paper's tables
+python -m rmm_lab tables real --base B --data FOLDER               the same of real pretrained models
 """
 
 from __future__ import annotations
@@ -39,6 +40,10 @@ def _run(command: str, words: Sequence[str]) -> int:
         with loading():
             from rmm_lab.zoo.finetune import Finetune
         return run_command(Finetune, "python -m rmm_lab finetune", words, "nothing is written")
+    if command == "tables" and words[:1] == ["real"]:
+        with loading():
+            from rmm_lab.evidence.real import main as real
+        return real(words[1:])
     if command == "tables":
         with loading():
             from rmm_lab.evidence.tables import main as tables
