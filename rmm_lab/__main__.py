@@ -6,6 +6,7 @@ python -m rmm_lab --base B --experts E1 E2 --images D1 D2          your own ViTs
 python -m rmm_lab --base B --experts E1 E2 --texts D1 D2           your own T5s or language models
 python -m rmm_lab finetune --base B --images D1 --out E1           make an expert
 python -m rmm_lab tables show                                      the paper's tables
+python -m rmm_lab tables real --base B --data FOLDER               the same of real pretrained models
 """
 
 from __future__ import annotations
@@ -37,6 +38,8 @@ def _run(command: str, words: Sequence[str]) -> int:
         return run_command(
             loaded("rmm_lab.zoo.finetune:Finetune"), f"python -m rmm_lab {command}", words
         )
+    if command == "tables" and words[:1] == ["real"]:
+        return loaded("rmm_lab.evidence.real:main")(words[1:])
     if command == "tables":
         return loaded("rmm_lab.evidence.tables:main")(words)
     return refused(InputError(f"expected merge, finetune or tables, found {command!r}"))

@@ -99,20 +99,38 @@ def towards(
     """
     if ridge == float("inf"):
         return start
-    return start + _solve(_raised(a, ridge * float(a.diagonal().mean()), dtype), b - a @ start)
+    return start + step(a, b - a @ start, ridge, dtype)
+
+
+def step(a: Tensor, lack: Tensor, ridge: float, dtype: torch.dtype) -> Tensor:
+    """``(a + rho I)^-1 lack`` of ``towards``, for a finite ridge: (D, D), (D, O) -> (D, O)."""
+    rho = ridge * float(a.diagonal().mean())
+    size = float(a.norm())
+    # Rounding leaves no eigenvalue far below 0, so that rho is the least of a + rho I.
+    clear = rho > (4 * _noise(dtype) + 2 * OPEN) * size
+    return _solve(_raised(a, rho, dtype), lack, clear)
+
+
+def _noise(dtype: torch.dtype) -> float:
+    """Rounding errors of sums in less than float64, as a share of their norm."""
+    return 0.0 if dtype == torch.float64 else torch.finfo(dtype).eps
 
 
 def _raised(a: Tensor, rho: float, dtype: torch.dtype) -> Tensor:
     """``a + rho I``, with a rho above the rounding errors of sums in less than float64."""
-    noise = 0.0 if dtype == torch.float64 else torch.finfo(dtype).eps * float(a.norm())
     raised = a.clone()
-    raised.diagonal().add_(max(rho, noise))
+    raised.diagonal().add_(max(rho, _noise(dtype) * float(a.norm())))
     return raised
 
 
-def _solve(a: Tensor, b: Tensor) -> Tensor:
-    """The smallest x of ``a x = b``; a: (D, D) symmetric, positive semidefinite; b: (D, O) -> (D, O)."""
+def _solve(a: Tensor, b: Tensor, clear: bool = False) -> Tensor:
+    """The smallest x of ``a x = b``; a: (D, D) symmetric, positive semidefinite; b: (D, O) -> (D, O).
+
+    clear: whether no eigenvalue is known to be near 0, so that none is looked for.
+    """
     factor, failed = torch.linalg.cholesky_ex(a)
+    if clear and not failed:
+        return torch.cholesky_solve(b, factor)
     if not failed:
         # The smallest eigenvalue by inverse iteration; the factor's diagonal may hide it.
         v = torch.randn(len(a), 1, dtype=a.dtype, generator=torch.Generator().manual_seed(0))

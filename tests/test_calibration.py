@@ -18,6 +18,7 @@ from torch import nn
 
 from rmm_lab import matching
 from rmm_lab.engine import calibration, inputs
+from rmm_lab.engine.activations import Means
 from rmm_lab.engine.calibration import Calibration
 from rmm_lab.errors import InputError
 from rmm_lab.families import vit
@@ -1172,3 +1173,24 @@ def test_a_fit_to_few_inputs_must_help_every_task(names, helps):
     found = problem.pool.weights("least_squares", 0, prefix=prefix)
     average = problem.pool.weights("weight_average", 0)
     assert all(torch.equal(found[name], average[name]) for name in average) is not helps
+
+
+@pytest.mark.parametrize("d", [40, 301, 512, 700])
+def test_gram_matrices_are_whole_however_wide(d):
+    """Wide ones add up in bands; rows with weights by hand, two folds, one task without rows."""
+    generator = torch.Generator().manual_seed(d)
+    x = torch.randn(60, d, generator=generator)
+    w = torch.rand(60, generator=generator)
+    grams = Means(2, 2, d, d)
+    for rows in (slice(0, 7), slice(7, 40)):
+        grams.add(1, 0, x[rows], x[rows], w[rows])  # two different slices of the same rows
+    assert not grams._bands
+    itself = Means(2, 2, d, d)
+    for rows in (slice(0, 7), slice(7, 40)):
+        own = x[rows]
+        itself.add(1, 0, own, own, w[rows])
+    plain = (x[:40] * w[:40, None]).double().T @ x[:40].double() / w[:40].double().sum()
+    for found in (grams.take(), itself.take()):
+        assert torch.allclose(found[1, 0].double(), plain, rtol=1e-4, atol=1e-5)
+        assert not found[0].any()
+        assert not found[:, 1].any()

@@ -13,7 +13,7 @@ from sklearn.linear_model import LinearRegression, Ridge
 
 from rmm_lab.engine.ridge import RIDGES, choose_ridge
 from rmm_lab.errors import InputError
-from rmm_lab.matching import least_squares, regmean
+from rmm_lab.matching import least_squares, regmean, step
 
 
 def drawn(seed=0, n=2, d=3, o=2, rows=20, targets=None):
@@ -485,3 +485,18 @@ def test_nan_in_a_fold_is_refused():
     tasks[0][1][0][0, 0] = math.nan
     with pytest.raises(InputError, match=r"xx: expected finite numbers, found NaN or infinity"):
         choose_ridge(*in_folds(tasks), weights=torch.ones(2), anchor=torch.tensor(anchor))
+
+
+@pytest.mark.parametrize("ridge", [1e-13, 1e-6, 1e-2, 10.0])
+def test_a_step_is_numpys_inverse_whether_or_not_small_eigenvalues_are_looked_for(ridge):
+    """Eigenvalues 0 to 3; with a ridge that is far above all rounding no small one is looked for."""
+    generator = torch.Generator().manual_seed(3)
+    turn = torch.linalg.qr(torch.randn(5, 5, generator=generator, dtype=torch.float64))[0]
+    a = turn @ torch.diag(torch.tensor([0.0, 0.5, 1, 2, 3], dtype=torch.float64)) @ turn.T
+    lack = a @ torch.randn(5, 2, generator=generator, dtype=torch.float64)  # no part that is open
+    found = step(a, lack, ridge, torch.float64)
+    rho = ridge * float(a.diagonal().mean())
+    exact = (
+        np.linalg.pinv((a + rho * torch.eye(5)).numpy(), rcond=1e-11, hermitian=True) @ lack.numpy()
+    )
+    assert np.allclose(found, exact, rtol=1e-6, atol=1e-9)

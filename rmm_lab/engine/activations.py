@@ -12,25 +12,44 @@ from torch import Tensor, nn
 
 from rmm_lab.engine.ridge import WIDE
 
+BAND = 256  # rows of a symmetric product that are computed at a time
+
 
 class Means:
-    """Weighted means of products of rows, streamed: ``sum w x y' / sum w`` for each fold and task."""
+    """Weighted means of products of rows, streamed: ``sum w x y' / sum w`` for each fold and task.
+
+    Of a wide product of rows with themselves only the upper bands add up; ``take`` mirrors them.
+    """
 
     def __init__(self, folds: int, tasks: int, d: int, o: int) -> None:
         self.dtype = torch.float64 if d <= WIDE else torch.float32
         self.total = torch.zeros(folds, tasks, d, o, dtype=self.dtype)
         self.rows = torch.zeros(folds, tasks, dtype=torch.int64)
         self.weight = torch.zeros(folds, tasks, 1, 1, dtype=torch.float64)
+        self._bands: list[slice] = []  # of a symmetric product
 
     def add(self, fold: int, task: int, x: Tensor, y: Tensor, w: Tensor) -> None:
-        """x: (n, D), y: (n, O), w: (n,). Wide rows add up in float32, for speed."""
+        """x: (n, D), y: (n, O), w: (n,). Wide rows add up in float32, for speed.
+
+        y may be x itself, then in every call.
+        """
+        itself, d = y is x, x.shape[1]
         x, y, w = (t.to(self.dtype) for t in (x, y, w))
-        self.total[fold, task].addmm_((x * w[:, None]).T, y)  # (D, O)
+        total, weighed = self.total[fold, task], (x * w[:, None]).T  # (D, O), (D, n)
+        if itself and d > WIDE:
+            self._bands = [slice(a, min(a + BAND, d)) for a in range(0, d, BAND)]
+            for band in self._bands:
+                total[band, band.start :].addmm_(weighed[band], y[:, band.start :])
+        else:
+            total.addmm_(weighed, y)
         self.weight[fold, task] += float(w.sum())
         self.rows[fold, task] += len(w)
 
     def take(self) -> Tensor:
         """(K, N, D, O), 0 where there are no rows; the sums are used up."""
+        for band in self._bands:
+            right = self.total[..., band, band.stop :]
+            self.total[..., band.stop :, band] = right.transpose(-1, -2)
         return self.total.div_(torch.where(self.weight > 0, self.weight, 1.0).to(self.dtype))
 
 

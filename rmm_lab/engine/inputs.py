@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, Self
 
 import numpy as np
@@ -143,6 +143,10 @@ class Inputs:
 
     def _parts(self, i: int) -> range:
         return range(len(self._cuts_of()[i]))
+
+    def parts(self, i: int) -> Iterator[Any]:
+        """Task i's inputs, as the models take them, ``BATCH`` at a time."""
+        return (self._batch(i, j) for j in self._parts(i))
 
     def _batch(self, i: int, j: int) -> Any:
         """Part j of task i's inputs, as the models take them."""

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rmm_lab.matching import sums, towards
+from rmm_lab.matching import step, sums
 
 WIDE, OUTPUTS = 300, 64  # see ``choose_ridge``
 # What a ridge is chosen from; the last one stands for the anchor itself.
@@ -79,14 +79,14 @@ Split = Callable[[float], float]  # ridge -> error on what is held out
 def _turned(a: Tensor, b: Tensor, held_a: Tensor, held_b: Tensor, start: Tensor, _: Any) -> Split:
     """In the directions of a's eigenvectors one decomposition serves every ridge."""
     values, turn = torch.linalg.eigh(a)  # (D,), (D, D)
-    first, step = turn.T @ start, turn.T @ (b - a @ start)  # (D, O)
+    first, moved = turn.T @ start, turn.T @ (b - a @ start)  # (D, O)
     held_a, held_b = turn.T @ held_a @ turn, turn.T @ held_b
     mean, least = float(a.diagonal().mean()), torch.finfo(a.dtype).tiny
 
     def error(ridge: float) -> float:
         w = first
         if ridge < float("inf"):
-            w = first + step / (values.clamp(min=0) + ridge * mean).clamp(min=least)[:, None]
+            w = first + moved / (values.clamp(min=0) + ridge * mean).clamp(min=least)[:, None]
         return float((w * (held_a @ w)).sum() - 2 * (w * held_b).sum())
 
     return error
@@ -96,9 +96,10 @@ def _solved(
     a: Tensor, b: Tensor, held_a: Tensor, held_b: Tensor, start: Tensor, dtype: torch.dtype
 ) -> Split:
     """With a factorisation for each ridge, which for wide layers is faster than one decomposition."""
+    lack = b - a @ start  # (D, O), of all ridges
 
     def error(ridge: float) -> float:
-        w = towards(a, b, start, ridge, dtype)  # (D, O)
+        w = start + step(a, lack, ridge, dtype) if ridge < float("inf") else start  # (D, O)
         return float((w * (held_a @ w)).sum() - 2 * (w * held_b).sum())
 
     return error
@@ -119,4 +120,4 @@ def together(folds: Sequence[Tensor] | Tensor) -> Tensor:
 
 def _there(matrices: Tensor) -> Tensor:
     """Which tasks have rows: (N, D, O) -> (N,) bool."""
-    return (matrices != 0).flatten(1).any(1)
+    return matrices.flatten(1).any(1)

@@ -34,7 +34,9 @@ from rmm_lab.evidence.rows import (
     BEST_EXPERT,
     COLUMNS,
     DRAWN,
-    METHODS,
+    KEYS,
+    METHOD_KEY,
+    ORDER,
     STOCHASTIC,
     kind_of,
     of_this_version,
@@ -54,30 +56,8 @@ from rmm_lab.tasks.files import write_file
 
 Measured = dict[str, list[dict[str, Any]]]  # table -> rows; the last table is the job's own
 
-# The columns that say what was measured.
-METHOD_KEY = ("group", "size", "seed", "method")
-KEYS: dict[str, tuple[str, ...]] = {
-    **dict.fromkeys(("halves", "vision", "language"), METHOD_KEY),
-    "dar": ("group", "preset", "reward", "data_fraction", "dar", "seed"),
-    "dar-curve": ("dar", "seed", "episode"),
-    "searches-curve": ("group", "seed", "method", "evaluations"),
-    "menu-curve": ("group", "seed", "method", "evaluations"),
-    **dict.fromkeys(("searches", "menu", "seconds", "fronts"), ("group", "seed", "method")),
-    **dict.fromkeys(("agent", "default"), ("group", "setting", "seed")),
-    "budgets": ("group", "evaluations", "seed", "method"),
-    "labels": ("group", "reward", "label_fraction", "data_fraction", "seed"),
-}
 # What the default search is beside at small budgets and equal seconds: rivals that take all of its menu.
 ON_A_BUDGET = ("CMA-ES over scales", "TPE", "coordinate ascent", "random search")
-# Values of these columns come in this order in a file, others in their natural one.
-ORDER: dict[str, Sequence[Any]] = {
-    "method": tuple(METHODS.index),
-    "preset": ("paper", "weights"),
-    "reward": ("metric", "likelihood", "agreement"),
-    "data_fraction": (1.0, 0.1, 0.01),
-    "label_fraction": (1.0, 0.1, 0.01),
-    "dar": (0.8, 0.0),
-}
 
 
 @dataclass(frozen=True)
@@ -393,8 +373,17 @@ def measure(job: Job) -> dict[str, pd.DataFrame]:
 # ----------------------------------------------------------------------------------- all of them
 
 
-def measure_all(jobs: Sequence[Job], store: Store, processes: int, threads: int = 1) -> None:
-    """Measure in several processes at once; the rows of each job are stored as soon as it ends."""
+def measure_all(
+    jobs: Sequence[Job],
+    store: Store,
+    processes: int,
+    threads: int = 1,
+    also: Mapping[str, Any] | None = None,
+) -> None:
+    """Measure in several processes at once; the rows of each job are stored as soon as it ends.
+
+    also: further columns of every row, and their values.
+    """
     commit()  # that of the code which runs, whatever is committed meanwhile
     processes = min(processes, len(jobs))
     options: dict[str, Any] = {"threads": threads, "quiet": True}
@@ -405,10 +394,12 @@ def measure_all(jobs: Sequence[Job], store: Store, processes: int, threads: int 
     with closing(_measured(jobs, processes, threads)) as results:
         for job, tables in tqdm(results, total=len(jobs), unit="job"):
             for name, rows in tables.items():  # the curve first: the row says that all is there
-                store.add(name, rows.assign(commit=commit()))
+                store.add(name, rows.assign(commit=commit(), **also or {}))
             key = " ".join(f"{k}={v}" for k, v in job.key.items())
             row = tables[job.table].iloc[-1]
-            score = f"{row['method']} {row['mean']:.2f} % of the test split"
+            score = (
+                f"{row['method']} {row['mean']:.2f} % of the test split" if "mean" in row else ""
+            )
             tqdm.write(f"{time.strftime('%H:%M:%S')} {job.table} {key}: {score}")
 
 

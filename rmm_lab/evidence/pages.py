@@ -38,7 +38,11 @@ from rmm_lab.evidence.rows import (
 )
 from rmm_lab.search.config import BOTH, configure
 
-PAIRS = ("digits+textures", "CUB+Dogs")  # Table II's, at the kit's scale and at the paper's
+PAIRS = (
+    "digits+textures",
+    "CUB+Dogs",
+    "CIFAR10+GTSRB",
+)  # Table II's, of the kit, the paper, and real
 BEST, GAIN = "best uniform merge", "{} − best uniform merge"
 
 # ----------------------------------------------------------------------------- tables of methods
@@ -155,8 +159,10 @@ SETTINGS = {
     ("paper", "metric", False): "paper's preset, without DAR",
     ("weights", "metric", False): BOTH,
     ("weights", "likelihood", False): f"{BOTH}, by likelihood",
+    ("default", "metric", False): AGENT,
+    ("default", "likelihood", False): f"{AGENT}, by likelihood",
 }
-WITH_DAR, WITHOUT_DAR, WEIGHTS, LIKELIHOOD = SETTINGS.values()
+WITH_DAR, WITHOUT_DAR, WEIGHTS, LIKELIHOOD, DEFAULT, BY_LIKELIHOOD = SETTINGS.values()
 FULL = "100 %"
 # Differences of averages: name, setting, and the setting it is compared with, at its own share or at 100 %.
 DAR_GAINS = (
@@ -164,6 +170,8 @@ DAR_GAINS = (
     ("paper's preset − itself at 100 %", WITH_DAR, WITH_DAR, True),
     (f"{BOTH} − itself at 100 %", WEIGHTS, WEIGHTS, True),
     (f"by likelihood − {BOTH} at 100 %", LIKELIHOOD, WEIGHTS, True),
+    (f"{AGENT} − itself at 100 %", DEFAULT, DEFAULT, True),
+    (f"by likelihood − {AGENT} at 100 %", BY_LIKELIHOOD, DEFAULT, True),
 )
 
 

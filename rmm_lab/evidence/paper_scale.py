@@ -24,7 +24,7 @@ import torch
 
 from rmm_lab.engine.scorer import check_device
 from rmm_lab.errors import UNIT_RANGE, InputError, Range, check_values
-from rmm_lab.families.checkpoint import read_checkpoint, write_checkpoint
+from rmm_lab.families.checkpoint import Checkpoint, read_checkpoint, write_checkpoint
 from rmm_lab.search.config import configure
 from rmm_lab.search.problem import places_of
 from rmm_lab.tasks import image_formats, text_formats
@@ -32,6 +32,7 @@ from rmm_lab.tasks.files import write_file
 from rmm_lab.tasks.hold import check_apart, check_writable
 from rmm_lab.tasks.image_task import HALVES
 from rmm_lab.zoo import training
+from rmm_lab.zoo.probe import linear_probe
 
 # Pretrained on ImageNet-21k alone, since Stanford Dogs is a part of ImageNet-1k.
 BASES = {
@@ -200,23 +201,46 @@ class PaperScale:
             "learning_rate": getattr(self, f"{prefix}learning_rate"),
             "batch_size": max(len(places), getattr(self, f"{prefix}batch_size")),
         }
-        made = {"base": base.sha256, "sets": [_named(p) for p in places]} | settings
-        record = folder / "training.json"
-        if record.is_file():  # written last: the checkpoint is whole
-            stored = json.loads(record.read_text("utf-8"))
-            if odd := [k for k in made if stored.get(k) != made[k]]:
-                raise InputError(
-                    f"--checkpoints: expected {folder} to be made with {odd[0]} = {made[odd[0]]}, found "
-                    f"{stored.get(odd[0])}; remove that folder, or name another one for --checkpoints"
-                )
-            return
-        print(f"{time.strftime('%H:%M:%S')} fine-tuning {folder}", flush=True)
-        tasks = base.family.make_tasks(base, places)
-        label = f"{group.size} {'+'.join(task.name for task in tasks)}"
-        settings |= {"seed": 0, "label": label, "device": device}
-        config, weights = training.fine_tune(base, tasks, **settings)
-        write_checkpoint(folder, config, weights, beside=base.folder)
-        write_file(record, json.dumps(made, indent=2) + "\n")
+        make_once(folder, base, places, settings, device=device, label=group.size)
+
+
+def make_once(
+    folder: Path,
+    base: Checkpoint,
+    places: Sequence[str],
+    settings: dict[str, Any],
+    *,
+    device: str,
+    label: str,
+    option: str = "--checkpoints",
+    probe: bool = False,
+) -> None:
+    """Fine-tune a base on some sets into a folder, unless it is there; InputError if it was made otherwise.
+
+    settings: steps, learning_rate and batch_size. option: what names the folder. probe: whether the new head
+    is fitted to the base's features first.
+    """
+    made = {"base": base.sha256, "sets": [_named(p) for p in places]} | settings
+    made |= {"probe": True} if probe else {}
+    record = folder / "training.json"
+    if record.is_file():  # written last: the checkpoint is whole
+        stored = json.loads(record.read_text("utf-8"))
+        if odd := [k for k in made if stored.get(k) != made[k]]:
+            raise InputError(
+                f"{option}: expected {folder} to be made with {odd[0]} = {made[odd[0]]}, found "
+                f"{stored.get(odd[0])}; remove that folder, or name another one for {option}"
+            )
+        return
+    print(f"{time.strftime('%H:%M:%S')} fine-tuning {folder}", flush=True)
+    start = time.perf_counter()
+    tasks = base.family.make_tasks(base, places)
+    label = f"{label} {'+'.join(task.name for task in tasks)}"
+    more = settings | {"seed": 0, "label": label, "device": device}
+    begin = linear_probe(base, tasks[0], device) if probe else None
+    config, weights = training.fine_tune(base, tasks, begin=begin, **more)
+    write_checkpoint(folder, config, weights, beside=base.folder)
+    took = {"seconds": round(time.perf_counter() - start, 1)}
+    write_file(record, json.dumps(made | took, indent=2) + "\n")
 
 
 def _whole(place: str) -> str:
@@ -227,5 +251,6 @@ def _whole(place: str) -> str:
 
 def _named(place: str) -> str:
     """A place without its folder: ``cub200:first``."""
-    half = place.rpartition(":")[2]
-    return place.partition(":")[0] + (f":{half}" if half in HALVES else "")
+    whole, half = _whole(place), place.rpartition(":")[2]
+    name, colon, _ = whole.partition(":")
+    return (name if colon else Path(whole).name) + (f":{half}" if half in HALVES else "")

@@ -8,9 +8,10 @@ A table is a DataFrame with a row for each method and seed, its first columns ``
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
@@ -32,7 +33,8 @@ NUMBERS: dict[str, type] = {
     **dict.fromkeys(("mean", "reward_split", "test", "seconds", "search_seconds", "value"), float),
     **dict.fromkeys(("dar", "data_fraction", "label_fraction", "raw_reward", "dar_reward"), float),
     **dict.fromkeys(("hypervolume", "hypervolume_reward", "hypervolume_promised"), float),
-    "rmm_mean": float,
+    **dict.fromkeys(("rmm_mean", "distance", "learning_rate", "inside", "peak_mb"), float),
+    "experts": int,
 }
 
 BEST_EXPERT = "best expert, for all tasks"
@@ -69,6 +71,34 @@ STOCHASTIC = tuple(
     for method, kind in METHODS.items()
     if method in DRAWN or kind not in ("bound", "uniform")
 )
+
+# The columns that say what was measured.
+METHOD_KEY = ("group", "size", "seed", "method")
+KEYS: dict[str, tuple[str, ...]] = {
+    **dict.fromkeys(("halves", "vision", "language"), METHOD_KEY),
+    "dar": ("group", "preset", "reward", "data_fraction", "dar", "seed"),
+    "dar-curve": ("dar", "seed", "episode"),
+    "searches-curve": ("group", "seed", "method", "evaluations"),
+    "menu-curve": ("group", "seed", "method", "evaluations"),
+    **dict.fromkeys(("searches", "menu", "seconds", "fronts"), ("group", "seed", "method")),
+    **dict.fromkeys(("agent", "default"), ("group", "setting", "seed")),
+    "budgets": ("group", "evaluations", "seed", "method"),
+    "speed": ("group", "method"),
+    "stranger": ("group", "stranger", "seed", "method"),
+    **dict.fromkeys(("subsets", "texts"), ("group", "seed", "method")),
+    "unseen": ("group", "unseen", "method"),
+    "curve": ("group", "learning_rate", "method"),
+    "labels": ("group", "reward", "label_fraction", "data_fraction", "seed"),
+}
+# Values of these columns come in this order in a file, others in their natural one.
+ORDER: dict[str, Sequence[Any]] = {
+    "method": tuple(METHODS.index),
+    "preset": ("paper", "weights", "default"),
+    "reward": ("metric", "likelihood", "agreement"),
+    "data_fraction": (1.0, 0.1, 0.01),
+    "label_fraction": (1.0, 0.1, 0.01),
+    "dar": (0.8, 0.0),
+}
 
 
 def read_csv(file: Path) -> pd.DataFrame:

@@ -17,23 +17,25 @@
     python -m rmm_lab tables fronts       searches for many answers: hypervolumes of their fronts
     python -m rmm_lab tables show         only write the pages, figures and excerpts from the CSV files
 
-``--scale paper`` takes the paper's models and sets, for Tables I to IV and Fig. 3: see ``paper_scale``.
+``--scale paper`` takes the paper's models and sets, for Tables I to IV and Fig. 3: see ``paper_scale``. Real
+pretrained models have a command of their own: ``python -m rmm_lab tables real``, see ``real``.
 A table is a CSV file with a page (.md) and a figure (.png) beside it; a stopped command goes on where it
 was. Nothing here is chosen by the test split.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import pandas as pd
 
 from rmm_lab.engine.scorer import check_device
 from rmm_lab.errors import SEED_RANGE, InputError, check_values
 from rmm_lab.evidence import excerpts, fronts, measure, page_figures, pages
+from rmm_lab.evidence.kit_scale import LANGUAGE, SETS, SIZES, VISION, WRITING, Groups, kit_groups
 from rmm_lab.evidence.measure import Job, Store
 from rmm_lab.evidence.paper_scale import Group, PaperScale
 from rmm_lab.evidence.rows import DRAWN, KINDS, of_this_version, read_csv
@@ -46,17 +48,6 @@ from rmm_lab.tasks.files import write_file
 from rmm_lab.tasks.hold import check_apart, check_writable, held_made
 from rmm_lab.tasks.image_task import data_folder
 
-# The groups of experts of each table, by the name that the table calls them.
-SETS = ("digits", "letters", "symbols", "textures")
-SIZES = {"ViT, width 32": "tiny-", "ViT, width 64": ""}
-VISION: dict[str, tuple[str, ...]] = {
-    "digits+textures": ("digits", "textures"),  # Table II's
-    "letters+symbols": ("letters", "symbols"),
-    "digits+letters": ("digits", "letters"),
-    "digits+letters+textures": ("digits", "letters", "textures"),
-}
-LANGUAGE = ("qa", "mixed")
-WRITING = ("llm",)
 DATA = (1.0, 0.1, 0.01)  # Table IV's shares of the data
 DAR_SETTINGS: tuple[dict[str, Any], ...] = (  # at 100 % every other one
     {"preset": "paper"},
@@ -122,36 +113,13 @@ ORDER = {
     "size": tuple(SIZES),
     "setting": (*AGENT, *DEFAULT),
 }
-Groups = Mapping[str, Sequence[Group]]  # table -> its groups of experts
-
-
-def kit_groups() -> Groups:
-    """Each table's groups of experts that ship. Table IV takes Table II's."""
-    vision = [Group(n, "ViT, width 64", {"experts": e}) for n, e in VISION.items()]
-    language = [Group(n, "T5, width 64", {"experts": (n,)}) for n in LANGUAGE]
-    writing = [Group(n, "Llama, width 96", {"experts": (n,)}) for n in WRITING]
-    halves = [
-        Group(name, size, {"experts": (f"{prefix}{name}-first", f"{prefix}{name}-second")})
-        for size, prefix in SIZES.items()
-        for name in SETS
-    ]
-    pair, agent = vision[:1], [vision[0], language[0]]
-    papers = {"I": halves, "II": pair, "III": [*language, *writing], "IV": pair, "fig3": pair}
-    searches, menu = [*pair, vision[3], *language], [*language, vision[3], vision[1]]
-    own = {"groups": vision[1:], "searches": searches, "menu": menu, "agent": agent}
-    own |= {
-        "default": [vision[0], vision[3], language[0], *writing],
-        "budgets": [*vision, *language],
-    }
-    own |= {"seconds": own["budgets"], "labels": agent}
-    own |= {"fronts": [vision[0], vision[3], *language, *writing]}
-    return papers | own
 
 
 @dataclass
 class Command:
     """Measure a table, or go on with it, and write its page and figure."""
 
+    dar_settings: ClassVar[tuple[dict[str, Any], ...]] = DAR_SETTINGS
     table: Literal[
         "I",
         "II",
@@ -328,7 +296,7 @@ class Command:
         """
         shares = [f for f in DATA if f"{f:g}" in self.only] or DATA
         for fraction in DATA:
-            for setting in DAR_SETTINGS[::2] if fraction == 1 else DAR_SETTINGS:
+            for setting in self.dar_settings[:: 2 if fraction == 1 else 1]:
                 config = configure(**(options | setting | {"data_fraction": fraction}))
                 drawn = setting["preset"] == "paper" and fraction == min(DATA)
                 drawn = drawn and options["seed"] == self.seeds[0]
@@ -427,9 +395,9 @@ def write_pages(folder: Path) -> Iterator[Path]:
 
 
 def write_excerpts(folder: Path) -> Iterator[Path]:
-    """Bring the excerpts in README.md and docs/ up to date, where the folder is the results that ship."""
+    """Bring the excerpts in README.md and docs/ up to date, where the folder is of the results that ship."""
     root = data_folder().parent
-    if folder.resolve() != (root / "results").resolve():
+    if folder.resolve() not in ((root / "results").resolve(), (root / "results/real").resolve()):
         return
     for file in (root / "README.md", *sorted((root / "docs").glob("*.md"))):
         old = file.read_text("utf-8")

@@ -26,7 +26,7 @@ def one_size(base: M, experts: Sequence[M]) -> tuple[M, list[M]]:
         return base, list(experts)
     size = sizes[1] if len(set(sizes[1:])) == 1 else sizes[0]
     assert size is not None
-    return _resampled(base, size), [_resampled(expert, size) for expert in experts]
+    return resampled(base, size), [resampled(expert, size) for expert in experts]
 
 
 def _size(model: Model) -> Size | None:
@@ -46,7 +46,8 @@ def _grid(model: Model, size: Size) -> Size:
     return size[0] // height, size[1] // width
 
 
-def _resampled(model: M, size: Size) -> M:
+def resampled(model: M, size: Size) -> M:
+    """A model for images of another size, in pixels; itself where that is its own, or it has no grid."""
     from timm.layers import resample_abs_pos_embed
 
     own = _size(model)

@@ -86,13 +86,15 @@ def fine_tune(
     augment: bool = True,
     device: str = "cpu",
     balance: bool = False,
+    begin: Weights | None = None,
     watch: Callable[[int, dict[str, Any], Weights], None] | None = None,
     keep: Callable[[str, dict[str, Any], Weights], None] | None = None,
 ) -> tuple[dict[str, Any], Weights]:
     """Fine-tune all weights on the train split of one task (an expert) or several (a multi-task model).
 
     tasks: of the base's family. augment: whether images are distorted a little. balance: whether all answers
-    of a task weigh the same in its loss, however frequent. watch: called after each quarter of the
+    of a task weigh the same in its loss, however frequent. begin: tensors that the model begins with in place
+    of its own, such as a head that was fitted to the base's features. watch: called after each quarter of the
     steps with their number, config.json and weights so far, which change as it goes on; keep: after Ctrl-C,
     which is raised again, with "12 of 100 steps" and the same. Returns config.json and the weights, on
     ``device``.
@@ -102,6 +104,8 @@ def fine_tune(
     model, losses, result = base.family.trainable(
         base, tasks, seed=seed, batch_size=batch_size, augment=augment, **more
     )
+    if begin is not None:
+        model.load_state_dict(begin, strict=False)
     model.to(device)
 
     def after(step: int) -> None:
