@@ -11,6 +11,7 @@ Sources: Schulman et al. 2016 (GAE), 2017 (PPO); Han et al. 2025 (Reinforced Mod
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -314,11 +315,10 @@ class Main(Args):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        least = {
-            "episodes": ("at least 1", lambda v: v >= 1),
-            "seed": SEED_RANGE,
-        }
-        check_values(self, least)
+        pattern = r"(\w+(\.\w+)*:)?[^:]+"
+        name = ("NAME or MODULE:NAME", lambda v: bool(re.fullmatch(pattern, v)))
+        episodes = ("at least 1", lambda v: v >= 1)
+        check_values(self, {"env_id": name, "episodes": episodes, "seed": SEED_RANGE})
 
     def run(self) -> None:
         import gymnasium as gym
@@ -327,7 +327,7 @@ class Main(Args):
 
         try:
             env: Any = gym.make(self.env_id)
-        except gym.error.Error as error:
+        except (gym.error.Error, ImportError) as error:
             raise InputError(f"--env-id: expected one of Gymnasium's, found {error}") from error
         spaces = (env.action_space, env.observation_space)
         if not all(map(isinstance, spaces, (gym.spaces.Discrete, gym.spaces.Box))):

@@ -211,6 +211,18 @@ def test_a_processor_of_pictures_says_numbers(tmp_path, key, value):
     refused(tmp_path / "hf", "preprocessor_config.json", repr(key))
 
 
+@pytest.mark.parametrize("size", ["hidden_size", "num_channels", "patch_size"])
+def test_a_size_that_is_not_said_is_not_that_of_the_weights(tmp_path, size):
+    """transformers then takes a default."""
+    config = ViTConfig(**SMALL_VIT, image_size=8, patch_size=4, num_channels=1, num_labels=3)
+    ViTForImageClassification(config).save_pretrained(tmp_path / "hf")
+    file = tmp_path / "hf" / "config.json"
+    said = json.loads(file.read_text())
+    del said[size]
+    file.write_text(json.dumps(said))
+    refused(tmp_path / "hf", "config.json", "found")
+
+
 # ----------------------------------------------------------------------------------------- weights
 
 

@@ -369,6 +369,15 @@ def test_ppo_runs_alone_on_the_demos_pair(monkeypatch, capsys):
         (["--seed", "-1"], "--seed: expected 0 or more and below 2**63, found -1"),
         (["--env-id", "NoSuch-v0"], "--env-id: expected one of Gymnasium's, found"),
         (["--env-id", "Pendulum-v1"], "--env-id: expected discrete actions"),
+        (
+            ["--env-id", "no.such:CartPole-v1"],
+            "--env-id: expected one of Gymnasium's, found No module named 'no'",
+        ),
+        (["--env-id", "GymV21Environment-v0"], "--env-id: expected one of Gymnasium's, found"),
+        *(
+            (["--env-id", name], f"--env-id: expected NAME or MODULE:NAME, found {name!r}")
+            for name in (":x-v0", ".a:x-v0", "a b:x-v0", "x:", "a:b:c")
+        ),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )

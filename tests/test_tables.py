@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import csv
 import importlib
 import io
 import json
@@ -1169,3 +1170,45 @@ def test_a_row_that_ships_is_measured_again(name, method):
 def test_read_refuses_what_is_not_there():
     with pytest.raises(InputError, match=r"python -m rmm_lab tables"):
         tables.read("none")
+
+
+SHIPPED = Path(tables.__file__).parents[2] / "results"
+
+
+def _first_cell(text: str, column: str, value: str) -> str:
+    """A table with another value in a column of its first row."""
+    head, first, *rest = csv.reader(io.StringIO(text))
+    first[head.index(column)] = value
+    out = io.StringIO()
+    csv.writer(out).writerows([head, first, *rest])
+    return out.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("budgets", lambda text: text.partition("\n")[0] + "\n"),
+        ("fronts", lambda text: text.partition("\n")[0] + "\n"),
+        ("labels", lambda text: text.partition("\n")[0] + "\n"),
+        ("labels", lambda text: text[: len(text) // 2]),  # pandas would fill the last row
+        ("vision", lambda text: _first_cell(text, "by_task", "a=x")),
+        ("fronts", lambda text: _first_cell(text, "seed", "9" * 30)),
+        ("dar-curve", lambda text: text.replace("seed", "sed", 1)),
+        ("dar-curve", lambda text: text + text.splitlines()[1] + "\n"),
+    ],
+)
+def test_an_odd_table_is_refused_before_any_page_is_written(tmp_path, capsys, name, change):
+    """Also those of tables that are whole."""
+    shutil.copy(SHIPPED / "agent.csv", tmp_path)
+    (tmp_path / f"{name}.csv").write_text(change((SHIPPED / f"{name}.csv").read_text("utf-8")))
+    assert tables.main(["show", "--out", str(tmp_path)]) == 2
+    lines = [line for line in capsys.readouterr().err.splitlines() if line]
+    assert len(lines) == 1
+    assert lines[0].startswith(f"error: {tmp_path / name}.csv: expected ")
+    assert not list(tmp_path.glob("*.md"))
+
+
+def test_a_table_that_gives_no_page_is_told(tmp_path, capsys):
+    shutil.copy(SHIPPED / "searches-curve.csv", tmp_path)
+    assert tables.main(["show", "--out", str(tmp_path)]) == 2
+    assert "expected a folder with the CSV files of a table" in capsys.readouterr().err

@@ -7,6 +7,7 @@ A table is a DataFrame with a row for each method and seed, its first columns ``
 
 from __future__ import annotations
 
+import csv
 import io
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -107,11 +108,14 @@ def read_csv(file: Path) -> pd.DataFrame:
     Raises InputError for a file that holds none.
     """
     try:
-        content = io.BytesIO(plain.read_bytes(file, plain.TEXT_MB))
-        table = pd.read_csv(content, dtype=str, keep_default_na=False)
+        text = plain.read_bytes(file, plain.TEXT_MB).decode()
+        sizes = {len(row) for row in csv.reader(io.StringIO(text)) if row}
+        table = pd.read_csv(io.StringIO(text), dtype=str, keep_default_na=False)
+        if table.empty or len(sizes) > 1:  # pandas would fill a row that is cut off
+            raise ValueError("it has no rows" if table.empty else "its rows differ in length")
         numbers = {name: kind for name, kind in NUMBERS.items() if name in table}
         return table.replace({name: {"": "nan"} for name in numbers}).astype(numbers)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, OverflowError, csv.Error) as error:
         raise InputError(
             f"{file}: expected a table that python -m rmm_lab tables wrote, found none that can be read "
             f"({error}); move it away"
@@ -120,13 +124,18 @@ def read_csv(file: Path) -> pd.DataFrame:
 
 @contextmanager
 def of_this_version(where: Path) -> Iterator[None]:
-    """InputError where a table lacks a column that is looked for."""
+    """InputError where a table lacks a column that is looked for, or has odd cells."""
     try:
         yield
     except KeyError as error:
         raise InputError(
             f"{where}: expected the columns of this version, found none called {error}; move the file away "
             "to measure it again"
+        ) from error
+    except (ValueError, TypeError, IndexError, AttributeError, StopIteration) as error:
+        raise InputError(
+            f"{where}: expected rows that python -m rmm_lab tables wrote, found others ({error}); move the "
+            "file away to measure it again"
         ) from error
 
 

@@ -187,7 +187,7 @@ class Command:
         check_device(self.device)
         if self.table == "show":
             written = [*write_pages(out), *write_excerpts(out)]
-            if not any(out.glob("*.csv")):
+            if not written:
                 raise InputError(
                     f"--out: expected a folder with the CSV files of a table, found none in {out}; measure "
                     "one first, or name another folder"
@@ -377,21 +377,21 @@ def write_pages(folder: Path) -> Iterator[Path]:
     """Write the page and the figure of each table whose CSV files are in the folder."""
     paper, page_of = read("paper"), pages.PAGES
     needed = {name: page.files for name, page in page_of.items()} | {"fig-3": ("dar-curve",)}
+    written: dict[Path, str | bytes] = {}
     for name, names in needed.items():
         files = [folder / f"{table}.csv" for table in names]
         if not all(file.exists() for file in files):
             continue
         tables = [read_csv(file) for file in files]
-        if name in page_of:
-            with of_this_version(folder / f"{names[0]}.csv"):
-                text = page_of[name].text(*tables, paper=paper)
-            if not text:
-                continue
-            write_file(folder / f"{name}.md", text)
-            yield folder / f"{name}.md"
-        if name in page_figures.DRAW:
-            write_file(folder / f"{name}.png", png(page_figures.DRAW[name](*tables)))
-            yield folder / f"{name}.png"
+        with of_this_version(files[0]):
+            text = page_of[name].text(*tables, paper=paper) if name in page_of else ""
+            if text:
+                written[folder / f"{name}.md"] = text
+            if name in page_figures.DRAW and (text or name not in page_of):
+                written[folder / f"{name}.png"] = png(page_figures.DRAW[name](*tables))
+    for file, content in written.items():
+        write_file(file, content)
+        yield file
 
 
 def write_excerpts(folder: Path) -> Iterator[Path]:

@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -92,7 +93,8 @@ def to_timm(
             f"model {source!r}: expected the weights of a {config['model_type']!r} of transformers', found "
             f"no {lost!r}; save the model with transformers again"
         )
-    out, args, more = _weights(source, kind, hf, weights)
+    with _described(source):
+        out, args, more = _weights(source, kind, hf, weights)
     out |= {f"head.{name}": tensor for name, tensor in text[0].items()}
     eps = float(hf.layer_norm_eps)
     architecture = _BY_EPS.get(eps, _BY_EPS[1e-6])
@@ -100,8 +102,9 @@ def to_timm(
         architecture = _DISTILLED
     if "mlp_ratio" in more:
         architecture = _GATED
-    cfg, notes = _preprocessing(source, folders, kind, hf, args, out)
-    n = len(out["head.weight"]) if "head.weight" in out else 0
+    with _described(source):
+        cfg, notes = _preprocessing(source, folders, kind, hf, args, out)
+        n = len(out["head.weight"]) if "head.weight" in out else 0
     found: dict[str, Any] = {
         "architecture": architecture,
         "num_classes": n,
@@ -118,6 +121,18 @@ def to_timm(
         found["label_names"] = text[1]
     notes += _check_eps(source, found, out, eps)
     return found, out, notes
+
+
+@contextmanager
+def _described(source: str) -> Iterator[None]:
+    """InputError where tensors have other shapes than the block takes them for."""
+    try:
+        yield
+    except (RuntimeError, IndexError, KeyError, TypeError, ValueError) as error:
+        raise InputError(
+            f"model {source!r}: expected the weights that its config.json describes, found others "
+            f"({error}); save it with transformers again"
+        ) from error
 
 
 def _hf_config(source: str, config: Mapping[str, Any]) -> Any:
@@ -301,13 +316,8 @@ def _check_eps(source: str, config: dict[str, Any], weights: Weights, eps: float
     if own == eps:
         return []
     plain = {k: v for k, v in weights.items() if n or not k.startswith(("head.", "head_dist."))}
-    try:
+    with _described(source):
         model.load_state_dict(plain, strict=False)
-    except RuntimeError as error:
-        raise InputError(
-            f"model {source!r}: expected the weights that its config.json describes, found others "
-            f"({error}); save it with transformers again"
-        ) from error
     x = torch.randn(
         1, *config["pretrained_cfg"]["input_size"], generator=torch.Generator().manual_seed(0)
     )
