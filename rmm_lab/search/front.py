@@ -261,7 +261,9 @@ class Front:
             every[:, on] = lattice
             answered = [w for w in every if self.prefer(w.tolist()) == i]
             how = "the answer to preferences such as"
-        said = f"Point {i} of a front of {len(self.points)}" + (", its knee" * (i == self.knee))
+        said = f"Point {i} of a front of {len(self.points)}"
+        if i == self.knee:
+            said += ", its knee"
         if answered:
             middle = answered[len(answered) // 2]
             shares = zip(self.tasks, middle, strict=True)
