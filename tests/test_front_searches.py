@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import warnings
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,6 +17,7 @@ from rmm_lab.fronts import conditioned, models, searches
 from rmm_lab.fronts.conditioned import Conditioned
 from rmm_lab.fronts.searches import A_FIFTH, CLOSED, FRONT_SEARCHES, SEPARATE
 from rmm_lab.fronts.space import Box, Trials
+from rmm_lab.operators import OperatorSpec
 from rmm_lab.reward import Step, parse_path, path_text
 from rmm_lab.search.front_measures import hypervolume, lattice_of, non_dominated
 from rmm_lab.search.layer_scales import BOUNDS
@@ -244,6 +247,217 @@ def test_a_constraint_costs_what_others_lose():
     points = np.array([[0.6, 0.49], [0.9, 0.38], [0.6, 0.9]])
     worth = searches.constrained(points, 0, now)
     assert worth == pytest.approx([0.6, 0.9 - 10 * 0.1, 0.6])
+
+
+class Asked:
+    """In place of CMA-ES: asks for its first numbers and for less of the first expert, and notes all."""
+
+    made: list[Asked]
+
+    def __init__(self, mean, bounds, seed):
+        self.mean, self.seed, self.told, self.runs = mean, seed, [], [[]]
+        self.less = np.resize([0.02, 0], len(mean))
+        self.made.append(self)
+
+    @property
+    def latest(self):
+        return self.mean - len(self.told) * self.less
+
+    def ask(self, most):
+        return [self.mean - (i + len(self.told)) * self.less for i in range(min(3, most))]
+
+    def tell(self, asked, rewards):
+        self.told.append((asked, rewards))
+
+
+def test_filling_in_raises_one_task_after_the_other_from_the_least_crowded(monkeypatch):
+    """Its subset, the start and what CMA-ES is told; half of the budget is left for it."""
+    sweeps = []
+    monkeypatch.setattr(Asked, "made", [], raising=False)
+    monkeypatch.setattr(searches, "Evolution", Asked)
+
+    def sweep(out, box, known, seed, keep):
+        sweeps.append((len(out), out.left, keep))
+        out.ask([box.path(box.everywhere((0.7, 0.7)))] * (out.left - keep))
+        known.append((box.everywhere((0.7, 0.7)), out.points()[-1]))
+
+    monkeypatch.setattr(searches, "_sweep", sweep)
+    scorer = Valley()
+    out = FRONT_SEARCHES["fill-in by constraints"](scorer, 81, 1, UNIT)
+    assert sweeps == [(11, 70, 35)]
+    box, first = Box(scorer), 46
+    # Seven evaluations each: the start, then two generations of three on the same subset.
+    calls, points = scorer.calls[first:], out.points(first)
+    starts = [evolution.mean for evolution in Asked.made]
+    assert len(starts) == 5
+    tasks = []
+    for i, evolution in enumerate(Asked.made):
+        own, found = calls[7 * i : 7 * i + 7], points[7 * i : 7 * i + 7]
+        assert len({subset for _, subset in own}) == 1
+        assert i == 0 or own[0][1] != calls[7 * i - 1][1]
+        assert own[0][0] == path_text(box.path(evolution.mean))
+        told = [value for _, values in evolution.told for value in values]
+        wanted = [searches.constrained(found[1:], k, found[0])[: len(told)] for k in (0, 1)]
+        [task] = [k for k in (0, 1) if told == pytest.approx(wanted[k].tolist())]
+        tasks.append(task)
+    # Both tasks from both ends of the front, on one side of which nothing is; then from a point between.
+    ends = [box.everywhere(scales).tolist() for scales in ((1, 0), (0, 1))]
+    assert tasks[:4] == [0, 1, 0, 1]
+    assert [start.tolist() for start in starts[:4]] == [ends[0], ends[0], ends[1], ends[1]]
+    assert starts[4].tolist() not in ends
+    # What it arrived at comes before what the lattice did, the last first.
+    latest = [box.path(evolution.latest) for evolution in Asked.made]
+    assert out.answers == latest[::-1]
+    assert len({evolution.seed for evolution in Asked.made}) == len(Asked.made)
+
+
+def test_filling_in_goes_on_from_what_it_found(monkeypatch):
+    """A new end of the front is the least crowded point of the next move."""
+    monkeypatch.setattr(Asked, "made", [], raising=False)
+    monkeypatch.setattr(searches, "Evolution", Asked)
+    monkeypatch.setattr(searches, "_sweep", lambda out, *_: out.ask([]))
+    scorer = Valley()
+    out = FRONT_SEARCHES["fill-in by constraints"](scorer, 200, 1, UNIT)
+    assert len(out) == 200
+    moves = [(evolution.mean.tobytes(), i % 2) for i, evolution in enumerate(Asked.made)]
+    assert len({start for start, _ in moves}) > 5
+    found = {evolution.latest.tobytes() for evolution in Asked.made}
+    assert found & {start for start, _ in moves}
+
+
+# --------------------------------------------------------------------------------- Optuna's samplers
+
+STUDIES = {
+    "NSGA-II, several objectives": "NSGAIISampler",
+    "NSGA-III": "NSGAIIISampler",
+    "TPE, several objectives": "TPESampler",
+    "GP, log-EHVI": "GPSampler",
+}
+
+
+@pytest.mark.parametrize("name", STUDIES)
+def test_a_study_knows_the_starts_and_every_score(monkeypatch, name):
+    studies = []
+    real = models.optuna_study
+
+    @contextlib.contextmanager
+    def watched(sampler, seed, n_objectives, **options):
+        assert sampler == STUDIES[name]
+        with real(sampler, seed, n_objectives, **options) as study:
+            studies.append(study)
+            yield study
+
+    monkeypatch.setattr(models, "optuna_study", watched)
+    budget = 16 if name.startswith("GP") else 75
+    scorer, out = searched(name, budget)
+    box = Box(scorer)
+    begun = out.begun + 5
+    [study] = studies
+    assert [direction.name for direction in study.directions] == ["MAXIMIZE"] * 2
+    told = [(np.array(list(t.params.values())), t.values) for t in study.trials]
+    assert len(told) == 2 + budget - out.begun  # the members, which were scored before
+    again = Box(Valley()).starts(Trials(Valley(), budget, UNIT))
+    for (numbers, values), (known, point) in zip(told, again, strict=False):
+        assert numbers == pytest.approx(known)
+        assert values == pytest.approx(point.tolist())
+    for (numbers, values), (text, _), point in zip(
+        told[7:], out[begun:], out.points(begun), strict=True
+    ):
+        assert path_text(box.path(numbers)) == text
+        assert values == pytest.approx(point.tolist())
+        assert BOUNDS[0] <= numbers.min() <= numbers.max() <= BOUNDS[1]
+    # Twenty evaluations share a subset, whatever is asked for at once.
+    subsets = [subset for _, subset in scorer.calls[begun:]]
+    assert subsets == [(1 + i // 20) % 3 for i in range(budget - begun)]
+    if "NSGA" in name:
+        assert study.sampler._population_size == 20
+        generations = {t.system_attrs.get(f"{STUDIES[name]}:generation") for t in study.trials}
+        assert generations | {None} > {None, 0}
+
+
+# ------------------------------------------------------------------------------------------- MM-MO
+
+
+def test_a_mutant_of_the_elite_gives_half_of_the_numbers():
+    rng = np.random.default_rng(0)
+    x = np.full(4000, 0.5)
+    found = models._cross(x, np.array([np.full(4000, 0.2)] * 5), rng)
+    assert set(found) == {0.2, 0.5}
+    assert np.mean(found == 0.2) == pytest.approx(0.5, abs=0.05)
+    # a + (b - c) / 2 of 0.2 and 0.9, which stays within 0 and 1.
+    elite = np.array([[0.2], [0.9]])
+    seen = {round(float(models._cross(np.array([-1.0]), elite, rng)[0]), 6) for _ in range(400)}
+    assert seen == {-1.0, 0.2, 0.9, 0.55, 0.0, 1.0}
+
+
+class Study:
+    """In place of Optuna's: notes what it is told, and proposes the middle and a corner."""
+
+    def __init__(self):
+        self.told, self.asked, self.states = [], 0, []
+
+    def add_trial(self, trial):
+        self.told.append((np.array(list(trial.params.values())), trial.values))
+
+    def ask(self, space):
+        self.asked += 1
+        value = 0.5 if self.asked % 2 else 0.9
+        return SimpleNamespace(params=dict.fromkeys(space, value))
+
+    def tell(self, trial, state):
+        self.states.append(state.name)
+
+
+def test_mm_mo_scores_what_is_known_least_of_the_elites_mutants(problem, monkeypatch):
+    study, options = Study(), []
+
+    @contextlib.contextmanager
+    def made(*args, **more):
+        options.append((args, more))
+        yield study
+
+    crossed = []
+
+    def cross(x, elite, rng):
+        """The first five of ten lie where something is known already."""
+        crossed.append((x, elite))
+        new = rng.uniform(0, 1, len(x))
+        return study.told[0][0] if len(crossed) % 10 < 6 and len(crossed) % 10 else new
+
+    monkeypatch.setattr(models, "optuna_study", made)
+    monkeypatch.setattr(models, "_cross", cross)
+    scorer = problem.scorer(fraction=0.25, stem="agent")
+    out = FRONT_SEARCHES["MM-MO"](scorer, 30, 4, UNIT)
+    assert options == [(("GPSampler", 4, 3), {"n_startup_trials": 0})]
+    first = len(out) - len(study.told)  # the uniform paths are no recipes
+    assert first == out.begun
+    drawn = np.random.default_rng(4).uniform(0, 1, (10, 4))
+    assert np.array([x for x, _ in study.told[:10]]) == pytest.approx(drawn)
+    # A weight and a density for each expert, and the 1-norm as the last objective, less being better.
+    pool = problem.pool
+    for (x, values), (text, _), point in zip(
+        study.told, out[first:], out.points(first), strict=True
+    ):
+        path = parse_path(text)
+        scale, density = x[:2].round(3), (0.05 + 0.95 * x[2:]).round(3)
+        assert {step.source for step in path} == {
+            OperatorSpec.of(
+                "ties", {"merge": "sum", "scale": tuple(scale), "density": tuple(density)}
+            ).name
+        }
+        assert values == pytest.approx([*point, -models._one_norm(scorer, path)])
+        assert values[-1] < 0
+    assert pool is scorer.pool
+    # Proposals: two for ten, and each goes into five.
+    assert study.states == ["FAIL"] * study.asked
+    assert [x[0] for x, _ in crossed[:10]] == [0.5] * 5 + [0.9] * 5
+    # The elite: the five best by the sum of the scores.
+    sums = [sum(values[:-1]) for _, values in study.told[:10]]
+    best = [study.told[i][0] for i in np.argsort(-np.array(sums), kind="stable")[:5]]
+    assert crossed[0][1] == pytest.approx(np.array(best))
+    # Of ten the five that are new are scored, on one subset.
+    for x, _ in study.told[10:15]:
+        assert min(np.abs(x - old).max() for old, _ in study.told[:10]) > 0.01
 
 
 def test_uncertainty_is_a_gaussian_processs():

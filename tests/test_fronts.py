@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+from huggingface_hub import ModelCard
 
 from rmm_lab.__main__ import main
 from rmm_lab.course.pareto import ParetoExplorer
@@ -17,6 +18,7 @@ from rmm_lab.fronts.simplexes import averages, least_squares
 from rmm_lab.path import LayerPath
 from rmm_lab.reward import Step, evaluate, parse_path, path_text
 from rmm_lab.search import front as fronts
+from rmm_lab.search import front_files
 from rmm_lab.search.config import configure
 from rmm_lab.search.front_measures import achievement, non_dominated
 from rmm_lab.search.pipeline import check_same_config, train
@@ -252,9 +254,63 @@ def test_a_front_of_one_point(found):
     one = dataclasses.replace(front, points=front.points[:1])
     assert one.knee == 0
     assert one.prefer("quadrant=1,stripes=9") == 0
-    assert "1 of 12 finalists" in fronts.markdown(one)
+    assert "1 of 12 finalists" in front_files.markdown(one)
     with pytest.raises(InputError, match="a point from 0 to 0, found 1"):
         one.export(1, "nowhere")
+
+
+def test_a_points_card_has_its_preference_and_its_scores(found, trained, tmp_path, monkeypatch):
+    _, front, tested = found
+    monkeypatch.setattr("rmm_lab.search.problem.pool_of", lambda path: trained.pool)
+    i = tested.prefer("quadrant=3,stripes=1")
+    folder = tested.export(i, tmp_path / "model", "quadrant=3,stripes=1")
+    text, point = (folder / "README.md").read_text("utf-8"), tested.points[i]
+    said = f"Point {i} of a front of {len(front.points)}"
+    said += ", its knee" if i == front.knee else ""
+    assert f"{said}, chosen for the preference quadrant 75%, stripes 25%. In %; the front" in text
+    assert "The test split was scored once, after the choice." in text
+    assert ModelCard(text).data.to_dict()["tags"] == ["merge", "rmm_lab"]
+    assert path_text(point.path.path) in " ".join(text.split())
+    rows = {}
+    for line in text.splitlines():
+        words = [word.strip() for word in line.strip("|").split("|")]
+        if words[0] in ("task", *front.tasks):
+            rows[words[0]] = words[1:]
+    assert rows["task"] == [
+        f"{m}, {s}" for s in ("reward", "test") for m in ("base", "this", "expert")
+    ]
+    for k, task in enumerate(front.tasks):
+        wanted = [
+            value
+            for split in ("reward", "test")
+            for ends in [tested.ends[split]]
+            for value in (ends.base[k], getattr(point, split)[k], ends.expert[k])
+        ]
+        assert rows[task] == [f"{100 * value:.1f}" for value in wanted]
+    assert LayerPath.from_json((folder / "path.json").read_text("utf-8")) == point.path
+    # Where the test split was not scored, nothing is said of it.
+    text = (front.export(i, tmp_path / "other") / "README.md").read_text("utf-8")
+    assert "test split" not in text
+    assert ", the answer to preferences such as quadrant " in text
+
+
+def test_a_card_names_a_preference_that_the_point_answers(found):
+    _, front, _ = found
+    named = 0
+    for i in range(len(front.points)):
+        said = front._said(i, None)
+        if "such as" in said:
+            words = said.split("such as ")[1].split(". In")[0].split(", ")
+            wanted = [float(word.split(" ")[1].rstrip("%")) for word in words]
+            assert front.prefer(wanted) == i
+            named += 1
+    assert named >= 2
+
+
+def test_a_preference_that_is_none_writes_no_model(found, tmp_path):
+    with pytest.raises(InputError, match="--prefer"):
+        found[1].export(0, tmp_path / "model", "quadrant=1")
+    assert not (tmp_path / "model").exists()
 
 
 def test_equal_points_are_one(trained):
@@ -379,7 +435,7 @@ def test_a_front_whose_experts_are_no_better_on_the_test_split(trained, tmp_path
     front = dataclasses.replace(front, ends=front.ends | {"test": ends})
     assert front.scaled == ("promised", "reward")
     assert set(front.measures()) == {"promised", "reward"}
-    fronts.write_front(front, RunFolder(tmp_path))
+    front_files.write_front(front, RunFolder(tmp_path))
     assert fronts.read_front(tmp_path).to_json() == front.to_json()
     text = (tmp_path / "front.md").read_text("utf-8")
     assert "quadrant, test" in text

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
+import lm_models
 import numpy as np
 import pytest
 import torch
 from gymnasium.utils.env_checker import check_env
 from t5_models import problem_of
+from transformers import AutoModelForCausalLM
 
 from rmm_lab import ppo
 from rmm_lab.errors import InputError
@@ -16,6 +21,7 @@ from rmm_lab.fronts.hm3 import Training, TrajectoryAgent, Wolpertinger, nearest,
 from rmm_lab.fronts.simplexes import dare_ties
 from rmm_lab.path import LayerPath
 from rmm_lab.reward import Step, evaluate, parse_path, path_text, predict_all
+from rmm_lab.search.front import find_front
 from rmm_lab.search.preferences import Ends
 from rmm_lab.search.problem import load_problem
 
@@ -378,3 +384,42 @@ def test_a_t5s_encoder_comes_before_its_decoder(t5s):
         assert order[-1] in decoder
         assert order[0] in encoder
     assert len(orders) > 3
+
+
+@pytest.mark.parametrize("variant", ["llama", "qwen3"])
+def test_a_language_model_in_any_order_is_exported_as_transformers_runs_it(variant, tmp_path):
+    """HM3's best path for a preference: the same scores by the loaded model alone, and its card beside it."""
+    model = lm_models.hf_model(variant)
+    models = [model, *(lm_models.tuned(model, seed, 0.3) for seed in (1, 2))]
+    folders = [lm_models.write_lm(tmp_path / f"m{i}", m) for i, m in enumerate(models)]
+    texts = [lm_models.write_texts(tmp_path / f"d{i}", i, "choices", 30) for i in range(2)]
+    base, *experts = map(str, folders)
+    models = {"base": base, "experts": tuple(experts), "texts": tuple(map(str, texts))}
+    problem = load_problem(**models, operators=("ties",), stem="agent")
+    scorer = problem.scorer(fraction=0.5, stem="agent")
+    out = hm3.hm3()(scorer, 60, 1, UNIT)
+    wild = [p for p in out.answers if [s.layer for s in p] != sorted({s.layer for s in p})]
+    assert wild  # in an order that no model has
+    front = find_front(scorer, [], UNIT, wild)
+    for i, point in enumerate(front.points):
+        folder = front.export(i, tmp_path / f"point-{i}", [1, 3])
+        merged = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager").eval()
+        assert merged.config.num_hidden_layers == len(point.path.steps)
+        for task, score in zip(problem.tasks, point.reward, strict=True):
+            rows = [json.loads(line) for line in (Path(task.source) / "reward.jsonl").open()]
+            assert score == pytest.approx(np.mean([right(merged, row) for row in rows]))
+        card = (folder / "README.md").read_text("utf-8")
+        assert "pipeline_tag: text-generation" in card
+        assert "25%" in card
+        steps = json.loads((folder / "path.json").read_text("utf-8"))["steps"]
+        assert [step["layer"] for step in steps] == [s.layer for s in point.path.steps]
+
+
+def right(model, row):
+    """Whether a model finds a row's choice the likeliest."""
+    prompt = [1, *lm_models.numbers(row["input"])]
+    found = [
+        lm_models.log_probability(model, prompt, [*lm_models.numbers(choice), 2])
+        for choice in row["choices"]
+    ]
+    return int(np.argmax(found)) == row["label"]

@@ -132,8 +132,23 @@ def test_the_model_that_is_shown_is_exported(problem, tmp_path, monkeypatch):
     view.export_button.click()
     assert f"written: {tmp_path / 'point-1'}" in view.status.value
     assert timm.create_model(f"local-dir:{tmp_path / 'point-1'}", pretrained=True) is not None
+    card = (tmp_path / "point-1/README.md").read_text("utf-8")
+    assert "Point 1 of a front of 3, its knee, chosen for the preference x 50%, y 50%." in card
+    assert LayerPath.from_json((tmp_path / "point-1/path.json").read_text("utf-8")) == (
+        front.points[1].path
+    )
     view.export_button.click()  # a model is never overwritten
     assert "expected a new folder" in view.status.value
+
+
+def test_a_task_without_a_scale_has_no_share_of_the_preference(problem, tmp_path, monkeypatch):
+    scores = [[0.9, 0.3, 0.1], [0.1, 0.3, 0.9]]
+    front = front_of(problem, scores, ("x", "dull", "y"), counts=[1, 0, 1])
+    monkeypatch.setattr("rmm_lab.search.problem.pool_of", lambda path: problem.pool)
+    view = ParetoExplorer(front, tmp_path)
+    view.prefer([0.25, 0.75])
+    card = (view.export() / "README.md").read_text("utf-8")
+    assert "chosen for the preference x 25%, dull 0%, y 75%." in card
 
 
 def test_a_front_of_one_point(problem):

@@ -130,7 +130,9 @@ class ParetoExplorer(View):
         try:
             if folder.exists():
                 raise InputError(f"export: expected a new folder, found {folder}; move it away")
-            self.front.export(self.point, folder)
+            wanted = np.zeros(len(self.front.tasks))
+            wanted[self.front.ends["reward"].counts] = self.weights
+            self.front.export(self.point, folder, wanted.tolist())
         except InputError as error:
             self.status.value = status(f"error: {one_sentence(error)}")
             return None

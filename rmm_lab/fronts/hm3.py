@@ -33,7 +33,7 @@ from rmm_lab.search.numbers import GaussianAgent
 from rmm_lab.search.preferences import Ends
 
 # The paper has no number for any of these, but for gamma. More are in ``any_order``.
-PREFERENCES = 11  # N, as many as the other agents answer
+PREFERENCES = 11  # N, as many as the other agents answer for two tasks
 EPSILON = 0.1  # how often one of the nearest pairs is taken at random
 NEAREST = 3  # M'; the more, the less the policy has to say
 EMBEDDED, WIDTH = 16, 64  # numbers in an embedding, and in the state of the GRU

@@ -39,10 +39,12 @@ _LOAD = {  # by what such models do; of transformers'
 _LOAD_TIMM = 'timm.create_model("local-dir:FOLDER", pretrained=True)'
 
 
-def card(path: LayerPath, pool: LayerPool, table: str = "") -> str:
+def card(
+    path: LayerPath, pool: LayerPool, table: str = "", said: str = "On the test split, in %:"
+) -> str:
     """The text of README.md.
 
-    table: a result table in Markdown, of the test split, or nothing where nothing was scored.
+    table: scores in Markdown, or nothing where nothing was scored. said: what stands before them.
     """
     origins, models = (path.base, *path.experts), (pool.base, *pool.experts)
     licences = [licence_of(model) for model in models]
@@ -78,7 +80,7 @@ def card(path: LayerPath, pool: LayerPool, table: str = "") -> str:
         "",
         *(f"    {line}" for line in wrap(path_text(path.path), 90, **_WHOLE)),
         "",
-        *(["## Scores", "", "On the test split, in %:", "", table, ""] if table else []),
+        *(["## Scores", "", said, "", table, ""] if table else []),
         "## Use",
         "",
         f"    {_LOAD_TIMM if of_timm else _LOAD[kind]}",

@@ -20,6 +20,7 @@ import numpy as np
 from rmm_lab.errors import InputError
 from rmm_lab.path import LayerPath
 from rmm_lab.reward import Path, Step, parse_path, split_stem
+from rmm_lab.search.card import card
 from rmm_lab.search.finalists import scores
 from rmm_lab.search.front_measures import (
     achievement,
@@ -39,6 +40,7 @@ from rmm_lab.search.preferences import (
     scored_by_task,
 )
 from rmm_lab.search.uniform import path_row, uniform
+from rmm_lab.tasks.files import write_file
 
 SCHEMA = "rmm_lab/front/1"
 FINALISTS = (
@@ -184,12 +186,7 @@ class Front:
 
         wanted: a text such as ``digits=2,textures=1``, or a weight for each task, in their order.
         """
-        text = wanted if isinstance(wanted, str) else self._spelled(wanted)
-        weights = parse_preference(text, self.tasks, self.experts)[self.ends["reward"].counts]
-        if not weights.any():
-            raise InputError(
-                f"--prefer: expected weight on a task that the front is about, found {text!r}; give others"
-            )
+        weights = self.weights_of(wanted)[self.ends["reward"].counts]
         return int(achievement(self.normalised(), weights / weights.sum())[0].argmax())
 
     def _spelled(self, weights: Sequence[float]) -> str:
@@ -233,12 +230,67 @@ class Front:
         path = self._point(i).path
         return path.build(pool_of(path))
 
-    def export(self, i: int, folder: str | Folder) -> Folder:
-        """Write a point's model as a folder that timm or transformers loads."""
+    def export(
+        self, i: int, folder: str | Folder, wanted: str | Sequence[float] | None = None
+    ) -> Folder:
+        """Write a point's model as a folder that timm or transformers loads, with its card and path.json.
+
+        wanted: the preference that it answers, for the card; by default one of those that ``prefer`` would
+        answer with it.
+        """
         from rmm_lab.search.problem import pool_of
 
-        path = self._point(i).path
-        return path.save_pretrained(folder, pool_of(path))
+        path, said = (
+            self._point(i).path,
+            self._said(i, wanted),
+        )  # refused before anything is written
+        pool = pool_of(path)
+        folder = path.save_pretrained(folder, pool)
+        write_file(folder / "path.json", path.to_json())
+        write_file(folder / "README.md", card(path, pool, self.scores_of(i), said))
+        return folder
+
+    def _said(self, i: int, wanted: str | Sequence[float] | None) -> str:
+        """What a card says before the scores of a point."""
+        on = self.ends["reward"].counts
+        if wanted is not None:
+            answered, how = [self.weights_of(wanted)], "chosen for the preference"
+        else:
+            lattice = lattice_of(int(on.sum()), FINALISTS)  # (W, K)
+            every = np.zeros((len(lattice), len(on)))
+            every[:, on] = lattice
+            answered = [w for w in every if self.prefer(w.tolist()) == i]
+            how = "the answer to preferences such as"
+        said = f"Point {i} of a front of {len(self.points)}"
+        if i == self.knee:
+            said += ", its knee"
+        if answered:
+            middle = answered[len(answered) // 2]
+            shares = zip(self.tasks, middle, strict=True)
+            said += f", {how} " + ", ".join(f"{task} {share:.0%}" for task, share in shares)
+        once = " The test split was scored once, after the choice." if "test" in self.ends else ""
+        return f"{said}. In %; the front was chosen on the reward split.{once}"
+
+    def scores_of(self, i: int) -> str:
+        """A point's scores as Markdown, in %, a row for each task: base, point, expert, by split."""
+        import pandas as pd
+
+        columns: dict[str, np.ndarray] = {}
+        for split, ends in self.ends.items():
+            found = {"base": ends.base, "this": self.scores(split)[i], "expert": ends.expert}
+            columns |= {f"{name}, {split}": 100 * own for name, own in found.items()}
+        table = pd.DataFrame(columns, index=pd.Index(self.tasks, name="task"))
+        return str(table.to_markdown(floatfmt=".1f"))
+
+    def weights_of(self, wanted: str | Sequence[float]) -> np.ndarray:
+        """A preference as weights (N,) that add up to 1, see ``prefer``."""
+        text = wanted if isinstance(wanted, str) else self._spelled(wanted)
+        weights = parse_preference(text, self.tasks, self.experts)
+        if not weights[self.ends["reward"].counts].any():
+            raise InputError(
+                f"--prefer: expected weight on a task that the front is about, found {text!r}; give others"
+            )
+        return weights
 
     def _point(self, i: int) -> Point:
         if not 0 <= i < len(self.points):
@@ -381,63 +433,3 @@ def front_of(search: Any) -> Front:
     """The front of a search that is over: of all that it scored, on the whole reward split."""
     scored = scored_by_task(search.episodes, search.scorer.task_names)
     return find_front(search.scorer, scored, ends_of(search.scorer))
-
-
-def write_front(front: Front, folder: Any) -> None:
-    """front.json, front.md and front.png of a run folder; the first is whole before the others are there."""
-    from rmm_lab.figures.fronts import front_picture
-    from rmm_lab.figures.paths import png
-
-    tasks = [t for t, on in zip(front.tasks, front.ends["reward"].counts, strict=True) if on]
-    found = {split: front.normalised(split) for split in front.scaled[1:]}
-    picture = front_picture(found, tasks, {front.knee: "knee"})
-    folder.write("front.json", front.to_json())
-    folder.write("front.md", markdown(front))
-    folder.write("front.png", png(picture))
-
-
-def frame(front: Front) -> Any:
-    """A front as a DataFrame, a row for each point, in % of the test split (of the reward split without).
-
-    ``promised`` and ``reward`` are means over tasks, as the last column of the split that is shown.
-    """
-    import pandas as pd
-
-    split = "test" if "test" in front.ends else "reward"
-    shown = pd.DataFrame(100 * front.scores(split), columns=[f"{t}, {split}" for t in front.tasks])
-    for name in dict.fromkeys([*SPLITS[:2], split]):
-        shown[f"mean, {name}"] = 100 * front.scores(name).mean(1)
-    costs = {key: [getattr(p, key) for p in front.points] for key in ("layers", "modules")}
-    shown = shown.assign(**costs, distance=[p.distance for p in front.points])
-    return shown.rename_axis("point")
-
-
-def markdown(front: Front) -> str:
-    """front.md: the table of a front, and what the numbers are."""
-    left = [t for t, on in zip(front.tasks, front.ends["reward"].counts, strict=True) if not on]
-    worth = front.measures()
-    said = [
-        f"{split} split {worth[split]['hypervolume']:.3f}" for split in SPLITS[1:] if split in worth
-    ]
-    table = frame(front).astype(object)
-    table = table.where(table.notna(), None).to_markdown(floatfmt=".1f", missingval="")
-    text = (
-        f"{table}\n\nScores in %. {len(front.points)} of {front.finalists} finalists that no other one "
-        "dominates on the whole reward split. *Promised*: the mean on subsets, the best of many noisy ones. "
-        "*Test*: scored once, after the choice; some points may dominate others there. *Modules*: different "
-        f"stems and layers that a point stores; all points together store {front.modules}. *Distance*: the "
-        f"norm of the weights minus the base's.\n\nThe knee is point {front.knee}.\n\nHypervolume of "
-        f"(score − base) / (expert − base), 1 for every expert at once: {', '.join(said)}; subsets promised "
-        f"{front.promise:.3f} by {front.archive} path{'' if front.archive == 1 else 's'}.\n"
-    )
-    if left:
-        text += (
-            f"\n{', '.join(left)}: the expert is no better than the base on the reward split, so that the "
-            "front does not count it.\n"
-        )
-    if "test" in front.ends and "test" not in front.scaled:
-        text += (
-            "\nAn expert is no better than the base on the test split, so that there is no scale there and "
-            "no hypervolume.\n"
-        )
-    return text

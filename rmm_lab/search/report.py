@@ -13,7 +13,7 @@ from tqdm import tqdm
 from rmm_lab.search import table, uniform
 from rmm_lab.search.card import card, escaped
 from rmm_lab.search.config import SEARCHED, Config, searched, seen_by
-from rmm_lab.search.front import write_front
+from rmm_lab.search.front_files import write_front
 from rmm_lab.search.problem import Problem
 from rmm_lab.search.run_folder import RunFolder
 from rmm_lab.search.uniform import EXPERT, OWN, Row
