@@ -18,13 +18,8 @@ FOLDER = ROOT / "notebooks"
 NAMES = (
     *("00_start_here", "01_models_and_task_vectors", "02_merging_operators"),
     *("03_actions_and_merging_map", "04_compose_and_reward", "05_ppo_from_scratch"),
-    *(
-        "06_train_the_agent",
-        "07_does_it_take_a_search",
-        "08_dar_ablation",
-        "09_vit_experiments",
-        "10_t5_experiments",
-    ),
+    *("06_train_the_agent", "07_does_it_take_a_search", "08_dar_ablation", "09_vit_experiments"),
+    *("10_t5_experiments", "11_more_than_one_answer", "12_small_language_models"),
 )
 HEADER = ("You will", "You need", "From the paper", "Time", "Seed")
 

@@ -439,5 +439,7 @@ def _short(value: Any) -> str:
         return f"{type(value).__name__} of shape {tuple(value.shape)}"
     if isinstance(value, float):
         return f"{value:.4g}"
+    if inspect.isfunction(value):
+        return f"the function {value.__name__}"
     text = repr(value)
     return text if len(text) <= LONGEST else text[: LONGEST - 3] + "..."
