@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -9,6 +10,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import tracemalloc
 from pathlib import Path
 
 import pytest
@@ -18,7 +20,12 @@ from lm_models import hf_model as language_model
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from t5_models import hf_model, write_t5, write_texts
-from transformers import ViTConfig, ViTForImageClassification
+from transformers import (
+    Dinov2Config,
+    Dinov2ForImageClassification,
+    ViTConfig,
+    ViTForImageClassification,
+)
 
 from rmm_lab.__main__ import main
 from rmm_lab.errors import InputError
@@ -155,6 +162,23 @@ def test_a_model_larger_than_its_weights_takes_no_memory(vit):
     refusal, megabytes = done.stdout.splitlines()
     assert "as its config.json says" in refusal
     assert int(megabytes) < 2500
+
+
+@pytest.mark.parametrize("key", ["num_hidden_layers", "num_labels"])
+def test_a_number_in_a_config_of_transformers_takes_no_memory(tmp_path, key):
+    """Its class makes a list of the names of all layers, before anyone looks at them."""
+    size = {k: v for k, v in SMALL_VIT.items() if k != "intermediate_size"}
+    config = Dinov2Config(**size, image_size=8, patch_size=4, num_channels=1)
+    Dinov2ForImageClassification(config).save_pretrained(tmp_path / "dinov2")
+    read_checkpoint(tmp_path / "dinov2")  # imports what it needs
+    alter(tmp_path / "dinov2", **{key: 3 * 10**6})
+    tracemalloc.start()
+    try:
+        with contextlib.suppress(InputError):
+            read_checkpoint(tmp_path / "dinov2")
+        assert tracemalloc.get_traced_memory()[1] < 100e6  # bytes; 64 MiB are a file's bound
+    finally:
+        tracemalloc.stop()
 
 
 # -------------------------------------------------------------------------------------------- JSON
