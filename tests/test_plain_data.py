@@ -505,6 +505,22 @@ def test_a_broken_picture_is_told_in_one_sentence(tmp_path, recwarn):
     assert not recwarn.list
 
 
+# A TIFF whose list of entries is cut off behind the one that says where the pixels are: as found by the
+# fuzz test.
+CUT = (
+    "49492a000800000009000001040001000000010000000101040001000000010000000201030001000000080000"
+    "0003010300010000000100000006010300010000000100000011010400010000007a000000"
+)
+
+
+def test_a_picture_that_breaks_when_it_is_decoded_is_told_in_one_sentence(tmp_path, recwarn):
+    root = write_images(tmp_path / "images", 1, per_class=2)
+    (root / "train" / "class0" / "0.png").write_bytes(bytes.fromhex(CUT))
+    with pytest.raises(InputError, match=r"class0/0\.png is broken"):
+        Task(str(root), GREY).split("train")
+    assert not recwarn.list
+
+
 # --------------------------------------------------------------------------------------------- rows
 
 
