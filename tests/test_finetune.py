@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import csv
 import errno
+import io
 import json
 import os
 import re
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -325,22 +325,16 @@ def test_runs_of_the_same_second_have_a_folder_each(tmp_path, monkeypatch):
         pass
 
 
-@pytest.mark.slow
-def test_a_console_without_a_letter_stops_no_search(tiny, tmp_path):
+def test_a_console_without_a_letter_stops_no_search(tiny, tmp_path, monkeypatch):
     """What Python has on Windows when its output goes to a file."""
     expert = shutil.copytree(tiny["experts"][0], tmp_path / "модель")
     argv = ["--base", tiny["base"], "--experts", str(expert), tiny["experts"][1]]
     argv += ["--images", *tiny["images"], "--episodes", "2", "--compare", "paper"]
-    argv += ["--preset", "agent", "--run-dir", "run"]
-    done = subprocess.run(
-        [sys.executable, "-m", "rmm_lab", "merge", *argv],
-        cwd=tmp_path,
-        env=os.environ
-        | {"PYTHONIOENCODING": "cp1252", "PYTHONPATH": str(Path(__file__).parents[1])},
-        capture_output=True,
-        timeout=250,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    assert b"expert ??????" in done.stdout
+    argv += ["--preset", "agent", "--run-dir", str(tmp_path / "run")]
+    written = io.BytesIO()
+    with monkeypatch.context() as patched:
+        patched.setattr(sys, "stdout", io.TextIOWrapper(written, "cp1252"))
+        assert main(["merge", *argv]) == 0
+        sys.stdout.flush()
+    assert b"expert ??????" in written.getvalue()
     assert "модель" in (tmp_path / "run" / "path.json").read_text("utf-8")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -9,6 +10,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import tracemalloc
 from pathlib import Path
 
 import pytest
@@ -18,7 +20,12 @@ from lm_models import hf_model as language_model
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from t5_models import hf_model, write_t5, write_texts
-from transformers import ViTConfig, ViTForImageClassification
+from transformers import (
+    Dinov2Config,
+    Dinov2ForImageClassification,
+    ViTConfig,
+    ViTForImageClassification,
+)
 
 from rmm_lab.__main__ import main
 from rmm_lab.errors import InputError
@@ -155,6 +162,23 @@ def test_a_model_larger_than_its_weights_takes_no_memory(vit):
     refusal, megabytes = done.stdout.splitlines()
     assert "as its config.json says" in refusal
     assert int(megabytes) < 2500
+
+
+@pytest.mark.parametrize("key", ["num_hidden_layers", "num_labels"])
+def test_a_number_in_a_config_of_transformers_takes_no_memory(tmp_path, key):
+    """Its class makes a list of the names of all layers, before anyone looks at them."""
+    size = {k: v for k, v in SMALL_VIT.items() if k != "intermediate_size"}
+    config = Dinov2Config(**size, image_size=8, patch_size=4, num_channels=1)
+    Dinov2ForImageClassification(config).save_pretrained(tmp_path / "dinov2")
+    read_checkpoint(tmp_path / "dinov2")  # imports what it needs
+    alter(tmp_path / "dinov2", **{key: 3 * 10**6})
+    tracemalloc.start()
+    try:
+        with contextlib.suppress(InputError):
+            read_checkpoint(tmp_path / "dinov2")
+        assert tracemalloc.get_traced_memory()[1] < 100e6  # bytes; 64 MiB are a file's bound
+    finally:
+        tracemalloc.stop()
 
 
 # -------------------------------------------------------------------------------------------- JSON
@@ -476,6 +500,22 @@ def test_a_broken_picture_is_told_in_one_sentence(tmp_path, recwarn):
     file = root / "train" / "class0" / "0.png"
     Image.new("L", (8, 8)).save(file, "tiff")
     file.write_bytes(file.read_bytes()[:30])
+    with pytest.raises(InputError, match=r"class0/0\.png is broken"):
+        Task(str(root), GREY).split("train")
+    assert not recwarn.list
+
+
+# A TIFF whose list of entries is cut off behind the one that says where the pixels are: as found by the
+# fuzz test.
+CUT = (
+    "49492a000800000009000001040001000000010000000101040001000000010000000201030001000000080000"
+    "0003010300010000000100000006010300010000000100000011010400010000007a000000"
+)
+
+
+def test_a_picture_that_breaks_when_it_is_decoded_is_told_in_one_sentence(tmp_path, recwarn):
+    root = write_images(tmp_path / "images", 1, per_class=2)
+    (root / "train" / "class0" / "0.png").write_bytes(bytes.fromhex(CUT))
     with pytest.raises(InputError, match=r"class0/0\.png is broken"):
         Task(str(root), GREY).split("train")
     assert not recwarn.list

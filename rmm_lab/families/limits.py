@@ -251,19 +251,16 @@ def arguments(kind: Any, config: Mapping[str, Any]) -> dict[str, Any]:
                 f"expected a config.json without code of its own, found {key!r}; such models are not "
                 "supported"
             )
-    known = (
-        set(inspect.signature(kind).parameters) | set(getattr(kind, "attribute_map", ())) | _MORE
-    )
+    other = getattr(kind, "attribute_map", {})
+    # First: transformers makes lists of as many names as there are layers or labels.
+    _check_numbers({other.get(key, key): value for key, value in config.items()})
+    known = set(inspect.signature(kind).parameters) | set(other) | _MORE
     return {k: v for k, v in config.items() if k in known - _RUNS and not k.startswith("_")}
 
 
 def check_sizes(hf: Any) -> None:
     """Raise InputError unless the numbers of a config of transformers are in their range."""
-    found = {key: getattr(hf, key) for key in _SIZES if hasattr(hf, key)}
-    for key, value in found.items():
-        expected, fits = _SIZES[key]
-        if value is not None and not fits(value):
-            raise InputError(f"expected {key!r} to be {expected}, found {_short(value)}")
+    _check_numbers({key: getattr(hf, key) for key in _SIZES if hasattr(hf, key)})
     heads, width = getattr(hf, "num_attention_heads", None), getattr(hf, "hidden_size", None)
     groups = getattr(hf, "num_key_value_heads", None)
     if heads and groups and heads % groups:
@@ -279,6 +276,13 @@ def check_sizes(hf: Any) -> None:
     for key, value in _numbers(getattr(hf, "rope_parameters", None)):
         if not 0 <= value <= 1e12 or (key in ("rope_theta", "factor") and not value):
             raise InputError(f"expected {key!r} of 'rope_parameters' above 0, found {value}")
+
+
+def _check_numbers(found: Mapping[str, Any]) -> None:
+    for key in found.keys() & _SIZES.keys():
+        expected, fits = _SIZES[key]
+        if found[key] is not None and not fits(found[key]):
+            raise InputError(f"expected {key!r} to be {expected}, found {_short(found[key])}")
 
 
 def _numbers(found: Any) -> list[tuple[str, float]]:

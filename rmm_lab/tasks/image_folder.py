@@ -81,6 +81,8 @@ class Pictures:
 
     def __getitem__(self, rows: int | slice | np.ndarray | Tensor) -> Tensor:
         """(n, C, H, W) uint8, or (C, H, W) for one row."""
+        # What cannot be read is an error. For good, since filters of threads' own would mix.
+        warnings.filterwarnings("ignore", module=r"PIL\.")
         chosen = np.arange(len(self))[rows.numpy() if isinstance(rows, Tensor) else rows]
         if not np.ndim(chosen):
             return _decode(self._pictures[int(chosen)], self._format)
