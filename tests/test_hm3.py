@@ -388,7 +388,7 @@ def test_a_t5s_encoder_comes_before_its_decoder(t5s):
 
 @pytest.mark.parametrize("variant", ["llama", "qwen3"])
 def test_a_language_model_in_any_order_is_exported_as_transformers_runs_it(variant, tmp_path):
-    """HM3's best path for a preference: the same scores by the loaded model alone, and its card beside it."""
+    """Each row's answer and the scores, by the loaded model alone; and its card beside it."""
     model = lm_models.hf_model(variant)
     models = [model, *(lm_models.tuned(model, seed, 0.3) for seed in (1, 2))]
     folders = [lm_models.write_lm(tmp_path / f"m{i}", m) for i, m in enumerate(models)]
@@ -397,29 +397,37 @@ def test_a_language_model_in_any_order_is_exported_as_transformers_runs_it(varia
     models = {"base": base, "experts": tuple(experts), "texts": tuple(map(str, texts))}
     problem = load_problem(**models, operators=("ties",), stem="agent")
     scorer = problem.scorer(fraction=0.5, stem="agent")
-    out = hm3.hm3()(scorer, 60, 1, UNIT)
-    wild = [p for p in out.answers if [s.layer for s in p] != sorted({s.layer for s in p})]
-    assert wild  # in an order that no model has
-    front = find_front(scorer, [], UNIT, wild)
-    for i, point in enumerate(front.points):
-        folder = front.export(i, tmp_path / f"point-{i}", [1, 3])
-        merged = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager").eval()
-        assert merged.config.num_hidden_layers == len(point.path.steps)
-        for task, score in zip(problem.tasks, point.reward, strict=True):
-            rows = [json.loads(line) for line in (Path(task.source) / "reward.jsonl").open()]
-            assert score == pytest.approx(np.mean([right(merged, row) for row in rows]))
-        card = (folder / "README.md").read_text("utf-8")
-        assert "pipeline_tag: text-generation" in card
-        assert "25%" in card
-        steps = json.loads((folder / "path.json").read_text("utf-8"))["steps"]
-        assert [step["layer"] for step in steps] == [s.layer for s in point.path.steps]
+    theta = dare_ties(np.array([0.25, 0.75]))
+    env = LayersEnv(
+        lambda path: np.zeros(2), (*problem.pool.names, theta), scorer.stacks, [0.25, 0.75]
+    )
+    *_, info = walked(env, 4, 0, 7, 7, 2)  # two@1 one@0 theta@1 theta@1 one@2
+    path = (Step(theta, -1), *info["path"])
+    assert [step.layer for step in path] == [-1, 1, 0, 1, 1, 2]
+    front = find_front(scorer, [], UNIT, [path])
+    [point] = front.points
+    folder = front.export(0, tmp_path / "point", [1, 3])
+    merged = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager").eval()
+    assert merged.config.num_hidden_layers == 5
+    answers = predict_all(problem.pool, problem.tasks, path, "reward")
+    for task, score, found in zip(problem.tasks, point.reward, answers, strict=True):
+        rows = [json.loads(line) for line in (Path(task.source) / "reward.jsonl").open()]
+        chosen = [choice(merged, row) for row in rows]
+        assert chosen == found.tolist()
+        assert score == pytest.approx(
+            np.mean([c == r["label"] for c, r in zip(chosen, rows, strict=True)])
+        )
+    card = (folder / "README.md").read_text("utf-8")
+    assert "pipeline_tag: text-generation" in card
+    assert "25%" in card
+    assert LayerPath.from_json((folder / "path.json").read_text("utf-8")) == point.path
 
 
-def right(model, row):
-    """Whether a model finds a row's choice the likeliest."""
+def choice(model, row):
+    """The number of a row's choice that a model finds the likeliest."""
     prompt = [1, *lm_models.numbers(row["input"])]
     found = [
-        lm_models.log_probability(model, prompt, [*lm_models.numbers(choice), 2])
-        for choice in row["choices"]
+        lm_models.log_probability(model, prompt, [*lm_models.numbers(text), 2])
+        for text in row["choices"]
     ]
-    return int(np.argmax(found)) == row["label"]
+    return int(np.argmax(found))

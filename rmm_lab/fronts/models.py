@@ -32,7 +32,7 @@ def _by_optuna(
     batch: int,
     **options: Any,
 ) -> Trials:
-    """A study over the box, ``batch`` asked for at a time; twenty evaluations share a subset."""
+    """A study over the box, ``batch`` asked for at a time; ``GROUP``, a multiple of that, share a subset."""
     out, box = Trials(scorer, evaluations, ends), Box(scorer)
     with optuna_study(sampler, seed, out.n_tasks, **options) as study:
         space = _numbers(box.size, *BOUNDS)
@@ -41,7 +41,7 @@ def _by_optuna(
             study.tell(study.ask(space), point.tolist())
         done = 0
         while out.left:
-            trials = [study.ask(space) for _ in range(min(batch, GROUP - done % GROUP, out.left))]
+            trials = [study.ask(space) for _ in range(min(batch, out.left))]
             paths = [box.path(np.array([t.params[key] for key in space])) for t in trials]
             found = out.ask(paths, stay=done % GROUP > 0)
             for trial, point in zip(trials, found, strict=True):
