@@ -17,7 +17,7 @@ ROOT = Path(__file__).parent.parent
 FOLDER = ROOT / "notebooks"
 NAMES = (
     *("00_start_here", "01_models_and_task_vectors", "02_merging_operators"),
-    *("03_actions_and_merging_map", "04_compose_and_reward", "05_ppo_from_scratch"),
+    *("03_actions_and_merging_map", "04_compose_and_reward", "05_ppo_from_scratch", "05b_probes"),
     *("06_train_the_agent", "07_does_it_take_a_search", "08_dar_ablation", "09_vit_experiments"),
     *("10_t5_experiments", "11_more_than_one_answer", "12_small_language_models"),
 )
@@ -73,13 +73,15 @@ def test_the_teachers_table_says_what_the_headers_say():
         assert f"{minutes} minutes to learn, {seconds} s to run" in header
 
 
-def test_size(solved):
-    assert 20 <= len(solved.cells) <= 40
+def test_size(name):
+    solved = course.read(FOLDER / "solved" / f"{name}.ipynb")
+    optional = "*Optional." in solved.cells[0].source
+    assert (15 if optional else 20) <= len(solved.cells) <= 40
     lengths = [len(source.split("\n")) for source in code(solved)]
     assert statistics.median(lengths) <= 10
     assert max(lengths) <= 25
-    words = len(re.sub(r"<[^>]+>|\$[^$]*\$|[|#*`>_-]", " ", prose(solved)).split())
-    assert 600 <= words <= 1500
+    words = len(re.sub(r"`[^`\n]+`|<[^>]+>|\$[^$]*\$|[|#*`>_-]", " ", prose(solved)).split())
+    assert (400 if optional else 600) <= words <= 1500
 
 
 def test_ids_are_words(solved):
