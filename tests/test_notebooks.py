@@ -153,6 +153,20 @@ def test_each_exercise_is_set_once_and_described(name):
         assert course.BEGIN in source
 
 
+def test_some_exercises_are_hard_and_some_ask_for_words():
+    texts = [prose(course.read(FOLDER / "solved" / f"{name}.ipynb")) for name in NAMES]
+    assert sum(text.count("Difficulty: ●●●") for text in texts) >= 6
+    tasks = [task for name in NAMES for task in tasks_of(name).values()]
+    assert sum(isinstance(task, checks.Essay) for task in tasks) >= 3
+
+
+def test_each_guess_is_typed_and_then_revealed(solved):
+    """In turn: guess, reveal, guess, reveal, ..."""
+    found = re.findall(r"^guess = |\breveal\(guess", "\n".join(code(solved)), re.M)
+    assert found[::2] == ["guess = "] * (len(found) // 2)
+    assert found[1::2] == ["reveal(guess"] * (len(found) // 2)
+
+
 def function_of(source: str):
     """The function that a cell defines, run without its check."""
     tree = ast.parse(source)
