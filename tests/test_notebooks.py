@@ -17,7 +17,7 @@ ROOT = Path(__file__).parent.parent
 FOLDER = ROOT / "notebooks"
 NAMES = (
     *("00_start_here", "01_models_and_task_vectors", "02_merging_operators"),
-    *("03_actions_and_merging_map", "04_compose_and_reward", "05_ppo_from_scratch"),
+    *("03_actions_and_merging_map", "04_compose_and_reward", "05_ppo_from_scratch", "05b_probes"),
     *("06_train_the_agent", "07_does_it_take_a_search", "08_dar_ablation", "09_vit_experiments"),
     *("10_t5_experiments", "11_more_than_one_answer", "12_small_language_models"),
 )
@@ -73,13 +73,15 @@ def test_the_teachers_table_says_what_the_headers_say():
         assert f"{minutes} minutes to learn, {seconds} s to run" in header
 
 
-def test_size(solved):
-    assert 20 <= len(solved.cells) <= 40
+def test_size(name):
+    solved = course.read(FOLDER / "solved" / f"{name}.ipynb")
+    optional = "*Optional." in solved.cells[0].source
+    assert (15 if optional else 20) <= len(solved.cells) <= 40
     lengths = [len(source.split("\n")) for source in code(solved)]
     assert statistics.median(lengths) <= 10
     assert max(lengths) <= 25
-    words = len(re.sub(r"<[^>]+>|\$[^$]*\$|[|#*`>_-]", " ", prose(solved)).split())
-    assert 600 <= words <= 1500
+    words = len(re.sub(r"`[^`\n]+`|<[^>]+>|\$[^$]*\$|[|#*`>_-]", " ", prose(solved)).split())
+    assert (400 if optional else 600) <= words <= 1500
 
 
 def test_ids_are_words(solved):
@@ -149,6 +151,20 @@ def test_each_exercise_is_set_once_and_described(name):
     assert text.count("<details>") == text.count("</details>") >= n_code  # a hint each
     for source in cells.values():
         assert course.BEGIN in source
+
+
+def test_some_exercises_are_hard_and_some_ask_for_words():
+    texts = [prose(course.read(FOLDER / "solved" / f"{name}.ipynb")) for name in NAMES]
+    assert sum(text.count("Difficulty: ●●●") for text in texts) >= 6
+    tasks = [task for name in NAMES for task in tasks_of(name).values()]
+    assert sum(isinstance(task, checks.Essay) for task in tasks) >= 3
+
+
+def test_each_guess_is_typed_and_then_revealed(solved):
+    """In turn: guess, reveal, guess, reveal, ..."""
+    found = re.findall(r"^guess = |\breveal\(guess", "\n".join(code(solved)), re.M)
+    assert found[::2] == ["guess = "] * (len(found) // 2)
+    assert found[1::2] == ["reveal(guess"] * (len(found) // 2)
 
 
 def function_of(source: str):

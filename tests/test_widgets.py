@@ -666,13 +666,29 @@ def test_boxes_say_what_a_map_cannot(text, boxes):
     assert skipped == set(range(3)) - {step.layer for step in parse_path(text)}
 
 
+def test_a_source_has_one_colour_in_every_picture():
+    demo = ("digits", "textures", "weight_average", "weighted_average:expert=1,share=0.75", "ties")
+    for sources in (
+        demo,
+        ("digits", "letters", "textures", "ties"),
+        ("digits", "textures", "dare", "ties"),
+    ):
+        looks = {source: plots.look_of(source, sources) for source in sources}
+        assert len(set(looks.values())) == len(sources)
+        for source in {"digits", "textures", "ties"}:
+            assert looks[source] == plots.look_of(source, demo)
+    crowd = [f"expert{i}" for i in range(9)]  # more than there are colours
+    assert len({plots.look_of(name, crowd) for name in crowd}) == 7
+    assert plots.look_of("other", demo) == ("0.4", "")
+
+
 def test_short_names():
     sources = {
         "digits": "digits",
         "my_birds": "my_birds",  # an expert's name is the user's
         "weight_average": "average",
-        "weighted_average:expert=1,share=0.75": "digits 0.75 : 0.25",
-        "weighted_average:expert=2,share=0.5": "my_birds 0.5 : 0.5",
+        "weighted_average:expert=1,share=0.75": "75 % digits",
+        "weighted_average:expert=2,share=0.5": "50 % my_birds",
         "task_arithmetic:scale=0.75": "task arithmetic × 0.75",
         "ties": "TIES",
         "iso_cts": "Iso-CTS",

@@ -27,6 +27,11 @@ from rmm_lab.reward import Path, Step
 
 COLOURS = color_sequences["okabe_ito"]
 HATCHES = ("", "///", "...", "xxx", "\\\\\\", "ooo", "+++", "---")
+OWN_COLOURS = {  # of tasks, experts and operators, through the whole course
+    **{"digits": 1, "textures": 2, "letters": 3, "symbols": 7, "weight_average": 5, "average": 5},
+    **{"ties": 4, "task_arithmetic": 6, "dare": 7, "expert=1": 3, "expert=2": 7},
+    **{"regmean": 3, "least_squares": 6},
+}
 COUNTS = LinearSegmentedColormap.from_list("counts", ["white", "#004c7d"])
 AMOUNTS = LinearSegmentedColormap.from_list("amounts", ["#9c4a00", "white", "#004c7d"])
 DIFFERENCES = "PuOr"
@@ -125,7 +130,7 @@ def heat_map(
 
 
 def short_names(sources: Sequence[str]) -> list[str]:
-    """Sources as a reader calls them: ``average``, ``TIES``, ``digits 0.75 : 0.25``, ``least squares 3:1``.
+    """Sources as a reader calls them: ``average``, ``TIES``, ``75 % digits``, ``least squares 3:1``.
 
     ``sources``: experts first, so that an operator that leans to one can name it. Options that tell no two
     sources apart are left out.
@@ -147,7 +152,7 @@ def _short_name(source: str, sources: Sequence[str]) -> str:
     if "expert" in options:
         lead, share = int(options["expert"]) - 1, float(options.get("share", 0.75))
         expert = sources[lead] if lead < len(sources) else f"expert {lead + 1}"
-        return f"{expert} {share:g} : {1 - share:g}"
+        return f"{100 * share:g} % {expert}"
     if "weights" in options:
         return f"{name} {options['weights'].replace('/', ':')}"
     return f"{name} × {options['scale']}" if "scale" in options else name
@@ -173,11 +178,20 @@ def draw_box(
 
 
 def look_of(source: str, sources: Sequence[str]) -> tuple[Any, str]:
-    """A source's colour and hatch; grey for one that is not among ``sources``."""
+    """A source's colour and hatch, its own in every picture; grey for one that is not among ``sources``.
+
+    A source without a colour of its own, or whose colour another one before it has, takes the next free one.
+    """
+    numbers: list[int] = []
+    for i, name in enumerate(sources):
+        function, _, text = name.partition(":")
+        own = OWN_COLOURS.get(function if "expert=" not in text else text.partition(",")[0], i + 1)
+        free = [n for n in range(1, len(COLOURS)) if n not in numbers] or [1 + i % 7]
+        numbers.append(own if own in free else free[0])
     if source not in sources:
         return "0.4", ""
-    number = list(sources).index(source)
-    return COLOURS[1 + number % (len(COLOURS) - 1)], HATCHES[number % len(HATCHES)]
+    number = numbers[list(sources).index(source)]
+    return COLOURS[number], HATCHES[number - 1]
 
 
 def moving_average(values: Sequence[float] | np.ndarray, width: int) -> np.ndarray:

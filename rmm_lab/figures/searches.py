@@ -12,7 +12,17 @@ from matplotlib.patches import Rectangle
 from scipy.special import stdtrit
 
 from rmm_lab.errors import InputError
-from rmm_lab.figures.paths import COLOURS, HATCHES, heat_map, moving_average, panels, tidy
+from rmm_lab.figures.paths import (
+    COLOURS,
+    HATCHES,
+    MIDDLE,
+    ON_WHITE,
+    draw_box,
+    heat_map,
+    moving_average,
+    panels,
+    tidy,
+)
 from rmm_lab.reward import Path
 
 # ------------------------------------------------------------------------------------ statistics
@@ -279,6 +289,31 @@ def subset_strip(values: Mapping[str, tuple[np.ndarray, float]]) -> Figure:
 
 
 # ---- notebook 05
+
+
+def loop_picture() -> Figure:
+    """Actor, environment and critic, and what they tell each other."""
+    figure, (axes,) = panels(1, 1, 7.5, 2.6)
+    boxes = {
+        "actor\nπ(a|s)": (1.0, 1.6, COLOURS[1]),
+        "environment\nwalk, model, score": (5.0, 1.6, COLOURS[5]),
+        "critic\nV(s)": (3.0, 0.0, COLOURS[3]),
+    }
+    for text, (x, y, colour) in boxes.items():
+        draw_box(axes, x, y, 1.7, text, (colour, ""))
+    arrows = {  # text -> from, to, and where it stands
+        "action": ((1.9, 1.75), (4.1, 1.75), (3.0, 1.9)),
+        "state": ((4.1, 1.45), (1.9, 1.45), (3.0, 1.2)),
+        "state, reward at the end": ((5.0, 1.2), (3.95, 0.1), (5.2, 0.5)),
+        "advantage": ((2.05, 0.1), (1.0, 1.2), (1.0, 0.5)),
+    }
+    for text, (start, end, place) in arrows.items():
+        look: dict[str, Any] = {"arrowstyle": "-|>", "lw": 1.6, "color": "0.3"}
+        axes.annotate("", end, start, arrowprops=look)
+        axes.text(*place, text, fontsize=10, bbox=ON_WHITE, **MIDDLE)
+    axes.set(xlim=(-0.1, 6.4), ylim=(-0.5, 2.1))
+    axes.axis("off")
+    return figure
 
 
 def histograms(samples: Mapping[str, np.ndarray], xlabel: str, at: Mapping[str, float]) -> Figure:

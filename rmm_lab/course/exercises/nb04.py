@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from rmm_lab import reward as rewards
-from rmm_lab.course.checks import Exercise, Mistake, Quiz
+from rmm_lab.course.checks import Exercise, Mistake, Task
 
 Layer = Callable[[Tensor], Tensor]
 Score = Callable[[tuple[int, ...]], float]
@@ -220,7 +220,7 @@ def _the_score(n_sources: int, n_layers: int, score: Score) -> float:
     return score(best_path(n_sources, n_layers, score))
 
 
-EXERCISES: dict[str, Exercise | Quiz] = {
+EXERCISES: dict[str, Task] = {
     "04.compose": Exercise(
         reference=compose,
         cases=_chains,
@@ -313,15 +313,5 @@ EXERCISES: dict[str, Exercise | Quiz] = {
             Mistake("This is the best score. Return the choice that has it.", _the_score),
         ],
         right="Every choice was scored, so nothing can be better: the yardstick for any search.",
-    ),
-    "04.subset": Quiz(
-        right="b",
-        explained={
-            "a": "No. Nothing was fitted to these subsets, so none of them flatters the path on purpose. A "
-            "subset is too easy as often as too hard.",
-            "b": "Yes. The ten subsets divide all examples between them, the same number of each task in "
-            "each, so the mean of ten accuracies is the accuracy on all.",
-            "c": "No. One subset may be off by several points, but the ten together hold every example once.",
-        },
     ),
 }
