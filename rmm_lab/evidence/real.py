@@ -72,7 +72,7 @@ class Real:
     base: str | None = None
     """A real ViT: a folder of timm's, or hf-hub:OWNER/NAME."""
     data: Path | None = None
-    """Folder with cifar10, gtsrb, flowers, mnist; winogrande, wsc, qasc for texts; see docs/data-formats.md."""
+    """Folder with cifar10, gtsrb, flowers, mnist; winogrande, wsc, qasc for texts: docs/data-formats.md."""
     text_base: str | None = None
     """A real language model, for the part texts; without it that part is left out."""
     out: Path = Path("results-real")
@@ -190,12 +190,12 @@ class Real:
         shared: dict[str, Any] = {"episodes": self.episodes, "calibration": self.calibration}
         shared |= {"device": self.device, "out": self.out}
         groups = vision_groups(works, part)
-        kinds = ("uniform", "matched", "search")
-        all_seeds = Tables("all", seeds=self.seeds, kinds=kinds, **shared)
-        yield from all_seeds.jobs_of(part, groups, store)
-        if part == "II":
-            first = Tables("all", seeds=self.seeds[:1], kinds=("gradients",), **shared)
-            yield from first.jobs_of(part, groups, store)
+        for kinds, seeds in (
+            (("uniform", "matched", "search"), self.seeds),
+            (("gradients",), self.seeds[:1] if part == "II" else ()),
+        ):
+            command = Tables("all", seeds=seeds, kinds=kinds, **shared)  # type: ignore[arg-type]
+            yield from command.jobs_of(part, groups, store)
 
     def config(self, options: dict[str, Any], **more: Any) -> Config:
         """The default search of a group, with the first seed."""
@@ -232,6 +232,7 @@ class Real:
         for rate in self.curve:
             how = Training(max(1, self.steps // 2), rate, self.batch_size)
             key = {"group": "+".join(SETS[n] for n in PAIR), "learning_rate": rate}
+            key |= {"training": str(how)}
             config = self.config(works.options(places, how))
             yield Job("curve", real_measure.curve, key, config)
 
