@@ -3,19 +3,34 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
+from lm_models import WORDS, hf_model, write_rows, write_tokenizer
 from PIL import Image
 from safetensors.torch import save_file
 
-from rmm_lab.evidence import real_measure, tables
+from rmm_lab.errors import InputError
+from rmm_lab.evidence import (
+    page_figures,
+    real,
+    real_excerpts,
+    real_measure,
+    real_pages,
+    real_scale,
+    tables,
+)
+from rmm_lab.evidence.measure import Job
 from rmm_lab.evidence.real import Real
 from rmm_lab.evidence.rows import read_csv
 from rmm_lab.families.checkpoint import read_checkpoint
-from rmm_lab.search import uniform
+from rmm_lab.search import gradients, uniform
+from rmm_lab.search.config import configure
+from rmm_lab.zoo import probe, training
 
 SIZE = 42  # 3 x 3 patches
 
@@ -26,6 +41,7 @@ def write_dinov2(folder: Path, seed: int = 0, size: int = 56) -> Path:
 
     torch.manual_seed(seed)
     args = {"embed_dim": 16, "depth": 2, "num_heads": 2, "num_classes": 0, "img_size": size}
+    args |= {"init_values": 1.0}  # or the class token would hardly see the pictures
     model = timm.create_model("vit_small_patch14_dinov2", pretrained=False, **args)
     folder.mkdir(parents=True)
     save_file(
@@ -52,6 +68,14 @@ def write_set(folder: Path, seed: int, frames: int = 1, classes: int = 4) -> Pat
     return folder
 
 
+def sum_of(job: Job) -> dict:
+    return {job.table: [{"method": "m", "peak_mb": real_measure.peak_mb()}]}
+
+
+def stop_at(job: Job) -> dict:
+    raise InputError("broken: expected more")
+
+
 @pytest.fixture(scope="module")
 def stand_ins(tmp_path_factory) -> dict:
     """Options of ``tables real``: a base and four sets."""
@@ -59,7 +83,14 @@ def stand_ins(tmp_path_factory) -> dict:
     for seed, name in enumerate(("cifar10_jpg", "gtsrb_png", "flowers", "mnist")):
         write_set(root / "data" / name, seed, frames=3 if name == "gtsrb_png" else 1)
     base = write_dinov2(root / "base")
-    small = {"size": SIZE, "steps": 2, "batch_size": 4, "reward": 8, "calibration": 4}
+    small = {
+        "size": SIZE,
+        "steps": 8,
+        "batch_size": 4,
+        "learning_rate": 3e-3,
+        "reward": 8,
+        "calibration": 4,
+    }
     small |= {"episodes": 6, "seeds": (1,), "curve": (1e-3, 1e-2)}
     return {"base": str(base), "data": root / "data", "work": root / "work"} | small
 
@@ -81,6 +112,8 @@ def few(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(real_measure, "RULES", names)
     patch.setattr(uniform, "VALUES", {2: (0.3, 0.6)})
     patch.setattr(uniform, "MOST", 4)
+    short = partial(gradients.rows, steps=2, vertex_steps=1, inputs=4)
+    patch.setattr(gradients, "rows", short)
     patch.setattr(real_measure, "alone", lambda function, job: function(job))
 
 
@@ -88,15 +121,227 @@ def rows(out: Path, name: str) -> list[dict]:
     return read_csv(out / f"{name}.csv").to_dict("records")
 
 
+@pytest.mark.slow
 def test_all_parts_come_out(measured, stand_ins):
     sha = read_checkpoint(stand_ins["base"]).sha256
     for name in ("halves", "vision", "dar", "stranger", "subsets", "unseen", "curve", "speed"):
         for row in rows(measured, name):
             assert row["base_sha256"] == sha
-            assert row["training"] == "2 steps of 4 at 5e-05"
+            steps = "4 steps of 4 at 0.0" if name == "curve" else "8 steps of 4 at 0.003"
+            assert row["training"].startswith(steps)
             assert json.loads(row["config"])
-            assert "commit" in row and "seconds" in row
+            assert {"commit", "seconds"} <= row.keys()
     assert {r["group"] for r in rows(measured, "halves")} == {"CIFAR10", "GTSRB"}
     four = "CIFAR10+GTSRB+flowers+MNIST"
     assert {r["group"] for r in rows(measured, "vision")} == {"CIFAR10+GTSRB", four}
     assert len({r["group"] for r in rows(measured, "subsets")}) == 6 + 4 + 1
+    settings = {(r["preset"], r["reward"], r["data_fraction"]) for r in rows(measured, "dar")}
+    assert ("default", "likelihood", 0.01) in settings
+    assert len(settings) == 3 + 3 + 2
+    by_gradient = [r["group"] for r in rows(measured, "vision") if r["sees"] == "gradients"]
+    assert set(by_gradient) == {"CIFAR10+GTSRB"}
+    for page in ("table-I", "table-II", "table-IV", "groups", *real_pages.REAL_PAGES):
+        assert (measured / f"{page}.md").is_file() == (page != "texts")
+    assert (measured / "curve.png").read_bytes()[:4] == b"\x89PNG"
+
+
+@pytest.mark.slow
+def test_a_second_command_trains_and_measures_nothing(measured, stand_ins, monkeypatch, capsys):
+    def refuse(*args, **options):
+        raise AssertionError("trained again")
+
+    few(monkeypatch)
+    monkeypatch.setattr(training, "optimise", refuse)
+    monkeypatch.setattr(page_figures, "DRAW", {})
+    before = {f.name: f.read_bytes() for f in measured.iterdir() if f.is_file()}
+    Real(**stand_ins, out=measured).run()
+    assert capsys.readouterr().out.count(": 0 jobs to measure") == len(real.PARTS) - 1
+    assert {f.name: f.read_bytes() for f in measured.iterdir() if f.is_file()} == before
+
+
+@pytest.mark.slow
+def test_the_protocols_say_what_the_models_say(measured):
+    """A stranger counts for nothing; farther experts lie farther; the average of one distance is by hand."""
+    alone, joined = (
+        {r["method"]: r for r in rows(measured, "stranger") if r["stranger"] == who}
+        for who in ("nobody", "MNIST")
+    )
+    assert alone["fine-tuned"]["mean"] == joined["fine-tuned"]["mean"]
+    assert alone["fine-tuned"]["by_task"] == joined["fine-tuned"]["by_task"]
+    assert joined["RMM (agent)"]["by_task"].count("=") == 2
+    pair = [r for r in rows(measured, "vision") if r["group"] == "CIFAR10+GTSRB"]
+    own = {r["method"]: r["mean"] for r in pair}
+    assert alone["weight average"]["mean"] == own["weight average"]
+    near, far = (
+        [r["distance"] for r in rows(measured, "curve") if r["learning_rate"] == rate]
+        for rate in (1e-3, 1e-2)
+    )
+    assert len({*near}) == len({*far}) == 1
+    assert 0 < near[0] < far[0]
+
+
+@pytest.mark.slow
+def test_texts_come_out_with_seconds_and_memory(tmp_path, monkeypatch):
+    """A tiny Llama, three sets of rows; every word is one token."""
+    base = tmp_path / "llama"
+    hf_model().save_pretrained(base)
+    write_tokenizer(base)
+    for i, name in enumerate(real_scale.TEXTS):
+        rows_ = [
+            {"input": f"{WORDS[k]} {WORDS[k + i]}", "choices": WORDS[:2], "label": k % 2}
+            for k in range(8)
+        ]
+        write_rows(tmp_path / "data" / name, dict.fromkeys(("train", "reward", "test"), rows_))
+    few(monkeypatch)
+    monkeypatch.setattr(real_measure, "FEW_RULES", ("weight average",))
+    options = {"data": tmp_path / "data", "out": tmp_path / "out", "parts": ("texts",)}
+    options |= {"text_steps": 2, "text_batch_size": 4, "text_episodes": 4, "calibration": 4}
+    Real(text_base=str(base), **options).run()
+    found = {r["method"]: r for r in rows(tmp_path / "out", "texts")}
+    assert {"base", "fine-tuned", "weight average", *real_measure.CLOSED, "RMM (agent)"} <= {*found}
+    assert all(r["peak_mb"] > 100 for r in found.values())
+    assert found["RMM (agent)"]["evaluations"] == 4
+    assert found["base"]["training"] == "2 steps of 4 at 2e-05"
+    assert "| RMM (agent)" in (tmp_path / "out" / "texts.md").read_text()
+
+
+# ------------------------------------------------------------------------------------------- the sets
+
+
+def names(folder: Path, split: str) -> list[str]:
+    return sorted(f"{p.parent.name}/{p.name}" for p in (folder / split).glob("*/*"))
+
+
+def test_a_reward_split_is_drawn_from_train_by_tracks_and_never_from_test(tmp_path):
+    source = write_set(tmp_path / "gtsrb", 0, frames=3)
+    made = real_scale.split_images(source, tmp_path / "work" / "gtsrb", 20)
+    train, reward = names(made, "train"), names(made, "reward")
+    assert names(made, "test") == names(source, "test")
+    assert sorted(train + reward) == names(source, "train")
+    tracks = [{n.rpartition("_")[0] for n in part} for part in (train, reward)]
+    assert not tracks[0] & tracks[1]
+    assert len(reward) == 4 * 2 * 3  # 20 of 72 pictures: 5 of 18 in each class, two tracks of 3
+    again = real_scale.split_images(source, tmp_path / "other" / "gtsrb", 20)
+    assert names(again, "reward") == reward
+
+
+def test_a_set_with_its_own_reward_split_keeps_it(tmp_path):
+    source = write_set(tmp_path / "mnist", 0)
+    (source / "reward").mkdir()
+    for c in range(4):
+        (source / "reward" / f"class{c}").mkdir()
+        moved = source / "train" / f"class{c}" / "p0.png"
+        moved.rename(source / "reward" / f"class{c}" / "p0.png")
+    made = real_scale.split_images(source, tmp_path / "work" / "mnist", 20)
+    assert all(names(made, split) == names(source, split) for split in ("train", "reward", "test"))
+
+
+def test_a_stopped_copy_is_made_again_and_another_one_refused(tmp_path, monkeypatch):
+    source, folder = write_set(tmp_path / "mnist", 0), tmp_path / "work" / "mnist"
+
+    def stop(*args):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(real_scale.shutil, "copyfile", stop)
+        with pytest.raises(KeyboardInterrupt):
+            real_scale.split_images(source, folder, 8)
+    assert not list(folder.parent.iterdir())
+    real_scale.split_images(source, folder, 8)
+    with pytest.raises(InputError, match=r"--work: expected .*mnist to be made as .*12.*found .*8"):
+        real_scale.split_images(source, folder, 12)
+
+
+def test_one_file_of_texts_is_split_and_sets_are_bounded(tmp_path):
+    record = {
+        "question": {
+            "stem": "s",
+            "choices": [{"text": "a", "label": "A"}, {"text": "b", "label": "B"}],
+        }
+    }
+    (tmp_path / "qasc").mkdir()
+    text = "".join(
+        json.dumps({**record, "fact1": f"f{i}", "fact2": "g", "answerKey": "A"}) + "\n"
+        for i in range(300)
+    )
+    (tmp_path / "qasc" / "dev.jsonl").write_text(text)
+    made = real_scale.split_texts("qasc", tmp_path / "qasc", tmp_path / "work" / "qasc")
+    count = {s: len((made / f"{s}.jsonl").read_text().splitlines()) for s in real_scale.MOST_TEXTS}
+    assert count == {"train": 180, "reward": 40, "test": 60}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"data": None}, "--data: expected a folder with the sets cifar10, gtsrb"),
+        ({"data": Path("nowhere")}, "found no nowhere; see docs/data-formats.md"),
+        ({"base": None}, "--base: expected a ViT, a folder or hf-hub:OWNER/NAME, found none"),
+        ({"parts": ("texts",)}, "--text-base: expected a language model"),
+        ({"curve": (0.0,)}, "--curve: expected learning rates more than 0"),
+        ({"seeds": (1, 1)}, "--seeds: expected one or more different numbers"),
+    ],
+)
+def test_bad_options_are_refused_before_anything_is_made(stand_ins, tmp_path, changes, message):
+    options = stand_ins | {"work": tmp_path / "w", "out": tmp_path / "o"} | changes
+    with pytest.raises(InputError) as caught:
+        Real(**options).run()
+    assert message in str(caught.value)
+    assert not (tmp_path / "w").exists()
+
+
+def test_a_missing_set_is_named(stand_ins, tmp_path):
+    (tmp_path / "data").mkdir()
+    for name in ("cifar10", "cifar100", "gtsrb"):
+        (tmp_path / "data" / name).mkdir()
+    with pytest.raises(InputError, match=r"one folder flowers in .*data with train/CLASS/picture"):
+        Real(**stand_ins | {"data": tmp_path / "data", "out": tmp_path / "o"}).run()
+    assert not (tmp_path / "o").exists()
+
+
+# ------------------------------------------------------------------------------------------- the pieces
+
+
+def test_a_probe_is_scikit_learns_and_a_nearest_mean_is_by_hand():
+    from sklearn.linear_model import LogisticRegression
+
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.arange(60) % 3
+    x = torch.randn(60, 4, generator=generator) + 2 * torch.nn.functional.one_hot(labels, 4)
+    weight, bias = probe.fit(x, labels, 3, decay=1e-2)
+    scaled = (x - x.mean(0)) / x.std()
+    theirs = LogisticRegression(C=1 / (2 * 60 * 1e-2), tol=1e-8, max_iter=1000)
+    theirs.fit(scaled.numpy(), labels.numpy())
+    ours = (x @ weight.T + bias).softmax(1)
+    assert np.allclose(ours, theirs.predict_proba(scaled.numpy()), atol=2e-3)
+    train = torch.tensor([[1.0, 0], [2, 0], [-1, 1], [-2, -1]])
+    found = probe.nearest_mean(train, torch.tensor([0, 0, 1, 1]), torch.tensor([[9.0, 1], [-1, 9]]))
+    assert found.tolist() == [0, 1]
+
+
+def test_what_is_recovered_by_hand_and_nothing_where_nothing_is_lost():
+    table = pd.DataFrame(
+        {"method": ["fine-tuned", "weight average", "RegMean"], "mean": [90.0, 70.0, 85.0]}
+        | {"seconds": 1.0, "sees": "nothing"}
+    )
+    text = real_pages.recovered_table(table)["recovered, %"]
+    assert text.to_dict() == {"fine-tuned": "", "weight average": "0", "RegMean": "75"}
+    same = real_pages.recovered_table(table.assign(mean=70.0))["recovered, %"]
+    assert set(same) == {""}
+
+
+def test_a_table_that_was_not_measured_is_not_shown():
+    def read(name: str) -> pd.DataFrame:
+        raise InputError(f"no {name}")
+
+    assert {f(read) for f in real_excerpts.REAL} == {""}
+
+
+@pytest.mark.parametrize("function", [sum_of, stop_at])
+def test_a_process_of_its_own_hands_back_rows_and_errors(function):
+    job = Job("speed", function, {"group": "g"}, configure())
+    if function is stop_at:
+        with pytest.raises(InputError, match="broken: expected more"):
+            real_measure.alone(function, job)
+    else:
+        found = real_measure.alone(function, job)
+        assert found["speed"][0]["peak_mb"] > 10

@@ -26,6 +26,7 @@ from rmm_lab.evidence.pages import (
     methods_table,
     percent,
 )
+from rmm_lab.evidence.real_excerpts import REAL
 from rmm_lab.evidence.rows import kind_of, of_experts, spread, task_scores
 from rmm_lab.search.config import BOTH
 
@@ -139,7 +140,7 @@ def fronts(read: Read) -> str:
 
 
 SHOWN = ("hypervolume, test", "reward", "promised", "times the averages", "points", "seconds")
-_ALL = (demo, language, groups, halves, searches, agent, preset, dar, fresh, fronts)
+_ALL = (demo, language, groups, halves, searches, agent, preset, dar, fresh, fronts, *REAL)
 EXCERPTS: dict[str, Callable[[Read], str]] = {f.__name__: f for f in _ALL}
 _START = "<!-- results:"
 _BLOCK = re.compile(rf"({_START} ([^ ]+) -->\n)(?:(?!{_START}).)*?(<!-- end -->)", re.DOTALL)

@@ -382,7 +382,7 @@ def measure_all(
 ) -> None:
     """Measure in several processes at once; the rows of each job are stored as soon as it ends.
 
-    also: further columns of every row, and their values.
+    also: further columns of every row, and their values, where a row has none of its own.
     """
     commit()  # that of the code which runs, whatever is committed meanwhile
     processes = min(processes, len(jobs))
@@ -394,7 +394,8 @@ def measure_all(
     with closing(_measured(jobs, processes, threads)) as results:
         for job, tables in tqdm(results, total=len(jobs), unit="job"):
             for name, rows in tables.items():  # the curve first: the row says that all is there
-                store.add(name, rows.assign(commit=commit(), **also or {}))
+                more = {k: v for k, v in (also or {}).items() if k not in rows}
+                store.add(name, rows.assign(commit=commit(), **more))
             key = " ".join(f"{k}={v}" for k, v in job.key.items())
             row = tables[job.table].iloc[-1]
             score = (

@@ -20,6 +20,7 @@ from rmm_lab.evidence.comparisons import (
 from rmm_lab.evidence.forest import AXIS, forest
 from rmm_lab.evidence.fronts import draw_fronts
 from rmm_lab.evidence.pages import dar_scores, pair_of
+from rmm_lab.evidence.real_pages import draw_curve
 from rmm_lab.evidence.rows import spread
 from rmm_lab.figures.paths import COLOURS, panels, tidy
 from rmm_lab.figures.results import forest_picture
@@ -106,4 +107,5 @@ DRAW: dict[str, Callable[..., Figure]] = {
     "seconds": partial(draw_differences, by="method"),
     "labels": draw_labels,
     "fronts": draw_fronts,
+    "curve": draw_curve,
 }

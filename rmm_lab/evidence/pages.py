@@ -25,6 +25,7 @@ from rmm_lab.evidence.comparisons import (
 from rmm_lab.evidence.forest import forest, with_best_expert
 from rmm_lab.evidence.fronts import show_fronts
 from rmm_lab.evidence.markdown import markdown, seconds_text, seeds, span
+from rmm_lab.evidence.real_pages import REAL_PAGES
 from rmm_lab.evidence.rows import (
     KINDS,
     METHODS,
@@ -296,4 +297,5 @@ PAGES = {
     "seconds": Page(("seconds",), f"{AGENT} beside other searches at equal seconds", show_seconds),
     "fronts": Page(("fronts",), "Searches for many answers: their fronts", show_fronts),
     "labels": Page(("labels",), f"{AGENT}: few labels, and none", show_labels),
+    **{name: Page((name,), title, show) for name, (title, show) in REAL_PAGES.items()},
 }

@@ -50,7 +50,7 @@ from rmm_lab.tasks.hold import check_writable, held_made
 MOST_TEXT_INPUTS = 50  # per task, that closed forms of language models look at
 TABLES = ("I", "II", "IV", "groups")
 ORDER = (*SETS.values(), "+".join(SETS[name] for name in PAIR))
-PARTS = ("speed", "II", "I", "groups", "stranger", "unseen", "curve", "IV", "subsets", "texts")
+PARTS = ("speed", "II", "I", "curve", "stranger", "unseen", "groups", "IV", "texts", "subsets")
 # Table IV: the published search with DAR and without, and the default one by either reward.
 DAR: tuple[dict[str, Any], ...] = (
     *tables.DAR_SETTINGS[:2],
@@ -72,7 +72,7 @@ class Real:
     base: str | None = None
     """A real ViT: a folder of timm's, or hf-hub:OWNER/NAME."""
     data: Path | None = None
-    """Folder with cifar10, gtsrb, flowers, mnist; winogrande, wsc, qasc for texts; see docs/data-formats.md."""
+    """Folder with cifar10, gtsrb, flowers, mnist; winogrande, wsc, qasc for texts: docs/data-formats.md."""
     text_base: str | None = None
     """A real language model, for the part texts; without it that part is left out."""
     out: Path = Path("results-real")
@@ -96,13 +96,13 @@ class Real:
     """Pictures per step."""
     curve: tuple[float, ...] = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3)
     """Learning rates of the part curve, half as many steps each."""
-    text_steps: int = 150
+    text_steps: int = 400
     """Optimiser steps of a language expert; all weights are trained."""
     text_learning_rate: float = 2e-5
     """Peak learning rate of a language expert."""
     text_batch_size: int = 8
     """Rows per step."""
-    text_episodes: int = 30
+    text_episodes: int = 60
     """Evaluations of the search on texts."""
     reward: int = 200
     """Pictures of each set that become its reward split, where it has none."""
@@ -131,7 +131,7 @@ class Real:
         images = parts != ["texts"]
         names = (tuple(SETS) if images else ()) + (TEXTS if "texts" in parts else ())
         data = check_sets(self.data and self.data.expanduser(), names)
-        torch.set_num_threads(self.threads)
+        torch.set_num_threads(self.threads * self.jobs)  # experts are made one by one
         with held_made(self.out, "--out"):
             if images:
                 base = read_base(str(self.base), "images", "--base", self.size)
@@ -182,20 +182,22 @@ class Real:
             own = [] if part in TABLES else list(PROTOCOLS[part](self, works))
             jobs += [job for job in own if not store.has(job.table, _key(job), job.config)]
             print(f"{part}: {len(jobs)} jobs to measure into {self.out}", flush=True)
-            at_once = 1 if part in ("speed", "texts") else self.jobs
-            measure.measure_all(jobs, store, at_once, self.threads, also)
+            alone = part in ("speed", "texts")
+            at_once, threads = (1, self.threads * self.jobs) if alone else (self.jobs, self.threads)
+            measure.measure_all(jobs, store, at_once, threads, also)
+            torch.set_num_threads(self.threads * self.jobs)
 
     def _tables_jobs(self, works: Works, part: str, store: Store) -> Iterator[Job]:
         """Those of the kit's tables; rows by gradient for Table II and the first seed alone."""
         shared: dict[str, Any] = {"episodes": self.episodes, "calibration": self.calibration}
         shared |= {"device": self.device, "out": self.out}
         groups = vision_groups(works, part)
-        kinds = ("uniform", "matched", "search")
-        all_seeds = Tables("all", seeds=self.seeds, kinds=kinds, **shared)
-        yield from all_seeds.jobs_of(part, groups, store)
-        if part == "II":
-            first = Tables("all", seeds=self.seeds[:1], kinds=("gradients",), **shared)
-            yield from first.jobs_of(part, groups, store)
+        for kinds, seeds in (
+            (("uniform", "matched", "search"), self.seeds),
+            (("gradients",), self.seeds[:1] if part == "II" else ()),
+        ):
+            command = Tables("all", seeds=seeds, kinds=kinds, **shared)  # type: ignore[arg-type]
+            yield from command.jobs_of(part, groups, store)
 
     def config(self, options: dict[str, Any], **more: Any) -> Config:
         """The default search of a group, with the first seed."""
@@ -232,6 +234,7 @@ class Real:
         for rate in self.curve:
             how = Training(max(1, self.steps // 2), rate, self.batch_size)
             key = {"group": "+".join(SETS[n] for n in PAIR), "learning_rate": rate}
+            key |= {"training": str(how)}
             config = self.config(works.options(places, how))
             yield Job("curve", real_measure.curve, key, config)
 

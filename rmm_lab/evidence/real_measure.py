@@ -153,7 +153,8 @@ def curve(job: Job) -> Measured:
     rows += [*uniform.rule_rows(problem, FEW_RULES)]
     rows += closed_rows(problem, [name for name in CLOSED if name in SOURCES])
     distance = round(100 * float(np.mean(far)) / size, 4)
-    return {job.table: [measure.cells(problem, row) | {"distance": distance} for row in rows]}
+    more = {"distance": distance, "training": job.key["training"]}
+    return {job.table: [measure.cells(problem, row) | more for row in rows]}
 
 
 def unseen(job: Job) -> Measured:

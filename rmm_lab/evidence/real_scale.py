@@ -138,8 +138,9 @@ def check_sets(data: Path | None, names: Sequence[str]) -> Path:
 
 
 def _find(data: Path, name: str) -> Path:
-    """A set's folder: called after it, or after it and more, such as cifar10_jpg."""
-    fits = re.compile(rf"{name}([_-].*)?", re.IGNORECASE)
+    """A set's folder: called after it, or after it and more, such as cifar10_jpg or flowers5."""
+    number = "" if name[-1].isdigit() else r"\d*"  # cifar100 is another set
+    fits = re.compile(rf"{name}{number}([_-].*)?", re.IGNORECASE)
     found = [p for p in sorted(data.iterdir()) if p.is_dir() and fits.fullmatch(p.name)]
     if len(found) == 1:
         return found[0]

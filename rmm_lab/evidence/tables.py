@@ -28,7 +28,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import pandas as pd
 
@@ -119,7 +119,7 @@ ORDER = {
 class Command:
     """Measure a table, or go on with it, and write its page and figure."""
 
-    dar_settings: ClassVar[tuple[dict[str, Any], ...]] = DAR_SETTINGS
+    dar_settings = DAR_SETTINGS  # no option
     table: Literal[
         "I",
         "II",
