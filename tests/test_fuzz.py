@@ -402,9 +402,9 @@ def test_config(world, data):
 @cases(0.2)
 @given(data=st.data())
 def test_weights(world, data):
-    kind = data.draw(st.sampled_from(["vit", "t5"]))
+    kind = data.draw(st.sampled_from(["vit", "vit", "t5", "t5", "hf", "lm"]))
     name = data.draw(st.sampled_from(["model.safetensors"] * 4 + ["tokenizer.json"]))
-    name = "model.safetensors" if kind == "vit" else name
+    name = "model.safetensors" if kind in ("vit", "hf") else name
     case = world.fresh(f"{kind}/base")
     file = case / kind / "base" / name
     content = file.read_bytes()

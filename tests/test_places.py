@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from rmm_lab.errors import InputError
 from rmm_lab.evidence import tables
 from rmm_lab.evidence.paper_scale import PaperScale
 from rmm_lab.families import shipped
+from rmm_lab.families.checkpoint import read_checkpoint
 from rmm_lab.path import LayerPath
 from rmm_lab.search.config import configure, read_config
 from rmm_lab.search.pipeline import train
@@ -284,3 +286,24 @@ def test_no_table_is_written_into_what_it_is_made_of(here, monkeypatch):
         paper = PaperScale(Path("sets"), bases=("ViT-B/16=base",), checkpoints=Path(place))
         command = tables.Command("II", scale="paper", out=Path("results"), paper=paper)
         refuses(command.run, "--checkpoints", place, place.partition("/")[0])
+
+
+@pytest.mark.parametrize("odd", ["x" * 5000, "a\0b"], ids=["long", "NUL"])
+def test_what_can_be_no_name_of_a_folder_is_refused_from_python_too(here, odd):
+    """The parser of the command line refuses these already."""
+    for command in (
+        *(partial(load_problem, **(OWN | {key: odd})) for key in ("base", "multi_task")),
+        *(partial(load_problem, **(OWN | {key: (odd, odd)})) for key in ("experts", "images")),
+        partial(read_checkpoint, odd),
+        partial(Task, odd, GREY),
+        partial(Task, f"cifar10:{odd}", GREY),
+        Finetune(base="base", images=("letters",), out=Path(odd)).run,
+        partial(train, configure("agent", **OWN, **FEW, run_dir=Path(odd))),
+    ):
+        with pytest.raises(InputError, match="expected the name of a file or folder"):
+            command()
+
+
+def test_the_folder_of_an_expert_may_be_a_text(here):
+    Finetune(base="base", images=("letters",), out="e", steps=1, batch_size=2).run()
+    assert Path("e/config.json").is_file()

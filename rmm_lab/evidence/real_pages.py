@@ -173,19 +173,19 @@ def show_texts(rows: DataFrame) -> str:
 
 
 def speed_table(rows: DataFrame) -> DataFrame:
-    """Seconds, those inside the models, their share, and memory, of each stage."""
-    table = rows.set_index("method")[["seconds", "inside", "share", "peak_mb"]]
-    table["seconds"] = table["seconds"].map("{:.1f}".format)
-    table["inside"] = table["inside"].map("{:.1f}".format)
-    table["peak_mb"] = table["peak_mb"].map("{:.0f}".format)
-    names = ["seconds", "inside the models", "share", "peak MB"]
+    """Seconds, those of the processor and inside the models, their share, and memory, of each stage."""
+    table = rows.set_index("method")[["seconds", "cpu", "inside", "share", "peak_mb"]]
+    for name in ("seconds", "cpu", "inside", "peak_mb"):
+        table[name] = table[name].map(("{:.0f}" if name == "peak_mb" else "{:.1f}").format)
+    names = ["seconds", "processor's", "inside the models", "share", "peak MB"]
     return table.set_axis(names, axis=1).rename_axis("stage")
 
 
 def show_speed(rows: DataFrame) -> str:
     return (
-        f"{_how(rows)}One merge of {rows['group'].iloc[0]}, in a process of its own. Memory is the most so "
-        f"far, with torch.\n\n{markdown(speed_table(rows))}"
+        f"{_how(rows)}One merge of {rows['group'].iloc[0]}, in a process of its own. *Processor's*: its "
+        "seconds over all threads; *share*: of these inside the models. Memory is the most so far, with "
+        f"torch.\n\n{markdown(speed_table(rows))}"
     )
 
 

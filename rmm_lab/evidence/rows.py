@@ -34,7 +34,7 @@ NUMBERS: dict[str, type] = {
     **dict.fromkeys(("mean", "reward_split", "test", "seconds", "search_seconds", "value"), float),
     **dict.fromkeys(("dar", "data_fraction", "label_fraction", "raw_reward", "dar_reward"), float),
     **dict.fromkeys(("hypervolume", "hypervolume_reward", "hypervolume_promised"), float),
-    **dict.fromkeys(("rmm_mean", "distance", "learning_rate", "inside", "peak_mb"), float),
+    **dict.fromkeys(("rmm_mean", "distance", "learning_rate", "cpu", "inside", "peak_mb"), float),
     "experts": int,
 }
 

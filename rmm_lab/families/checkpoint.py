@@ -23,7 +23,7 @@ from rmm_lab.families import adapters, causal_lm, convert, reading, t5, vit
 from rmm_lab.families.names import timm_name
 from rmm_lab.families.parts import Factors, outside_head, shapes_of
 from rmm_lab.families.protocol import Architecture, Family, Model
-from rmm_lab.tasks.files import write_file
+from rmm_lab.tasks.files import check_path, write_file
 
 FAMILIES: dict[str, Family] = {"vit": vit, "t5": t5, "causal_lm": causal_lm}
 # transformers' models that are read; timm's are known by their 'architecture'.
@@ -74,6 +74,7 @@ def resolve(source: str | Path, *, allow_pickle: bool = False) -> Path:
     text = str(source)
     if text.startswith("hf-hub:"):
         return _from_hub(text, allow_pickle)
+    check_path(text, "model")
     folder = Path(text.removeprefix("local-dir:")).expanduser()
     if not folder.is_dir():
         raise InputError(

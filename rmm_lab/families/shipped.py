@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from rmm_lab.tasks import image_task, small_texts, small_writing
-from rmm_lab.tasks.files import data_folder, recalled, shipped_name, spelled
+from rmm_lab.tasks.files import check_path, data_folder, recalled, shipped_name, spelled
 
 # Names of the ViTs of a second, smaller size start with this.
 TINY = "tiny-"
@@ -99,6 +99,7 @@ def expand(experts: Sequence[str]) -> list[str]:
     """
     out: list[str] = []
     for source in experts:
+        check_path(source, "--experts")
         held = any(Path(source, f"{kind}config.json").is_file() for kind in ("", "adapter_"))
         group = source in GROUPS and not held
         name = source if group else shipped_name(source, (*GROUPS, *MODELS))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import difflib
+import errno
 import io
 import os
 import re
@@ -68,12 +69,26 @@ def _there(place: str) -> bool:
     return os.path.exists(os.path.expanduser(place))
 
 
+def check_path(place: str, thing: str) -> None:
+    """Raise InputError for a text that is no file's name on any disk: it is too long, or has a NUL."""
+    try:
+        os.stat(place)
+    except (OSError, ValueError) as error:
+        if isinstance(error, ValueError) or error.errno == errno.ENAMETOOLONG:
+            short = place if len(place) <= 60 else f"{place[:57]}..."
+            why = getattr(error, "strerror", "") or error
+            raise InputError(
+                f"{thing}: expected the name of a file or folder, found {short!r} ({why}); correct it"
+            ) from error
+
+
 def shipped_name(source: str, known: Collection[str]) -> str:
     """Which of the ``known`` names of what ships a source means, or "" for anything else.
 
     ``shipped:NAME`` always means what ships. A bare NAME does, unless the working directory has a folder
     of that name, which then wins. Raises InputError for ``shipped:`` and an unknown name.
     """
+    check_path(source, "a model or data")
     name = source.removeprefix(SHIPPED)
     if name == source:
         return name if name in known and not _in_the_way(name) else ""

@@ -18,7 +18,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from rmm_lab.errors import InputError
-from rmm_lab.tasks.files import place_in
+from rmm_lab.tasks.files import check_path, place_in
 
 LOCK = ".lock"
 _NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK)  # some file systems of clusters have none
@@ -57,6 +57,7 @@ def check_apart(folder: Path, option: str, inputs: Iterable[str]) -> None:
 
     option: what the user named it by. inputs: sources of models and data, of which hub names are nowhere.
     """
+    check_path(str(folder), option)
     target = Path(os.path.realpath(folder))
     for source in inputs:
         _, place, _ = place_in(source) or ("", source, "")

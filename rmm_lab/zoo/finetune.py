@@ -68,7 +68,7 @@ class Finetune:
         meanwhile.
         """
         data, sources = ("texts", self.texts) if self.texts else ("images", self.images)
-        self.out = self.out and self.out.expanduser()  # --out=~/x, which no shell expands
+        self.out = self.out and Path(self.out).expanduser()  # --out=~/x, which no shell expands
         self._check(sources)
         assert self.out is not None
         out = self.out
