@@ -130,7 +130,7 @@ def subset(job: Job) -> Measured:
     found += closed_rows(problem, [name for name in CLOSED if name in SOURCES])
     rows = [measure.cells(problem, row) for row in found]
     rows.append(_search(job, problem, start, lambda row: measure.cells(problem, row)))
-    return {job.table: [row | {"experts": problem.pool.n_models} for row in rows]}
+    return {job.table: [row | {"n_experts": problem.pool.n_models} for row in rows]}
 
 
 def curve(job: Job) -> Measured:

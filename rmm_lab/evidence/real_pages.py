@@ -81,12 +81,12 @@ def subset_table(rows: DataFrame) -> DataFrame:
     Gains are over the best single expert on the same tasks, in points.
     """
     kinds = kind_of(rows["method"])
-    means = rows.pivot_table("mean", ["experts", "group"], "method", sort=False)
+    means = rows.pivot_table("mean", ["n_experts", "group"], "method", sort=False)
     own = rows[kinds == "expert"]
-    best = own.groupby(["experts", "group"])["mean"].max()
+    best = own.groupby(["n_experts", "group"])["mean"].max()
     methods = [m for m in METHODS.index if m in means and m not in ("base", OWN, BEST_EXPERT)]
     out = {}
-    for n, part in [*means.groupby(level="experts"), ("all", means)]:
+    for n, part in [*means.groupby(level="n_experts"), ("all", means)]:
         for method in methods:
             scores = part[method].dropna()
             gain = (scores - best.reindex(scores.index)).mean()

@@ -35,7 +35,7 @@ NUMBERS: dict[str, type] = {
     **dict.fromkeys(("dar", "data_fraction", "label_fraction", "raw_reward", "dar_reward"), float),
     **dict.fromkeys(("hypervolume", "hypervolume_reward", "hypervolume_promised"), float),
     **dict.fromkeys(("rmm_mean", "distance", "learning_rate", "cpu", "inside", "peak_mb"), float),
-    "experts": int,
+    "n_experts": int,
 }
 
 BEST_EXPERT = "best expert, for all tasks"
