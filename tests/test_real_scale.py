@@ -26,7 +26,7 @@ from rmm_lab.evidence import (
 )
 from rmm_lab.evidence.measure import Job
 from rmm_lab.evidence.real import Real
-from rmm_lab.evidence.rows import read_csv
+from rmm_lab.evidence.rows import DRAWN, read_csv
 from rmm_lab.families.checkpoint import read_checkpoint
 from rmm_lab.search import gradients, uniform
 from rmm_lab.search.config import configure
@@ -107,7 +107,8 @@ def measured(stand_ins, tmp_path_factory) -> Path:
 
 def few(patch: pytest.MonkeyPatch) -> None:
     names = ("weight average", "task arithmetic, tuned", "TIES, tuned", uniform.WEIGHTS)
-    patch.setattr(uniform, "GRIDS", {name: uniform.GRIDS[name][:2] for name in names})
+    every = (*names, *DRAWN)  # what draws is looked for at each seed
+    patch.setattr(uniform, "GRIDS", {name: uniform.GRIDS[name][:2] for name in every})
     patch.setattr(tables, "ONCE", ("fine-tuned", *names))
     patch.setattr(real_measure, "RULES", names)
     patch.setattr(uniform, "VALUES", {2: (0.3, 0.6)})

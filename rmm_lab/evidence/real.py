@@ -88,7 +88,7 @@ class Real:
     """What to measure now; all by default."""
     size: int = 70
     """Side of the pictures in pixels; 70 is 26 tokens of a ViT with patches of 14."""
-    steps: int = 300
+    steps: int = 550
     """Optimiser steps of an expert."""
     learning_rate: float = 5e-5
     """Peak learning rate of an expert."""
