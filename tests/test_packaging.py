@@ -1,4 +1,4 @@
-"""pyproject.toml, environment.yml and constraints.txt name the same packages and agree on them."""
+"""pyproject.toml, environment.yml, constraints.txt and requirements.txt agree on their packages."""
 
 import tomllib
 from pathlib import Path
@@ -49,6 +49,19 @@ def pins() -> list[tuple[str, SpecifierSet]]:
 
 def test_conda_has_the_ranges_of_pyproject():
     assert conda_ranges() == pyproject_ranges()
+
+
+def test_hosted_notebooks_have_the_ranges_to_run_but_bring_their_own_jupyter():
+    lines = (ROOT / "requirements.txt").read_text(encoding="utf-8").splitlines()
+    hosted = [Requirement(line) for line in lines if not line.startswith("#")]
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    extras = project["optional-dependencies"]
+    wanted = map(Requirement, [*project["dependencies"], *extras["lab"], *extras["search"]])
+    assert sorted(map(str, hosted)) == sorted(str(r) for r in wanted if r.name != "jupyterlab")
+    binder = (ROOT / ".binder" / "requirements.txt").read_text(encoding="utf-8").splitlines()
+    assert {"-r ../requirements.txt", "-e ."} <= set(binder)
+    (python,) = (ROOT / ".binder" / "runtime.txt").read_text(encoding="utf-8").split()
+    assert SpecifierSet(project["requires-python"]).contains(python.removeprefix("python-"))
 
 
 def test_each_dependency_has_exactly_one_pin():
