@@ -95,3 +95,28 @@ def test_the_handout_is_a_pdf_and_needs_the_map(tmp_path, capsys):
     assert file.read_bytes().startswith(b"%PDF")
     assert handout.main(["--repository", str(tmp_path)]) == 2
     assert "expected a notebook" in capsys.readouterr().err
+
+
+def test_the_guide_has_each_lesson_and_names_what_is_there():
+    """Each section names cells and exercises of its own lesson, and has the four points."""
+    text = (ROOT / "docs/teaching/guide.md").read_text("utf-8")
+    sections = re.split(r"^## ", text, flags=re.M)[1:]
+    files = sorted((ROOT / "notebooks/solved").glob("*.ipynb"))
+    assert [s.split(" ")[0] for s in sections] == [f.stem.partition("_")[0] for f in files]
+    for file, section in zip(files, sections, strict=True):
+        notebook, number = course.read(file), file.stem.partition("_")[0]
+        cells = {cell.id: cell.source for cell in notebook.cells}
+        assert f"# {section.splitlines()[0]}" == notebook.cells[0].source.splitlines()[0]
+        points = re.findall(r"^- \*\*(They \w+|\w+)\*\*", section, re.M)
+        assert points == ["Ask", "They answer", "They stall", "Skip"], number
+        assert set(re.findall(r"cell `([\w-]+)`", section)) <= set(cells), number
+        for exercise in re.findall(r"`(\d\db?\.\w+)`", section):
+            assert exercise.startswith(f"{number}."), exercise
+            assert f'checks.use("{exercise}"' in "\n".join(cells.values()), exercise
+
+
+@pytest.mark.parametrize("name", ["README", "guide"])
+def test_the_links_of_the_teachers_pages_lead_to_files(name):
+    file = ROOT / "docs" / "teaching" / f"{name}.md"
+    for target in re.findall(r"\]\(([^)#]+)", file.read_text("utf-8")):
+        assert (file.parent / target).is_file(), target

@@ -179,6 +179,8 @@ class Leaderboard:
     """A file per student, NAME.txt (digits@-1 ties@0 ...) or NAME.json, or a run folder NAME."""
     experts: tuple[str, ...] = ("demo",)
     """The models of the contest: a group that ships, or names."""
+    calibration: int = 300
+    """Inputs per task, of the train split, that least squares looks at: as in the contest."""
     out: Path | None = None
     """A file for the table, in Markdown."""
 
@@ -187,7 +189,7 @@ class Leaderboard:
         files, errors = handed_in(self.folder)
         if not files and not errors:
             raise InputError(f"folder {self.folder}: expected path files, found none; add some")
-        problem = load_problem(self.experts)
+        problem = load_problem(self.experts, calibration=self.calibration)
         rows, more = board(files, judge(problem))
         text = table(rows, [*errors, *more], [task.name for task in problem.tasks])
         if rows:
