@@ -1,7 +1,7 @@
 # `make` lists the targets. Everything is installed into .venv, on first use.
 
 .DEFAULT_GOAL := help
-.PHONY: help demo lab student handout test lint browser clean
+.PHONY: help demo lab student handout leaderboard test lint browser clean
 
 # python3.11 where it runs, python3 otherwise; `make PY=/path/to/python ...` chooses another.
 PY ?= $(shell for p in python3.11 python3; do if $$p -c '' 2>/dev/null; then echo $$p; break; fi; done)
@@ -26,7 +26,7 @@ INSTALL = echo "Installing $(1) into .venv; the first time this fetches several 
 
 help: ## list the targets
 	@echo "make TARGET, where TARGET is one of"
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  %-7s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  %-11s %s\n", $$1, $$2}' Makefile
 
 demo: .venv/.stamp-run ## train the agent on the pair that ships, into a fresh folder under runs/
 	$(BIN)/python -m rmm_lab merge --run-dir "runs/demo-$$(date +%Y%m%d-%H%M%S)"
@@ -40,6 +40,10 @@ student: .venv/.stamp-lab ## write the student notebooks from the solved ones
 handout: .venv/.stamp-lab ## write the tree that students get, without solutions, into build/handout
 	rm -rf build/handout
 	$(BIN)/python -m rmm_lab.course.notebooks --handout build/handout
+
+CLASS ?= handed-in
+leaderboard: .venv/.stamp-run ## rank the paths in a folder on the test split: make leaderboard CLASS=folder
+	$(BIN)/python -m rmm_lab.course.leaderboard "$(CLASS)"
 
 test: lint browser ## lint, run the tests, run the notebooks (student and solved)
 	$(ONE_THREAD) $(BIN)/python -m pytest $(TWO_WORKERS)

@@ -47,6 +47,17 @@ def test_the_course_is_complete_and_the_student_notebooks_are_up_to_date():
     course.Course(FOLDER, check=True).run()  # raises InputError where a file differs
 
 
+def test_the_notebooks_without_solutions_state_their_seconds_and_keep_the_rules():
+    for file in course.ALONE:
+        notebook = course.read(FOLDER / file)
+        assert course.stated_seconds(notebook) > 0
+        assert len(notebook.cells) <= 12
+        assert course.BEGIN not in "\n".join(code(notebook))
+        assert not any(cell.get("outputs") for cell in notebook.cells)
+        for target in re.findall(r"\]\(([^)]+)\)", prose(notebook)):
+            assert (FOLDER / target).is_file(), target
+
+
 def test_header_and_last_cell(name):
     notebook = course.read(FOLDER / "solved" / f"{name}.ipynb")
     header, last = notebook.cells[0], notebook.cells[-1]

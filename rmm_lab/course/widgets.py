@@ -86,8 +86,8 @@ class MapStepper(View):
         control = [self.undo_button, self.reset_button]
         control += [self.agent_button] if walk.agent is not None else []
         wrap = Layout(flex_flow="row wrap")
-        rows = [HBox(list(self.buttons.values()), layout=wrap), HBox(control, layout=wrap)]
-        super().__init__(rows, ())
+        self.rows = [HBox(list(self.buttons.values()), layout=wrap), HBox(control, layout=wrap)]
+        super().__init__(self.rows, ())
 
     def _button(self, name: str, what: Callable[..., Any], *arguments: str) -> Button:
         button = Button(description=name, layout=Layout(width="auto"))
