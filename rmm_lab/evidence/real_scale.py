@@ -40,7 +40,7 @@ SEED = 0  # of the splits that are drawn
 
 @dataclass(frozen=True)
 class Training:
-    """How experts are fine-tuned."""
+    """How experts are fine-tuned: optimiser steps, peak learning rate, examples per step."""
 
     steps: int
     learning_rate: float
@@ -52,7 +52,12 @@ class Training:
 
 @dataclass
 class Works:
-    """What is made beside the tables: sets with three splits, and experts. ``folder``: where."""
+    """What is made beside the tables, once: sets with three splits, and experts.
+
+    Args:
+        folder: where. data: the folder of the sets as they came. base, training: of the experts.
+        reward: pictures of a new reward split. device: where experts are trained, such as cuda.
+    """
 
     folder: Path
     data: Path

@@ -2,10 +2,10 @@
 
     python -m rmm_lab tables I            halves of each small set, two sizes of ViT
     python -m rmm_lab tables II           two sets that differ more: digits and textures
-    python -m rmm_lab tables III          T5s on question answering and on four kinds of task
+    python -m rmm_lab tables III          T5s on question answering and on four kinds of task, Llamas
     python -m rmm_lab tables IV           data share and DAR
     python -m rmm_lab tables fig3         reward per episode at 1 % of the data, with DAR and without
-    python -m rmm_lab tables all          all of these; about three quarters of an hour with --jobs 2
+    python -m rmm_lab tables all          all of these; some hours with --jobs 2
     python -m rmm_lab tables searches     agent + CMA-ES beside others, at the same number of evaluations
     python -m rmm_lab tables menu         the default search beside others on the same menu
     python -m rmm_lab tables groups       Table II's methods on other groups of sets

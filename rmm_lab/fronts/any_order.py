@@ -21,7 +21,7 @@ Score = Callable[[Path], np.ndarray]  # a path's gains, (K,)
 
 
 def spread(total: float, steps: int) -> list[float]:
-    """R / T at each of T steps."""
+    """A total R as the rewards of T steps: R / T for each, a list of T."""
     return [total / steps] * steps
 
 
@@ -84,7 +84,7 @@ class LayersEnv(gym.Env[np.ndarray, np.int64]):
         return self._observe(), self._info()
 
     def step(self, action: np.int64 | int) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
-        """Run a pair next."""
+        """Run a pair next, a number below M L; InputError for one that ``legal`` has not."""
         action = int(action)
         legal = self.legal()
         if not 0 <= action < len(legal) or not legal[action]:
@@ -108,7 +108,7 @@ class LayersEnv(gym.Env[np.ndarray, np.int64]):
         return (*([self.stem] if self.stem else []), *steps)
 
     def worth(self, gains: np.ndarray, steps: int) -> float:
-        """R = sum_k w_k f_k - beta T."""
+        """R = sum_k w_k f_k - beta T, for gains f (K,) and T steps."""
         return float(self.weights @ gains - self.beta * steps)
 
     def legal(self) -> np.ndarray:

@@ -61,6 +61,8 @@ class PreferenceEnv(gym.Wrapper[np.ndarray, Any, np.ndarray, Any]):
     Args:
         env: a ``MergingEnv``. ends: both ends of each task's scale. seed: of the draws.
         form: one of ``FORMS``. fixed: weights (K,), or None.
+
+    InputError for another form, and in ``reset`` for weights that are not K numbers of 0 or more, not all 0.
     """
 
     def __init__(
@@ -205,6 +207,8 @@ def update(
 ) -> dict[str, float]:
     """``ppo.update`` for C targets at once. Gains are normalised over the rollout, each target by itself.
 
+    progress: how much of the search is over, in [0, 1]. form: one of ``FORMS``.
+
     The value loss is the sum over targets. With one target of weight 1 it is ``ppo.update`` bit for bit.
     Returns the diagnostics.
     """
@@ -267,6 +271,7 @@ class Conditioned:
         seed: of the networks, the actions and the preferences.
         actions: ``scales`` or ``sources``, see ``RunArgs``. form: one of ``FORMS``.
         fixed: the only preference, (K,): then nothing is conditioned, and this is ``ppo.learn``.
+        args: of PPO; gamma and gae_lambda must be 1, or there is an InputError.
         turn: number of the subset of its first update.
     """
 
@@ -320,7 +325,7 @@ class Conditioned:
             agent.begin, agent.n_tasks = self.start, self.env.n_tasks
 
     def learn(self, episodes: int) -> Iterator[dict[str, float]]:
-        """Play and update in turn; yields the diagnostics of each update."""
+        """Play and update in turn, as far as the budget goes; yields the diagnostics of each update."""
         total = episodes = min(episodes, self.out.left)
         while episodes > 0:
             n = min(self.args.episodes_per_update, episodes)
@@ -393,7 +398,7 @@ def _each(values: Any, lengths: Sequence[int]) -> Tensor:
 def conditioned(form: str = "linear", part: int = 1) -> Callable[[Any, int, int, Ends], Trials]:
     """The search: one training for all preferences, then the greedy path of each of a lattice.
 
-    part: it takes a part of its evaluations alone, 5 for a fifth, as a search that had been given no more.
+    form: one of ``FORMS``. part: the search spends its evaluations divided by this, so 5 is a fifth.
     """
 
     def search(scorer: Any, evaluations: int, seed: int, ends: Ends) -> Trials:

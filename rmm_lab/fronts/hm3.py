@@ -221,7 +221,10 @@ def update(
 
 
 class Training:
-    """An agent with fresh weights for one environment. ``played``: R and path of each episode."""
+    """An agent with fresh weights for one environment. ``played``: R and path of each episode.
+
+    features: (M L, S), the ``summary``. seed: of the networks and of all that is drawn.
+    """
 
     def __init__(
         self, env: LayersEnv, features: np.ndarray, seed: int, args: ppo.Args = ARGS
@@ -248,6 +251,7 @@ class Training:
 def best_path(out: Trials, weights: np.ndarray, episodes: int, seed: int, merge: bool) -> Path:
     """One preference (K,): the path with the largest R of all that it scored, each on a subset.
 
+    episodes: how many evaluations it has. merge: whether Theta is one of the models.
     Theta's own layers in their order are scored first, so that the merge is among the answers; the paper does
     not say whether it does that. The episodes of an update share a subset. Layers are whole blocks, whatever
     the scorer's are.

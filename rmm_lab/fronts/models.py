@@ -1,4 +1,4 @@
-"""Searches for fronts that keep a model of the scores: Optuna's samplers, MM-MO."""
+"""Searches for fronts by Optuna's samplers, and MM-MO; for the arguments see ``searches``."""
 
 from __future__ import annotations
 

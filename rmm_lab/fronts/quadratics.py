@@ -99,7 +99,7 @@ class Surrogate:
 
 
 def unknowns(n: int) -> int:
-    """Coefficients of a quadratic of n numbers."""
+    """How many coefficients a quadratic of n numbers has."""
     return (n + 1) * (n + 2) // 2
 
 

@@ -16,8 +16,10 @@
     HM3 (as published)                 a merge and a training each        Zhou et al. 2025
     HM3 without its merge              layers of the experts alone        its ablation
 
-A search returns what it scored and, as ``answers``, what it arrived at; ``front.find_front`` scores the
-finalists of either on the whole reward split. ``FRONT_SEARCHES[name](scorer, evaluations, seed, ends)``.
+``FRONT_SEARCHES[name](scorer, evaluations, seed, ends)``: the scorer of a problem's paths, how many it may
+score on subsets, a seed, and both ends of each task's scale. A search returns what it scored
+(``rivals.Scored``) and, as ``answers``, what it arrived at; ``front.find_front`` scores the finalists of
+either on the whole reward split. Optuna's searches raise InputError where optuna is not installed.
 """
 
 from __future__ import annotations
@@ -49,7 +51,10 @@ PENALTY = 10.0  # for each unit that it loses beyond that
 
 
 def simplex(make: Simplex) -> FrontSearch:
-    """A lattice of weights, a merge for each, by formula. Spends nothing of its budget."""
+    """A search that makes a merge for each of a lattice of weights and spends nothing of its budget.
+
+    make: ``(scorer, weights (W, N))`` -> a path for each row.
+    """
 
     def search(scorer: Any, evaluations: int, seed: int, ends: Ends) -> Trials:
         out = Trials(scorer, 0, ends)
@@ -60,7 +65,7 @@ def simplex(make: Simplex) -> FrontSearch:
 
 
 def random_scales(scorer: Any, evaluations: int, seed: int, ends: Ends) -> Trials:
-    """Numbers drawn uniformly from the box."""
+    """Numbers drawn uniformly from the box, after its ``starts``."""
     out, box, rng = Trials(scorer, evaluations, ends), Box(scorer), np.random.default_rng(seed)
     box.starts(out)
     while out.left:
@@ -125,7 +130,7 @@ def crowding(points: np.ndarray) -> np.ndarray:
 def constrained(points: np.ndarray, task: int, now: np.ndarray) -> np.ndarray:
     """What points (n, K) are worth while one task is raised from ``now``, (n,): its score less a penalty.
 
-    The other tasks may lose ``TOLERANCE`` each.
+    The other tasks may lose ``TOLERANCE`` each, on the normalised scale; beyond it a unit costs ``PENALTY``.
     """
     lost = (now - TOLERANCE - points).clip(0)
     lost[:, task] = 0

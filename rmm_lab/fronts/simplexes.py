@@ -1,7 +1,7 @@
 """Fronts without a search: each point of a lattice of weights is a merge by formula.
 
-They look at no score. Points that stand for one task alone are its expert, of DARE-TIES its expert with
-dropped entries.
+Each function takes a scorer and weights (W, N), and gives W paths. They look at no score. Points that stand
+for one task alone are its expert, of DARE-TIES its expert with dropped entries.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def averages(scorer: Any, weights: np.ndarray) -> list[Path]:
 def least_squares(scorer: Any, weights: np.ndarray) -> list[Path]:
     """Layer-wise least squares with a weight for each task, see ``matching``: no labels, but inputs.
 
-    Needs calibration inputs. ``matched.weigh`` searches the same weights for one good mean.
+    The scorer's pool must have calibration inputs. ``matched.weigh`` searches the same weights for the mean.
     """
     experts, places = scorer.sources[: scorer.n_models], places_of(scorer)
     return [tuple(Step(_matched(w, experts), k) for k in places) for w in weights]

@@ -25,7 +25,7 @@ BLOCKS = 4  # of places; fewer where there are fewer places
 class Trials(Scored):
     """``Scored`` for K objectives: the tasks that count, on the scale of ``ends``.
 
-    Like any search it begins with the uniform paths, for up to a tenth of its budget.
+    Like any search it begins with the uniform paths, for up to a tenth of its budget, in evaluations.
     """
 
     def __init__(self, scorer: Any, budget: int, ends: Ends) -> None:
@@ -102,6 +102,6 @@ class Box:
 
 
 def best_for(known: Known, weights: np.ndarray) -> np.ndarray:
-    """The numbers that meet weights (K,) best so far."""
+    """The numbers (D,) that meet weights (K,) best of all that are known, by their ``achievement``."""
     values = achievement(np.array([point for _, point in known]), weights)[0]
     return known[int(values.argmax())][0]
