@@ -332,9 +332,10 @@ def test_a_console_without_a_letter_stops_no_search(tiny, tmp_path, monkeypatch)
     argv += ["--images", *tiny["images"], "--episodes", "2", "--compare", "paper"]
     argv += ["--preset", "agent", "--run-dir", str(tmp_path / "run")]
     written = io.BytesIO()
+    console = io.TextIOWrapper(written, "cp1252")  # kept: it closes what it writes to when it goes
     with monkeypatch.context() as patched:
-        patched.setattr(sys, "stdout", io.TextIOWrapper(written, "cp1252"))
+        patched.setattr(sys, "stdout", console)
         assert main(["merge", *argv]) == 0
-        sys.stdout.flush()
+    console.flush()
     assert b"expert ??????" in written.getvalue()
     assert "модель" in (tmp_path / "run" / "path.json").read_text("utf-8")
