@@ -23,6 +23,8 @@ from t5_models import hf_model, write_t5, write_texts
 from transformers import (
     Dinov2Config,
     Dinov2ForImageClassification,
+    LlamaConfig,
+    MistralConfig,
     ViTConfig,
     ViTForImageClassification,
 )
@@ -30,6 +32,7 @@ from transformers import (
 from rmm_lab.__main__ import main
 from rmm_lab.errors import InputError
 from rmm_lab.families.checkpoint import read_checkpoint
+from rmm_lab.families.limits import arguments
 from rmm_lab.tasks import plain
 from rmm_lab.tasks.image_task import InputFormat, Task
 from rmm_lab.tasks.text_formats import load
@@ -162,6 +165,14 @@ def test_a_model_larger_than_its_weights_takes_no_memory(vit):
     refusal, megabytes = done.stdout.splitlines()
     assert "as its config.json says" in refusal
     assert int(megabytes) < 2500
+
+
+def test_a_dropout_of_null_is_one_that_is_missing():
+    """It is read, and stops the first step of training. Another null may mean none, as of Mistral's window."""
+    found = {"attention_dropout": None, "sliding_window": None, "hidden_size": 32}
+    assert arguments(MistralConfig, found) == {"sliding_window": None, "hidden_size": 32}
+    with pytest.raises(InputError, match="'attention_dropout' to be a number from 0 to 1, found 7"):
+        arguments(LlamaConfig, {"attention_dropout": 7})
 
 
 @pytest.mark.parametrize("key", ["num_hidden_layers", "num_labels"])

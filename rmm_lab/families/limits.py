@@ -148,6 +148,11 @@ _PROCESSOR: dict[str, Range] = {
 }
 _NOT_NULL = ("architecture", "num_classes")
 
+_DROPOUTS = (
+    *("attention_dropout", "attn_pdrop", "embd_pdrop", "resid_pdrop", "hidden_dropout"),
+    *("hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout"),
+    *("dropout_rate", "drop_path_rate"),
+)
 # transformers: attributes of configs. ``hidden_size`` and its like stand for what other models call them.
 _SIZES: dict[str, Range] = {
     **dict.fromkeys(("num_hidden_layers", "num_layers", "n_layer", "num_decoder_layers"), _LAYERS),
@@ -169,6 +174,7 @@ _SIZES: dict[str, Range] = {
     "relative_attention_max_distance": _ROWS,
     **dict.fromkeys(("image_size", "patch_size"), _one_or_pair(_PIXELS)),
     "num_channels": _CHANNELS,
+    **dict.fromkeys(_DROPOUTS, _SHARE),
     "mlp_ratio": MODEL_ARGS["mlp_ratio"],
     "num_register_tokens": MODEL_ARGS["reg_tokens"],
 }
@@ -244,7 +250,7 @@ def _short(value: Any) -> str:
 
 def arguments(kind: Any, config: Mapping[str, Any]) -> dict[str, Any]:
     """What a config.json says to a config class of transformers: its own arguments and ``_MORE``, and nothing
-    of how it is run; InputError for code of the model's own."""
+    of how it is run; InputError for code of the model's own. A dropout of null is one that is missing."""
     for key in _CODE:
         if config.get(key):
             raise InputError(
@@ -255,7 +261,8 @@ def arguments(kind: Any, config: Mapping[str, Any]) -> dict[str, Any]:
     # First: transformers makes lists of as many names as there are layers or labels.
     _check_numbers({other.get(key, key): value for key, value in config.items()})
     known = set(inspect.signature(kind).parameters) | set(other) | _MORE
-    return {k: v for k, v in config.items() if k in known - _RUNS and not k.startswith("_")}
+    said = {k: v for k, v in config.items() if v is not None or k not in _DROPOUTS}
+    return {k: v for k, v in said.items() if k in known - _RUNS and not k.startswith("_")}
 
 
 def check_sizes(hf: Any) -> None:
