@@ -168,7 +168,7 @@ def test_a_model_larger_than_its_weights_takes_no_memory(vit):
 
 
 def test_a_dropout_of_null_is_one_that_is_missing():
-    """It is read, and stops the first step of training. Another null may mean none, as of Mistral's window."""
+    """It is read, and stops the first step of training. Other nulls mean none, as of Mistral's window."""
     found = {"attention_dropout": None, "sliding_window": None, "hidden_size": 32}
     assert arguments(MistralConfig, found) == {"sliding_window": None, "hidden_size": 32}
     with pytest.raises(InputError, match="'attention_dropout' to be a number from 0 to 1, found 7"):
