@@ -391,6 +391,17 @@ def test_another_tokenizer_is_refused(tmp_path, fmt):
         causal_lm.input_format(read_checkpoint(other))
 
 
+def test_a_tokenizer_without_its_unknown_word_is_told(tmp_path):
+    """It reads well, and cannot encode a word that it does not know, the first of all being an "a"."""
+    folder = write_lm(tmp_path / "base", hf_model("llama"))
+    file = folder / "tokenizer.json"
+    settings = json.loads(file.read_text())
+    settings["model"]["unk_token"] = "[NONE]"
+    file.write_text(json.dumps(settings))
+    with pytest.raises(InputError, match=r"tokenizer: .*can encode every text, .*own tokenizer"):
+        causal_lm.input_format(read_checkpoint(folder))
+
+
 # ------------------------------------------------------------------------- merges and searches
 
 

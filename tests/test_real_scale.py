@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 
 from rmm_lab.errors import InputError
 from rmm_lab.evidence import (
+    measure,
     page_figures,
     real,
     real_excerpts,
@@ -167,8 +168,15 @@ def test_the_protocols_say_what_the_models_say(measured):
         {r["method"]: r for r in rows(measured, "stranger") if r["stranger"] == who}
         for who in ("nobody", "MNIST")
     )
-    assert alone["fine-tuned"]["mean"] == joined["fine-tuned"]["mean"]
-    assert alone["fine-tuned"]["by_task"] == joined["fine-tuned"]["by_task"]
+    for name in ("base", "fine-tuned"):  # models that do not change when another joins
+        for key in ("mean", "by_task"):
+            assert alone[name][key] == joined[name][key]
+    rule = joined["task arithmetic, tuned"]  # on the reward split too, only the tasks that count do
+    problem = measure.load(configure(**json.loads(rule["config"])))
+    scores = uniform.uniform(problem, rule["setting"].split(", best")[0], "reward")
+    assert (
+        rule["reward_split"] == round(100 * scores[:2].mean(), 2) != round(100 * scores.mean(), 2)
+    )
     assert joined["RMM (agent)"]["by_task"].count("=") == 2
     pair = [r for r in rows(measured, "vision") if r["group"] == "CIFAR10+GTSRB"]
     own = {r["method"]: r["mean"] for r in pair}
@@ -317,6 +325,30 @@ def test_a_probe_is_scikit_learns_and_a_nearest_mean_is_by_hand():
     train = torch.tensor([[1.0, 0], [2, 0], [-1, 1], [-2, -1]])
     found = probe.nearest_mean(train, torch.tensor([0, 0, 1, 1]), torch.tensor([[9.0, 1], [-1, 9]]))
     assert found.tolist() == [0, 1]
+    # Far from zero all lie in one direction: seen from there, class 1 at 45 degrees would be the nearest.
+    train = torch.tensor([[10.0, 9], [10, 9.2], [10, 11], [10, 10.8]])
+    found = probe.nearest_mean(
+        train, torch.tensor([0, 0, 1, 1]), torch.tensor([[5.0, 4.9], [20, 21]])
+    )
+    assert found.tolist() == [0, 1]
+
+
+def test_sets_of_experts_by_hand():
+    """Two sets: a merge beats the base on one of them, and the best expert by 10 and by -20 points."""
+    rows = pd.DataFrame(
+        [
+            {"n_experts": 2, "group": group, "method": method, "mean": mean}
+            for group, means in {"A+B": (40, 60, 50, 80, 70), "A+C": (50, 60, 70, 90, 50)}.items()
+            for method, mean in zip(
+                ("base", "expert A", "expert X", "fine-tuned", "weight average"), means, strict=True
+            )
+        ]
+    )
+    row = real_pages.subset_table(rows).loc[(2, "weight average")]
+    assert row["subsets"] == "2"
+    assert row["P(better than base), %"] == "50"  # 70 > 40, and 50 is not more than 50
+    assert row["gain over the best expert"] == "−5.0"  # 70 - 60 and 50 - 70
+    assert row["% of experts"].startswith("71.5")  # 87.5 and 55.6
 
 
 def test_what_is_recovered_by_hand_and_nothing_where_nothing_is_lost():

@@ -216,6 +216,20 @@ def test_a_tokenizer_config_that_is_broken_or_anothers(own, content, words):
     refused(own, "'origin'", "tokenizer", *words)
 
 
+def test_a_tokenizer_without_its_unknown_word_is_told(own):
+    """It reads well, and cannot encode a word that it does not know."""
+    own.copied("base")
+    for name in ("one", "two"):
+        (own.copied(name) / "tokenizer.json").unlink(missing_ok=True)
+    file = Path(own.base) / "tokenizer.json"
+    settings = json.loads(file.read_text())
+    settings["model"]["unk_token"] = "[NONE]"
+    file.write_text(json.dumps(settings))
+    problem = own.load()
+    with pytest.raises(InputError, match=r"tokenizer: .*can encode every text, .*own tokenizer"):
+        problem.tasks[0].format.encode(["a word unheard of"])
+
+
 @pytest.mark.parametrize("n", [105, 400])
 def test_a_tokenizer_larger_than_the_embeddings(own, n):
     write_tokenizer(own.copied("base"), [f"w{i}" for i in range(n - 3)])

@@ -26,7 +26,7 @@ from torch import Tensor
 from rmm_lab.errors import InputError
 from rmm_lab.tasks import small_writing
 from rmm_lab.tasks.metrics import PERPLEXITY
-from rmm_lab.tasks.text_task import Texts, pad, read_tokenizer
+from rmm_lab.tasks.text_task import Texts, encodings, pad, read_tokenizer
 
 CHOOSE, WRITE, READ, NEXT = range(4)  # what is asked: see ``CausalLM.logits``
 FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")  # each is a tokenizer, or most of one
@@ -77,7 +77,7 @@ class LMFormat:
                 f"model {source!r}: expected a token that ends an answer (eos_token_id in config.json), "
                 f"found {last}; name one there, and in tokenizer_config.json"
             )
-        begin, plain = (tokenizer.encode("a", add_special_tokens=s).ids for s in (True, False))
+        begin, plain = (encodings(tokenizer, ["a"], special)[0].ids for special in (True, False))
         at = next((i for i in range(len(begin)) if begin[i:][: len(plain)] == plain), 0)
         return cls(tokenizer, longest, tuple(begin[:at]), last)
 
@@ -112,8 +112,7 @@ class LMFormat:
             texts.append(prompt + ("" if joined else " ") + answer)
             borders.append(len(prompt))
         out = []
-        found = self.tokenizer.encode_batch(texts, add_special_tokens=False)
-        for text, border in zip(found, borders, strict=True):
+        for text, border in zip(encodings(self.tokenizer, texts), borders, strict=True):
             n = next(
                 (i for i, (_, stop) in enumerate(text.offsets) if stop > border), len(text.ids)
             )

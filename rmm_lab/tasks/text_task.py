@@ -88,8 +88,7 @@ class TextFormat:
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         """Tokens of each text, the end token included."""
-        found = self.tokenizer.encode_batch(list(texts), add_special_tokens=False)
-        return [[*text.ids, self.end] for text in found]
+        return [[*text.ids, self.end] for text in encodings(self.tokenizer, texts)]
 
 
 T5_FILES = ("tokenizer.json", "spiece.model")  # either is a T5's whole tokenizer
@@ -138,6 +137,20 @@ def read_tokenizer(
     tokenizer.no_padding()
     tokenizer.no_truncation()
     return tokenizer, settings
+
+
+def encodings(tokenizer: Any, texts: Sequence[str], special: bool = False) -> list[Any]:
+    """What a Rust tokenizer makes of n texts; special: with the tokens that it puts around a text.
+
+    InputError where it cannot: one that lacks its own unknown word reads, and then fails at a text.
+    """
+    try:
+        return list(tokenizer.encode_batch(list(texts), add_special_tokens=special))
+    except Exception as error:  # tokenizers raises bare Exceptions
+        raise InputError(
+            f"the model's tokenizer: expected one that can encode every text, found one that cannot "
+            f"({one_sentence(error)}); put the model's own tokenizer into its folder"
+        ) from error
 
 
 class TextBatch(NamedTuple):
