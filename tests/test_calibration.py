@@ -548,6 +548,36 @@ def test_nothing_that_is_kept_changes_a_bit(pool, monkeypatch):
     same(layers_of(other, path)[0], expected[0])
 
 
+def test_experts_run_in_the_first_two_fits_alone(pool, monkeypatch):
+    """A single merge keeps nothing for others; what the second keeps changes no bit of the third."""
+    sources = [f"least_squares:ridge=0.01,weights={w}/1" for w in (1, 2, 3)]
+
+    def sum_of(weights):
+        return sum(float(weights[name].double().sum()) for name in sorted(weights))
+
+    experts = {sum_of(pool.weights(e, k)) for e in pool.names for k in range(pool.n_layers)}
+    runs, apply = [], pool.architecture.apply
+
+    def watched(layer, state):
+        runs[-1] += sum_of(layer.state_dict()) in experts
+        return apply(layer, state)
+
+    def fitted(pool):
+        runs.clear()
+        for source in sources:
+            runs.append(0)
+            yield layers_of(pool, uniform(source, pool.n_layers))
+
+    monkeypatch.setattr(type(pool.architecture), "apply", lambda _, *args: watched(*args))
+    expected = list(fitted(renewed(pool)))
+    assert runs[0] >= runs[1] > runs[2] == 0
+    monkeypatch.setattr(calibration, "THEIRS", 0)
+    for found, wanted in zip(fitted(renewed(pool)), expected, strict=True):
+        for one, two in zip(found, wanted, strict=True):
+            same(one, two)
+    assert 0 < runs[1] <= runs[2]
+
+
 def test_states_that_fit_are_kept_though_others_do_not(pool, monkeypatch):
     """Each pass over a layer's inputs takes them in the same order: kept by age, all would be lost."""
     monkeypatch.setattr(inputs, "BATCH", 5)
@@ -1181,16 +1211,12 @@ def test_gram_matrices_are_whole_however_wide(d):
     generator = torch.Generator().manual_seed(d)
     x = torch.randn(60, d, generator=generator)
     w = torch.rand(60, generator=generator)
-    grams = Means(2, 2, d, d)
+    y = torch.randn(60, 5, generator=generator)
+    means = Means(2, 2, d, 5)
     for rows in (slice(0, 7), slice(7, 40)):
-        grams.add(1, 0, x[rows], x[rows], w[rows])  # two different slices of the same rows
-    assert not grams._bands
-    itself = Means(2, 2, d, d)
-    for rows in (slice(0, 7), slice(7, 40)):
-        own = x[rows]
-        itself.add(1, 0, own, own, w[rows])
-    plain = (x[:40] * w[:40, None]).double().T @ x[:40].double() / w[:40].double().sum()
-    for found in (grams.take(), itself.take()):
+        means.add(1, 0, torch.cat([x[rows], y[rows]], 1), w[rows])
+    for found, other in zip(means.take(), (x, y), strict=True):
+        plain = (x[:40] * w[:40, None]).double().T @ other[:40].double() / w[:40].double().sum()
         assert torch.allclose(found[1, 0].double(), plain, rtol=1e-4, atol=1e-5)
         assert not found[0].any()
         assert not found[:, 1].any()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -16,41 +16,39 @@ BAND = 256  # rows of a symmetric product that are computed at a time
 
 
 class Means:
-    """Weighted means of products of rows, streamed: ``sum w x y' / sum w`` for each fold and task.
+    """Weighted means of products, streamed: ``sum w x [x | y]' / sum w`` for each fold and task.
 
-    Of a wide product of rows with themselves only the upper bands add up; ``take`` mirrors them.
+    d: how many numbers a row x has; o: how many y has. Of wide rows' products with themselves only the upper
+    bands add up; ``take`` mirrors them.
     """
 
-    def __init__(self, folds: int, tasks: int, d: int, o: int) -> None:
+    def __init__(self, folds: int, tasks: int, d: int, o: int = 0) -> None:
         self.dtype = torch.float64 if d <= WIDE else torch.float32
-        self.total = torch.zeros(folds, tasks, d, o, dtype=self.dtype)
+        self.total = torch.zeros(folds, tasks, d, d + o, dtype=self.dtype)
         self.rows = torch.zeros(folds, tasks, dtype=torch.int64)
         self.weight = torch.zeros(folds, tasks, 1, 1, dtype=torch.float64)
-        self._bands: list[slice] = []  # of a symmetric product
-
-    def add(self, fold: int, task: int, x: Tensor, y: Tensor, w: Tensor) -> None:
-        """x: (n, D), y: (n, O), w: (n,). Wide rows add up in float32, for speed.
-
-        y may be x itself, then in every call.
-        """
-        itself, d = y is x, x.shape[1]
-        x, y, w = (t.to(self.dtype) for t in (x, y, w))
-        total, weighed = self.total[fold, task], (x * w[:, None]).T  # (D, O), (D, n)
-        if itself and d > WIDE:
+        self._bands = [slice(0, d)]
+        if d > WIDE:
             self._bands = [slice(a, min(a + BAND, d)) for a in range(0, d, BAND)]
-            for band in self._bands:
-                total[band, band.start :].addmm_(weighed[band], y[:, band.start :])
-        else:
-            total.addmm_(weighed, y)
+
+    def add(self, fold: int, task: int, rows: Tensor, w: Tensor) -> None:
+        """rows: (n, D + O), each x and then y; w: (n,). Wide ones add up in float32, for speed."""
+        total, d = self.total[fold, task], self.total.shape[2]  # (D, D + O)
+        rows, w = rows.to(self.dtype), w.to(self.dtype)
+        weighed = (rows[:, :d] * w[:, None]).T  # (D, n)
+        for band in self._bands:
+            total[band, band.start :].addmm_(weighed[band], rows[:, band.start :])
         self.weight[fold, task] += float(w.sum())
         self.rows[fold, task] += len(w)
 
-    def take(self) -> Tensor:
-        """(K, N, D, O), 0 where there are no rows; the sums are used up."""
-        for band in self._bands:
-            right = self.total[..., band, band.stop :]
+    def take(self) -> tuple[Tensor, Tensor]:
+        """(K, N, D, D) and (K, N, D, O), 0 where there are no rows; the sums are used up."""
+        d = self.total.shape[2]
+        for band in self._bands[:-1]:
+            right = self.total[..., band, band.stop : d]
             self.total[..., band.stop :, band] = right.transpose(-1, -2)
-        return self.total.div_(torch.where(self.weight > 0, self.weight, 1.0).to(self.dtype))
+        self.total.div_(torch.where(self.weight > 0, self.weight, 1.0).to(self.dtype))
+        return self.total[..., :d], self.total[..., d:]
 
 
 class _Done(Exception):
@@ -110,21 +108,60 @@ class Stages(NamedTuple):
         return {*maps, *(n for n in fixed if not any(n.startswith(f"{o}.") for o in fixed))}
 
 
-Remembered = Callable[..., Any]  # a module's name, the module, its arguments -> its output
+class Remembered:
+    """What the finished parts of layers put out, computed once.
+
+    Args:
+        budget: bytes that may be held; what goes beyond is computed again.
+    """
+
+    def __init__(self, budget: int) -> None:
+        self.budget = budget
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget everything."""
+        self._outputs: dict[tuple, Any] = {}  # tensors, or tuples that begin with one
+        self._bytes = 0
+
+    def keep(self, layer: nn.Module, at: Hashable, name: str, output: Any) -> None:
+        """What a layer's module put out for some inputs, ``at``, while there is room."""
+        key = (layer, at, name)
+        if self._bytes + _bytes(output) <= self.budget and key not in self._outputs:
+            self._outputs[key] = output
+            self._bytes += _bytes(output)
+
+    @contextlib.contextmanager
+    def within(self, layer: nn.Module, at: Hashable, names: Iterable[str]) -> Iterator[None]:
+        """Within the block, modules of these names answer from what is remembered of them at some inputs."""
+        modules = dict(layer.named_modules())
+        chosen = {name: modules[name] for name in names}
+        for name, module in chosen.items():
+            module.forward = functools.partial(self._answer, layer, at, name, module)
+        try:
+            yield
+        finally:
+            for module in chosen.values():
+                del module.forward
+
+    def _answer(
+        self, layer: nn.Module, at: Hashable, name: str, module: Any, *args: Any, **options: Any
+    ) -> Any:
+        if (y := self._outputs.get((layer, at, name))) is None:
+            y = type(module).forward(module, *args, **options)
+            if isinstance(y, tuple):  # a language model's attention, whose scores nobody needs
+                y = (y[0], *(None for _ in y[1:]))
+            self.keep(layer, at, name, y)
+            if (layer, at, name) in self._outputs:  # it stands for the modules in it
+                for old in [
+                    o for o in self._outputs if o[:2] == (layer, at) and o[2].startswith(f"{name}.")
+                ]:
+                    self._bytes -= _bytes(self._outputs.pop(old))
+        return y
 
 
-@contextlib.contextmanager
-def remembering(layer: nn.Module, names: Iterable[str], remembered: Remembered) -> Iterator[None]:
-    """Within the block, modules of these names answer from what is remembered of them."""
-    modules = dict(layer.named_modules())
-    chosen = {name: modules[name] for name in names}
-    for name, module in chosen.items():
-        module.forward = functools.partial(remembered, name, module)
-    try:
-        yield
-    finally:
-        for module in chosen.values():
-            del module.forward
+def _bytes(output: Any) -> int:
+    return int((output[0] if isinstance(output, tuple) else output).nbytes)
 
 
 def run(

@@ -108,7 +108,7 @@ class Cache:
             if key in self._values:
                 self._drop(key)
             # Room first: the budget holds at every moment.
-            old = iter([other for other in self._values if not spare(other)])
+            old = (other for other in list(self._values) if not spare(other))
             while self.bytes + self._new(memory) > self.budget:
                 if (other := next(old, None)) is None:
                     return

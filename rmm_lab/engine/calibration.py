@@ -23,12 +23,12 @@ from rmm_lab import matching
 from rmm_lab.engine import ridge
 from rmm_lab.engine.activations import (
     Means,
+    Remembered,
     Stages,
     as_rows,
     linear_maps,
     make_up,
     parameter,
-    remembering,
     run,
 )
 from rmm_lab.engine.cache import Cache
@@ -39,6 +39,7 @@ from rmm_lab.reward import Path, Step
 
 BUDGET = 2**27  # bytes of states between layers
 INSIDE = 2**27  # bytes of what is known inside a layer that is being fitted
+THEIRS = 2**28  # bytes of what experts' linear maps put out, from the second fit of a layer on
 FITTED = 2**28  # bytes of fitted layers, for other paths that begin alike
 FEW = 50  # inputs of a task; with fewer, ``ridge=auto`` first asks whether a fit helps at all
 FOLDS = 2  # of the inputs that choose a ridge
@@ -72,14 +73,15 @@ class Calibration(Inputs):
 
     def _forget(self) -> None:
         self._cache, self._fitted = Cache(BUDGET), Cache(FITTED)
-        self._outputs: dict[tuple, Any] = {}  # tensors, or tuples that begin with one
-        self._kept = 0  # bytes of these
+        self._theirs, self._inside = Cache(THEIRS), Remembered(INSIDE)
+        self._modules: dict[int, list[nn.Module]] = {}
+        self._again = set[int]()  # layers that have been fitted before
         self._stages: dict[int, Stages] = {}
         self._helps: dict[str, bool] = {}  # operator -> whether it does better than its anchor
         self.notes: list[str] = []  # what a reader of the scores must know about the fits
 
     def __getstate__(self) -> dict[str, Any]:
-        computed: dict[str, Any] = {"_outputs": {}, "_stages": {}}
+        computed = {"_inside": Remembered(INSIDE), "_stages": {}, "_modules": {}}
         return super().__getstate__() | computed  # a pickled cache is an empty one
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -119,10 +121,11 @@ class Calibration(Inputs):
         key = ("expert", name, *range(k))
         return self._state(key, pool.stem(name), layers, pool.architecture, i, j)
 
-    @staticmethod
-    def _experts(pool: Any, k: int) -> list[nn.Module]:
+    def _experts(self, pool: Any, k: int) -> list[nn.Module]:
         """Each expert's layer k in a module of its own, since other threads may be running the pool's."""
-        return [pool.architecture.layer(k, pool.weights(e, k)) for e in pool.names]
+        if k not in self._modules:
+            self._modules[k] = [pool.architecture.layer(k, pool.weights(e, k)) for e in pool.names]
+        return self._modules[k]
 
     @torch.no_grad()
     def drift(self, pool: Any, path: Path) -> np.ndarray:
@@ -272,58 +275,27 @@ class Calibration(Inputs):
     def _regmean(self, pool: Any, anchor: Weights, k: int, alpha: float) -> Weights:
         arch, experts = pool.architecture, self._experts(pool, k)
         out = dict(anchor)
-        done: list[str] = []
-        for names in self._stages_of(pool, k).stages:
+        done, stages = list[str](), self._stages_of(pool, k)
+        for names in stages.stages:
             d = linear_maps(experts[0])[names[0]].in_features
-            grams = Means(1, len(experts), d, d)
+            grams = Means(1, len(experts), d)
             for i, expert in enumerate(experts):
                 for j in self._parts(i):
                     state = self._expert_state(pool, i, j, k)
-                    with self._remembering(pool, expert, (k, i, j), done):
+                    with self._inside.within(expert, (i, j), stages.done(done)):
                         x, _, _ = run(arch, expert, state, names, outputs=False)
                     rows, w = as_rows(x, arch.row_weights(expert, names[0], state, 0.0))
                     here = (w > 0).nonzero().squeeze(1)
-                    grams.add(0, i, rows[here], rows[here], w[here])
-            gram = grams.take()[0]  # (N, D, D)
+                    grams.add(0, i, rows[here], w[here])
+            gram = grams.take()[0][0]  # (N, D, D)
             for name in names:
                 key = f"{name}.weight"
                 own = torch.stack([pool.weights(e, k)[key] for e in pool.names])  # (N, O, D)
                 with _at(f"regmean at layer {k}, {name}"):
                     out[key] = matching.regmean(gram, own, alpha=alpha).contiguous()
             done += names
-        self._outputs, self._kept = {}, 0
+        self._inside.clear()
         return out
-
-    def _remembering(
-        self, pool: Any, layer: Any, key: tuple[int, int, int], done: Sequence[str]
-    ) -> contextlib.AbstractContextManager[None]:
-        """While a layer is fitted, what its finished parts put out is computed once, within the budget.
-
-        key: the layer's number, task and part; done: the linear maps that will not change any more.
-        """
-        names = self._stages_of(pool, key[0]).done(done)
-
-        def remembered(name: str, module: nn.Module, *args: Any, **options: Any) -> Any:
-            if (y := self._outputs.get((layer, key, name))) is None:
-                y = type(module).forward(module, *args, **options)
-                if isinstance(y, tuple):  # a language model's attention, whose scores nobody needs
-                    y = (y[0], *(None for _ in y[1:]))
-                self._keep((layer, key, name), y)
-                inner = [
-                    o
-                    for o in self._outputs
-                    if o[:2] == (layer, key) and o[2].startswith(f"{name}.")
-                ]
-                for old in inner if (layer, key, name) in self._outputs else ():
-                    self._kept -= _bytes(self._outputs.pop(old))  # the larger module stands for it
-            return y
-
-        return remembering(layer, names, remembered)
-
-    def _keep(self, key: tuple, output: Any) -> None:
-        if self._kept + _bytes(output) <= INSIDE and key not in self._outputs:
-            self._outputs[key] = output
-            self._kept += _bytes(output)
 
     def _note(self, text: str) -> None:
         if not any(note[:10] == text[:10] for note in self.notes):  # once of each kind
@@ -339,53 +311,43 @@ class Calibration(Inputs):
         stem, *steps = prefix
         before = [pool.layer(*s, prefix=prefix[: m + 1]) for m, s in enumerate(steps)]
         first = pool.stem(stem.source, stem.scales)
-        writes = arch.writes(layer) if fit.residual else {}
+        writes = arch.writes(layer)
         folds = FOLDS if fit.ridge == "auto" else 1
-        linear, fitted = linear_maps(layer), list[str]()
-        for names in self._stages_of(pool, k).stages:
+        linear, fitted, stages = linear_maps(layer), list[str](), self._stages_of(pool, k)
+        for names in stages.stages:
             with_bias = linear[names[0]].bias is not None
             d = linear[names[0]].in_features + with_bias
-            to_x = Means(folds, len(experts), d, d)
-            to_y = {n: Means(folds, len(experts), d, linear[n].out_features) for n in names}
+            widths = [linear[name].out_features for name in names]
+            means, done = Means(folds, len(experts), d, sum(widths)), stages.done(fitted)
             for i, expert in enumerate(experts):
                 for j in self._parts(i):
                     state = self._state(prefix, first, before, arch, i, j)
-                    theirs = self._expert_state(pool, i, j, k)
                     norm, scale = writes.get(names[0], ("", ""))
-                    with self._remembering(pool, layer, (k, i, j), fitted):
+                    outputs, their_stream = self._of_expert(pool, expert, (k, i, j), names, norm)
+                    norm = norm if fit.residual else ""
+                    with self._inside.within(layer, (i, j), done):
                         x, _, stream = run(arch, layer, state, names, norm, outputs=False)
-                    with self._remembering(pool, expert, (k, i, j), fitted):
-                        _, outputs, their_stream = run(arch, expert, theirs, names, norm)
-                    for name in names:
-                        self._keep((expert, (k, i, j), name), outputs[name])
                     w = arch.row_weights(layer, names[0], state, fit.readout)
                     rows, w = as_rows(x, w, ones=with_bias)
                     if norm:
-                        [name] = names
-                        lack = (their_stream - stream) * fit.residual
-                        outputs[name] = make_up(
-                            outputs[name], lack, layer, expert, scale, fit.residual
-                        )
+                        lack, [y] = (their_stream - stream) * fit.residual, outputs
+                        outputs = [make_up(y, lack, layer, expert, scale, fit.residual)]
+                    rows = torch.cat([rows, *(y.flatten(0, -2) for y in outputs)], 1)  # [x | y]
                     n = len(self._cuts_of()[i][j])  # whole examples take turns in the folds
                     fold = ((torch.arange(n) + j) % folds).repeat_interleave(len(rows) // n)
                     for f in range(folds):
                         here = ((fold == f) & (w > 0)).nonzero().squeeze(1)
-                        x_here, w_here = rows[here], w[here]
-                        to_x.add(f, i, x_here, x_here, w_here)
-                        for name in names:
-                            y = outputs[name].flatten(0, -2)[here]  # (rows, O)
-                            to_y[name].add(f, i, x_here, y, w_here)
-            if (n := int(to_x.rows.sum())) < d:
+                        means.add(f, i, rows[here], w[here])
+            if (n := int(means.rows.sum())) < d:
                 self._note(
                     f"fewer inputs than layers are wide (such as {n} tokens for the {d} inputs of "
                     f"{names[0]}): the ridge holds what they leave open to the anchor"
                 )
-            xx = to_x.take()  # (K, N, D, D)
-            for name in names:
+            xx, products = means.take()  # (K, N, D, D), (K, N, D, sum of O)
+            for name, xy in zip(names, products.split(widths, -1), strict=True):
                 start = anchor[f"{name}.weight"]
                 if with_bias:
                     start = torch.cat([start, anchor[f"{name}.bias"][:, None]], 1)  # (O, D + 1)
-                xy = to_y.pop(name).take()  # (K, N, D, O)
                 with _at(f"least squares at layer {k}, {name}"):
                     best = fit.ridge
                     if isinstance(best, str):
@@ -401,21 +363,49 @@ class Calibration(Inputs):
                     solved, linear[name].bias = solved[:, :-1], parameter(solved[:, -1])
                 linear[name].weight = parameter(solved)
             fitted += names
-        if k + 1 < pool.n_layers:  # the next layer asks for these states
-            for i in range(len(experts)):
-                for j in self._parts(i):
-                    state = self._state(prefix, first, before, arch, i, j)
-                    theirs = self._expert_state(pool, i, j, k)
-                    own = ("expert", pool.names[i], *range(k + 1))
-                    for key, model, s in (
-                        ((*prefix, step), layer, state),
-                        (own, experts[i], theirs),
-                    ):
-                        with self._remembering(pool, model, (k, i, j), fitted):
-                            out = arch.apply(model, s)
-                        self._store((key, i, j), out, arch)
-        self._outputs, self._kept = {}, 0
+        done = stages.done(fitted)
+        for i in (
+            range(len(experts)) if k + 1 < pool.n_layers else ()
+        ):  # the next layer asks for these states
+            for j in self._parts(i):
+                state = self._state(prefix, first, before, arch, i, j)
+                with self._inside.within(layer, (i, j), done):
+                    self._store(((*prefix, step), i, j), arch.apply(layer, state), arch)
+                own = (("expert", pool.names[i], *range(k + 1)), i, j)
+                if own not in self._cache and not self._knows(pool, k + 1, i, j):
+                    with self._inside.within(experts[i], (i, j), done):
+                        theirs = self._expert_state(pool, i, j, k)
+                        self._store(own, arch.apply(experts[i], theirs), arch)
+        self._inside.clear()
+        self._again.add(k)
         return {name: tensor.detach() for name, tensor in layer.state_dict().items()}
+
+    def _of_expert(
+        self, pool: Any, expert: Any, at: tuple[int, int, int], names: Sequence[str], norm: str
+    ) -> tuple[list[Tensor], Tensor]:
+        """What linear maps of an expert's layer put out for a part of its task, and what went into ``norm``.
+
+        at: the numbers of the layer, the task and the part; names: a stage of the layer. No path changes
+        these, so that every fit of the layer but the first, which may be the only one, finds them.
+        """
+        k, i, j = at
+        if (found := self._theirs.get((at, names[0]))) is None:
+            state, stages = self._expert_state(pool, i, j, k), self._stages_of(pool, k)
+            before = [name for stage in stages.stages for name in stage]
+            done = stages.done(before[: before.index(names[0])])
+            with self._inside.within(expert, (i, j), done):
+                _, outputs, stream = run(pool.architecture, expert, state, names, norm)
+            for name in names:
+                self._inside.keep(expert, (i, j), name, outputs[name])
+            found = [outputs[name] for name in names], stream
+            if k in self._again:  # what has found no room is computed each time
+                self._theirs.put((at, names[0]), found, [*found[0], stream], lambda other: True)
+        return found
+
+    def _knows(self, pool: Any, k: int, i: int, j: int) -> bool:
+        """Whether all that ``_of_expert`` says of a layer is known for a part."""
+        stages = self._stages_of(pool, k).stages if k in self._again else [[""]]
+        return all(((k, i, j), names[0]) in self._theirs for names in stages)
 
     def _stages_of(self, pool: Any, k: int) -> Stages:
         if k not in self._stages:
@@ -437,10 +427,6 @@ def _at(where: str) -> Iterator[None]:
         yield
     except InputError as error:
         raise InputError(f"{where}: {error}") from error
-
-
-def _bytes(output: Any) -> int:
-    return int((output[0] if isinstance(output, tuple) else output).nbytes)
 
 
 def _take(batch: Any, rows: slice) -> Any:
