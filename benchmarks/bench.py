@@ -216,6 +216,7 @@ def plain_way(
     scorer: Any,
     asked: Sequence[tuple[reward.Path, int | None, float]],
     sample: int,
+    clock: Callable[[], float] = lambda: time.perf_counter(),
 ) -> dict[str, float]:
     """Score an evenly spaced sample of a search's paths with whole models, remembering nothing.
 
@@ -228,11 +229,11 @@ def plain_way(
     chosen = [on_subsets[i] for i in np.linspace(0, len(on_subsets) - 1, sample).astype(int)]
     assembly = forward = difference = 0.0
     for n, (path, subset, expected) in enumerate([chosen[0], *chosen]):
-        start = time.perf_counter()
+        start = clock()
         model = problem.pool.assemble(path, scorer.stem).to(scorer.device)
-        built = time.perf_counter()
+        built = clock()
         scores = [plain_score(problem, model, i, scorer.rows(i, subset)) for i in tasks]
-        done = time.perf_counter()
+        done = clock()
         if n:  # the first one warms up
             assembly, forward = assembly + built - start, forward + done - built
             difference = max(difference, abs(float(np.mean(scores)) - expected))

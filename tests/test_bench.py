@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from benchmarks import bench
+from benchmarks import bench, quality
 from rmm_lab.errors import InputError
 from rmm_lab.reward import Step
 from rmm_lab.search.config import configure
@@ -106,3 +106,83 @@ def test_the_page_on_performance_holds_the_tables(table):
     assert bench.markdown(table, rows) in page
     assert all(machine in page for machine in rows["machine"])
     assert all(commit in page for commit in rows["commit"])
+
+
+# ---------------------------------------------------------------------------- the time to a good model
+
+
+def test_seconds_to_a_score_are_those_of_the_first_path_that_has_it():
+    """Two seeds of one method: the first is there after 2 s, leaves and comes back; the second never is."""
+    rows = pd.DataFrame(
+        [
+            {"seed": seed, "seconds": seconds, "test": test}
+            for seed, seconds, test in [
+                (1, 1, 50),
+                (1, 2, 81),
+                (1, 3, 70),
+                (1, 4, 90),
+                (2, 1, 79.9),
+            ]
+        ]
+    )
+    found = quality.seconds_to(rows, 80)
+    assert found[1] == 2
+    assert np.isnan(found[2])
+
+
+def test_a_search_in_the_plain_way_takes_time_by_its_examples(monkeypatch):
+    """Three evaluations on 10 examples and a final one on 70: after the second, 20 % of 50 s have passed."""
+
+    class Scorer:
+        n_models = 2
+
+        @staticmethod
+        def rows(i, subset):
+            return range(35 if subset is None else 5)
+
+    monkeypatch.setattr(quality, "plain_way", lambda *args: {"seconds": 50.0})
+    best = quality.Best()
+    for subset in (0, 0, 1, None):
+        best.note((), subset, 0.5)
+    rows = [{"method": "RMM (paper)", "evaluations": n, "seconds": 0.1} for n in (2, 4)]
+    found = list(quality.in_the_plain_way(None, Scorer(), best, rows))
+    assert [row["seconds"] for row in found] == [10, 50]
+    assert {row["method"] for row in found} == {quality.PLAIN}
+
+
+def test_only_what_is_better_on_a_subset_is_a_new_best_path():
+    best = quality.Best()
+    for path, subset, worth in [("a", 0, 0.5), ("b", 1, 0.5), ("c", 0, 0.7), ("d", None, 0.9)]:
+        best.note(path, subset, worth)
+    assert [(n, path) for _, n, path in best.found] == [(1, "a"), (3, "c")]
+    best.end("d")
+    assert best.found[-1][1:] == (4, "d")
+
+
+@pytest.mark.slow
+def test_the_time_to_a_good_model_is_measured_once(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(quality, "in_process", lambda job: job())
+    monkeypatch.setattr(quality, "RIVALS", ("random search",))
+    monkeypatch.setattr(
+        quality, "METHODS", ("RMM (paper), plain way", "RMM (paper)", "RMM (agent)")
+    )
+    monkeypatch.setattr(quality, "SAMPLE", 2)
+    run = quality.Quality(seeds=(1,), episodes=3, calibration=8, out=tmp_path).run
+    run()
+    rows = pd.read_csv(tmp_path / "quality.csv")
+    ends = rows[rows["chosen"]]
+    assert sorted(ends["method"]) == sorted((*quality.METHODS, "random search", *quality.FITS))
+    assert (rows["seconds"] > 0).all()
+    paper, plain = (rows[rows["method"] == name] for name in (quality.PAPER, quality.PLAIN))
+    assert paper["test"].tolist() == plain["test"].tolist()
+    assert "| RMM (agent)" in capsys.readouterr().out
+    assert (tmp_path / "quality.png").read_bytes()[:4] == b"\x89PNG"
+    before = (tmp_path / "quality.csv").read_bytes()
+    monkeypatch.setattr(quality, "measured", None)
+    run()
+    assert (tmp_path / "quality.csv").read_bytes() == before
+
+
+def test_an_unknown_group_is_refused(tmp_path):
+    with pytest.raises(InputError, match=r"--groups: .*digits\+textures.*'cats'"):
+        quality.Quality(groups=("cats",), out=tmp_path).run()
