@@ -160,16 +160,23 @@ def predict(
 
 
 def predict_all(
-    pool: Any, tasks: Sequence[Task], path: Path, split: str, device: str = "cpu"
+    pool: Any,
+    tasks: Sequence[Task],
+    path: Path,
+    split: str,
+    device: str = "cpu",
+    rows: Sequence[np.ndarray | None] = (),
 ) -> list[Tensor]:
-    """Each task's answers (n,) by a path through a ``LayerPool``, with the task's own head."""
+    """Each task's answers (n,) by a path through a ``LayerPool``, with the task's own head.
+
+    rows: each task's, see ``predict``; by default all.
+    """
     first, steps = split_stem(path)
     stem = pool.stem(first.source, first.scales)
     layers = [pool.layer(*step, prefix=(first, *steps[:i])) for i, step in enumerate(steps)]
-    return [
-        predict(pool.architecture, stem, layers, pool.heads[name], task, split, device=device)
-        for name, task in zip(pool.names, tasks, strict=True)
-    ]
+    model = pool.architecture, stem, layers
+    each = zip(pool.names, tasks, rows or [None] * len(tasks), strict=True)
+    return [predict(*model, pool.heads[name], task, split, own, device) for name, task, own in each]
 
 
 def evaluate(

@@ -20,6 +20,7 @@ from torch import Tensor
 from rmm_lab.families.parts import Weights
 from rmm_lab.reward import Path, Step, evaluate, predict, predict_all
 from rmm_lab.search.problem import Problem
+from rmm_lab.search.race import Race
 
 # ------------------------------------------------------------------------------- lines of a table
 
@@ -143,13 +144,15 @@ SLOW = ("DOGE",)  # iterative: not in the table of a single search
 class Choice(NamedTuple):
     """A rule's setting and its mean metric on the whole reward split; NaN and 0 ``tried`` if not scored.
 
-    ``evaluations``: models that were scored, those among them that are no setting of the rule.
+    ``evaluations``: models that were scored, those among them that are no setting of the rule; ``dropped``:
+    how many of them on a part of the split alone, see ``race``.
     """
 
     setting: str
     reward: float = float("nan")
     tried: int = 0
     evaluations: int = 0
+    dropped: int = 0
 
 
 class Tuning:
@@ -157,6 +160,7 @@ class Tuning:
 
     def __init__(self, problem: Problem) -> None:
         self.problem, self.best = problem, Choice("", -1.0)
+        self._race = Race(problem)
         self._rewards: dict[str, float] = {}
 
     @property
@@ -165,9 +169,12 @@ class Tuning:
         return len(self._rewards)
 
     def score(self, setting: str) -> float:
-        """The mean metric of a setting, in [0, 1]; the first of equal ones stays the best."""
+        """The mean metric of a setting, in [0, 1]; the first of equal ones stays the best.
+
+        Of one that falls behind, an estimate below the best.
+        """
         if setting not in self._rewards:
-            self._rewards[setting] = float(uniform(self.problem, setting, "reward").mean())
+            self._rewards[setting] = self._race.score(uniform_path(self.problem, setting))
             better = self._rewards[setting] > self.best.reward
             self.problem.pool.forget([self.best.setting if better else setting])
             if better:
@@ -176,7 +183,8 @@ class Tuning:
 
     def choice(self) -> Choice:
         """The best setting of all."""
-        return self.best._replace(tried=self.tried, evaluations=self.tried)
+        n = self.tried
+        return self.best._replace(tried=n, evaluations=n, dropped=self._race.dropped)
 
 
 def tune(problem: Problem, settings: Sequence[str]) -> Choice:
@@ -248,6 +256,7 @@ def rule_rows(problem: Problem, names: Collection[str] = tuple(GRIDS)) -> Iterat
         told, sees = choice.setting, "nothing"
         if choice.tried:
             told, sees = f"{told}, best of {choice.tried} on the reward split", "labels"
+            told += f", {choice.dropped} of them on a part of it" if choice.dropped else ""
         elif name in PUBLISHED:
             told += " as published"
         took = {"evaluations": choice.evaluations, "reward": choice.reward, "sees": sees}
