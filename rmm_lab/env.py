@@ -250,12 +250,14 @@ class MergingEnv(gym.Env[np.ndarray, np.int64]):
             path = path_text(self.path) or "(empty)"
             return "\n".join([*lines, f"{'':>{width}} {cursor}", f"path: {path}"]) + "\n"
         if self.render_mode == "rgb_array":
-            import matplotlib
-
-            shade = np.minimum(self.merging_map / 2, 1)  # 0, once, twice or more
-            colours = matplotlib.colormaps["cividis"](shade)[..., :3]  # (N+M, L, 3)
+            shade = np.minimum(self.merging_map / 2, 1)[
+                ..., None
+            ]  # (N+M, L, 1): 0, once, twice or more
+            colours = 255 - shade * (
+                255 - np.array([0, 76, 125])
+            )  # (N+M, L, 3), from white to blue
             square = np.ones((24, 24, 1))  # pixels per cell
-            picture = (255 * np.kron(colours, square)).astype(np.uint8)  # (24 (N+M), 24 L, 3)
+            picture = np.kron(colours, square).astype(np.uint8)  # (24 (N+M), 24 L, 3)
             if self.layer < self.n_layers:
                 x = 24 * (self.layer - self.first)
                 picture[:, [x, x + 1, x + 22, x + 23]] = (230, 159, 0)  # the cursor's column

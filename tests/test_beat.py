@@ -36,7 +36,7 @@ def test_tries_are_kept_ranked_and_handed_in(tmp_path):
     view.undo_button.click()
     ranking = [(who, round(value, 3)) for who, value, _ in view.ranking()]
     assert ranking == [("you", 0.9), ("agent", 0.7), ("you", 0.7), ("you", 0.6)]
-    assert view.table.value.count(">you<") == 3
+    assert view.ranks.value.count(". you ") == 3
     again = beat.HighScores(file)
     assert again.tries == view.scores.tries
     again.hand_in(tmp_path / "ada.txt")

@@ -83,8 +83,14 @@ def lab(tmp_path_factory) -> Iterator[tuple[str, Path]]:
     (config / "labconfig").mkdir(parents=True)
     served.mkdir()
     quiet = {"fetchNews": "false", "checkForUpdates": False}
+    all_cells = {"windowingMode": "none"}  # those out of view too
     (config / "labconfig" / "default_setting_overrides.json").write_text(
-        json.dumps({"@jupyterlab/apputils-extension:notification": quiet})
+        json.dumps(
+            {
+                "@jupyterlab/apputils-extension:notification": quiet,
+                "@jupyterlab/notebook-extension:tracker": all_cells,
+            }
+        )
     )
     app = {"expose_app_in_browser": True, "news_url": None}
     app["check_for_updates_class"] = "jupyterlab.NeverCheckForUpdate"
@@ -390,6 +396,84 @@ def test_results_table(run):
     page.wait_for_function(
         "old => document.querySelector('.jp-OutputArea table').innerHTML !== old", arg=before
     )
+
+
+# As the lessons show them, each with the most that it shows there.
+LARGEST = {
+    "ButtonTest": "ButtonTest()",
+    "DistanceMap": "DistanceMap(pair)",
+    "TiesExplorer": "TiesExplorer()",
+    "MapStepper": """scorer = pair.scorer()
+walk = Walk(scorer)
+for _ in range(6):
+    walk.act("ties")
+MapStepper(walk)""",
+    "PathInspector": """inspector = PathInspector(run)
+inspector.select(*list(run.named)[:2])
+inspector""",
+    "ClipExplorer": "ClipExplorer()",
+    "TrainingReplay": "TrainingReplay(run)",
+    "DarExplorer": "DarExplorer()",
+    "ResultsTable": """vision = read("vision").query("group == 'digits+textures' and seed == 1").reset_index()
+rows = vision[["method", "setting", "path"]].assign(path=vision["path"].replace("", None))
+rows["scores"] = (task_scores(vision) / 100).to_dict("records")
+parts = problem_of(configure(**json.loads(vision["config"].iloc[-1])).problem)
+table = ResultsTable(rows, sources=parts.pool.sources, n_layers=parts.pool.n_layers)
+table.choose("agent + CMA-ES")
+table""",
+    "MapStepper of a T5": """texts = load_problem(("qa",))
+there = Walk(texts.scorer(fraction=0.1), subset=0)
+for _ in range(8):
+    there.act("colours")
+MapStepper(there)""",
+    "ParetoExplorer": "ParetoExplorer(front)",
+    "Beat": """from rmm_lab.course.beat import Beat, HighScores
+tried = HighScores("scores.json")
+for i in range(5):
+    tried.add(f"try {i}", 0.5 + i / 100)
+other = Walk(scorer)
+for _ in range(6):
+    other.act("ties")
+Beat(other, {f"rival {i}": 0.6 + i / 100 for i in range(6)}, tried)""",
+}
+LARGEST_NEEDS = """
+import json
+from rmm_lab.course.episode_walk import Walk
+from rmm_lab.course.widgets import *
+from rmm_lab.course.widgets import TiesExplorer, ClipExplorer, DarExplorer, DistanceMap, ParetoExplorer
+from rmm_lab.evidence.rows import task_scores
+from rmm_lab.evidence.tables import read
+from rmm_lab.search.problem import problem_of
+pair = load_problem(("demo",))
+"""
+TALLEST, LAPTOP = 640, {"width": 1366, "height": 768}  # pixels
+# Of each cell with a widget: its height once all of its pictures are there, and what is wider than the cell.
+WIDGETS = """() => [...window.opened.node.querySelectorAll('.jp-Cell')].flatMap(cell => {
+  const view = cell.querySelector('.widget-vbox');
+  if (!view) return [];
+  const wide = [view, ...view.querySelectorAll('table, img')].filter(
+    e => e.scrollWidth > e.clientWidth + 1
+      || e.getBoundingClientRect().right > cell.getBoundingClientRect().right
+  );
+  const images = [...view.querySelectorAll('img')];
+  return [[view.getBoundingClientRect().height, wide.length, images.every(i => i.complete)]];
+})"""
+
+
+def test_every_widget_fits_a_laptop(run, lab_page):
+    page, before = lab_page[0], lab_page[0].viewport_size
+    page.set_viewport_size(LAPTOP)
+    try:
+        run(RUN, FRONT, LARGEST_NEEDS, *LARGEST.values())
+        page.wait_for_function(
+            f"n => {{const found = ({WIDGETS})(); return found.length === n && found.every(w => w[2]);}}",
+            arg=len(LARGEST),
+        )
+        found = dict(zip(LARGEST, page.evaluate(WIDGETS), strict=True))
+    finally:
+        page.set_viewport_size(before)
+    print({name: round(height) for name, (height, *_) in found.items()})
+    assert {n: w for n, w in found.items() if w[0] > TALLEST or w[1]} == {}
 
 
 def test_a_broken_callback_fails_here(run):

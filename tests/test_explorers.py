@@ -38,7 +38,7 @@ NAN = float("nan")
 @pytest.fixture
 def only_text(monkeypatch):
     """Skip the PNG, which takes most of a view's time and adds nothing to its sentence."""
-    monkeypatch.setattr(views, "img", lambda figure, alt: alt)
+    monkeypatch.setattr(views, "img", lambda figure, alt, **_: alt)
 
 
 # ------------------------------------------------------------------------------ TIES
@@ -391,7 +391,7 @@ def test_distance_map_without_any_move_says_so():
 
 @pytest.mark.parametrize("make", [TiesExplorer, ClipExplorer, DarExplorer, DistanceMap])
 def test_every_explorer_says_in_text_what_its_picture_shows(make, by_hand, monkeypatch):
-    monkeypatch.setattr(views, "png", lambda figure: b"")  # most of the time
+    monkeypatch.setattr(views, "page_webp", lambda figure: b"")  # most of the time
     view = make(by_hand) if make is DistanceMap else make()
     controls = [c for c in view.children if isinstance(c, FloatSlider | Dropdown)]
     for control in controls:

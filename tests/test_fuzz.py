@@ -178,7 +178,7 @@ def world(tmp_path_factory) -> Iterator[World]:
     root = tmp_path_factory.mktemp("fuzz")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(root)
-        patch.setattr("rmm_lab.figures.paths.png", lambda figure: b"")
+        patch.setattr("rmm_lab.figures.render.png", lambda figure: b"")
         patch.setattr("rmm_lab.search.report.evaluate_on_test", lambda *_: [])
         patch.setenv("HF_HUB_OFFLINE", "1")
         yield World(root)

@@ -22,7 +22,7 @@ from rmm_lab.__main__ import main
 from rmm_lab.course import notebooks
 from rmm_lab.errors import InputError
 from rmm_lab.evidence import measure, tables
-from rmm_lab.figures import models
+from rmm_lab.figures import models, render
 from rmm_lab.figures import paths as figures
 from rmm_lab.operators import parse_operator
 from rmm_lab.search.config import configure
@@ -155,7 +155,7 @@ def test_two_dollars_are_no_mathematics():
         figure, (axes,) = figures.panels(1, 1, 2, 2)
         axes.set_title(title)
         axes.set_xticks([0, 1], [title, ""])
-        return figures.png(figure)
+        return render.png(figure)
 
     assert drawn("$a_{$").startswith(b"\x89PNG")
     assert drawn("$a$") not in (drawn("a"), drawn("$b$"))
@@ -316,7 +316,7 @@ def test_the_model_and_the_tables_are_written_before_the_figures(tiny, monkeypat
     def broken(*args, **options):
         raise OSError("no figure")
 
-    monkeypatch.setattr(figures, "png", broken)
+    monkeypatch.setattr(render, "png", broken)
     assert main(words(tiny, "--run-dir", "run", "--quiet")) == 2
     for name in (
         "merged/config.json",

@@ -18,7 +18,7 @@ from rmm_lab.search.preferences import Ends
 
 @pytest.fixture(autouse=True)
 def only_text(monkeypatch):
-    monkeypatch.setattr(views, "img", lambda figure, alt: alt)
+    monkeypatch.setattr(views, "img", lambda figure, alt, **_: alt)
 
 
 def front_of(problem, scores, tasks=("x", "y"), counts=None, test=None):

@@ -40,7 +40,7 @@ NAN = float("nan")
 def _fast(request, monkeypatch):
     """Skip the PNG, which takes most of a view's time, but where a test asks for it."""
     if "real_png" not in request.fixturenames:
-        monkeypatch.setattr(views, "png", lambda figure: b"")
+        monkeypatch.setattr(views, "page_webp", lambda figure: b"")
 
 
 @pytest.fixture
@@ -404,9 +404,9 @@ def test_a_frame_shows_the_episode_its_policy_and_its_map():
 
 def test_frames_have_one_layout():
     view = TrainingReplay(a_run())
-    first, _ = view.still()
+    first = view.arranged(view.still()[0])
     view.slider.value = 5
-    last, _ = view.still()
+    last = view.arranged(view.still()[0])
     assert not last.get_constrained_layout()  # the layout is the first frame's
     for a, b in zip(first.axes, last.axes, strict=True):
         assert a.get_position().bounds == b.get_position().bounds

@@ -17,7 +17,7 @@ from rmm_lab.errors import InputError
 from rmm_lab.reward import PathScorer, Step, path_text, places_of, reward
 from rmm_lab.tasks.files import write_file
 
-BEST = 5  # own tries in the table
+BEST = 5  # own tries in the list
 
 
 class HighScores:
@@ -72,16 +72,16 @@ def everywhere(scorer: PathScorer, source: str) -> float:
 
 
 class Beat(MapStepper):
-    """A ``MapStepper`` without an agent: each end is kept, and a table ranks own tries among rivals.
+    """A ``MapStepper`` without an agent: each end is kept, and a list ranks own tries among rivals.
 
     rivals: name -> reward in [0, 1], measured on the same examples as the walk's end.
     """
 
     def __init__(self, walk: Walk, rivals: Mapping[str, float], scores: HighScores) -> None:
         self.rivals, self.scores = dict(rivals), scores
-        self.table = ipywidgets.HTML()
+        self.ranks = ipywidgets.HTML()
         super().__init__(walk)
-        self.children = (*self.rows, self.table, self.status, self.place)
+        self.children = (*self.rows, self.ranks, self.status, self.place)
 
     def ranking(self) -> list[tuple[str, float, str]]:
         """(who, reward, path) of rivals and the own best tries, the best first; a rival wins a tie."""
@@ -97,12 +97,9 @@ class Beat(MapStepper):
             if path not in self.scores.tries:
                 self.scores.add(path, walk.reward)
         super().refresh(change)
-        cell = 'style="text-align: left; padding: 0 8px"'
-        rows = ""
-        for who, value, path in self.ranking():
-            bold = ' style="font-weight: bold"' if who == "you" else ""
-            number = f'<td style="text-align: right">{100 * value:.1f}</td>'
-            rows += f'<tr{bold}><th scope="row" {cell}>{escape(who)}</th>{number}'
-            rows += f'<td title="{escape(path)}" {cell}>{escape(path[:60])}</td></tr>'
-        caption = "<caption>Reward, % (reward split)</caption>"
-        self.table.value = f'<table style="font-size: 90%">{caption}<tbody>{rows}</tbody></table>'
+        items, pad = "", "margin: 0 2em 0 0; white-space: nowrap"
+        for place, (who, value, path) in enumerate(self.ranking(), 1):
+            own = f'; font-weight: bold" title="{escape(path)}' if who == "you" else ""
+            text = f"{place}. {escape(who)} {100 * value:.1f} %"
+            items += f'<li style="display: inline-block; {pad}{own}">{text}</li>'
+        self.ranks.value = f'Reward (reward split): <ol style="padding: 0; margin: 0">{items}</ol>'

@@ -21,6 +21,7 @@ from rmm_lab.figures.paths import (
     HATCHES,
     MIDDLE,
     heat_map,
+    look_of,
     panels,
     place_name,
 )
@@ -73,6 +74,8 @@ def ties_stages(deltas: Tensor, density: float, scale: float) -> TiesStages:
 class TiesExplorer(View):
     """TIES on a few numbers: (N, n) task vectors; by default twelve each of two or three experts."""
 
+    steady = True
+
     def __init__(self, deltas: Tensor | None = None) -> None:
         self.deltas = torch.from_numpy(np.array(DELTAS)) if deltas is None else deltas.detach()
         shape = tuple(self.deltas.shape)
@@ -108,23 +111,25 @@ class TiesExplorer(View):
         count, n = deltas.shape
         entries, trimmed, agreeing = deltas.numpy(), s.trimmed.numpy(), s.agreeing.numpy()
         x, line = np.arange(1, n + 1), {"edgecolor": "black", "lw": 0.7}
-        figure = Figure(figsize=(max(7.8, 0.5 * n + 2), 4.7), layout="constrained")
+        figure = Figure(figsize=(max(7.8, 0.5 * n + 2), 4.2), layout="constrained")
         rows = figure.subplots(5, 1, sharex=True, height_ratios=[1, 1, 0.3, 0.85, 1])
         raw, kept, sign, merged, scaled = rows
         for i in range(count):
             at, width = x + (2 * i - count + 1) * 0.42 / count, 0.84 / count
             look = {"color": COLOURS[1 + i], "hatch": HATCHES[i], **line}
             raw.bar(at, entries[i], width, label=f"expert {i + 1}", **look)
-            kept.bar(at, trimmed[i], width, **look)
-            dotted = kept.bar(at, entries[i] - trimmed[i], width, fill=False, ls=":", **line)
-            out = (trimmed[i] != 0) & ~agreeing[i]
+            left = trimmed[i] != 0
+            kept.bar(at[left], trimmed[i][left], width, **look)
+            dotted = kept.bar(at[~left], entries[i][~left], width, fill=False, ls=":", **line)
+            out = left & ~agreeing[i]
             (cross,) = kept.plot(at[out], trimmed[i][out] / 2, "kX", mec="white", ms=8)
         for place, value in enumerate(s.sign.int().tolist(), 1):
             sign.text(place, 0, "0+−"[value], fontsize=11, weight="bold", **MIDDLE)
         merged.bar(x, s.merged.numpy(), 0.6, color="0.75", **line)
         label = f"TIES, λ = {self.scale.value:.2f}"
-        scaled.bar(x, s.scaled.numpy(), 0.6, color=COLOURS[3], hatch="...", label=label, **line)
-        scaled.plot(x, mean.numpy(), "D", color=COLOURS[6], mec="black", label="plain average")
+        own = {name: look_of(name, ("ties", "average"))[0] for name in ("ties", "average")}
+        scaled.bar(x, s.scaled.numpy(), 0.6, color=own["ties"], hatch="...", label=label, **line)
+        scaled.plot(x, mean.numpy(), "D", color=own["average"], mec="black", label="plain average")
         right_of = {"fontsize": 8, "loc": "upper left", "bbox_to_anchor": (1, 1)}
         raw.legend(**right_of)
         kept.legend([dotted, cross], ["removed", "kept, not merged"], **right_of)
@@ -139,9 +144,10 @@ class TiesExplorer(View):
         ):
             axes.set_title(title, fontsize=9, loc="left", pad=3)
             axes.tick_params(labelsize=8)
+            axes.xaxis.set_visible(axes is scaled)
             axes.set_ylim(-reach, reach)
             axes.axhline(0, color="black", lw=0.0 if axes is sign else 0.7)
-        sign.set_yticks([])
+        sign.yaxis.set_visible(False)
         scaled.set(xticks=x, xlabel="place in the weight")
         return figure, sentence
 
@@ -163,6 +169,8 @@ def clip_curve(ratio: Tensor, advantage: float, epsilon: float) -> tuple[Tensor,
 
 class ClipExplorer(View):
     """PPO's clipped objective for one action, and which way its gradient moves the policy (Eq. 8)."""
+
+    steady = True
 
     def __init__(self) -> None:
         self.ratio = _slider("ratio π / π_old", 1.3, 0, 2.5, 0.05)
@@ -211,7 +219,7 @@ class ClipExplorer(View):
             axes.plot(r, y, "o", color=COLOURS[1], mec="black", ms=9, label=f"now: {y:.2f}")
             axes.axvspan(1 - eps, 1 + eps, color="0.9", zorder=0, label="1 - ε to 1 + ε")
             axes.axhline(0, color="black", lw=0.6)
-            axes.set_xlabel(r"ratio $\pi\,/\,\pi_{\mathrm{old}}$")
+            axes.set_xlabel("ratio π / π_old")
             axes.legend(fontsize=9, loc="upper right" if a < 0 else "lower right")
         return figure
 

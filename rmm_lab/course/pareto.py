@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 
 from rmm_lab.course.views import View, status
 from rmm_lab.errors import InputError, one_sentence
-from rmm_lab.figures.paths import COLOURS, HATCHES, panels, tidy
+from rmm_lab.figures.paths import COLOURS, HATCHES, look_of, panels, tidy
 from rmm_lab.reward import path_text
 from rmm_lab.search.front import Front
 from rmm_lab.search.front_measures import achievement, lattice
@@ -32,6 +32,8 @@ class ParetoExplorer(View):
             the test split where there are any.
         folder: where models are exported to, as ``point-NUMBER``.
     """
+
+    steady = True
 
     def __init__(self, front: Front, folder: str | Path = "models") -> None:
         names = [n for n, on in zip(front.tasks, front.ends["reward"].counts, strict=True) if on]
@@ -178,14 +180,12 @@ class ParetoExplorer(View):
             left.set_xticks(at, self.names, fontsize=8)
         y, height = np.arange(len(self.names)), 0.38
         bars: dict[str, Any] = {"height": height, "edgecolor": "black", "lw": 0.7}
-        right.barh(y - height / 2, points[i], color=COLOURS[6], label=f"point {i}", **bars)
-        right.barh(
-            y + height / 2, self.weights, color="0.8", hatch=HATCHES[1], label="preference", **bars
-        )
+        colours = [look_of(name, self.names)[0] for name in self.names]
+        right.barh(y - height / 2, points[i], color=colours, **bars)
+        right.barh(y + height / 2, self.weights, color="0.8", hatch=HATCHES[1], **bars)
         right.axvline(1, color="black", ls=":", lw=0.8)
         right.set_yticks(y, self.names, fontsize=8)
         right.invert_yaxis()
         right.set_xlim(min(0.0, float(points[i].min())), max(1.15, 1.05 * float(points[i].max())))
-        right.legend(fontsize=8, loc="lower right")
-        tidy(right, f"point {i}", "0 base, 1 expert", "")
+        tidy(right, f"point {i}; hatched: the preference", "0 base, 1 expert", "")
         return figure, self.sentence()

@@ -26,6 +26,8 @@ from rmm_lab.figures import paths as plots
 from rmm_lab.reward import Path, parse_path, path_text
 
 WIDE = {"description_width": "initial"}  # else long descriptions are cut
+SEEN = 9  # rows of a table in sight
+SHOWN = 4  # differences between two paths, in words
 PARTS = "here a layer is a part of a block: attention comes first, the MLP last"
 
 
@@ -39,6 +41,11 @@ def path_words(path: Path, stacks: Sequence[range]) -> str:
     """A path in running order: ``stem of digits, layer 0 of ties``."""
     names = [f"{plots.place_name(step.layer, stacks)} of {source_text(step)}" for step in path]
     return ", ".join(names)
+
+
+def in_a_line(text: str, n: int = 48) -> str:
+    """The text, cut to n characters."""
+    return text if len(text) <= n else f"{text[: n - 1]}…"
 
 
 class ButtonTest(View):
@@ -199,8 +206,17 @@ class PathInspector(View):
         except Exception as error:  # a notebook does not show what a callback raises
             self.status.value = status(f"error: {one_sentence(error)}")
             raise
-        items = "".join(f"<li>{escape(s)}</li>" for s in sentences)
+        n = len(self.chosen())
+        lines = [*sentences[:n], "; ".join(self.in_short(sentences[n:]))]
+        items = "".join(f"<li>{escape(line)}</li>" for line in lines if line)
         self.status.value = f'<ul role="status" aria-live="polite">{items}</ul>'
+
+    @staticmethod
+    def in_short(differences: Sequence[str]) -> list[str]:
+        """What of them a line or two holds; the picture's alt text has all."""
+        if len(differences) <= SHOWN:
+            return list(differences)
+        return [*differences[:SHOWN], f"and {len(differences) - SHOWN} more: compare the maps"]
 
     def scores(self, name: str | int) -> dict[str, float] | None:
         """The path's scores on the whole reward split; None where the episode ended with a penalty."""
@@ -230,7 +246,7 @@ class PathInspector(View):
         scores = {label: s for label, name in chosen if (s := self.scores(name))}
         place = (pool.sources, pool.n_layers, pool.stacks)
         more: Any = {"members": pool.members, "caption": "score on the whole reward split"}
-        figure = plots.paths_picture(paths, scores, *place, **more)
+        figure = episodes.compare_picture(paths, scores, *place, **more)
         words = [f"{label}: {path_words(path, pool.stacks)}" for label, path in paths]
         return figure, ". ".join(["Layer paths", *words, *self.sentences()]) + "."
 
@@ -238,9 +254,10 @@ class PathInspector(View):
 class TrainingReplay(View):
     """A search played back: slider over episodes; rewards, the policy that acted, the episode's map."""
 
+    steady = True
+
     def __init__(self, run: Run) -> None:
         self.run, last = run, len(run.episodes) - 1
-        self._boxes: list[Any] = []  # of the axes
         self.rewards = np.array([e["raw_reward"] for e in run.episodes])
         # One frame per update of the agent.
         first = [e["phase"] for e in run.episodes].count("uniform")
@@ -286,12 +303,6 @@ class TrainingReplay(View):
         figure = episodes.replay_picture(
             self.rewards, number, policy, counts, names, run.first, pool.stacks, stacks, title
         )
-        if not self._boxes:
-            figure.draw_without_rendering()
-            self._boxes = [axes.get_position() for axes in figure.axes]
-        figure.set_layout_engine("none")  # reuse the first frame's layout: a third of the time less
-        for axes, box in zip(figure.axes, self._boxes, strict=True):
-            axes.set_position(box)
         likeliest, kind = [], "layer" if stacks == pool.stacks else "block"
         for k, row in enumerate(policy, run.first):
             best = "never visited" if np.isnan(row).any() else names[row.argmax()]
@@ -357,23 +368,27 @@ class ResultsTable(View):
     def html(self) -> str:
         """The table, with a caption, scopes, and a word after the selected method."""
         tasks = list(self.rows[0]["scores"])
-        cell = 'style="padding: 2px 8px; text-align: right"'
-        left = 'style="padding: 2px 8px; text-align: left"'
+        look = "padding: 0 8px; line-height: 1.4; white-space: nowrap; text-align"
+        cell, left = f'style="{look}: right"', f'style="{look}: left"'
         names = ["method", *tasks, "mean", "setting"]
         heads = "".join(f'<th scope="col" {cell}>{escape(name)}</th>' for name in names)
-        body = ""
+        body = chosen = ""
         for i, row in enumerate(self.rows):
             values = [row["scores"][t] for t in tasks]
             numbers = "".join(f"<td {cell}>{100 * v:.1f}</td>" for v in [*values, np.mean(values)])
             word, bold = "", ""
             if i == self.select.value:
                 word, bold = " (selected)", ' style="font-weight: bold; outline: 2px solid"'
-            body += (
+            line = (
                 f'<tr{bold}><th scope="row" {left}>{escape(row["method"])}{word}</th>{numbers}'
-                f"<td {left}>{escape(row['setting'])}</td></tr>"
+                f'<td {left} title="{escape(row["setting"])}">{escape(in_a_line(row["setting"]))}</td></tr>'
             )
+            body, chosen = body + line, line if word else chosen
+        if len(self.rows) > SEEN:  # else it is in sight
+            heads += f"</tr>{chosen}<tr>"
         caption = f"<caption>{escape(self.caption)}</caption>"
-        return f"<table>{caption}<thead><tr>{heads}</tr></thead><tbody>{body}</tbody></table>"
+        table = f"{caption}<thead><tr>{heads}</tr></thead><tbody>{body}</tbody>"
+        return f'<div style="max-height: 15em; overflow-y: auto"><table>{table}</table></div>'
 
     def still(self) -> tuple[Figure, str]:
         """The selected method's path, or bars of its scores where it has none."""
@@ -382,7 +397,6 @@ class ResultsTable(View):
         sentence = f"{label}: {percent(row['scores'])}."
         if path is None:
             scores = {label: row["scores"]}
-            return plots.paths_picture([], scores, (), 0, caption=self.caption), sentence
-        paths = [(label, path)]  # the table holds the scores
-        figure = plots.paths_picture(paths, {}, self.sources, self.n_layers, self.stacks)
+            return episodes.compare_picture([], scores, (), 0, caption=self.caption), sentence
+        figure = plots.path_picture(path, self.sources, self.n_layers, self.stacks, label=label)
         return figure, f"{sentence} Its path: {path_words(path, self.stacks)}."

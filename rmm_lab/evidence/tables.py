@@ -39,7 +39,7 @@ from rmm_lab.evidence.kit_scale import LANGUAGE, SETS, SIZES, VISION, WRITING, G
 from rmm_lab.evidence.measure import Job, Store
 from rmm_lab.evidence.paper_scale import Group, PaperScale
 from rmm_lab.evidence.rows import DRAWN, KINDS, of_this_version, read_csv
-from rmm_lab.figures.paths import png
+from rmm_lab.figures.render import png
 from rmm_lab.search import rivals
 from rmm_lab.search.config import BOTH, SEARCHED, configure, searched
 from rmm_lab.search.uniform import OF_ADAPTERS, OF_TWO

@@ -1,4 +1,4 @@
-"""Figures of the widgets that step through a walk or replay a search. Plain data in, a Figure out."""
+"""Figures of widgets: a walk, a search played back, paths compared. Plain data in, a Figure out."""
 
 from __future__ import annotations
 
@@ -8,19 +8,28 @@ from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
-from matplotlib.patches import Rectangle
+from matplotlib.patches import Patch, Rectangle
 
 from rmm_lab.figures.paths import (
     COLOURS,
     MIDDLE,
     ON_WHITE,
+    boxes_of,
     draw_map,
     heat_map,
+    look_of,
+    merging_map,
     moving_average,
     name_places,
-    score_bars,
+    place_name,
+    rows_of,
+    short_names,
     tidy,
+    with_stem,
 )
+from rmm_lab.reward import Path
+
+SCORE_HATCHES = ("//", "..")
 
 
 def walk_picture(
@@ -53,7 +62,9 @@ def walk_picture(
         score_bars(others[0], {"": scores})
     elif probabilities is not None:
         (right,) = others
-        bars = right.barh(actions, probabilities, color=COLOURS[2], ec="black", lw=0.6, hatch="//")
+        sources = actions[: len(merging_map)]
+        colours = [look_of(action, sources)[0] for action in actions]
+        bars = right.barh(actions, probabilities, color=colours, ec="black", lw=0.6)
         notes = [
             f"{p:.2f}{'' if ok else ' illegal'}" for p, ok in zip(probabilities, legal, strict=True)
         ]
@@ -86,7 +97,7 @@ def replay_picture(
     rewards: (T,) raw, in [0, 1]; policy: (P, A), NaN at places never visited; merging_map: (N+M, P').
     The policy's places are those of ``agent_stacks``: blocks, where those of ``stacks`` are sublayers.
     """
-    size = (3.5 + max(5.0, 0.75 * len(policy)), 3.1 + 0.25 * len(actions))
+    size = (3.5 + max(5.0, 0.75 * len(policy)), 2.7 + 0.23 * len(actions))
     figure = Figure(figsize=size, layout="constrained")
     ratios = [1.8, 0.8 + 0.25 * len(actions)]
     axes: Any = figure.subplot_mosaic("TT;LR", height_ratios=ratios)
@@ -123,4 +134,85 @@ def replay_picture(
         left.set_xlabel("block", fontsize=9)
         right.set_xlabel("sublayer", fontsize=9)
         right.tick_params("x", rotation=90, labelsize=8)  # twice as many, in the same width
+    return figure
+
+
+def score_bars(axes: Any, scores: Mapping[str, Mapping[str, float]]) -> None:
+    """Bars of each task's score in percent, in its colour, and of their mean; one hatch per label."""
+    height, tasks = 0.8 / len(scores), list(next(iter(scores.values())))
+    names, colours = [*tasks, "mean"], [*(look_of(task, tasks)[0] for task in tasks), "0.7"]
+    for i, (label, by_task) in enumerate(scores.items()):
+        values = list(by_task.values())
+        y = np.arange(len(names)) + (i - (len(scores) - 1) / 2) * height
+        look: dict[str, Any] = {
+            "color": colours,
+            "hatch": SCORE_HATCHES[i],
+            "ec": "black",
+            "lw": 0.6,
+        }
+        bars = axes.barh(y, 100 * np.array([*values, np.mean(values)]), height, label=label, **look)
+        axes.bar_label(bars, fmt="%.1f", fontsize=9, padding=3)
+    axes.set_yticks(range(len(names)), names, fontsize=9)
+    axes.set_ylim(len(names) - 0.5, -0.5)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.set_xlim(0, 118)  # room for the numbers; the axis itself ends at 100
+    axes.spines["bottom"].set_bounds(0, 100)
+    axes.set_xticks([0, 50, 100], ["0", "50", "100"], fontsize=9)
+    axes.set_xlabel("score, %", fontsize=9)
+    axes.set_title("score per task", fontsize=10)
+
+
+def compare_picture(
+    paths: Sequence[tuple[str, Path]],
+    scores: Mapping[str, Mapping[str, float]],
+    sources: Sequence[str],
+    n_layers: int,
+    stacks: Sequence[range] = (),
+    caption: str = "score per task",
+    members: Sequence[str] = (),
+) -> Figure:
+    """Two paths at most, as (label, path): their merging maps, and bars of their scores beside them.
+
+    ``scores``: label -> task -> metric in [0, 1]; ``caption`` says what they are. ``members`` is that of
+    ``path_picture``. A path whose order a map cannot show stands below its map in words.
+    """
+    maps, words, width = [], [], min(6.4, max(4.0, 0.38 * n_layers + 2.2))
+    for _, path in paths:
+        path = with_stem(path)
+        rows = rows_of(path, sources, members)
+        maps.append((rows, merging_map(path, rows, -1, 1 + n_layers, members)))
+        names = dict(zip(rows, short_names(rows), strict=True))
+        order = [
+            f"{'mixture' if step.scales else names[step.source]} {place_name(step.layer, stacks)}"
+            for step in path
+        ]
+        text = fill(f"order: {' → '.join(order)}", int(15 * width))
+        words.append(text if boxes_of(path) else "")
+    heights = [
+        0.6 + 0.19 * len(rows) + 0.16 * (1 + text.count("\n")) * bool(text)
+        for (rows, _), text in zip(maps, words, strict=True)
+    ]
+    n_bars = sum(len(by_task) + 1 for by_task in scores.values())
+    height = max(sum(heights), 0.9 + 0.24 * n_bars + 0.2 * len(scores), 0.6)
+    ratios = [width] * bool(paths) + [2.7] * bool(scores)
+    figure = Figure(figsize=(sum(ratios), height), layout="constrained")
+    grid = figure.add_gridspec(
+        max(1, len(paths)), len(ratios), width_ratios=ratios, height_ratios=heights or [1]
+    )
+    for i, ((label, _), (rows, counts), text) in enumerate(zip(paths, maps, words, strict=True)):
+        axes = figure.add_subplot(grid[i, 0])
+        draw_map(axes, counts, rows, -1, stacks, fontsize=8)
+        axes.tick_params(labelsize=8)
+        axes.set_title(label, fontsize=10, fontweight="bold", loc="left")
+        axes.set_xlabel(text or "layer", fontsize=8, ha="left", x=0)
+    if scores:
+        axes = figure.add_subplot(grid[:, -1])
+        score_bars(axes, scores)
+        axes.set_title(caption, fontsize=10)
+        if len(scores) > 1:
+            marks = zip(scores, SCORE_HATCHES, strict=False)
+            handles = [Patch(fc="0.8", ec="black", hatch=h, label=label) for label, h in marks]
+            axes.legend(
+                handles=handles, fontsize=8, loc="upper center", bbox_to_anchor=(0.4, -0.22)
+            )
     return figure

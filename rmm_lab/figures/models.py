@@ -16,7 +16,6 @@ from rmm_lab.errors import InputError
 from rmm_lab.figures.paths import (
     COLOURS,
     DIFFERENCES,
-    HATCHES,
     draw_box,
     draw_map,
     heat_map,
@@ -101,14 +100,15 @@ def plane_picture(base: Tensor, experts: Tensor, names: Sequence[str]) -> Figure
     figure, (axes,) = panels(1, 1, 6.4, 4.4)
     below: dict[str, Any] = {"xytext": (0, -8), "ha": "center", "va": "top"}
     left: dict[str, Any] = {"xytext": (-8, 0), "ha": "right", "va": "center"}
-    for point, name, i, beside in zip(points, names, (1, 2), (below, left), strict=True):
-        axes.annotate("", point, (0, 0), arrowprops=ARROW | {"color": COLOURS[i]})
+    colours = {name: look_of(name, [*names, "average"])[0] for name in [*names, "average"]}
+    for point, name, beside in zip(points, names, (below, left), strict=True):
+        axes.annotate("", point, (0, 0), arrowprops=ARROW | {"color": colours[name]})
         label = {"textcoords": "offset points", "fontsize": 9, **beside}
         axes.annotate(f"task vector\nof {name}", point / 2, **label)
     axes.plot(*points.T, ls=":", color="0.3")
     marks = zip([*points, points.mean(0)], [*names, "average"], "osD", strict=True)
-    for i, (point, name, marker) in enumerate(marks, 1):
-        axes.plot(*point, marker=marker, ms=11, color=COLOURS[i], mec="black")
+    for point, name, marker in marks:
+        axes.plot(*point, marker=marker, ms=11, color=colours[name], mec="black")
         axes.text(*point, f"   {name}", fontsize=10, va="bottom")
     axes.plot(0, 0, marker="P", ms=12, color=COLOURS[0])
     axes.text(0, 0, "base   ", fontsize=10, ha="right", va="top")
@@ -167,7 +167,8 @@ def sweep_picture(
     figure, grid = panels(len(sweeps), len(sweeps), 4.3 + 1 / len(sweeps), 3.6, sharey=True)
     for axes, (title, (x, scores)) in zip(grid, sweeps.items(), strict=True):
         for i, task in enumerate(tasks):
-            axes.plot(x, 100 * scores[:, i], "-" + "os^v"[i % 4], color=COLOURS[1 + i], label=task)
+            colour = look_of(task, tasks)[0]
+            axes.plot(x, 100 * scores[:, i], "-" + "os^v"[i % 4], color=colour, label=task)
         mean = 100 * scores.mean(1)  # (n, N) -> (n,)
         axes.plot(x, mean, "--D", color="black", ms=5, lw=2, label="mean")
         best = int(mean.argmax())
@@ -206,7 +207,8 @@ def kept_picture(
     behind: dict[str, Any] = {"bbox": {"fc": "white", "ec": "none", "pad": 0.5}, "padding": 2}
     for i, name in enumerate(names):
         at = x + (i - (len(names) - 1) / 2) * width
-        look = {"color": COLOURS[1 + i], "ec": "black", "hatch": HATCHES[i]}
+        colour, hatch = look_of(name, names)
+        look = {"color": colour, "ec": "black", "hatch": hatch}
         bars = axes.bar(at, 100 * kept[i], width, label=name, **look)
         axes.bar_label(bars, fmt="%.0f", fontsize=8, **behind)
     axes.axhline(100 * density, color="black", ls="--", lw=1, label="trimmed layer by layer")

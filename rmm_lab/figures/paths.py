@@ -6,20 +6,16 @@ below zero from white to brown, and differences from orange to purple with white
 
 from __future__ import annotations
 
-import io
-import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from textwrap import fill
 from typing import Any
 
 import numpy as np
 import pandas as pd
-from matplotlib import color_sequences, rc_context
-from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib import color_sequences
 from matplotlib.colors import LinearSegmentedColormap, to_rgb
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
-from matplotlib.text import Text
 from matplotlib.ticker import MultipleLocator
 
 from rmm_lab.operators import SCOPE
@@ -31,6 +27,16 @@ OWN_COLOURS = {  # of tasks, experts and operators, through the whole course
     **{"digits": 1, "textures": 2, "letters": 3, "symbols": 7, "weight_average": 5, "average": 5},
     **{"ties": 4, "task_arithmetic": 6, "dare": 7, "expert=1": 3, "expert=2": 7},
     **{"regmean": 3, "least_squares": 6},
+    **{
+        "colours": 1,
+        "answers": 2,
+        "antonyms": 3,
+        "swaps": 1,
+        "endings": 2,
+        "fitting": 3,
+        "pronouns": 7,
+    },
+    **{"arithmetic": 1, "translation": 2, "code": 3},
 }
 COUNTS = LinearSegmentedColormap.from_list("counts", ["white", "#004c7d"])
 AMOUNTS = LinearSegmentedColormap.from_list("amounts", ["#9c4a00", "white", "#004c7d"])
@@ -57,25 +63,6 @@ SPELLED = {
         *("LiNeS", "DOGE"),
     )
 } | {"weight_average": "average"}
-
-
-def png(figure: Figure) -> bytes:
-    """A figure as the bytes of a PNG file, the same for the same figure.
-
-    Texts are drawn as they are: what is between two dollars of a name is no mathematics. A letter that the
-    font lacks is a box.
-    """
-    data, dpi = io.BytesIO(), figure.dpi
-    figure.dpi = 150
-    with rc_context({"text.parse_math": False}), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Glyph .* missing")
-        for text in figure.findobj(Text):
-            text.set_parse_math(False)
-        try:  # not savefig, which draws everything twice
-            FigureCanvasAgg(figure).print_png(data, metadata={"Software": None})
-        finally:
-            figure.dpi = dpi
-    return data.getvalue()
 
 
 def panels(
@@ -105,6 +92,12 @@ def tidy(
     axes.grid(axis=grid, alpha=0.3)
 
 
+def ink_on(face: Sequence[float]) -> str:
+    """Black or white, for a text on a cell of this colour: red, green, blue and alpha."""
+    *rgb, alpha = face  # transparent where NaN, on white
+    return "white" if alpha and np.dot(rgb, (0.3, 0.59, 0.11)) < 0.5 else "black"
+
+
 def heat_map(
     axes: Any,
     values: np.ndarray,
@@ -120,9 +113,7 @@ def heat_map(
     image = axes.imshow(values, cmap=colours, vmin=low, vmax=high, aspect="auto")
     for (y, x), value in np.ndenumerate(values):
         if text := "–" if np.isnan(value) else write(value):
-            *rgb, alpha = image.to_rgba(value)  # transparent where NaN
-            dark = alpha and np.dot(rgb, (0.3, 0.59, 0.11)) < 0.5
-            colour = "white" if dark else "black"
+            colour = ink_on(image.to_rgba(value))
             axes.text(x, y, text, fontsize=fontsize, color=colour, **MIDDLE)
     axes.set_xticks(range(len(columns)), columns, fontsize=9)
     axes.set_yticks(range(len(rows)), short_names(rows), fontsize=9)
@@ -240,6 +231,7 @@ def path_picture(
     n_layers: int,
     stacks: Sequence[range] = (),
     members: Sequence[str] = (),
+    label: str = "",
 ) -> Figure:
     """What a path takes at each place: its merging map (Eq. 5), the stem as the first column.
 
@@ -248,10 +240,20 @@ def path_picture(
     separates encoder and decoder. Boxes in running order follow where a layer runs twice or out of order,
     which a map cannot show.
     """
-    return paths_picture([("", path)], {}, sources, n_layers, stacks, members=members)
+    path = with_stem(path)
+    rows, n_boxes = rows_of(path, sources, members), boxes_of(path)
+    width = max(7.0, 0.46 * n_layers + 3)
+    if n_boxes:
+        width = max(width, 0.95 * min(len(path), BOXES) + 2.6)
+    height = 0.95 + 0.29 * len(rows) + (0.35 + 0.8 * n_boxes) * bool(n_boxes)
+    figure = Figure(figsize=(width, height + 0.3 * bool(label)), layout="constrained")
+    if label:
+        figure.suptitle(label, fontsize=11, fontweight="bold", x=0.01, ha="left")
+    _draw_path(figure, path, rows, members, n_layers, stacks)
+    return figure
 
 
-def _rows_of(path: Path, sources: Sequence[str], members: Sequence[str]) -> list[str]:
+def rows_of(path: Path, sources: Sequence[str], members: Sequence[str]) -> list[str]:
     """The rows of a path's map: all sources, and what else it takes.
 
     Where it has scales, operators that it never takes would be most of the rows, and have none.
@@ -264,7 +266,7 @@ def _rows_of(path: Path, sources: Sequence[str], members: Sequence[str]) -> list
     return [name for name in rows if name in (*mixed, *plain)]
 
 
-def _boxes_of(path: Path) -> int:
+def boxes_of(path: Path) -> int:
     """How many rows of boxes a path needs below its map: none where layers run in order, once at most."""
     layers = [step.layer for step in path]
     return 0 if layers == sorted(set(layers)) else -(-len(path) // BOXES)
@@ -273,8 +275,8 @@ def _boxes_of(path: Path) -> int:
 def _draw_path(
     figure: Any, path: Path, rows: Sequence[str], members: Sequence[str], n_layers: int, stacks: Any
 ) -> None:
-    """Map, and boxes if need be, of one path, its stem first, into a part of a figure."""
-    n_boxes = _boxes_of(path)
+    """Map, and boxes if need be, of one path, its stem first, into a figure."""
+    n_boxes = boxes_of(path)
     heights = [0.3 * len(rows) + 0.4, 0.9 * n_boxes][: 1 + bool(n_boxes)]
     top, *more = figure.subplots(len(heights), 1, height_ratios=heights, squeeze=False)[:, 0]
     counts = merging_map(path, rows, -1, 1 + n_layers, members)
@@ -372,64 +374,3 @@ def name_places(axes: Any, first: int, n_places: int, stacks: Sequence[range]) -
     axes.set_xlabel("layer", fontsize=9)
     if len(stacks) == 2:
         axes.axvline(stacks[1].start - first - 0.5, color="0.4", lw=2)
-
-
-def score_bars(axes: Any, scores: Mapping[str, Mapping[str, float]]) -> None:
-    """Bars of each task's score in percent and of their mean; one colour and hatch per label."""
-    height, names = 0.8 / len(scores), [*next(iter(scores.values())), "mean"]
-    for i, (label, by_task) in enumerate(scores.items()):
-        values = list(by_task.values())
-        y = np.arange(len(names)) + (i - (len(scores) - 1) / 2) * height
-        look = {"color": COLOURS[(2, 1)[i]], "hatch": ("//", "..")[i], "ec": "black", "lw": 0.6}
-        bars = axes.barh(y, 100 * np.array([*values, np.mean(values)]), height, label=label, **look)
-        axes.bar_label(bars, fmt="%.1f", fontsize=9, padding=3)
-    axes.set_yticks(range(len(names)), names, fontsize=9)
-    axes.set_ylim(len(names) - 0.5, -0.5)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.set_xlim(0, 118)  # room for the numbers; the axis itself ends at 100
-    axes.spines["bottom"].set_bounds(0, 100)
-    axes.set_xticks([0, 50, 100], ["0", "50", "100"], fontsize=9)
-    axes.set_xlabel("score, %", fontsize=9)
-    axes.set_title("score per task", fontsize=10)
-
-
-def paths_picture(
-    paths: Sequence[tuple[str, Path]],
-    scores: Mapping[str, Mapping[str, float]],
-    sources: Sequence[str],
-    n_layers: int,
-    stacks: Sequence[range] = (),
-    caption: str = "score per task",
-    members: Sequence[str] = (),
-) -> Figure:
-    """Some paths, as (label, path), one below the other, and bars of their scores.
-
-    ``scores``: label -> task -> metric in [0, 1], for at most two; ``caption`` says what they are.
-    ``members`` is that of ``path_picture``.
-    """
-    width, heights = max(7.0, 0.46 * n_layers + 3) if paths else 7.0, []
-    drawn = []
-    for label, path in paths:
-        path = with_stem(path)
-        rows, n_boxes = _rows_of(path, sources, members), _boxes_of(path)
-        if n_boxes:
-            width = max(width, 0.95 * min(len(path), BOXES) + 2.6)
-        heights.append(0.95 + 0.29 * len(rows) + (0.35 + 0.8 * n_boxes) * bool(n_boxes))
-        heights[-1] += 0.3 * bool(label)
-        drawn.append((label, path, rows))
-    if scores:
-        n_tasks = len(next(iter(scores.values())))
-        heights.append(0.8 + 0.24 * len(scores) * (n_tasks + 1))
-    figure = Figure(figsize=(width, sum(heights)), layout="constrained")
-    parts = figure.subfigures(len(heights), 1, height_ratios=heights, squeeze=False)[:, 0]
-    for part, (label, path, rows) in zip(parts, drawn, strict=False):
-        if label:
-            part.suptitle(label, fontsize=11, fontweight="bold", x=0.01, ha="left")
-        _draw_path(part, path, rows, members, n_layers, stacks)
-    if scores:
-        axes = parts[-1].subplots()
-        score_bars(axes, scores)
-        axes.set_title(caption, fontsize=10)
-        if len(scores) > 1:
-            axes.legend(fontsize=9, loc="center left", bbox_to_anchor=(1.0, 0.5))
-    return figure

@@ -8,16 +8,18 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-from matplotlib import colormaps
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
 from rmm_lab.figures.paths import (
+    AMOUNTS,
     COLOURS,
     MIDDLE,
     ON_WHITE,
     draw_box,
     heat_map,
+    ink_on,
+    look_of,
     panels,
     tidy,
     with_stem,
@@ -259,7 +261,8 @@ def hills_picture(
     means = [scores.mean() for scores in rewards.values()]
     right.plot(list(partial), means, "D-", color="black", lw=2.5, label="reward")
     for i, task in enumerate(tasks):
-        style: dict[str, Any] = {"marker": "o^s"[i], "color": COLOURS[(5, 6, 3)[i]], "label": task}
+        colour = look_of(task, tasks)[0]
+        style: dict[str, Any] = {"marker": "o^s"[i], "color": colour, "label": task}
         left.plot(100 * drawn.mean(1), 100 * drawn[:, i], ms=5, ls="none", mfc="none", **style)
         means = [100 * scores[:, i].mean() for scores in partial.values()]
         right.plot(list(partial), means, ls=("--", "-.", ":")[i], lw=1.8, **style)
@@ -288,11 +291,11 @@ def tokens_picture(
         if t >= len(tokens[c]):
             axes.add_patch(Rectangle((t, c), 0.94, 0.9, fc="white", ec="0.5", hatch="xx"))
             continue
-        share = float(1 - log_probs[c, t] / low)
-        axes.add_patch(Rectangle((t, c), 0.94, 0.9, fc=colormaps["cividis"](share), ec="black"))
+        face = AMOUNTS(0.5 - 0.5 * float(log_probs[c, t]) / low)
+        axes.add_patch(Rectangle((t, c), 0.94, 0.9, fc=face, ec="0.4"))
         text = f"{tokens[c][t]}\n{round(float(log_probs[c, t]), 2) + 0.0:.2f}"
-        colour = "black" if share > 0.5 else "white"
-        axes.text(t + 0.47, c + 0.45, text, fontsize=9, color=colour, **MIDDLE)
+        look: dict[str, Any] = {"color": ink_on(face), "bbox": {"fc": face, "ec": "none", "pad": 1}}
+        axes.text(t + 0.47, c + 0.45, text, fontsize=9, **look, **MIDDLE)
     names = [f"choice {c}" + (" (right)" if c == right else "") for c in range(C)]
     axes.set_yticks(np.arange(C) + 0.45, names, fontsize=9)
     axes.set_xticks(np.arange(T) + 0.47, [f"t = {t + 1}" for t in range(T)], fontsize=9)

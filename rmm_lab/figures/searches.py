@@ -261,9 +261,7 @@ def one_place(rewards: np.ndarray, path: Path, sources: Sequence[str]) -> Figure
     """Rewards (T, N+M) of a path's ``neighbours`` as a heat map; the path's sources have a frame."""
     figure, (axes,) = panels(1, 1, 1.6 + 1.3 * len(path), 1.3 + 0.5 * len(sources))
     percent, layers = 100 * rewards.T, [step.layer for step in path]
-    image = heat_map(
-        axes, percent, sources, layers, "{:.1f}".format, percent.min(), percent.max(), "cividis"
-    )
+    image = heat_map(axes, percent, sources, layers, "{:.1f}".format, percent.min(), percent.max())
     for i, step in enumerate(path):
         a = list(sources).index(step.source)
         frame = Rectangle((i - 0.47, a - 0.47), 0.94, 0.94, fill=False, ec=COLOURS[1], lw=3)

@@ -10,7 +10,7 @@ from rmm_lab.search.front import SPLITS, Front
 def write_front(front: Front, folder: Any) -> None:
     """front.json, front.md and front.png of a run folder; the first is whole before the others are there."""
     from rmm_lab.figures.fronts import front_picture
-    from rmm_lab.figures.paths import png
+    from rmm_lab.figures.render import png
 
     tasks = [t for t, on in zip(front.tasks, front.ends["reward"].counts, strict=True) if on]
     found = {split: front.normalised(split) for split in front.scaled[1:]}

@@ -194,6 +194,7 @@ def write_model(result: Result, problem: Problem, folder: RunFolder) -> None:
 def write_tables(result: Result, rows: Sequence[Row], problem: Problem, folder: RunFolder) -> None:
     """Write notes, the table, where there are rows, the model's card with it, and the figures."""
     from rmm_lab.figures import paths as figures
+    from rmm_lab.figures import render
     from rmm_lab.figures.results import cross_task_picture
 
     assert folder.path is not None
@@ -210,10 +211,10 @@ def write_tables(result: Result, rows: Sequence[Row], problem: Problem, folder: 
         picture = cross_task_picture(
             {r.name.removeprefix(EXPERT): r.scores for r in experts}, [t.name for t in tasks]
         )
-        folder.write("cross-task.png", figures.png(picture))
+        folder.write("cross-task.png", render.png(picture))
     if result.front is not None:
         write_front(result.front, folder)
-    folder.write("rewards.png", figures.png(figures.reward_curve(result.episodes)))
+    folder.write("rewards.png", render.png(figures.reward_curve(result.episodes)))
     names, members = pool.sources, pool.members
     picture = figures.path_picture(path.path, names, pool.n_layers, pool.stacks, members=members)
-    folder.write("path.png", figures.png(picture))
+    folder.write("path.png", render.png(picture))
