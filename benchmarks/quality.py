@@ -43,7 +43,8 @@ from rmm_lab.evidence import tables
 from rmm_lab.evidence.kit_scale import kit_groups
 from rmm_lab.evidence.measure import commit
 from rmm_lab.evidence.rows import KINDS
-from rmm_lab.figures.paths import COLOURS, panels, png, tidy
+from rmm_lab.figures.paths import COLOURS, panels, tidy
+from rmm_lab.figures.render import png
 from rmm_lab.search import matched, rivals, uniform
 from rmm_lab.search.config import configure
 from rmm_lab.search.finalists import candidates, rank

@@ -186,3 +186,10 @@ def test_the_time_to_a_good_model_is_measured_once(tmp_path, monkeypatch, capsys
 def test_an_unknown_group_is_refused(tmp_path):
     with pytest.raises(InputError, match=r"--groups: .*digits\+textures.*'cats'"):
         quality.Quality(groups=("cats",), out=tmp_path).run()
+
+
+def test_the_page_on_performance_holds_the_times_to_a_good_model():
+    rows = pd.read_csv(ROOT / "results" / "quality.csv")
+    page = (ROOT / "docs" / "performance.md").read_text("utf-8")
+    assert quality.markdown(rows) in page
+    assert all(machine in page for machine in rows["machine"])
