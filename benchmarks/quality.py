@@ -277,7 +277,7 @@ def markdown(rows: pd.DataFrame) -> str:
 def picture(rows: pd.DataFrame) -> Any:
     """Test score against seconds: a step line for each method and seed."""
     groups = list(rows["group"].unique())
-    figure, axes = panels(len(groups), 2, 6, 4)
+    figure, axes = panels(len(groups), min(2, len(groups)), 7, 4)
     for ax, group in zip(axes, groups, strict=True):
         for method, colour in zip(METHODS, COLOURS, strict=False):
             own = rows[(rows["group"] == group) & (rows["method"] == method)]
@@ -288,6 +288,7 @@ def picture(rows: pd.DataFrame) -> Any:
                 )
                 ax.plot(line["seconds"].iloc[-1], line["test"].iloc[-1], "o", color=colour, ms=4)
         ax.set_xscale("log")
+        ax.xaxis.set_major_formatter("{x:g}")  # figures know no mathematics
         tidy(ax, group, "seconds of the processor, one thread", "best path so far, test split, %")
-        ax.legend(fontsize=8, loc="lower right")
+        ax.legend(fontsize=8, loc="center left")
     return figure
