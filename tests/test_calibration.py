@@ -571,11 +571,19 @@ def test_experts_run_in_the_first_two_fits_alone(pool, monkeypatch):
     monkeypatch.setattr(type(pool.architecture), "apply", lambda _, *args: watched(*args))
     expected = list(fitted(renewed(pool)))
     assert runs[0] >= runs[1] > runs[2] == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(calibration, "BUDGET", 0)  # nor for states that nobody asks for
+        list(fitted(renewed(pool)))
+        assert runs[2] == 0
     monkeypatch.setattr(calibration, "THEIRS", 0)
     for found, wanted in zip(fitted(renewed(pool)), expected, strict=True):
         for one, two in zip(found, wanted, strict=True):
             same(one, two)
-    assert 0 < runs[1] <= runs[2]
+    nothing = runs[2]
+    assert nothing >= runs[1] > 0
+    monkeypatch.setattr(calibration, "THEIRS", 60_000)  # what has found room stays, the rest is computed
+    list(fitted(renewed(pool)))
+    assert 0 < runs[2] < nothing
 
 
 def test_states_that_fit_are_kept_though_others_do_not(pool, monkeypatch):
