@@ -405,7 +405,7 @@ LARGEST = {
     "TiesExplorer": "TiesExplorer()",
     "MapStepper": """scorer = pair.scorer()
 walk = Walk(scorer)
-for _ in range(6):
+while not walk.done:
     walk.act("ties")
 MapStepper(walk)""",
     "PathInspector": """inspector = PathInspector(run)
@@ -432,7 +432,7 @@ tried = HighScores("scores.json")
 for i in range(5):
     tried.add(f"try {i}", 0.5 + i / 100)
 other = Walk(scorer)
-for _ in range(6):
+while not other.done:
     other.act("ties")
 Beat(other, {f"rival {i}": 0.6 + i / 100 for i in range(6)}, tried)""",
 }
@@ -447,7 +447,8 @@ from rmm_lab.search.problem import problem_of
 pair = load_problem(("demo",))
 """
 TALLEST, LAPTOP = 640, {"width": 1366, "height": 768}  # pixels
-# Of each cell with a widget: its height once all of its pictures are there, and what is wider than the cell.
+HEAVIEST = 20_000  # bytes of a redraw
+# Of each cell with a widget: its height, how much is wider than the cell, whether all is there, bytes.
 WIDGETS = """() => [...window.opened.node.querySelectorAll('.jp-Cell')].flatMap(cell => {
   const view = cell.querySelector('.widget-vbox');
   if (!view) return [];
@@ -456,7 +457,9 @@ WIDGETS = """() => [...window.opened.node.querySelectorAll('.jp-Cell')].flatMap(
       || e.getBoundingClientRect().right > cell.getBoundingClientRect().right
   );
   const images = [...view.querySelectorAll('img')];
-  return [[view.getBoundingClientRect().height, wide.length, images.every(i => i.complete)]];
+  const sizes = [...view.querySelectorAll('.widget-html-content')].map(e => e.innerHTML.length);
+  const bytes = sizes.reduce((a, b) => a + b, 0);
+  return [[view.getBoundingClientRect().height, wide.length, images.every(i => i.complete), bytes]];
 })"""
 
 
@@ -472,8 +475,8 @@ def test_every_widget_fits_a_laptop(run, lab_page):
         found = dict(zip(LARGEST, page.evaluate(WIDGETS), strict=True))
     finally:
         page.set_viewport_size(before)
-    print({name: round(height) for name, (height, *_) in found.items()})
-    assert {n: w for n, w in found.items() if w[0] > TALLEST or w[1]} == {}
+    print({name: (round(height), size) for name, (height, _, _, size) in found.items()})
+    assert {n: w for n, w in found.items() if w[0] > TALLEST or w[1] or w[3] > HEAVIEST} == {}
 
 
 def test_a_broken_callback_fails_here(run):

@@ -411,3 +411,34 @@ def test_every_explorer_says_in_text_what_its_picture_shows(make, by_hand, monke
         assert min(t.get_fontsize() for t in texts) >= 8
     assert len(controls) == {DistanceMap: 1}.get(make, 3)
     assert set(view._repr_mimebundle_()) >= {"image/png", "text/plain"}
+
+
+@pytest.mark.parametrize("make", [TiesExplorer, ClipExplorer, DarExplorer, DistanceMap])
+def test_a_redraw_is_at_most_20_kb_and_one_drawing(make, by_hand, monkeypatch):
+    view, drawn = make(by_hand) if make is DistanceMap else make(), []
+    assert len(view.place.value.encode()) + len(view.status.value.encode()) <= 20_000
+    monkeypatch.setattr(views, "page_webp", lambda figure: drawn.append(figure) or b"")
+    for n, control in enumerate(
+        [c for c in view.children if hasattr(c, "index") or hasattr(c, "step")], 1
+    ):
+        if hasattr(control, "step"):
+            low = control.value == control.min
+            control.value += control.step if low else -control.step
+        else:
+            control.index = 1
+        assert len(drawn) == n
+
+
+def test_the_frame_of_ties_is_that_of_its_experts():
+    """Only what a slider changes is drawn anew; another number of experts is another frame."""
+    view = TiesExplorer()
+    view.density.value = 1.0
+    kept = view.still()[0].axes[1]
+    assert sum(p.get_height() != 0 for p in kept.patches) == 24
+    view.experts.value = 3
+    raw, kept, *_ = view.still()[0].axes
+    assert len(raw.patches) == len(kept.patches) == 36
+    for density in (0.25, 0.5):
+        view.density.value = density
+        assert len(view.still()[0].axes[1].patches) == 36  # none of before is left
+        assert f"density {density:.2f}" in view.still()[0].axes[1].get_title(loc="left")

@@ -169,6 +169,44 @@ def test_all_text_of_every_picture_can_be_read(name):
     assert min(t.get_fontsize() for t in texts) >= 8
 
 
+@pytest.mark.usefixtures("real_png")
+@pytest.mark.parametrize("name", VIEWS)
+def test_a_redraw_is_at_most_20_kb(name):
+    view = VIEWS[name]()
+    view.refresh()
+    assert len(view.place.value.encode()) + len(view.status.value.encode()) <= 20_000
+
+
+# What a user does once -> how often the widget is drawn.
+ONCE = {
+    "a button": (stepper, lambda v: v.buttons["m0"].click()),
+    "a path's name": (
+        lambda: PathInspector(a_run()),
+        lambda v: setattr(v.second, "value", "greedy"),
+    ),
+    "two paths": (lambda: PathInspector(a_run()), lambda v: v.select(2, 3)),
+    "a slider": (lambda: TrainingReplay(a_run()), lambda v: setattr(v.slider, "value", 3)),
+    "an episode": (lambda: TrainingReplay(a_run()), lambda v: v.go(2)),
+    "a method": (lambda: ResultsTable(ROWS), lambda v: v.choose("R<M>M")),
+}
+
+
+@pytest.mark.parametrize("what", ONCE)
+def test_one_change_is_one_drawing(what, monkeypatch):
+    make, act = ONCE[what]
+    view, drawn = make(), []
+    monkeypatch.setattr(views, "page_webp", lambda figure: drawn.append(figure) or b"")
+    act(view)
+    assert len(drawn) == 1
+
+
+def test_nothing_is_drawn_while_a_control_moves():
+    for view in (TrainingReplay(a_run()), PathInspector(a_run())):
+        moving = [c for c in controls(view) if hasattr(c, "continuous_update")]
+        assert moving
+        assert not any(c.continuous_update for c in moving)
+
+
 def test_the_button_counts():
     view = ButtonTest()
     assert words(view.status) == "not pressed yet"
@@ -322,8 +360,12 @@ def test_two_paths_compared_in_words_and_bars():
     axes = view.still()[0].axes[-1]
     assert [b.get_width() for b in axes.patches] == pytest.approx([75, 75, 75, 75, 50, 62.5])
     assert len({b.get_hatch() for b in axes.patches}) == 2
-    labels = [t.get_text() for t in axes.get_legend().get_texts()]
-    assert labels == ["first: best", "second: greedy"]
+    labels = [t.get_text() for t in axes.texts]
+    assert labels == [
+        *("first 75.0", "first 75.0", "first 75.0", "second 75.0", "second 50.0", "second 62.5")
+    ]
+    titles = [a.get_title(loc="left") for a in view.still()[0].axes]
+    assert titles == ["first: best", "second: greedy", ""]
 
 
 def test_episodes_by_number_and_a_penalised_one():

@@ -9,6 +9,8 @@ import numpy as np
 import torch
 from ipywidgets import Dropdown, FloatSlider, Layout
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
 from torch import Tensor
 
 from rmm_lab import operators
@@ -20,8 +22,8 @@ from rmm_lab.figures.paths import (
     DIFFERENCES,
     HATCHES,
     MIDDLE,
+    OWN_COLOURS,
     heat_map,
-    look_of,
     panels,
     place_name,
 )
@@ -77,6 +79,7 @@ class TiesExplorer(View):
     steady = True
 
     def __init__(self, deltas: Tensor | None = None) -> None:
+        self._frame: tuple[int, Figure] | None = None  # for so many experts
         self.deltas = torch.from_numpy(np.array(DELTAS)) if deltas is None else deltas.detach()
         shape = tuple(self.deltas.shape)
         if len(shape) != 2 or not 2 <= shape[0] <= 7 or not 1 <= shape[1] <= 24:
@@ -108,48 +111,91 @@ class TiesExplorer(View):
             f"{cancelled:.0%} of their magnitude: at place {worst + 1} it gives {mean[worst]:.2f}, "
             f"the disjoint mean {s.merged[worst]:.2f}."
         )
+        return self._figure(deltas, s), sentence
+
+    def _figure(self, deltas: Tensor, s: TiesStages) -> Figure:
+        """The stages as bars, on the frame of before: only what the sliders change is drawn anew."""
         count, n = deltas.shape
+        if self._frame is None or self._frame[0] != count:
+            self._frame = count, _ties_frame(deltas)
+        figure = self._frame[1]
+        _, kept, sign, merged, scaled = figure.axes
+        for artist in (
+            *kept.patches,
+            *kept.lines[1:],
+            *sign.texts,
+            *merged.patches,
+            *scaled.patches,
+        ):
+            artist.remove()
         entries, trimmed, agreeing = deltas.numpy(), s.trimmed.numpy(), s.agreeing.numpy()
-        x, line = np.arange(1, n + 1), {"edgecolor": "black", "lw": 0.7}
-        figure = Figure(figsize=(max(7.8, 0.5 * n + 2), 4.2), layout="constrained")
-        rows = figure.subplots(5, 1, sharex=True, height_ratios=[1, 1, 0.3, 0.85, 1])
-        raw, kept, sign, merged, scaled = rows
+        x = np.arange(1, n + 1)
         for i in range(count):
-            at, width = x + (2 * i - count + 1) * 0.42 / count, 0.84 / count
-            look = {"color": COLOURS[1 + i], "hatch": HATCHES[i], **line}
-            raw.bar(at, entries[i], width, label=f"expert {i + 1}", **look)
+            at, width, look = _bars(i, count, x)
             left = trimmed[i] != 0
             kept.bar(at[left], trimmed[i][left], width, **look)
-            dotted = kept.bar(at[~left], entries[i][~left], width, fill=False, ls=":", **line)
+            kept.bar(at[~left], entries[i][~left], width, **REMOVED)
             out = left & ~agreeing[i]
-            (cross,) = kept.plot(at[out], trimmed[i][out] / 2, "kX", mec="white", ms=8)
+            kept.plot(at[out], trimmed[i][out] / 2, **OUT)
         for place, value in enumerate(s.sign.int().tolist(), 1):
             sign.text(place, 0, "0+−"[value], fontsize=11, weight="bold", **MIDDLE)
-        merged.bar(x, s.merged.numpy(), 0.6, color="0.75", **line)
-        label = f"TIES, λ = {self.scale.value:.2f}"
-        own = {name: look_of(name, ("ties", "average"))[0] for name in ("ties", "average")}
-        scaled.bar(x, s.scaled.numpy(), 0.6, color=own["ties"], hatch="...", label=label, **line)
-        scaled.plot(x, mean.numpy(), "D", color=own["average"], mec="black", label="plain average")
-        right_of = {"fontsize": 8, "loc": "upper left", "bbox_to_anchor": (1, 1)}
-        raw.legend(**right_of)
-        kept.legend([dotted, cross], ["removed", "kept, not merged"], **right_of)
-        scaled.legend(**right_of)
-        high = 1.1 * float(deltas.abs().max()) or 1.0
-        for axes, reach, title in (
-            (raw, high, "1  task vectors"),
-            (kept, high, f"2  trimmed: each expert's largest, density {self.density.value:.2f}"),
-            (sign, 1, "3  elected sign: of the sum of what is left"),
-            (merged, high, "4  disjoint mean: of the entries that have this sign"),
-            (scaled, 2 * high, "5  scaled, to be added to the base; next to the plain average"),
-        ):
-            axes.set_title(title, fontsize=9, loc="left", pad=3)
-            axes.tick_params(labelsize=8)
-            axes.xaxis.set_visible(axes is scaled)
-            axes.set_ylim(-reach, reach)
-            axes.axhline(0, color="black", lw=0.0 if axes is sign else 0.7)
-        sign.yaxis.set_visible(False)
-        scaled.set(xticks=x, xlabel="place in the weight")
-        return figure, sentence
+        merged.bar(x, s.merged.numpy(), 0.6, color="0.75", **RIM)
+        scaled.bar(x, s.scaled.numpy(), 0.6, **TIES_BAR)
+        title = f"2  trimmed: each expert's largest, density {self.density.value:.2f}"
+        kept.set_title(title, fontsize=9, loc="left", pad=3)
+        title = (
+            f"5  scaled by λ = {self.scale.value:.2f}, to be added to the base; beside the average"
+        )
+        scaled.set_title(title, fontsize=9, loc="left", pad=3)
+        return figure
+
+
+RIM: dict[str, Any] = {"edgecolor": "black", "lw": 0.7}
+REMOVED: dict[str, Any] = {"fill": False, "ls": ":", **RIM}
+OUT: dict[str, Any] = {"ls": "none", "marker": "X", "color": "black", "mec": "white", "ms": 8}
+TIES_BAR: dict[str, Any] = {"facecolor": COLOURS[OWN_COLOURS["ties"]], "hatch": "...", **RIM}
+AVERAGE: dict[str, Any] = {"ls": "none", "marker": "D", "color": COLOURS[OWN_COLOURS["average"]]}
+
+
+def _bars(i: int, count: int, x: np.ndarray) -> tuple[np.ndarray, float, dict[str, Any]]:
+    """Where the bars of expert i stand, (n,), how wide they are, and their look."""
+    at = x + (2 * i - count + 1) * 0.42 / count
+    return at, 0.84 / count, {"color": COLOURS[1 + i], "hatch": HATCHES[i], **RIM}
+
+
+def _ties_frame(deltas: Tensor) -> Figure:
+    """What no slider of the TiesExplorer changes: axes, titles, legends, task vectors and their mean."""
+    count, n = deltas.shape
+    x = np.arange(1, n + 1)
+    figure = Figure(figsize=(max(7.8, 0.5 * n + 2), 4.2), layout="constrained")
+    rows = figure.subplots(5, 1, sharex=True, height_ratios=[1, 1, 0.3, 0.85, 1])
+    raw, kept, sign, merged, scaled = rows
+    high = 1.1 * float(deltas.abs().max()) or 1.0
+    for axes, reach, title in (
+        (raw, high, "1  task vectors"),
+        (kept, high, ""),
+        (sign, 1, "3  elected sign: of the sum of what is left"),
+        (merged, high, "4  disjoint mean: of the entries that have this sign"),
+        (scaled, 2 * high, ""),
+    ):
+        axes.set_title(title, fontsize=9, loc="left", pad=3)
+        axes.tick_params(labelsize=8)
+        axes.xaxis.set_visible(axes is scaled)
+        axes.set_ylim(-reach, reach)
+        axes.axhline(0, color="black", lw=0.0 if axes is sign else 0.7)
+    sign.yaxis.set_visible(False)
+    scaled.set(xticks=x, xlabel="place in the weight", xlim=(0.3, n + 0.7))
+    for i in range(count):
+        at, width, look = _bars(i, count, x)
+        raw.bar(at, deltas[i].numpy(), width, label=f"expert {i + 1}", **look)
+    scaled.plot(x, deltas.mean(0).numpy(), mec="black", **AVERAGE)
+    right_of = {"fontsize": 8, "loc": "upper left", "bbox_to_anchor": (1, 1)}
+    raw.legend(**right_of)
+    marks = [Patch(**REMOVED, label="removed"), Line2D([], [], **OUT, label="kept, not merged")]
+    kept.legend(handles=marks, **right_of)
+    marks = [Patch(**TIES_BAR, label="TIES"), Line2D([], [], **AVERAGE, label="plain average")]
+    scaled.legend(handles=marks, **right_of)
+    return figure
 
 
 def clip_curve(ratio: Tensor, advantage: float, epsilon: float) -> tuple[Tensor, Tensor]:

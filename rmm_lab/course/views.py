@@ -89,7 +89,8 @@ class View(VBox):
         To arrange them takes half of the time, and a picture that jumps is harder to compare.
         """
         if self.steady:
-            kind = (*figure.get_size_inches(), len(figure.axes))
+            names = [t.get_text() for a in figure.axes if a.images for t in a.get_yticklabels()]
+            kind = (*figure.get_size_inches(), len(figure.axes), *names)
             if kind not in self._boxes:
                 figure.draw_without_rendering()
                 self._boxes[kind] = [axes.get_position() for axes in figure.axes]

@@ -27,7 +27,12 @@ from rmm_lab.reward import Path, parse_path, path_text
 
 WIDE = {"description_width": "initial"}  # else long descriptions are cut
 SEEN = 9  # rows of a table in sight
-SHOWN = 4  # differences between two paths, in words
+SHOWN = 2  # differences between two paths, in words
+TABLE_STYLE = (  # once, since a style of each cell is most of the bytes
+    "<style>.rmm-table {max-height: 15em; overflow-y: auto} .rmm-table :is(td, th) {padding: 0 8px; "
+    "line-height: 1.4; white-space: nowrap; text-align: right} "
+    ".rmm-table :is(th:first-child, td:last-child) {text-align: left}</style>"
+)
 PARTS = "here a layer is a part of a block: attention comes first, the MLP last"
 
 
@@ -41,11 +46,6 @@ def path_words(path: Path, stacks: Sequence[range]) -> str:
     """A path in running order: ``stem of digits, layer 0 of ties``."""
     names = [f"{plots.place_name(step.layer, stacks)} of {source_text(step)}" for step in path]
     return ", ".join(names)
-
-
-def in_a_line(text: str, n: int = 48) -> str:
-    """The text, cut to n characters."""
-    return text if len(text) <= n else f"{text[: n - 1]}…"
 
 
 class ButtonTest(View):
@@ -148,6 +148,8 @@ class MapStepper(View):
 
 class PathInspector(View):
     """Paths of a search: how they run, what they score on the whole reward split, where two differ."""
+
+    steady = True
 
     def __init__(self, run: Run) -> None:
         self.run = run
@@ -368,27 +370,26 @@ class ResultsTable(View):
     def html(self) -> str:
         """The table, with a caption, scopes, and a word after the selected method."""
         tasks = list(self.rows[0]["scores"])
-        look = "padding: 0 8px; line-height: 1.4; white-space: nowrap; text-align"
-        cell, left = f'style="{look}: right"', f'style="{look}: left"'
         names = ["method", *tasks, "mean", "setting"]
-        heads = "".join(f'<th scope="col" {cell}>{escape(name)}</th>' for name in names)
+        heads = "".join(f'<th scope="col">{escape(name)}</th>' for name in names)
         body = chosen = ""
         for i, row in enumerate(self.rows):
             values = [row["scores"][t] for t in tasks]
-            numbers = "".join(f"<td {cell}>{100 * v:.1f}</td>" for v in [*values, np.mean(values)])
+            numbers = "".join(f"<td>{100 * v:.1f}</td>" for v in [*values, np.mean(values)])
             word, bold = "", ""
             if i == self.select.value:
                 word, bold = " (selected)", ' style="font-weight: bold; outline: 2px solid"'
+            short = setting if len(setting := row["setting"]) <= 48 else f"{setting[:47]}…"
+            whole = "" if short == setting else f' title="{escape(setting)}"'
             line = (
-                f'<tr{bold}><th scope="row" {left}>{escape(row["method"])}{word}</th>{numbers}'
-                f'<td {left} title="{escape(row["setting"])}">{escape(in_a_line(row["setting"]))}</td></tr>'
+                f'<tr{bold}><th scope="row">{escape(row["method"])}{word}</th>{numbers}'
+                f"<td{whole}>{escape(short)}</td></tr>"
             )
             body, chosen = body + line, line if word else chosen
-        if len(self.rows) > SEEN:  # else it is in sight
-            heads += f"</tr>{chosen}<tr>"
+        again = chosen if len(self.rows) > SEEN else ""  # else it is in sight
         caption = f"<caption>{escape(self.caption)}</caption>"
-        table = f"{caption}<thead><tr>{heads}</tr></thead><tbody>{body}</tbody>"
-        return f'<div style="max-height: 15em; overflow-y: auto"><table>{table}</table></div>'
+        table = f"{caption}<thead><tr>{heads}</tr>{again}</thead><tbody>{body}</tbody>"
+        return f'{TABLE_STYLE}<div class="rmm-table"><table>{table}</table></div>'
 
     def still(self) -> tuple[Figure, str]:
         """The selected method's path, or bars of its scores where it has none."""

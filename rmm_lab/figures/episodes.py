@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
-from matplotlib.patches import Patch, Rectangle
+from matplotlib.patches import Rectangle
 
 from rmm_lab.figures.paths import (
     COLOURS,
@@ -29,7 +29,7 @@ from rmm_lab.figures.paths import (
 )
 from rmm_lab.reward import Path
 
-SCORE_HATCHES = ("//", "..")
+SCORE_HATCHES = ("//", "..")  # of the first label and the second
 
 
 def walk_picture(
@@ -116,11 +116,11 @@ def replay_picture(
         np.nan_to_num(policy.T),
         actions,
         (),
-        lambda p: f"{p:.1f}" if p >= 0.1 else "",
+        lambda p: f"{p:.1f}" if p >= 1.5 / len(actions) else "",  # more than by chance
         fontsize=8,
     )
     for x in np.flatnonzero(np.isnan(policy).all(1)).tolist():
-        hatched: dict[str, Any] = {"fc": "white", "ec": "0.4", "hatch": "xx", "lw": 0}
+        hatched: dict[str, Any] = {"fc": "white", "ec": "0.6", "hatch": "/", "lw": 0}
         left.add_patch(Rectangle((x - 0.5, -0.5), 1, len(actions), **hatched))
         y = (len(actions) - 1) / 2
         left.text(x, y, "not visited", rotation=90, fontsize=8, bbox=ON_WHITE, **MIDDLE)
@@ -151,11 +151,14 @@ def score_bars(axes: Any, scores: Mapping[str, Mapping[str, float]]) -> None:
             "lw": 0.6,
         }
         bars = axes.barh(y, 100 * np.array([*values, np.mean(values)]), height, label=label, **look)
-        axes.bar_label(bars, fmt="%.1f", fontsize=9, padding=3)
+        which = f"{label.partition(':')[0]} " if len(scores) > 1 else ""  # first, second
+        axes.bar_label(bars, fmt=f"{which}%.1f", fontsize=9, padding=3)
     axes.set_yticks(range(len(names)), names, fontsize=9)
     axes.set_ylim(len(names) - 0.5, -0.5)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.set_xlim(0, 118)  # room for the numbers; the axis itself ends at 100
+    axes.set_xlim(
+        0, 118 if len(scores) == 1 else 165
+    )  # room for the numbers; the axis itself ends at 100
     axes.spines["bottom"].set_bounds(0, 100)
     axes.set_xticks([0, 50, 100], ["0", "50", "100"], fontsize=9)
     axes.set_xlabel("score, %", fontsize=9)
@@ -189,11 +192,11 @@ def compare_picture(
         text = fill(f"order: {' → '.join(order)}", int(15 * width))
         words.append(text if boxes_of(path) else "")
     heights = [
-        0.6 + 0.19 * len(rows) + 0.16 * (1 + text.count("\n")) * bool(text)
+        0.65 + 0.2 * len(rows) + 0.16 * (1 + text.count("\n")) * bool(text)
         for (rows, _), text in zip(maps, words, strict=True)
     ]
     n_bars = sum(len(by_task) + 1 for by_task in scores.values())
-    height = max(sum(heights), 0.9 + 0.24 * n_bars + 0.2 * len(scores), 0.6)
+    height = max(sum(heights), 0.9 + 0.24 * n_bars)
     ratios = [width] * bool(paths) + [2.7] * bool(scores)
     figure = Figure(figsize=(sum(ratios), height), layout="constrained")
     grid = figure.add_gridspec(
@@ -209,10 +212,4 @@ def compare_picture(
         axes = figure.add_subplot(grid[:, -1])
         score_bars(axes, scores)
         axes.set_title(caption, fontsize=10)
-        if len(scores) > 1:
-            marks = zip(scores, SCORE_HATCHES, strict=False)
-            handles = [Patch(fc="0.8", ec="black", hatch=h, label=label) for label, h in marks]
-            axes.legend(
-                handles=handles, fontsize=8, loc="upper center", bbox_to_anchor=(0.4, -0.22)
-            )
     return figure

@@ -39,7 +39,7 @@ OWN_COLOURS = {  # of tasks, experts and operators, through the whole course
     **{"arithmetic": 1, "translation": 2, "code": 3},
 }
 COUNTS = LinearSegmentedColormap.from_list("counts", ["white", "#004c7d"])
-AMOUNTS = LinearSegmentedColormap.from_list("amounts", ["#9c4a00", "white", "#004c7d"])
+AMOUNTS = LinearSegmentedColormap.from_list("amounts", ["#9c4a00", "white", "#004c7d"], 257)
 DIFFERENCES = "PuOr"
 MIDDLE: dict[str, Any] = {"ha": "center", "va": "center"}
 ON_WHITE = {"fc": "white", "ec": "none", "pad": 1}  # behind a text

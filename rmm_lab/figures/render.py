@@ -70,12 +70,21 @@ def _drawing(figure: Figure, dpi: float) -> Iterator[None]:
     before, figure.dpi = figure.dpi, dpi
     with rc_context({"text.parse_math": False}), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph .* missing")
-        for text in figure.findobj(Text):
-            text.set_parse_math(False)
+        for artist in _seen(figure):
+            if isinstance(artist, Text):
+                artist.set_parse_math(False)
         try:
             yield
         finally:
             figure.dpi = before
+
+
+def _seen(artist: Artist) -> Iterator[Artist]:
+    """All that is drawn; ``findobj`` would make the ticks of hidden axes too, a third of a drawing's time."""
+    if artist.get_visible():
+        yield artist
+        for child in artist.get_children():
+            yield from _seen(child)
 
 
 def ink(colour: Any) -> Rgba:
