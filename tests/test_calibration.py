@@ -581,7 +581,9 @@ def test_experts_run_in_the_first_two_fits_alone(pool, monkeypatch):
             same(one, two)
     nothing = runs[2]
     assert nothing >= runs[1] > 0
-    monkeypatch.setattr(calibration, "THEIRS", 60_000)  # what has found room stays, the rest is computed
+    monkeypatch.setattr(
+        calibration, "THEIRS", 60_000
+    )  # what has found room stays, the rest is computed
     list(fitted(renewed(pool)))
     assert 0 < runs[2] < nothing
 
