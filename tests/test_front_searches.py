@@ -464,6 +464,27 @@ def test_mm_mo_scores_what_is_known_least_of_the_elites_mutants(problem, monkeyp
         assert min(np.abs(x - old).max() for old, _ in study.told[:10]) > 0.01
 
 
+def test_mm_mo_of_many_tasks_has_two_objectives(problem, monkeypatch):
+    """The mean and the 1-norm: five objectives took all memory."""
+    study, options = Study(), []
+
+    @contextlib.contextmanager
+    def made(*args, **more):
+        options.append(args)
+        yield study
+
+    monkeypatch.setattr(models, "optuna_study", made)
+    monkeypatch.setattr(models, "MOST_TASKS", 1)
+    scorer = problem.scorer(fraction=0.25, stem="agent")
+    out = FRONT_SEARCHES["MM-MO"](scorer, 20, 4, UNIT)
+    assert options == [("GPSampler", 4, 2)]
+    for (_, values), (text, _), point in zip(
+        study.told, out[out.begun :], out.points(out.begun), strict=True
+    ):
+        norm = models._one_norm(scorer, parse_path(text))
+        assert values == pytest.approx([np.mean(point), -norm])
+
+
 def test_uncertainty_is_a_gaussian_processs():
     rng = np.random.default_rng(1)
     known, points = rng.uniform(size=(8, 3)), rng.uniform(size=(5, 3))
