@@ -88,7 +88,7 @@ def spread_picture(
     ``groups``: group -> method -> a score in % for each seed.
     """
     n_columns = min(n_columns, len(groups))
-    width, most = 4.7 if n_columns > 1 else 7.0, max(map(len, groups.values()))
+    width, most = 4.55 if n_columns > 1 else 7.0, max(map(len, groups.values()))
     figure, grid = panels(len(groups), n_columns, width, 1.0 + 0.42 * most, sharex=n_columns == 1)
     bar = {"fmt": "|", "ms": 10, "mew": 2, "color": "black", "capsize": 4}
     for axes, (group, methods) in zip(grid, groups.items(), strict=True):
@@ -111,7 +111,7 @@ def searches_picture(rows: Rows, test: Mapping[Any, str] | None = None) -> Figur
     the test score of the final choice, shown beside each name.
     """
     groups = pd.DataFrame(rows).groupby("group", sort=False)
-    shape = (min(2, len(groups)), 5, 2.7) if test is None else (1, 8, 3.1)
+    shape = (min(2, len(groups)), 4.55, 2.7) if test is None else (1, 8.0, 3.1)
     figure, grid = panels(len(groups), *shape, more=0.4)
     for axes, (group, runs) in zip(grid, groups, strict=True):
         for i, (method, curve) in enumerate(runs.groupby("method", sort=False)):
