@@ -19,6 +19,7 @@ from rmm_lab.figures.paths import (
     ON_WHITE,
     draw_box,
     heat_map,
+    look_of,
     moving_average,
     panels,
     tidy,
@@ -239,9 +240,12 @@ def sorted_rewards(rewards: np.ndarray, marks: Mapping[str, int], top: int | Non
     figure, (axes,) = panels(1, 1, 7.5, 3.6)
     label = f"the {len(best)} best of {len(rewards)} paths" if top else f"all {len(rewards)} paths"
     axes.plot(range(1, len(best) + 1), best, ".-", ms=4, lw=0.8, color="0.5", label=label)
+    sources = [name.removeprefix("all ") for name in marks if name.startswith("all ")]
     for i, (name, p) in enumerate(marks.items()):
         rank, percent = 1 + order.tolist().index(p), 100 * rewards[p]
-        look = {"ls": "none", "ms": max(6, 14 - 2 * i), "mec": "black", "color": COLOURS[1 + i % 7]}
+        own = name.removeprefix("all ")
+        colour = look_of(own, sources)[0] if own in sources else COLOURS[6 + i % 2]
+        look = {"ls": "none", "ms": max(6, 14 - 2 * i), "mec": "black", "color": colour}
         label = f"{name}: rank {rank}, {percent:.1f} %"
         axes.plot(rank, percent, MARKERS[i % 7], label=label, **look)
     tidy(axes, "", "rank (1 is the best)", "reward, %")
