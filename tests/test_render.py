@@ -129,7 +129,7 @@ def test_the_lowest_of_a_map_is_white():
     )
     assert image.to_rgba(50.0) == pytest.approx((1, 1, 1, 1))
     tokens = results.tokens_picture([["x", "y"]], np.array([[0.0, -2.0]]), 0, "t").axes[0]
-    certain, doubtful = (p.get_facecolor() for p in tokens.patches)
+    certain, doubtful = np.asarray(tokens.images[0].get_array())[0].tolist()
     assert certain == pytest.approx((1, 1, 1, 1), abs=0.01)
     assert luminance(255 * np.array(doubtful[:3])) < 0.3
 

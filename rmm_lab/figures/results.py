@@ -287,19 +287,19 @@ def tokens_picture(
     C, T = log_probs.shape
     figure, (axes,) = panels(1, 1, min(9.1, 1.6 + 1.0 * T), 0.9 + 0.62 * C)
     low = min(-1.0, *(log_probs[c, t] for c in range(C) for t in range(len(tokens[c]))))
+    faces = AMOUNTS(np.nan_to_num(0.5 - 0.5 * log_probs / low))  # (C, T, 4)
+    axes.imshow(faces, extent=(0, T, C, 0), aspect="auto")
     for c, t in np.ndindex(C, T):
         if t >= len(tokens[c]):
-            axes.add_patch(Rectangle((t, c), 0.94, 0.9, fc="white", ec="0.5", hatch="xx"))
+            axes.add_patch(Rectangle((t, c), 1, 1, fc="white", ec="0.5", hatch="xx"))
             continue
-        face = AMOUNTS(0.5 - 0.5 * float(log_probs[c, t]) / low)
-        axes.add_patch(Rectangle((t, c), 0.94, 0.9, fc=face, ec="0.4"))
+        axes.add_patch(Rectangle((t, c), 1, 1, fill=False, ec="0.4"))
         text = f"{tokens[c][t]}\n{round(float(log_probs[c, t]), 2) + 0.0:.2f}"
-        look: dict[str, Any] = {"color": ink_on(face), "bbox": {"fc": face, "ec": "none", "pad": 1}}
-        axes.text(t + 0.47, c + 0.45, text, fontsize=9, **look, **MIDDLE)
+        axes.text(t + 0.5, c + 0.5, text, fontsize=9, color=ink_on(faces[c, t]), **MIDDLE)
     names = [f"choice {c}" + (" (right)" if c == right else "") for c in range(C)]
-    axes.set_yticks(np.arange(C) + 0.45, names, fontsize=9)
-    axes.set_xticks(np.arange(T) + 0.47, [f"t = {t + 1}" for t in range(T)], fontsize=9)
-    axes.set(xlim=(-0.06, T), ylim=(C, -0.06))
+    axes.set_yticks(np.arange(C) + 0.5, names, fontsize=9)
+    axes.set_xticks(np.arange(T) + 0.5, [f"t = {t + 1}" for t in range(T)], fontsize=9)
+    axes.set(xlim=(0, T), ylim=(C, 0))
     axes.set_title(title, fontsize=10)
     axes.spines[:].set_visible(False)
     axes.tick_params(length=0)
