@@ -1,7 +1,9 @@
-"""What nbmake does not see: an error inside a widget, and a notebook slower than its header says."""
+"""What nbmake does not see: an error inside a widget, what is too slow, or too wide for a laptop's screen."""
 
+import sys
 import tempfile
 import time
+from pathlib import Path
 from typing import Any
 
 import nbmake.nb_run
@@ -12,6 +14,11 @@ from nbmake.nb_run import NotebookRun
 from traitlets.config import Config
 
 from rmm_lab.course import notebooks as course
+
+sys.path.append(str(Path(__file__).parent.parent / "tests"))
+import screen
+
+BROWSER = screen.browser()
 
 
 class Client(NotebookClient):
@@ -25,12 +32,14 @@ class Client(NotebookClient):
 
 
 class CheckedRun(NotebookRun):
-    """A notebook's run, held to its stated seconds and scanned for errors inside widgets."""
+    """A notebook's run, held to its stated seconds, scanned for errors inside widgets, and measured."""
 
     def execute(self) -> NotebookResult:
         start = time.perf_counter()
         result = super().execute()
         found = course.faults(result.nb, time.perf_counter() - start)
+        if BROWSER is not None:
+            found += screen.overflow(result.nb, BROWSER)
         if result.error is None and found:
             text = f"{self.filename.name}: {'; '.join(found)}"
             result.error = NotebookError(summary=text, trace=text, failing_cell_index=0)

@@ -23,13 +23,9 @@ from urllib.parse import urlparse
 import nbformat
 import pytest
 from nbformat.v4 import new_code_cell, new_notebook
+from screen import BROWSERS, FLAGS
 
 ROOT = Path(__file__).parent.parent
-BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
-FLAGS = (
-    *("--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync"),
-    *("--disable-background-networking", "--disable-component-update", "--disable-dev-shm-usage"),
-)
 LIMIT = 120_000  # milliseconds that anything may take, on a busy machine
 # What opens a notebook and runs it, by Lab's commands: clicks on its menus race with the kernel's start.
 # ``kernel`` is the number of one that runs, or null for a new one; the answer is the kernel's number.

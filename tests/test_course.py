@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import subprocess
 import sys
@@ -9,11 +10,13 @@ from pathlib import Path
 
 import nbformat
 import pytest
+import screen
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
 from rmm_lab.course import notebooks as course
 from rmm_lab.errors import InputError
 
+ROOT = Path(__file__).parent.parent
 SOLVED = '''def ties(deltas):
     """Merge."""
     ### BEGIN SOLUTION
@@ -145,6 +148,21 @@ def test_a_handout_has_no_solutions_and_its_checks_work(folder, tmp_path, capsys
     assert "expected a new folder" in capsys.readouterr().err
 
 
+def test_every_link_of_a_handout_leads_somewhere(tmp_path):
+    """Of the real one: what students do not get, they are told of without a link."""
+    course.hand_out(ROOT, tmp_path / "out")
+    link, dead = re.compile(r"\]\((?!\w+:|#)([^)#]+)"), []
+    pages = [*(tmp_path / "out").rglob("*.md"), *(tmp_path / "out").rglob("*.ipynb")]
+    for page in pages:
+        found = link.findall(page.read_text("utf-8"))
+        dead += [(page.name, to) for to in found if not (page.parent / to).exists()]
+    assert len(pages) > 20
+    assert dead == []
+    readme = (tmp_path / "out" / "README.md").read_text("utf-8")
+    assert "docs/teaching (not handed out)" in readme
+    assert "(notebooks/00_start_here.ipynb)" in readme
+
+
 def test_bad_folders_are_refused(tmp_path, capsys):
     assert course.main(["--folder", str(tmp_path)]) == 2
     assert "expected solved notebooks, found none" in capsys.readouterr().err
@@ -189,9 +207,11 @@ def test_an_error_in_an_output_widget_is_seen():
 def test_nbmake_fails_where_a_widget_holds_an_error(tmp_path):
     """A run with the notebooks' own conftest.py, which gives the kernel no ports that another may take.
 
-    The widget is made with its error: no cell enters it.
+    The widget is made with its error: no cell enters it. A table is wider than a laptop's screen.
     """
-    shutil.copy(Path(__file__).parent.parent / "notebooks" / "conftest.py", tmp_path)
+    for name in ("notebooks/conftest.py", "tests/screen.py"):
+        (tmp_path / name).parent.mkdir()
+        shutil.copy(ROOT / name, tmp_path / name)
     ports = """
 import json
 from ipykernel.connect import get_connection_info
@@ -199,11 +219,28 @@ assert json.loads(get_connection_info())["transport"] == "ipc"
 """
     nb = notebook(f"import ipywidgets\nout = ipywidgets.Output(outputs=[{HIDDEN}]){ports}")
     nb.metadata["kernelspec"] = {"name": "python3", "display_name": "p", "language": "python"}
-    nbformat.write(nb, tmp_path / "bad.ipynb")
-    command = [sys.executable, "-m", "pytest", "-q", "-n", "0", "--nbmake", str(tmp_path)]
+    nbformat.write(nb, tmp_path / "notebooks" / "bad.ipynb")
+    nb.cells[
+        1
+    ].source = (
+        "import pandas\npandas.DataFrame(0.5, index=[0], columns=[20 * c for c in 'abcdefgh'])"
+    )
+    nbformat.write(nb, tmp_path / "notebooks" / "wide.ipynb")
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-n",
+        "0",
+        "--nbmake",
+        str(tmp_path / "notebooks"),
+    ]
     done = subprocess.run(
         command, capture_output=True, text=True, cwd=tmp_path, check=False, timeout=120
     )
     assert done.returncode == 1, done.stdout
     assert "bad.ipynb: an error inside an Output widget: ValueError: hidden" in done.stdout
-    assert "1 failed" in done.stdout
+    if screen.browser() is not None:
+        assert re.search(r"wide.ipynb: cell 1: \d+ px of 934", done.stdout), done.stdout
+    assert f"{1 + (screen.browser() is not None)} failed" in done.stdout

@@ -129,6 +129,15 @@ def test_the_lowest_of_a_map_is_white():
     )
     assert image.to_rgba(50.0) == pytest.approx((1, 1, 1, 1))
     tokens = results.tokens_picture([["x", "y"]], np.array([[0.0, -2.0]]), 0, "t").axes[0]
-    certain, doubtful = (p.get_facecolor() for p in tokens.patches)
+    certain, doubtful = np.asarray(tokens.images[0].get_array())[0].tolist()
     assert certain == pytest.approx((1, 1, 1, 1), abs=0.01)
     assert luminance(255 * np.array(doubtful[:3])) < 0.3
+
+
+def test_an_arrow_is_ink_too():
+    figure, (axes,) = paths.panels(1, 1, 4, 3)
+    axes.set_axis_off()
+    axes.annotate("", (1, 0.5), (0, 0.5), arrowprops={"arrowstyle": "-|>", "lw": 6})
+    dark = pixels(render.page_png(figure), "dark")[..., :3]
+    assert contrast(dark, np.array(GROUNDS["dark"])).max() > 4
+    assert luminance(dark).min() >= luminance(np.array(GROUNDS["dark"])) - 1e-6  # nothing is darker

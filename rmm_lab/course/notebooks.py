@@ -134,6 +134,7 @@ def hand_out(repository: Path, folder: Path) -> None:
         elif (repository / name).is_file():
             folder.mkdir(parents=True, exist_ok=True)
             shutil.copy(repository / name, folder / name)
+    _mark_dead_links(folder)
     for file in (folder / "rmm_lab" / "course" / "exercises").glob("nb*.py"):
         packed = base64.b85encode(zlib.compress(file.read_bytes(), 9)).decode()
         lines = "\n".join(f'    b"{packed[i : i + 100]}"' for i in range(0, len(packed), 100))
@@ -143,6 +144,20 @@ def hand_out(repository: Path, folder: Path) -> None:
             'exec(compile(zlib.decompress(base64.b85decode(DATA)), __name__, "exec"))\n',
             "utf-8",
         )
+
+
+def _mark_dead_links(folder: Path) -> None:
+    """In the READMEs and pages of a handout: what leads to a file that is not handed out is said to."""
+    link = re.compile(r"(?<!!)\[([^\]]+)\]\((?!\w+:|#)([^)#]+)(?:#[^)]*)?\)")
+    for file in folder.rglob("*.md"):
+
+        def kept(found: re.Match[str], beside: Path = file.parent) -> str:
+            there = (beside / found[2]).exists()
+            return found[0] if there else f"{found[1]} (not handed out)"
+
+        text = file.read_text("utf-8")
+        if (said := link.sub(kept, text)) != text:
+            file.write_text(said, "utf-8")
 
 
 @dataclass

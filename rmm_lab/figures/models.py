@@ -44,7 +44,7 @@ def rmm_picture(
             known = ", ".join(sources)
             raise InputError(f"step {step}: expected one of {known}; draw its source too")
     places = [(sources.index(step.source), step.layer) for step in path]
-    figure, (axes,) = panels(1, 1, 9.5, 4.6)
+    figure, (axes,) = panels(1, 1, 9.1, 4.6)
     centred = {"ha": "center", "fontsize": 9}
     for a, source in enumerate(sources):
         for k in range(n_layers):
@@ -164,7 +164,7 @@ def sweep_picture(
 
     A line and marker per task, the mean in black; a star at its highest point.
     """
-    figure, grid = panels(len(sweeps), len(sweeps), 4.3 + 1 / len(sweeps), 3.6, sharey=True)
+    figure, grid = panels(len(sweeps), len(sweeps), 4.1 + 0.9 / len(sweeps), 3.6, sharey=True)
     for axes, (title, (x, scores)) in zip(grid, sweeps.items(), strict=True):
         for i, task in enumerate(tasks):
             colour = look_of(task, tasks)[0]

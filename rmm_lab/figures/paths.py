@@ -25,6 +25,7 @@ COLOURS = color_sequences["okabe_ito"]
 HATCHES = ("", "///", "...", "xxx", "\\\\\\", "ooo", "+++", "---")
 OWN_COLOURS = {  # of tasks, experts and operators, through the whole course
     **{"digits": 1, "textures": 2, "letters": 3, "symbols": 7, "weight_average": 5, "average": 5},
+    **{"ramps": 1, "stripes": 2},
     **{"ties": 4, "task_arithmetic": 6, "dare": 7, "expert=1": 3, "expert=2": 7},
     **{"regmean": 3, "least_squares": 6},
     **{
@@ -40,7 +41,9 @@ OWN_COLOURS = {  # of tasks, experts and operators, through the whole course
 }
 COUNTS = LinearSegmentedColormap.from_list("counts", ["white", "#004c7d"])
 AMOUNTS = LinearSegmentedColormap.from_list("amounts", ["#9c4a00", "white", "#004c7d"], 257)
-DIFFERENCES = "PuOr"
+DIFFERENCES = LinearSegmentedColormap.from_list(  # as PuOr, but exactly white in the middle
+    "differences", ["#7f3b08", "#e08214", "white", "#8073ac", "#2d004b"], 257
+)
 MIDDLE: dict[str, Any] = {"ha": "center", "va": "center"}
 ON_WHITE = {"fc": "white", "ec": "none", "pad": 1}  # behind a text
 BOXES = 8  # of a path in one row

@@ -141,7 +141,9 @@ def _is_ground(colour: Any) -> bool:
 
 def _text(text: Text) -> None:
     if isinstance(text, Annotation) and text.arrow_patch is not None:
-        _patch(text.arrow_patch)
+        edge = text.arrow_patch.get_edgecolor()
+        if _is_grey(edge):
+            text.arrow_patch.set_color(ink(edge))  # its head too
     box = text.get_bbox_patch()
     if box is None or to_rgba(box.get_facecolor())[3] < 0.5:
         grey = _is_grey(text.get_color())

@@ -59,7 +59,7 @@ def path_amounts(path: Path, names: Sequence[str], n_layers: int, stem: str = "b
 
 def amounts_picture(groups: Mapping[str, Mapping[str, np.ndarray]]) -> Figure:
     """A heat map for each group: group -> expert -> (1 + L,) amounts, in the cells as numbers."""
-    figure, grid = panels(len(groups), 2, 4.75, 1.9)
+    figure, grid = panels(len(groups), 2, 4.55, 1.9)
     for axes, (group, experts) in zip(grid, groups.items(), strict=True):
         values = np.stack(list(experts.values()))  # (N, 1 + L)
         places = ["stem", *range(values.shape[1] - 1)]
@@ -112,7 +112,7 @@ def seeds_picture(scores: Mapping[str, Mapping[str, np.ndarray]]) -> Figure:
     stars RMM. The line of a method that a group lacks stays empty.
     """
     methods = list(dict.fromkeys(m for group in scores.values() for m in group))
-    figure, grid = panels(len(scores), 2, 4.75, max(3.3, 0.21 * len(methods)), sharey=True)
+    figure, grid = panels(len(scores), 2, 4.55, max(3.3, 0.21 * len(methods)), sharey=True)
     for axes, (group, by_method) in zip(grid, scores.items(), strict=True):
         for method, values in by_method.items():
             marker, colour = method_look(method)
@@ -148,7 +148,7 @@ def forest_picture(
     """
     n, n_rows = len(points), len(next(iter(points.values())))
     columns = n if n < 3 else 2 if n < 5 else 4
-    figure, grid = panels(n, columns, 9.5 / columns, 0.45 + 0.2 * n_rows, more=1.1, sharey=True)
+    figure, grid = panels(n, columns, 9.1 / columns, 0.45 + 0.2 * n_rows, more=1.1, sharey=True)
     styles = dict.fromkeys(name for by_name in lines.values() for name in by_name)
     looks = dict(zip(styles, ("-", "--", ":"), strict=False))
     for axes, (panel, frame) in zip(grid, points.items(), strict=True):
@@ -221,7 +221,7 @@ def cross_task_picture(scores: Mapping[str, Sequence[float]], tasks: Sequence[st
 
 def t5_picture(n_encoder: int, n_decoder: int) -> Figure:
     """A T5 as boxes: two stacks of blocks with their layer numbers, and in grey what is the stem."""
-    figure, (axes,) = panels(1, 1, 9.5, 3.4)
+    figure, (axes,) = panels(1, 1, 9.1, 3.4)
     deepest, stem = max(n_encoder, n_decoder), ("0.6", "//")
     for stack, y, depth, first, colour in (
         ("encoder", 2.4, n_encoder, 0, COLOURS[5]),
@@ -254,7 +254,7 @@ def hills_picture(
     that take ``expert``, one of the ``tasks``, at n places. Left: each task's score against the reward;
     right: the mean reward and each task's mean score against n; the reward of each path as a mark.
     """
-    figure, (left, right) = panels(2, 2, 4.75, 3.7)
+    figure, (left, right) = panels(2, 2, 4.55, 3.7)
     rewards = {n: 100 * scores.mean(1) for n, scores in partial.items()}
     for n, scores in rewards.items():
         right.plot(np.full(len(scores), n), scores, "D", color="black", mfc="none", ms=4, alpha=0.6)
@@ -285,21 +285,21 @@ def tokens_picture(
     ``tokens``: C lists of at most T; log_probs: (C, T); ``right``: the number of the right choice.
     """
     C, T = log_probs.shape
-    figure, (axes,) = panels(1, 1, 1.6 + 1.0 * T, 0.9 + 0.62 * C)
+    figure, (axes,) = panels(1, 1, min(9.1, 1.6 + 1.0 * T), 0.9 + 0.62 * C)
     low = min(-1.0, *(log_probs[c, t] for c in range(C) for t in range(len(tokens[c]))))
+    faces = AMOUNTS(np.nan_to_num(0.5 - 0.5 * log_probs / low))  # (C, T, 4)
+    axes.imshow(faces, extent=(0, T, C, 0), aspect="auto")
     for c, t in np.ndindex(C, T):
         if t >= len(tokens[c]):
-            axes.add_patch(Rectangle((t, c), 0.94, 0.9, fc="white", ec="0.5", hatch="xx"))
+            axes.add_patch(Rectangle((t, c), 1, 1, fc="white", ec="0.5", hatch="xx"))
             continue
-        face = AMOUNTS(0.5 - 0.5 * float(log_probs[c, t]) / low)
-        axes.add_patch(Rectangle((t, c), 0.94, 0.9, fc=face, ec="0.4"))
+        axes.add_patch(Rectangle((t, c), 1, 1, fill=False, ec="0.4"))
         text = f"{tokens[c][t]}\n{round(float(log_probs[c, t]), 2) + 0.0:.2f}"
-        look: dict[str, Any] = {"color": ink_on(face), "bbox": {"fc": face, "ec": "none", "pad": 1}}
-        axes.text(t + 0.47, c + 0.45, text, fontsize=9, **look, **MIDDLE)
+        axes.text(t + 0.5, c + 0.5, text, fontsize=9, color=ink_on(faces[c, t]), **MIDDLE)
     names = [f"choice {c}" + (" (right)" if c == right else "") for c in range(C)]
-    axes.set_yticks(np.arange(C) + 0.45, names, fontsize=9)
-    axes.set_xticks(np.arange(T) + 0.47, [f"t = {t + 1}" for t in range(T)], fontsize=9)
-    axes.set(xlim=(-0.06, T), ylim=(C, -0.06))
+    axes.set_yticks(np.arange(C) + 0.5, names, fontsize=9)
+    axes.set_xticks(np.arange(T) + 0.5, [f"t = {t + 1}" for t in range(T)], fontsize=9)
+    axes.set(xlim=(0, T), ylim=(C, 0))
     axes.set_title(title, fontsize=10)
     axes.spines[:].set_visible(False)
     axes.tick_params(length=0)

@@ -19,6 +19,7 @@ from rmm_lab.figures.paths import (
     ON_WHITE,
     draw_box,
     heat_map,
+    look_of,
     moving_average,
     panels,
     tidy,
@@ -72,6 +73,7 @@ def diagnostics_picture(
             axes.plot(np.arange(1, len(y) + 1), y, lw=1.4, label=label, **line_look(i))
         if far:
             axes.set_yscale("log")
+            axes.yaxis.set_major_formatter("{x:g}")  # powers would be formulas, which are not drawn
         elif min(every) >= 0:
             axes.set_ylim(-0.03 * max(every), 1.1 * max(every))
         tidy(axes, title, "update")
@@ -88,7 +90,7 @@ def spread_picture(
     ``groups``: group -> method -> a score in % for each seed.
     """
     n_columns = min(n_columns, len(groups))
-    width, most = 4.7 if n_columns > 1 else 7.0, max(map(len, groups.values()))
+    width, most = 4.55 if n_columns > 1 else 7.0, max(map(len, groups.values()))
     figure, grid = panels(len(groups), n_columns, width, 1.0 + 0.42 * most, sharex=n_columns == 1)
     bar = {"fmt": "|", "ms": 10, "mew": 2, "color": "black", "capsize": 4}
     for axes, (group, methods) in zip(grid, groups.items(), strict=True):
@@ -111,7 +113,7 @@ def searches_picture(rows: Rows, test: Mapping[Any, str] | None = None) -> Figur
     the test score of the final choice, shown beside each name.
     """
     groups = pd.DataFrame(rows).groupby("group", sort=False)
-    shape = (min(2, len(groups)), 5, 2.7) if test is None else (1, 8, 3.1)
+    shape = (min(2, len(groups)), 4.55, 2.7) if test is None else (1, 8.0, 3.1)
     figure, grid = panels(len(groups), *shape, more=0.4)
     for axes, (group, runs) in zip(grid, groups, strict=True):
         for i, (method, curve) in enumerate(runs.groupby("method", sort=False)):
@@ -239,9 +241,12 @@ def sorted_rewards(rewards: np.ndarray, marks: Mapping[str, int], top: int | Non
     figure, (axes,) = panels(1, 1, 7.5, 3.6)
     label = f"the {len(best)} best of {len(rewards)} paths" if top else f"all {len(rewards)} paths"
     axes.plot(range(1, len(best) + 1), best, ".-", ms=4, lw=0.8, color="0.5", label=label)
+    sources = [name.removeprefix("all ") for name in marks if name.startswith("all ")]
     for i, (name, p) in enumerate(marks.items()):
         rank, percent = 1 + order.tolist().index(p), 100 * rewards[p]
-        look = {"ls": "none", "ms": max(6, 14 - 2 * i), "mec": "black", "color": COLOURS[1 + i % 7]}
+        own = name.removeprefix("all ")
+        colour = look_of(own, sources)[0] if own in sources else COLOURS[6 + i % 2]
+        look = {"ls": "none", "ms": max(6, 14 - 2 * i), "mec": "black", "color": colour}
         label = f"{name}: rank {rank}, {percent:.1f} %"
         axes.plot(rank, percent, MARKERS[i % 7], label=label, **look)
     tidy(axes, "", "rank (1 is the best)", "reward, %")

@@ -35,6 +35,7 @@ WRONG = [
     ("07.layer_by_layer", NET % ("b", "a", "", ""), "weights are turned"),
     ("07.layer_by_layer", "def f(x, e):\n return [sum(l) / len(l) for l in zip(*e)]", "plain average"),
     ("07.layer_by_layer", (NET % ("b", "a", ".T", ".T")).replace("torch.tanh", ""), "tanh"),
+    ("07.layer_by_layer", (NET % ("b", "a", ".T", ".T")).replace("(y)", "(y).tanh()"), "behind the tanh"),
     ("07.layer_by_layer", (NET % ("b", "a[:1]", ".T", ".T")).replace("(y)", "(y[:1])"), "first task alone"),
     ("07.layer_by_layer", (NET % ("b", "a", ".T", ".T")).replace("return out", "pass"), "returns None"),
     ("07.needs", "def f():\n return 'a'", "No answer enters"),

@@ -16,6 +16,12 @@ WRONG = [
     ("11.non_dominated", KEEP % "all(q >= o)", "as good as itself"),
     ("11.non_dominated", KEEP % "any(q > o)", "not enough to dominate"),
     ("11.non_dominated", "def f(p):\n return p.sum(1) == p.sum(1).max()", "best mean"),
+    ("11.non_dominated", "def f(p):\n a, b = p[:, None], p[None]\n"
+     " return ~((a >= b).all(-1) & (a > b).any(-1)).any(1)", "axes are turned"),
+    ("11.hypervolume", "def f(p):\n return sum(x * y for x, y in p)", "They overlap"),
+    ("11.hypervolume", AREA + " a, top = 0, 0\n for x, y in p:\n"
+     "  a, top = a + x * max(0, y - top), max(y, top)\n return a", "from the left to the right"),
+    ("11.tchebycheff", "def f(p, w):\n return (w * (1 - p)).max(0).argmin()", "along axis 1"),
     ("11.non_dominated", "def f(p):\n return np.flatnonzero(p[:, 0] > 2)", "shape"),
     ("11.hypervolume", "def f(p):\n return sum(x * y for x, y in p if x > 0 and y > 0)", "They overlap"),
     ("11.hypervolume", AREA + " return max(x * y for x, y in p)", "largest single rectangle"),

@@ -81,6 +81,10 @@ def _answers(x: Sequence[Tensor], layer: Sequence[Tensor]) -> list[Tensor]:
     return [a @ w.T for a, w in zip(x, layer, strict=True)]
 
 
+def _squashed(x: Sequence[Tensor]) -> list[Tensor]:
+    return [torch.tanh(y) for y in x]
+
+
 def _to_experts(ours: list[Tensor], theirs: list[Tensor], layer: Sequence[Tensor]) -> Tensor:
     return _solved(ours, _answers(theirs, layer))
 
@@ -138,6 +142,10 @@ LAYERS = Exercise(
             "The targets are what each expert's layer makes of the merged net's inputs. Aim at what the "
             "expert itself puts out there, on its own inputs: errors below are then made up for.",
             _wrong(lambda ours, theirs, layer: _solved(ours, _answers(ours, layer))),
+        ),
+        Mistake(
+            "You aim behind the tanh. A layer's weight comes before it: the targets are what goes into it.",
+            _wrong(lambda ours, theirs, layer: _solved(ours, _squashed(_answers(theirs, layer)))),
         ),
         Mistake(
             "The tanh between the layers is missing.",

@@ -34,6 +34,12 @@ def _by(beaten: Callable[..., Any]) -> Callable[..., Any]:
     return lambda points: ~beaten(points[:, None], points[None]).any(0)
 
 
+def _dominate(points: np.ndarray) -> np.ndarray:
+    """Whether point i dominates point j: (n, n)."""
+    one, other = points[:, None], points[None]
+    return np.asarray((one >= other).all(-1) & (one > other).any(-1))
+
+
 def _corners(points: np.ndarray) -> np.ndarray:
     kept = np.zeros(len(points), bool)
     kept[points.argmax(0)] = True
@@ -60,6 +66,11 @@ DOMINATED = Exercise(
         Mistake(
             "The answer is turned round: True is for points that no other one dominates.",
             lambda points: ~non_dominated(points),
+        ),
+        Mistake(
+            "The axes are turned: True is here for points that dominate none. Ask of each point whether any "
+            "other dominates it.",
+            lambda points: ~_dominate(points).any(1),
         ),
         Mistake(
             "Only the best point for each task is left. Those between them may be dominated by none.",
@@ -110,7 +121,12 @@ def _stairs_above(points: np.ndarray) -> float:
 
 
 def _unfiltered(points: np.ndarray) -> float:
-    x, y = points[np.argsort(-points[:, 0])].T
+    return _strips(points[np.argsort(-points[:, 0])])
+
+
+def _strips(points: np.ndarray) -> float:
+    """What each point adds, in this order, above the highest before it."""
+    x, y = points.T
     below = np.maximum.accumulate(np.r_[0.0, y])[:-1]
     return float((x * (y - below).clip(0)).sum())
 
@@ -122,6 +138,15 @@ AREA = Exercise(
         Mistake(
             "You add the points' rectangles. They overlap, and what two points dominate counts once.",
             lambda points: float(_inside(points).prod(1).sum()),
+        ),
+        Mistake(
+            "You add the points' rectangles. They overlap, and what two points dominate counts once.",
+            lambda points: float(points.prod(1).sum()),
+        ),
+        Mistake(
+            "You walk from the left to the right. A strip begins at 0 and ends at its point, so begin at the "
+            "right, with the longest.",
+            lambda points: _strips(_inside(points)[::-1]),
         ),
         Mistake(
             "This is the largest single rectangle. Other points add what lies outside of it.",
@@ -181,6 +206,10 @@ TCHEBYCHEFF = Exercise(
         Mistake(
             "This is the weighted mean. It never picks a point that lies in a hollow of the front.",
             lambda points, weights: int((points @ weights).argmax()),
+        ),
+        Mistake(
+            "The largest lack is one of each point, over the tasks: the maximum goes along axis 1.",
+            lambda points, weights: int((weights * (1 - points)).max(0).argmin()),
         ),
         Mistake(
             "The weights are not used: this is the point whose worst task lacks least.",
