@@ -40,20 +40,20 @@ def t_interval(values: Sequence[float] | np.ndarray) -> tuple[float, float]:
 # ------------------------------------------------------------------------------------ notebooks 06 and 08
 
 Rows = Sequence[Mapping[str, Any]]  # a table; a DataFrame will do as well
-MARKERS = ("o", "s", "^", "D", "v", "P", "X")
-TONES = (5, 1, 3, 6, 7, 2, 0)  # of COLOURS, for up to seven lines; black last
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "h")
+TONES = (5, 1, 3, 6, 7, 2, 0, 4)  # of COLOURS, for up to eight lines; black and yellow last
 ABOVE: dict[str, Any] = {"fontsize": 9, "loc": "outside upper center"}  # legends
 BESIDE: dict[str, Any] = {
     "fontsize": 9,
     "loc": "center left",
     "bbox_to_anchor": (1, 0.5),
 }
-LINES = ("-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1, 1, 1)), (0, (1, 3)))
+LINES = ("-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1, 1, 1)), (0, (1, 3)), (0, (8, 2)))
 
 
 def line_look(i: int) -> dict[str, Any]:
-    """Colour, marker and line style of line i; seven differ in all three."""
-    return {"color": COLOURS[TONES[i % 7]], "marker": MARKERS[i % 7], "ls": LINES[i % 7], "ms": 5}
+    """Colour, marker and line style of line i; eight differ in colour and marker."""
+    return {"color": COLOURS[TONES[i % 8]], "marker": MARKERS[i % 8], "ls": LINES[i % 8], "ms": 5}
 
 
 def diagnostics_picture(
@@ -95,9 +95,9 @@ def spread_picture(
     bar = {"fmt": "|", "ms": 10, "mew": 2, "color": "black", "capsize": 4}
     for axes, (group, methods) in zip(grid, groups.items(), strict=True):
         for y, values in enumerate(methods.values()):
-            v, colour = np.asarray(values, float), COLOURS[TONES[y % 7]]
+            v, colour = np.asarray(values, float), COLOURS[TONES[y % 8]]
             at = y + np.linspace(-0.24, 0.04, len(v))  # equal scores stay visible
-            axes.plot(v, at, MARKERS[y % 7], ms=7, mfc="none", mec=colour, mew=1.4)
+            axes.plot(v, at, MARKERS[y % 8], ms=7, mfc="none", mec=colour, mew=1.4)
             sd = v.std(ddof=1) if len(v) > 1 else 0.0
             axes.errorbar(v.mean(), y + 0.28, xerr=sd, **bar)
         axes.set_yticks(range(len(methods)), [f"{m} ({len(v)})" for m, v in methods.items()])
@@ -248,7 +248,7 @@ def sorted_rewards(rewards: np.ndarray, marks: Mapping[str, int], top: int | Non
         colour = look_of(own, sources)[0] if own in sources else COLOURS[6 + i % 2]
         look = {"ls": "none", "ms": max(6, 14 - 2 * i), "mec": "black", "color": colour}
         label = f"{name}: rank {rank}, {percent:.1f} %"
-        axes.plot(rank, percent, MARKERS[i % 7], label=label, **look)
+        axes.plot(rank, percent, MARKERS[i % 8], label=label, **look)
     tidy(axes, "", "rank (1 is the best)", "reward, %")
     axes.legend(**BESIDE)
     return figure
