@@ -167,12 +167,14 @@ def test_the_time_to_a_good_model_is_measured_once(tmp_path, monkeypatch, capsys
         quality, "METHODS", ("RMM (paper), plain way", "RMM (paper)", "RMM (agent)")
     )
     monkeypatch.setattr(quality, "SAMPLE", 2)
+    monkeypatch.setattr(quality.matched, "weigh", lambda problem: ((0.5, 1.5), 0.9, 3))
     run = quality.Quality(seeds=(1,), episodes=3, calibration=8, out=tmp_path).run
     run()
     rows = pd.read_csv(tmp_path / "quality.csv")
     ends = rows[rows["chosen"]]
     assert sorted(ends["method"]) == sorted((*quality.METHODS, "random search", *quality.FITS))
     assert (rows["seconds"] > 0).all()
+    assert ends.set_index("method")["evaluations"][quality.FITS[1]] == 3
     paper, plain = (rows[rows["method"] == name] for name in (quality.PAPER, quality.PLAIN))
     assert paper["test"].tolist() == plain["test"].tolist()
     assert "| RMM (agent)" in capsys.readouterr().out
