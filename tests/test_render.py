@@ -141,3 +141,9 @@ def test_an_arrow_is_ink_too():
     dark = pixels(render.page_png(figure), "dark")[..., :3]
     assert contrast(dark, np.array(GROUNDS["dark"])).max() > 4
     assert luminance(dark).min() >= luminance(np.array(GROUNDS["dark"])) - 1e-6  # nothing is darker
+
+
+@pytest.mark.parametrize("colours", [paths.AMOUNTS, paths.DIFFERENCES])
+def test_zero_is_exactly_white(colours):
+    assert colours(0.5) == (1, 1, 1, 1)
+    assert colours(0.49) != (1, 1, 1, 1) != colours(0.51)

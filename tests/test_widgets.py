@@ -764,3 +764,10 @@ def test_a_long_path_goes_on_in_a_second_row():
     heights = [t.get_position()[1] for t in figure.axes[1].texts]
     assert heights == [1.5] * 8 + [0.5] * 6
     assert figure.get_figwidth() <= 11
+
+
+@pytest.mark.parametrize(
+    ("n", "said"), [(0, []), (2, ["d0", "d1"]), (5, ["d0", "d1", "and 3 more: compare the maps"])]
+)
+def test_two_differences_are_told_in_words(n, said):
+    assert widgets.PathInspector.in_short([f"d{i}" for i in range(n)]) == said
