@@ -37,3 +37,25 @@ def test_imports_are_quiet_light_and_change_nothing(tmp_path):
         check=False,
     )
     assert (done.returncode, done.stdout, done.stderr) == (0, "", ""), done.stderr
+
+
+HELP = """
+import sys
+from rmm_lab.__main__ import main
+assert main(["--help"]) == 0 == main(["-h"]) and main(["merg", "--help"]) == 2
+assert not {"torch", "numpy", "tyro"} & set(sys.modules)
+"""
+
+
+def test_the_overview_of_the_commands_waits_for_no_library(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-c", HELP],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    for words in ("finetune --base", "tables show", "merge --help"):
+        assert done.stdout.count(f"python -m rmm_lab {words}") == 2, words

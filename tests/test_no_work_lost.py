@@ -246,7 +246,7 @@ def test_every_command_has_a_console_that_lasts(monkeypatch, kind):
 @pytest.mark.parametrize(
     ("loaded", "argv"),
     [
-        ("numpy", ["rmm_lab", "--help"]),
+        ("numpy", ["rmm_lab", "merge", "--help"]),
         ("rmm_lab.families", ["rmm_lab", "finetune"]),
         ("pandas", ["rmm_lab", "tables", "show"]),
         ("numpy", ["rmm_lab.ppo", "--env-id", "CartPole-v1"]),
