@@ -529,6 +529,7 @@ def test_order_and_batches_of_inputs_do_not_matter(pool, monkeypatch):
     expected = layers_of(pool, path)
     turned = layers_of(renewed(pool, rows=rows), path)
     monkeypatch.setattr(inputs, "BATCH", 5)
+    monkeypatch.setattr(inputs, "JOINED", 0)
     small = layers_of(renewed(pool), path)
     for one, two, three in zip(expected, turned, small, strict=True):
         near(two, one, 1e-4)
@@ -591,6 +592,7 @@ def test_experts_run_in_the_first_two_fits_alone(pool, monkeypatch):
 def test_states_that_fit_are_kept_though_others_do_not(pool, monkeypatch):
     """Each pass over a layer's inputs takes them in the same order: kept by age, all would be lost."""
     monkeypatch.setattr(inputs, "BATCH", 5)
+    monkeypatch.setattr(inputs, "JOINED", 0)
     asked = []
 
     def watched(batch):
@@ -798,7 +800,7 @@ def test_an_input_that_is_no_number_is_named_with_its_layer(tmp_path):
 
     def broken(batch):
         batch = batch.clone()
-        batch[1] = torch.nan
+        batch[1:2] = torch.nan
         return batch
 
     pool.calibration = Calibration([tasks[0], Blind(tasks[1], broken)], 60)
@@ -1040,13 +1042,13 @@ def test_paths_that_begin_alike_share_fitted_layers_while_there_is_room(
     paths = [(*start, Step(FIRM, 1), Step(FIRM, 2))]
     paths += [(*start, Step(OTHER, 1), Step(FIRM, 2)), (*start, Step(FIRM, 1), Step(OTHER, 2))]
     expected = [evaluate(problem.pool, problem.tasks, path, "reward") for path in paths]
-    fitted, solve = [], matching.least_squares
+    fitted, solve = [], matching.towards
 
     def counted(*args, **options):
         fitted.append(1)
         return solve(*args, **options)
 
-    monkeypatch.setattr(matching, "least_squares", counted)
+    monkeypatch.setattr(matching, "towards", counted)
     problem.pool.calibration = problem.pool.calibration.anew()
     problem.pool.forget([FIRM, OTHER])
     scorer = problem.scorer()
@@ -1224,7 +1226,7 @@ def test_gram_matrices_are_whole_however_wide(d):
     y = torch.randn(60, 5, generator=generator)
     means = Means(2, 2, d, 5)
     for rows in (slice(0, 7), slice(7, 40)):
-        means.add(1, 0, torch.cat([x[rows], y[rows]], 1), w[rows])
+        means.add(0, x[rows], [y[rows]], w[rows], folds=[slice(0, 0), slice(None)])
     for found, other in zip(means.take(), (x, y), strict=True):
         plain = (x[:40] * w[:40, None]).double().T @ other[:40].double() / w[:40].double().sum()
         assert torch.allclose(found[1, 0].double(), plain, rtol=1e-4, atol=1e-5)
