@@ -212,7 +212,7 @@ class Calibration(Inputs):
         """Every other input: 0 or 1."""
         half = self.anew()
         half._rows = [own[which::2] for own in self.rows]
-        half._cuts, half._batches, half._block = [], {}, self._block // 2
+        half._cuts, half._batches, half._turned, half._block = [], {}, {}, self._block // 2
         for i, own in enumerate(self._cuts_of()):
             parts = [(j, part[which::2]) for j, part in enumerate(own) if len(part) > which]
             half._cuts.append([rows for _, rows in parts])
@@ -312,7 +312,7 @@ class Calibration(Inputs):
         prefix = self._by_anchor(pool, prefix)
         first = pool.stem(prefix[0].source, prefix[0].scales)
         writes, stages = arch.writes(layer.module), self._stages_of(pool, k)
-        folds = FOLDS if fit.ridge == "auto" else 1
+        folds, more = FOLDS if fit.ridge == "auto" else 1, k + 1 < pool.n_layers
         for number, names in enumerate(stages.stages):
             maps, done = [layer.maps[name] for name in names], stages.done[number]
             with_bias, d = maps[0].bias is not None, maps[0].in_features
@@ -351,9 +351,9 @@ class Calibration(Inputs):
                 with _at(f"least squares at layer {k}, {name}"):
                     solved = gram.solution(products, start, fit.ridge)  # (O, D)
                 layer.set_map(name, solved)
-            self._inside.finish(layer, stages, names)
+            if more or names is not stages.stages[-1]:
+                self._inside.finish(layer, stages, names)
         done = stages.done[-1]
-        more = k + 1 < pool.n_layers
         for i in range(len(experts)) if more else ():  # the next layer asks for these states
             for j in self._parts(i):
                 state = self._state(prefix, first, before, arch, i, j)

@@ -63,6 +63,7 @@ class Inputs:
         self._cuts: list[list[np.ndarray]] | None = None
         self._batches: dict[tuple[int, int], Any] = {}
         self._block = BATCH
+        self._turned: dict[tuple[int, int], tuple[np.ndarray, list[int]]] = {}
 
     @property
     def rows(self) -> list[np.ndarray]:
@@ -167,22 +168,28 @@ class Inputs:
             self._batches[i, at] = part
         return self._batches[i, j]
 
+    def _turns(self, i: int, j: int) -> tuple[np.ndarray, list[int]]:
+        """A part's examples fold by fold, and how many are in the first folds: (n,), FOLDS + 1 numbers.
+
+        Whole examples take turns, and every other block of them begins with the other fold.
+        """
+        if (i, j) not in self._turned:
+            first, n = (len(self._cuts_of()[i][m]) for m in (0, j))
+            at = j * first + np.arange(n)
+            fold = (at + at // self._block) % FOLDS
+            ends = np.bincount(fold, minlength=FOLDS).cumsum()
+            self._turned[i, j] = fold.argsort(kind="stable"), [0, *ends.tolist()]
+        return self._turned[i, j]
+
     def _in_turn(self, i: int, j: int) -> Any:
         """A part with its examples fold by fold."""
-        return take(self._batch(i, j), torch.from_numpy(self._fold(i, j).argsort(kind="stable")))
-
-    def _fold(self, i: int, j: int) -> np.ndarray:
-        """Which fold each example of a part is in: (n,). Whole examples take turns, and every other block of
-        them begins with the other fold."""
-        first, n = (len(self._cuts_of()[i][m]) for m in (0, j))
-        at = j * first + np.arange(n)
-        return (at + at // self._block) % FOLDS
+        return take(self._batch(i, j), torch.from_numpy(self._turns(i, j)[0]))
 
     def _ranges(self, i: int, j: int, x: Tensor) -> list[slice]:
         """Of each fold, its rows of what goes into a layer's map, (..., D), where a part runs in turn."""
-        sizes = np.bincount(self._fold(i, j), minlength=FOLDS)
-        ends = [0, *(sizes.cumsum() * (x[..., 0].numel() // sizes.sum())).tolist()]
-        return [slice(a, b) for a, b in pairwise(ends)]
+        _, ends = self._turns(i, j)
+        rows = x.numel() // (x.shape[-1] * ends[-1])
+        return [slice(a * rows, b * rows) for a, b in pairwise(ends)]
 
 
 def take(batch: Any, rows: slice | Tensor) -> Any:

@@ -114,12 +114,11 @@ class Folds:
                 a, b = error(one), error(two)
             return a < b
 
-        at = len(ridges) // 2
-        while near := [
-            n for n in (at - 1, at + 1) if 0 <= n < len(ridges) and better(ridges[n], ridges[at])
-        ]:
-            at = near[0]
-        return ridges[at]
+        at: int | None = len(ridges) // 2
+        while at is not None:
+            best, near = at, (n for n in (at - 1, at + 1) if 0 <= n < len(ridges))
+            at = next((n for n in near if better(ridges[n], ridges[best])), None)
+        return ridges[best]
 
     def _shares(self, folds: Iterable[int], weights: Sequence[float] = ()) -> Shares:
         """How much each fold and task counts where some folds stand for all: those of a task alike."""
