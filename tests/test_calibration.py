@@ -17,7 +17,7 @@ from t5_models import BIAS, by_hand, pool_of, rows_of
 from torch import nn
 
 from rmm_lab import matching
-from rmm_lab.engine import calibration, inputs
+from rmm_lab.engine import calibration, inputs, ridge
 from rmm_lab.engine.activations import Means
 from rmm_lab.engine.calibration import Calibration
 from rmm_lab.errors import InputError
@@ -534,6 +534,52 @@ def test_order_and_batches_of_inputs_do_not_matter(pool, monkeypatch):
     for one, two, three in zip(expected, turned, small, strict=True):
         near(two, one, 1e-4)
         near(three, one, 1e-4)
+
+
+def test_small_pictures_go_through_together_and_in_the_same_folds(tmp_path, monkeypatch):
+    """What a ridge is chosen from must not hang on how many go through a layer at a time."""
+    pool, tasks = vits(tmp_path)
+    pool.calibration, seen = Calibration(tasks, 90), []
+
+    class Watched(ridge.Folds):
+        def __init__(self, xx, weights):
+            seen.append(xx)
+            super().__init__(xx, weights)
+
+    monkeypatch.setattr(ridge, "Folds", Watched)
+    pool.weights("least_squares", 0, prefix=(STEM,))
+    assert len(list(pool.calibration.parts(0))) == 1
+    monkeypatch.setattr(inputs, "JOINED", 0)
+    apart = renewed(pool)
+    apart.weights("least_squares", 0, prefix=(STEM,))
+    assert len(list(apart.calibration.parts(0))) == 3
+    for one, other in zip(seen[:4], seen[4:], strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+        assert not torch.allclose(one[0], one[1], rtol=1e-2)  # folds differ
+
+
+def test_a_stem_without_rows_to_weigh_runs_once_for_all_fits(tmp_path, monkeypatch):
+    """Whatever their weights, it is the anchor's; a stem of another anchor is another one."""
+    pool, tasks = vits(tmp_path)
+    pool.calibration, runs, embed = Calibration(tasks, 20), [], pool.architecture.embed
+
+    def counted(stem, batch):
+        runs.append(1)
+        return embed(stem, batch)
+
+    def fitted(stem):
+        runs.clear()
+        return pool.weights(FIRM, 0, prefix=(Step(stem, -1),))
+
+    expected = fitted("weight_average")
+    monkeypatch.setattr(pool.architecture, "embed", counted)
+    for stem in ("least_squares:weights=1/2", "least_squares:weights=5/1", "regmean"):
+        same(fitted(stem), expected)
+        assert not runs
+    other = fitted("least_squares:anchor=0.5")
+    assert runs
+    same(other, pool.weights(FIRM, 0, prefix=(Step("task_arithmetic:scale=0.5", -1),)))
+    assert any(not torch.equal(other[name], expected[name]) for name in other)
 
 
 def test_nothing_that_is_kept_changes_a_bit(pool, monkeypatch):
