@@ -14,6 +14,8 @@ or infinity, or do not fit each other, raise InputError.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -38,8 +40,8 @@ def regmean(grams: Tensor, weights: Tensor, *, alpha: float = 0.9) -> Tensor:
         raise InputError(
             f"weights: expected shape (N, O, D), found {tuple(weights.shape)}; see rmm_lab.matching"
         )
-    _check("grams", grams, (len(weights), weights.shape[-1], weights.shape[-1]))
-    _check("weights", weights, tuple(weights.shape))
+    check("grams", grams, (len(weights), weights.shape[-1], weights.shape[-1]))
+    check("weights", weights, tuple(weights.shape))
     if not 0 <= alpha <= 1:
         raise InputError(f"alpha: expected a number in [0, 1], found {alpha}; correct it")
     g, w = grams.double(), weights.double()
@@ -66,7 +68,7 @@ def least_squares(
     if not ridge >= 0:
         raise InputError(f"ridge: expected a number of 0 or more, found {ridge}; correct it")
     if anchor is not None:
-        _check("anchor", anchor, (b.shape[1], b.shape[0]))
+        check("anchor", anchor, (b.shape[1], b.shape[0]))
     start = b.new_zeros(b.shape) if anchor is None else anchor.double().T  # (D, O)
     dtype = xy.dtype if anchor is None else anchor.dtype
     return towards(a, b, start, ridge, xx.dtype).T.to(dtype)
@@ -75,19 +77,23 @@ def least_squares(
 def sums(xx: Tensor, xy: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
     """Both sums over tasks with weights that add up to 1: (D, D), (D, O) in float64."""
     n, d = len(xx), xx.shape[-1]
-    _check("xx", xx, (n, d, d))
-    _check("xy", xy, (n, d, xy.shape[-1]))
+    check("xx", xx, (n, d, d))
+    check("xy", xy, (n, d, xy.shape[-1]))
+    a, b = (torch.zeros(m.shape[1:], dtype=torch.float64) for m in (xx, xy))
+    for i, share in enumerate(shares(weights, n)):
+        a.add_(xx[i], alpha=share)
+        b.add_(xy[i], alpha=share)
+    return a, b
+
+
+def shares(weights: Tensor, n: int) -> list[float]:
+    """N weights (N,) of tasks, scaled so that they add up to 1; InputError for those that cannot."""
     w = torch.as_tensor(weights, dtype=torch.float64)
     if w.shape != (n,) or not bool((w >= 0).all() and 0 < w.sum() < torch.inf):
         raise InputError(
             f"weights: expected {n} numbers of 0 or more, not all 0, found {w.tolist()}; correct them"
         )
-    w = w / w.sum()
-    a, b = (torch.zeros(m.shape[1:], dtype=torch.float64) for m in (xx, xy))
-    for i in range(n):
-        a.add_(xx[i], alpha=float(w[i]))
-        b.add_(xy[i], alpha=float(w[i]))
-    return a, b
+    return (w / w.sum()).tolist()
 
 
 def towards(
@@ -144,13 +150,15 @@ def _solve(a: Tensor, b: Tensor, clear: bool = False) -> Tensor:
     return vectors @ (inverse[:, None] * (vectors.T @ b))
 
 
-def _check(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
+def check(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
+    """InputError unless a tensor is one of finite numbers of this shape."""
     if tuple(tensor.shape) != shape or not tensor.is_floating_point():
         raise InputError(
             f"{name}: expected a floating tensor of shape {shape}, found {tuple(tensor.shape)} and "
             f"{tensor.dtype}; see rmm_lab.matching for what N, D and O are"
         )
-    if not bool(torch.isfinite(tensor).all()):
+    # A sum is fast, and finite only where all numbers are; the other way round it may overflow.
+    if not math.isfinite(float(tensor.sum())) and not bool(torch.isfinite(tensor).all()):
         raise InputError(
             f"{name}: expected finite numbers, found NaN or infinity; look for broken inputs, or for "
             "half precision that overflows"

@@ -17,7 +17,7 @@ from t5_models import BIAS, by_hand, pool_of, rows_of
 from torch import nn
 
 from rmm_lab import matching
-from rmm_lab.engine import calibration, inputs
+from rmm_lab.engine import calibration, inputs, ridge
 from rmm_lab.engine.activations import Means
 from rmm_lab.engine.calibration import Calibration
 from rmm_lab.errors import InputError
@@ -529,10 +529,57 @@ def test_order_and_batches_of_inputs_do_not_matter(pool, monkeypatch):
     expected = layers_of(pool, path)
     turned = layers_of(renewed(pool, rows=rows), path)
     monkeypatch.setattr(inputs, "BATCH", 5)
+    monkeypatch.setattr(inputs, "JOINED", 0)
     small = layers_of(renewed(pool), path)
     for one, two, three in zip(expected, turned, small, strict=True):
         near(two, one, 1e-4)
         near(three, one, 1e-4)
+
+
+def test_small_pictures_go_through_together_and_in_the_same_folds(tmp_path, monkeypatch):
+    """What a ridge is chosen from must not hang on how many go through a layer at a time."""
+    pool, tasks = vits(tmp_path)
+    pool.calibration, seen = Calibration(tasks, 90), []
+
+    class Watched(ridge.Folds):
+        def __init__(self, xx, weights):
+            seen.append(xx)
+            super().__init__(xx, weights)
+
+    monkeypatch.setattr(ridge, "Folds", Watched)
+    pool.weights("least_squares", 0, prefix=(STEM,))
+    assert len(list(pool.calibration.parts(0))) == 1
+    monkeypatch.setattr(inputs, "JOINED", 0)
+    apart = renewed(pool)
+    apart.weights("least_squares", 0, prefix=(STEM,))
+    assert len(list(apart.calibration.parts(0))) == 3
+    for one, other in zip(seen[:4], seen[4:], strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+        assert not torch.allclose(one[0], one[1], rtol=1e-2)  # folds differ
+
+
+def test_a_stem_without_rows_to_weigh_runs_once_for_all_fits(tmp_path, monkeypatch):
+    """Whatever their weights, it is the anchor's; a stem of another anchor is another one."""
+    pool, tasks = vits(tmp_path)
+    pool.calibration, runs, embed = Calibration(tasks, 20), [], pool.architecture.embed
+
+    def counted(stem, batch):
+        runs.append(1)
+        return embed(stem, batch)
+
+    def fitted(stem):
+        runs.clear()
+        return pool.weights(FIRM, 0, prefix=(Step(stem, -1),))
+
+    expected = fitted("weight_average")
+    monkeypatch.setattr(pool.architecture, "embed", counted)
+    for stem in ("least_squares:weights=1/2", "least_squares:weights=5/1", "regmean"):
+        same(fitted(stem), expected)
+        assert not runs
+    other = fitted("least_squares:anchor=0.5")
+    assert runs
+    same(other, pool.weights(FIRM, 0, prefix=(Step("task_arithmetic:scale=0.5", -1),)))
+    assert any(not torch.equal(other[name], expected[name]) for name in other)
 
 
 def test_nothing_that_is_kept_changes_a_bit(pool, monkeypatch):
@@ -591,6 +638,7 @@ def test_experts_run_in_the_first_two_fits_alone(pool, monkeypatch):
 def test_states_that_fit_are_kept_though_others_do_not(pool, monkeypatch):
     """Each pass over a layer's inputs takes them in the same order: kept by age, all would be lost."""
     monkeypatch.setattr(inputs, "BATCH", 5)
+    monkeypatch.setattr(inputs, "JOINED", 0)
     asked = []
 
     def watched(batch):
@@ -798,7 +846,7 @@ def test_an_input_that_is_no_number_is_named_with_its_layer(tmp_path):
 
     def broken(batch):
         batch = batch.clone()
-        batch[1] = torch.nan
+        batch[1:2] = torch.nan
         return batch
 
     pool.calibration = Calibration([tasks[0], Blind(tasks[1], broken)], 60)
@@ -1040,13 +1088,13 @@ def test_paths_that_begin_alike_share_fitted_layers_while_there_is_room(
     paths = [(*start, Step(FIRM, 1), Step(FIRM, 2))]
     paths += [(*start, Step(OTHER, 1), Step(FIRM, 2)), (*start, Step(FIRM, 1), Step(OTHER, 2))]
     expected = [evaluate(problem.pool, problem.tasks, path, "reward") for path in paths]
-    fitted, solve = [], matching.least_squares
+    fitted, solve = [], matching.towards
 
     def counted(*args, **options):
         fitted.append(1)
         return solve(*args, **options)
 
-    monkeypatch.setattr(matching, "least_squares", counted)
+    monkeypatch.setattr(matching, "towards", counted)
     problem.pool.calibration = problem.pool.calibration.anew()
     problem.pool.forget([FIRM, OTHER])
     scorer = problem.scorer()
@@ -1224,7 +1272,7 @@ def test_gram_matrices_are_whole_however_wide(d):
     y = torch.randn(60, 5, generator=generator)
     means = Means(2, 2, d, 5)
     for rows in (slice(0, 7), slice(7, 40)):
-        means.add(1, 0, torch.cat([x[rows], y[rows]], 1), w[rows])
+        means.add(0, x[rows], [y[rows]], w[rows], folds=[slice(0, 0), slice(None)])
     for found, other in zip(means.take(), (x, y), strict=True):
         plain = (x[:40] * w[:40, None]).double().T @ other[:40].double() / w[:40].double().sum()
         assert torch.allclose(found[1, 0].double(), plain, rtol=1e-4, atol=1e-5)

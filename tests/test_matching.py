@@ -461,6 +461,26 @@ def test_the_ridge_is_that_of_explicit_held_out_rows(sizes):
     assert len(chosen) > 2 if can else chosen == {math.inf}
 
 
+@pytest.mark.parametrize("noise", [0.01, 3.0, 100.0])
+def test_the_ridge_of_many_inputs_is_that_of_all_ridges_one_by_one(noise):
+    """140 inputs, of which few say anything; errors of ridges that are close count in full."""
+    chosen = set()
+    for seed in range(4):
+        rng = np.random.default_rng(seed)
+        truth, spread = rng.normal(size=(4, 140)), np.geomspace(1, 1e-3, 140)
+        tasks = []
+        for n in ((90, 80), (100, 70)):
+            xs = [rng.normal(size=(k, 140)) * spread for k in n]
+            tasks.append([(x, x @ truth.T + noise * rng.normal(size=(len(x), 4))) for x in xs])
+        anchor, weights = truth + rng.normal(size=truth.shape), [1.0, 2.0]
+        found = choose_ridge(
+            *in_folds(tasks, 4, 140), weights=torch.tensor(weights), anchor=torch.tensor(anchor)
+        )
+        assert found == by_brute_force(tasks, weights, anchor, RIDGES), seed
+        chosen.add(found)
+    assert (math.inf in chosen) is (noise == 100)
+
+
 def test_a_task_that_does_not_count_cannot_be_the_only_one_that_is_held_out():
     tasks, anchor = noisy(0, [(5, 0), (4, 4)], 0.1)
     found = choose_ridge(

@@ -17,32 +17,24 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from rmm_lab import matching
 from rmm_lab.engine import ridge
-from rmm_lab.engine.activations import (
-    Means,
-    Remembered,
-    Stages,
-    as_rows,
-    linear_maps,
-    make_up,
-    parameter,
-    run,
-)
+from rmm_lab.engine.activations import Layer, Means, Remembered, Stages, make_up, put_out, run
 from rmm_lab.engine.cache import Cache
-from rmm_lab.engine.inputs import Inputs
+from rmm_lab.engine.inputs import FOLDS, Inputs, take
 from rmm_lab.errors import InputError
 from rmm_lab.families.parts import Weights
+from rmm_lab.operators import MATCHED, parse_operator
 from rmm_lab.reward import Path, Step
 
 BUDGET = 2**27  # bytes of states between layers
 INSIDE = 2**27  # bytes of what is known inside a layer that is being fitted
-THEIRS = 2**28  # bytes of what experts' linear maps put out, from the second fit of a layer on
+THEIRS = 2**28  # bytes of what experts' linear maps see, from the second fit of a layer on
+ANCHORS = 2**24  # bytes of layers that fits start from
 FITTED = 2**28  # bytes of fitted layers, for other paths that begin alike
 FEW = 50  # inputs of a task; with fewer, ``ridge=auto`` first asks whether a fit helps at all
-FOLDS = 2  # of the inputs that choose a ridge
 READOUT = 0.5  # see ``Calibration.merge``
 RESIDUAL = 1.0
 COUNTED = 1e-4  # how much the anchor counts beside an embedding's share of all tokens
@@ -60,6 +52,10 @@ class _Fit(NamedTuple):
 class Calibration(Inputs):
     """Inputs of each task, and the layers that are matched to them; the arguments are those of ``Inputs``."""
 
+    import os
+
+    JOINED = int(os.environ.get("J", "1"))
+
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
         self._forget()
@@ -74,14 +70,16 @@ class Calibration(Inputs):
     def _forget(self) -> None:
         self._cache, self._fitted = Cache(BUDGET), Cache(FITTED)
         self._theirs, self._inside = Cache(THEIRS), Remembered(INSIDE)
-        self._modules: dict[int, list[nn.Module]] = {}
+        self._modules: dict[int, list[Layer]] = {}
+        self._spare: dict[int, Layer] = {}  # of fits, to be filled again
         self._again = set[int]()  # layers that have been fitted before
         self._stages: dict[int, Stages] = {}
+        self._anchors = Cache(ANCHORS)
         self._helps: dict[str, bool] = {}  # operator -> whether it does better than its anchor
         self.notes: list[str] = []  # what a reader of the scores must know about the fits
 
     def __getstate__(self) -> dict[str, Any]:
-        computed = {"_inside": Remembered(INSIDE), "_stages": {}, "_modules": {}}
+        computed = {"_inside": Remembered(INSIDE), "_stages": {}, "_modules": {}, "_spare": {}}
         return super().__getstate__() | computed  # a pickled cache is an empty one
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -102,7 +100,7 @@ class Calibration(Inputs):
         if known == depth:
             return state
         if known < 0:
-            known, state = 0, arch.embed(stem, self._batch(i, j))
+            known, state = 0, arch.embed(stem, self._in_turn(i, j))
         for layer in layers[known:]:
             state = arch.apply(layer, state)
         self._store((key, i, j), state, arch)
@@ -121,10 +119,11 @@ class Calibration(Inputs):
         key = ("expert", name, *range(k))
         return self._state(key, pool.stem(name), layers, pool.architecture, i, j)
 
-    def _experts(self, pool: Any, k: int) -> list[nn.Module]:
+    def _experts(self, pool: Any, k: int) -> list[Layer]:
         """Each expert's layer k in a module of its own, since other threads may be running the pool's."""
         if k not in self._modules:
-            self._modules[k] = [pool.architecture.layer(k, pool.weights(e, k)) for e in pool.names]
+            make = pool.architecture.layer
+            self._modules[k] = [Layer(make(k, pool.weights(e, k))) for e in pool.names]
         return self._modules[k]
 
     @torch.no_grad()
@@ -213,12 +212,12 @@ class Calibration(Inputs):
         """Every other input: 0 or 1."""
         half = self.anew()
         half._rows = [own[which::2] for own in self.rows]
-        half._cuts, half._batches = [], {}
+        half._cuts, half._batches, half._turned, half._block = [], {}, {}, self._block // 2
         for i, own in enumerate(self._cuts_of()):
             parts = [(j, part[which::2]) for j, part in enumerate(own) if len(part) > which]
             half._cuts.append([rows for _, rows in parts])
             for at, (j, _) in enumerate(parts):
-                half._batches[i, at] = _take(self._batch(i, j), slice(which, None, 2))
+                half._batches[i, at] = take(self._batch(i, j), slice(which, None, 2))
         return half
 
     def _distances(self, pool: Any, source: str) -> np.ndarray:
@@ -243,8 +242,12 @@ class Calibration(Inputs):
         return np.array(found)
 
     def _anchor(self, pool: Any, anchor: Any, k: int) -> Weights:
-        """Merged anew each time where that is cheap, so that no whole model of it is kept."""
-        return pool.weights(self._anchor_source(anchor), k, keep=anchor == "regmean")
+        """Merged anew where that is cheap and there is no room, so that no whole large model is kept."""
+        source = self._anchor_source(anchor)
+        if (found := self._anchors.get((source, k))) is None:
+            found = pool.weights(source, k, keep=anchor == "regmean")
+            self._anchors.put((source, k), found, found.values(), lambda other: True)
+        return found
 
     @staticmethod
     def _anchor_source(anchor: Any) -> str:
@@ -275,25 +278,23 @@ class Calibration(Inputs):
     def _regmean(self, pool: Any, anchor: Weights, k: int, alpha: float) -> Weights:
         arch, experts = pool.architecture, self._experts(pool, k)
         out = dict(anchor)
-        done, stages = list[str](), self._stages_of(pool, k)
-        for names in stages.stages:
-            d = linear_maps(experts[0])[names[0]].in_features
-            grams = Means(1, len(experts), d)
+        stages = self._stages_of(pool, k)
+        for number, names in enumerate(stages.stages):
+            grams = Means(1, len(experts), experts[0].maps[names[0]].in_features)
             for i, expert in enumerate(experts):
                 for j in self._parts(i):
                     state = self._expert_state(pool, i, j, k)
-                    with self._inside.within(expert, (i, j), stages.done(done)):
-                        x, _, _ = run(arch, expert, state, names, outputs=False)
-                    rows, w = as_rows(x, arch.row_weights(expert, names[0], state, 0.0))
-                    here = (w > 0).nonzero().squeeze(1)
-                    grams.add(0, i, rows[here], w[here])
+                    with self._inside.within(expert, (i, j), stages.done[number]):
+                        x, _ = run(arch, expert, state, names[0])
+                    self._inside.hold(expert, (i, j), x)
+                    grams.add(i, x, w=arch.row_weights(expert.module, names[0], state, 0.0))
+                self._inside.finish(expert, stages, names)
             gram = grams.take()[0][0]  # (N, D, D)
             for name in names:
                 key = f"{name}.weight"
                 own = torch.stack([pool.weights(e, k)[key] for e in pool.names])  # (N, O, D)
                 with _at(f"regmean at layer {k}, {name}"):
                     out[key] = matching.regmean(gram, own, alpha=alpha).contiguous()
-            done += names
         self._inside.clear()
         return out
 
@@ -304,113 +305,124 @@ class Calibration(Inputs):
     def _least_squares(
         self, pool: Any, anchor: Weights, step: Step, prefix: Path, fit: _Fit
     ) -> Weights:
-        k, weights = step.layer, fit.weights
-        arch = pool.architecture
-        layer = arch.layer(k, {n: t.clone() for n, t in anchor.items()})
-        experts = self._experts(pool, k)
-        stem, *steps = prefix
+        k, arch = step.layer, pool.architecture
+        layer, experts = self._spare_layer(arch, k, anchor), self._experts(pool, k)
+        _, *steps = prefix
         before = [pool.layer(*s, prefix=prefix[: m + 1]) for m, s in enumerate(steps)]
-        first = pool.stem(stem.source, stem.scales)
-        writes = arch.writes(layer)
-        folds = FOLDS if fit.ridge == "auto" else 1
-        linear, fitted, stages = linear_maps(layer), list[str](), self._stages_of(pool, k)
-        for names in stages.stages:
-            with_bias = linear[names[0]].bias is not None
-            d = linear[names[0]].in_features + with_bias
-            widths = [linear[name].out_features for name in names]
-            means, done = Means(folds, len(experts), d, sum(widths)), stages.done(fitted)
+        prefix = self._by_anchor(pool, prefix)
+        first = pool.stem(prefix[0].source, prefix[0].scales)
+        writes, stages = arch.writes(layer.module), self._stages_of(pool, k)
+        folds, more = FOLDS if fit.ridge == "auto" else 1, k + 1 < pool.n_layers
+        for number, names in enumerate(stages.stages):
+            maps, done = [layer.maps[name] for name in names], stages.done[number]
+            with_bias, d = maps[0].bias is not None, maps[0].in_features
+            widths = [m.out_features for m in maps]
+            norm, scale = writes.get(names[0], ("", ""))
+            # Products with what the experts' maps take in say the same as with what they put out.
+            through = not norm and d + with_bias < sum(widths)
+            means = Means(folds, len(experts), d, d if through else sum(widths), ones=with_bias)
             for i, expert in enumerate(experts):
                 for j in self._parts(i):
                     state = self._state(prefix, first, before, arch, i, j)
-                    norm, scale = writes.get(names[0], ("", ""))
-                    outputs, their_stream = self._of_expert(pool, expert, (k, i, j), names, norm)
-                    norm = norm if fit.residual else ""
+                    theirs, their_stream = self._of_expert(pool, (k, i, j), number, norm, through)
                     with self._inside.within(layer, (i, j), done):
-                        x, _, stream = run(arch, layer, state, names, norm, outputs=False)
-                    w = arch.row_weights(layer, names[0], state, fit.readout)
-                    rows, w = as_rows(x, w, ones=with_bias)
-                    if norm:
-                        lack, [y] = (their_stream - stream) * fit.residual, outputs
-                        outputs = [make_up(y, lack, layer, expert, scale, fit.residual)]
-                    rows = torch.cat([rows, *(y.flatten(0, -2) for y in outputs)], 1)  # [x | y]
-                    n = len(self._cuts_of()[i][j])  # whole examples take turns in the folds
-                    fold = ((torch.arange(n) + j) % folds).repeat_interleave(len(rows) // n)
-                    for f in range(folds):
-                        here = ((fold == f) & (w > 0)).nonzero().squeeze(1)
-                        means.add(f, i, rows[here], w[here])
+                        x, stream = run(arch, layer, state, names[0], norm if fit.residual else "")
+                    self._inside.hold(layer, (i, j), x)
+                    if norm and fit.residual:
+                        lack, [y] = (their_stream - stream) * fit.residual, theirs
+                        theirs = [make_up(y, lack, layer, expert, scale, fit.residual)]
+                    w = arch.row_weights(layer.module, names[0], state, fit.readout)
+                    ranges = self._ranges(i, j, x) if folds > 1 else [slice(None)]
+                    means.add(i, x, theirs, w, ranges)
             if (n := int(means.rows.sum())) < d:
                 self._note(
                     f"fewer inputs than layers are wide (such as {n} tokens for the {d} inputs of "
                     f"{names[0]}): the ridge holds what they leave open to the anchor"
                 )
-            xx, products = means.take()  # (K, N, D, D), (K, N, D, sum of O)
-            for name, xy in zip(names, products.split(widths, -1), strict=True):
+            xx, xy = means.take()  # (K, N, D, D), (K, N, D, sum of O)
+            if through:
+                xy = put_out(xx, xy, experts, names)
+            with _at(f"least squares at layer {k}, {names[0]}"):
+                gram = ridge.Folds(xx, fit.weights)
+            for name, products in zip(names, xy.split(widths, -1), strict=True):
                 start = anchor[f"{name}.weight"]
                 if with_bias:
                     start = torch.cat([start, anchor[f"{name}.bias"][:, None]], 1)  # (O, D + 1)
                 with _at(f"least squares at layer {k}, {name}"):
-                    best = fit.ridge
-                    if isinstance(best, str):
-                        best = ridge.choose_ridge(xx, xy, weights=weights, anchor=start)
-                    solved = matching.least_squares(
-                        ridge.together(xx),
-                        ridge.together(xy),
-                        weights=weights,
-                        ridge=best,
-                        anchor=start,
-                    )  # (O, D)
-                if with_bias:
-                    solved, linear[name].bias = solved[:, :-1], parameter(solved[:, -1])
-                linear[name].weight = parameter(solved)
-            fitted += names
-        done = stages.done(fitted)
-        for i in (
-            range(len(experts)) if k + 1 < pool.n_layers else ()
-        ):  # the next layer asks for these states
+                    solved = gram.solution(products, start, fit.ridge)  # (O, D)
+                layer.set_map(name, solved)
+            if more or names is not stages.stages[-1]:
+                self._inside.finish(layer, stages, names)
+        done = stages.done[-1]
+        for i in range(len(experts)) if more else ():  # the next layer asks for these states
             for j in self._parts(i):
                 state = self._state(prefix, first, before, arch, i, j)
                 with self._inside.within(layer, (i, j), done):
-                    self._store(((*prefix, step), i, j), arch.apply(layer, state), arch)
+                    self._store(((*prefix, step), i, j), arch.apply(layer.module, state), arch)
                 own = (("expert", pool.names[i], *range(k + 1)), i, j)
                 if own not in self._cache and not self._knows(pool, k + 1, i, j):
                     with self._inside.within(experts[i], (i, j), done):
                         theirs = self._expert_state(pool, i, j, k)
-                        self._store(own, arch.apply(experts[i], theirs), arch)
+                        self._store(own, arch.apply(experts[i].module, theirs), arch)
         self._inside.clear()
         self._again.add(k)
-        return {name: tensor.detach() for name, tensor in layer.state_dict().items()}
+        found = layer.weights()
+        layer.fill(None)
+        self._spare[k] = layer
+        return found
+
+    def _by_anchor(self, pool: Any, prefix: Path) -> Path:
+        """The path, its stem named by the anchor where that is all it is: fits share what it puts out."""
+        stem, *steps = prefix
+        function, _, options = stem.source.partition(":")
+        has_rows = function not in MATCHED or pool.architecture.embeddings(self._batch(0, 0))
+        if has_rows or "lean" in options:
+            return prefix
+        anchor = dict(parse_operator(stem.source, pool.n_models).options).get("anchor")
+        return (Step(self._anchor_source(anchor), -1), *steps)
+
+    def _spare_layer(self, arch: Any, k: int, weights: Weights) -> Layer:
+        """A layer that nobody else runs, of copies of weights; filled again where there is one, for speed."""
+        own = {name: tensor.clone() for name, tensor in weights.items()}
+        if (spare := self._spare.pop(k, None)) is None:
+            return Layer(arch.layer(k, own))
+        spare.fill(own)
+        return spare
 
     def _of_expert(
-        self, pool: Any, expert: Any, at: tuple[int, int, int], names: Sequence[str], norm: str
+        self, pool: Any, at: tuple[int, int, int], number: int, norm: str, through: bool
     ) -> tuple[list[Tensor], Tensor]:
-        """What linear maps of an expert's layer put out for a part of its task, and what went into ``norm``.
+        """What linear maps of an expert's layer put out for a part of its task, or ``through`` what: their
+        common input; and what went into ``norm``.
 
-        at: the numbers of the layer, the task and the part; names: a stage of the layer. No path changes
-        these, so that every fit of the layer but the first, which may be the only one, finds them.
+        at: the numbers of the layer, the task and the part; number: of the stage. No path changes these, so
+        that every fit of the layer but the first, which may be the only one, finds them.
         """
         k, i, j = at
-        if (found := self._theirs.get((at, names[0]))) is None:
+        if (found := self._theirs.get((at, number))) is None:
             state, stages = self._expert_state(pool, i, j, k), self._stages_of(pool, k)
-            before = [name for stage in stages.stages for name in stage]
-            done = stages.done(before[: before.index(names[0])])
-            with self._inside.within(expert, (i, j), done):
-                _, outputs, stream = run(pool.architecture, expert, state, names, norm)
-            for name in names:
-                self._inside.keep(expert, (i, j), name, outputs[name])
-            found = [outputs[name] for name in names], stream
+            expert, names = self._experts(pool, k)[i], stages.stages[number]
+            with self._inside.within(expert, (i, j), stages.done[number]):
+                x, stream = run(pool.architecture, expert, state, names[0], norm)
+            outputs = [expert.maps[name](x) for name in names]
+            for name, y in zip(names, outputs, strict=True):
+                self._inside.put_out(expert, (i, j), stages, name, y)
+            found = [x] if through else outputs, stream
             if k in self._again:  # what has found no room is computed each time
-                self._theirs.put((at, names[0]), found, [*found[0], stream], lambda other: True)
+                tensors = [*found[0], stream]
+                self._theirs.put((at, number), found, tensors, lambda other: True)
         return found
 
     def _knows(self, pool: Any, k: int, i: int, j: int) -> bool:
         """Whether all that ``_of_expert`` says of a layer is known for a part."""
-        stages = self._stages_of(pool, k).stages if k in self._again else [[""]]
-        return all(((k, i, j), names[0]) in self._theirs for names in stages)
+        n = len(self._stages_of(pool, k).stages) if k in self._again else 1
+        return all(((k, i, j), number) in self._theirs for number in range(n))
 
     def _stages_of(self, pool: Any, k: int) -> Stages:
         if k not in self._stages:
             layer, state = self._experts(pool, k)[0], self._expert_state(pool, 0, 0, k)
-            self._stages[k] = Stages.of(lambda: pool.architecture.apply(layer, state), layer)
+            apply = pool.architecture.apply
+            self._stages[k] = Stages.of(lambda: apply(layer.module, state), layer)
         return self._stages[k]
 
 
@@ -427,8 +439,3 @@ def _at(where: str) -> Iterator[None]:
         yield
     except InputError as error:
         raise InputError(f"{where}: {error}") from error
-
-
-def _take(batch: Any, rows: slice) -> Any:
-    """Some examples of a batch, of images or texts."""
-    return batch[rows] if isinstance(batch, Tensor) else type(batch)(*(t[rows] for t in batch))

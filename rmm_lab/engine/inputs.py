@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
+from itertools import pairwise
 from typing import Any, NamedTuple, Self
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from rmm_lab.errors import InputError
@@ -15,6 +17,8 @@ from rmm_lab.tasks.files import absolute
 from rmm_lab.tasks.groups import at_rest
 
 BATCH = 32  # examples that go through a layer at a time
+FOLDS = 2  # of the inputs that choose a ridge
+JOINED = 2**20  # bytes of pictures that do in any case: small ones are no work
 
 
 class _Named(NamedTuple):
@@ -58,6 +62,8 @@ class Inputs:
         self._rows = None if rows is None else list(rows)
         self._cuts: list[list[np.ndarray]] | None = None
         self._batches: dict[tuple[int, int], Any] = {}
+        self._block = BATCH
+        self._turned: dict[tuple[int, int], tuple[np.ndarray, list[int]]] = {}
 
     @property
     def rows(self) -> list[np.ndarray]:
@@ -134,11 +140,14 @@ class Inputs:
         return digest.hexdigest()
 
     def _cuts_of(self) -> list[list[np.ndarray]]:
-        """Of each task, the rows of each part, at most BATCH of them."""
+        """Of each task, the rows of each part: at most BATCH of them, or a multiple that JOINED holds."""
         if self._cuts is None:
-            self._cuts = [
-                [own[at : at + BATCH] for at in range(0, len(own), BATCH)] for own in self.rows
-            ]
+            self._cuts = []
+            for task, own in zip(self.tasks, self.rows, strict=True):
+                n, one = BATCH, task.inputs(self.split, own[:1])
+                if isinstance(one, Tensor):
+                    n *= max(1, JOINED // max(1, BATCH * one.nbytes))
+                self._cuts.append([own[at : at + n] for at in range(0, len(own), n)])
         return self._cuts
 
     def _parts(self, i: int) -> range:
@@ -158,3 +167,31 @@ class Inputs:
         for at, part in enumerate(self.complete(i, parts)):
             self._batches[i, at] = part
         return self._batches[i, j]
+
+    def _turns(self, i: int, j: int) -> tuple[np.ndarray, list[int]]:
+        """A part's examples fold by fold, and how many are in the first folds: (n,), FOLDS + 1 numbers.
+
+        Whole examples take turns, and every other block of them begins with the other fold.
+        """
+        if (i, j) not in self._turned:
+            first, n = (len(self._cuts_of()[i][m]) for m in (0, j))
+            at = j * first + np.arange(n)
+            fold = (at + at // self._block) % FOLDS
+            ends = np.bincount(fold, minlength=FOLDS).cumsum()
+            self._turned[i, j] = fold.argsort(kind="stable"), [0, *ends.tolist()]
+        return self._turned[i, j]
+
+    def _in_turn(self, i: int, j: int) -> Any:
+        """A part with its examples fold by fold."""
+        return take(self._batch(i, j), torch.from_numpy(self._turns(i, j)[0]))
+
+    def _ranges(self, i: int, j: int, x: Tensor) -> list[slice]:
+        """Of each fold, its rows of what goes into a layer's map, (..., D), where a part runs in turn."""
+        _, ends = self._turns(i, j)
+        rows = x.numel() // (x.shape[-1] * ends[-1])
+        return [slice(a * rows, b * rows) for a, b in pairwise(ends)]
+
+
+def take(batch: Any, rows: slice | Tensor) -> Any:
+    """Some examples of a batch, of images or texts."""
+    return batch[rows] if isinstance(batch, Tensor) else type(batch)(*(t[rows] for t in batch))
