@@ -92,7 +92,7 @@ def stand_ins(tmp_path_factory) -> dict:
         "reward": 8,
         "calibration": 4,
     }
-    small |= {"episodes": 6, "seeds": (1,), "curve": (1e-3, 1e-2)}
+    small |= {"episodes": 6, "seeds": (1,), "curve": (1e-3, 1e-2), "inputs": (2, 4)}
     return {"base": str(base), "data": root / "data", "work": root / "work"} | small
 
 
@@ -126,7 +126,8 @@ def rows(out: Path, name: str) -> list[dict]:
 @pytest.mark.slow
 def test_all_parts_come_out(measured, stand_ins):
     sha = read_checkpoint(stand_ins["base"]).sha256
-    for name in ("halves", "vision", "dar", "stranger", "subsets", "unseen", "curve", "speed"):
+    files = ("halves", "vision", "dar", "stranger", "subsets", "unseen", "curve", "speed", "inputs")
+    for name in files:
         for row in rows(measured, name):
             assert row["base_sha256"] == sha
             steps = "4 steps of 4 at 0.0" if name == "curve" else "8 steps of 4 at 0.003"
@@ -181,6 +182,13 @@ def test_the_protocols_say_what_the_models_say(measured):
     pair = [r for r in rows(measured, "vision") if r["group"] == "CIFAR10+GTSRB"]
     own = {r["method"]: r["mean"] for r in pair}
     assert alone["weight average"]["mean"] == own["weight average"]
+    for row in rows(measured, "inputs"):
+        source = real_measure.SOURCES[row["method"]]
+        for split, key in (("reward", "reward_split"), ("test", "mean")):
+            problem = measure.load(configure(**json.loads(row["config"])))
+            scores = uniform.uniform(problem, source, split)
+            assert row[key] == pytest.approx(100 * scores.mean(), abs=0.01)
+            assert {len(r) for r in problem.pool.calibration.rows} == {row["inputs"]}
     near, far = (
         [r["distance"] for r in rows(measured, "curve") if r["learning_rate"] == rate]
         for rate in (1e-3, 1e-2)

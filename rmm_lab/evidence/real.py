@@ -12,6 +12,7 @@ parts:
     curve     what averaging loses, by distance        stranger  an expert joins that has no task
     subsets   all sets of two to four experts          unseen    sets that no expert saw
     texts     a language model (--text-base)           speed     seconds and memory of the closed forms
+    inputs    closed forms, by how many inputs they look at
 
 Each row has the base's SHA-256, the experts' training, the search's options, the commit and the seconds.
 """
@@ -50,7 +51,10 @@ from rmm_lab.tasks.hold import check_writable, held_made
 MOST_TEXT_INPUTS = 50  # per task, that closed forms of language models look at
 TABLES = ("I", "II", "IV", "groups")
 ORDER = (*SETS.values(), "+".join(SETS[name] for name in PAIR))
-PARTS = ("speed", "II", "I", "curve", "stranger", "unseen", "groups", "IV", "texts", "subsets")
+PARTS = (
+    *("speed", "II", "inputs", "I", "curve", "stranger"),
+    *("unseen", "groups", "IV", "texts", "subsets"),
+)
 # Table IV: the published search with DAR and without, and the default one by either reward.
 DAR: tuple[dict[str, Any], ...] = (
     *tables.DAR_SETTINGS[:2],
@@ -81,7 +85,17 @@ class Real:
     """Folder of what is made beside them, sets with splits and experts: by default OUT/work."""
     parts: tuple[
         Literal[
-            "I", "II", "IV", "groups", "curve", "stranger", "subsets", "unseen", "texts", "speed"
+            "I",
+            "II",
+            "IV",
+            "groups",
+            "curve",
+            "stranger",
+            "subsets",
+            "unseen",
+            "texts",
+            "speed",
+            "inputs",
         ],
         ...,
     ] = ()
@@ -112,6 +126,8 @@ class Real:
     """Evaluations of each search."""
     calibration: int = 100
     """Inputs per task that RegMean and least squares look at."""
+    inputs: tuple[int, ...] = (25, 50, 100, 200, 400)
+    """Inputs per task that they look at in the part inputs."""
     jobs: int = 1
     """Rows to measure at once, each in a process of its own; speed and texts come one by one."""
     threads: int = 1
@@ -154,6 +170,7 @@ class Real:
                 f"{numbers} calibration": whole,
                 "size": ("at least 14", lambda v: v >= 14),
                 "learning_rate text_learning_rate": UNIT_RANGE,
+                "inputs": ("numbers of 1 or more", lambda v: all(n >= 1 for n in v)),
                 "curve": ("learning rates more than 0", lambda v: all(0 < rate <= 1 for rate in v)),
                 "seeds": ("one or more different numbers", lambda v: 0 < len(v) == len(set(v))),
                 "jobs threads": ("1 to 1024", lambda v: 1 <= v <= 1024),
@@ -238,6 +255,12 @@ class Real:
             config = self.config(works.options(places, how))
             yield Job("curve", real_measure.curve, key, config)
 
+    def by_inputs(self, works: Works) -> Iterator[Job]:
+        group = works.group(PAIR)
+        for n in self.inputs:
+            key = {"group": group.name, "inputs": n, "seed": self.seeds[0]}
+            yield Job("inputs", real_measure.inputs, key, self.config(group.options, calibration=n))
+
     def texts(self, works: Works) -> Iterator[Job]:
         options = works.options([works.text_set(name) for name in TEXTS])
         more = {"episodes": self.text_episodes, "data_fraction": 0.5}
@@ -257,6 +280,7 @@ PROTOCOLS: dict[str, Callable[[Real, Works], Iterator[Job]]] = {
     "stranger": Real.stranger,
     "subsets": Real.subsets,
     "unseen": Real.unseen,
+    "inputs": Real.by_inputs,
     "curve": Real.curves,
     "texts": Real.texts,
 }

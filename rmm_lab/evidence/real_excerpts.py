@@ -11,6 +11,7 @@ from rmm_lab.evidence.markdown import markdown
 from rmm_lab.evidence.pages import by_half, dar_table, methods_table, pair_of
 from rmm_lab.evidence.real_pages import (
     curve_table,
+    inputs_table,
     recovered_table,
     speed_table,
     stranger_table,
@@ -62,6 +63,10 @@ def real_dar(read: Read) -> str:
     return _shown(read, "dar", "Shares of the data", lambda rows: dar_table(rows).loc["Average"])
 
 
+def real_inputs(read: Read) -> str:
+    return _shown(read, "inputs", "By how many inputs closed forms look at", inputs_table)
+
+
 def real_curve(read: Read) -> str:
     return _shown(read, "curve", "By distance from the base", curve_table)
 
@@ -87,6 +92,6 @@ def real_speed(read: Read) -> str:
 
 
 REAL = (
-    *(real_pair, real_halves, real_four, real_dar, real_curve, real_stranger),
-    *(real_subsets, real_unseen, real_texts, real_speed),
+    *(real_pair, real_inputs, real_halves, real_four, real_dar, real_curve),
+    *(real_stranger, real_subsets, real_unseen, real_texts, real_speed),
 )

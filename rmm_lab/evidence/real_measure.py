@@ -4,6 +4,7 @@ curve     what averaging loses, against the distance of the experts from the bas
 stranger  what a method loses when an expert joins that has nothing to do with the tasks
 subsets   all sets of 2 to N experts: how often a merge is better than the base
 unseen    a set that no expert saw: nearest class mean on the merged model's features
+inputs    what closed forms keep, by how many inputs they look at
 texts     a language model: rules, closed forms, a search of few evaluations
 speed     seconds of the closed forms, the share inside the models, and memory
 """
@@ -155,6 +156,16 @@ def curve(job: Job) -> Measured:
     distance = round(100 * float(np.mean(far)) / size, 4)
     more = {"distance": distance, "training": job.key["training"]}
     return {job.table: [measure.cells(problem, row) | more for row in rows]}
+
+
+def inputs(job: Job) -> Measured:
+    """Closed forms with the config's number of inputs, on the reward split too, which they do not see."""
+    problem, rows = measure.load(job.config), []
+    for row in closed_rows(problem, [name for name in CLOSED if name in SOURCES]):
+        scores = uniform.uniform(problem, SOURCES[row.name], "reward")
+        rows.append(measure.cells(problem, dataclasses.replace(row, reward=float(scores.mean()))))
+        problem.pool.forget([SOURCES[row.name]])
+    return {job.table: rows}
 
 
 def unseen(job: Job) -> Measured:

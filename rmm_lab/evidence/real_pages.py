@@ -124,6 +124,24 @@ def show_unseen(rows: DataFrame) -> str:
     )
 
 
+def inputs_table(rows: DataFrame) -> DataFrame:
+    """By number of inputs: each method's mean on the reward and test split in %, and its seconds."""
+    out = {}
+    for method in (m for m in METHODS.index if m in set(rows["method"])):
+        own = rows[rows["method"] == method].groupby("inputs")
+        out[f"{method}, reward split"] = own["reward_split"].mean().map("{:.1f}".format)
+        out[f"{method}, test split"] = own["mean"].mean().map("{:.1f}".format)
+        out[f"{method}, seconds"] = own["seconds"].mean().map("{:.0f}".format)
+    return DataFrame(out).rename_axis("inputs per task")
+
+
+def show_inputs(rows: DataFrame) -> str:
+    return (
+        f"{_how(rows)}Closed forms on {rows['group'].iloc[0]}, %, by how many inputs of each task's train "
+        f"split they look at; labels are not among them.\n\n{markdown(inputs_table(rows))}"
+    )
+
+
 def curve_table(rows: DataFrame) -> DataFrame:
     """By learning rate: distance from the base in % of its norm, and each method's mean."""
     wide = rows.pivot_table("mean", "learning_rate", "method", sort=False)
@@ -194,6 +212,7 @@ REAL_PAGES: dict[str, tuple[str, Callable[[DataFrame], str]]] = {
     "stranger": ("An expert that has nothing to do with the tasks", show_stranger),
     "subsets": ("Two to four experts: all sets of them", show_subsets),
     "unseen": ("Sets that no expert saw", show_unseen),
+    "inputs": ("How many inputs closed forms need", show_inputs),
     "curve": ("What averaging loses, by the experts' distance from the base", show_curve),
     "texts": ("A real language model", show_texts),
     "speed": ("Seconds and memory of a merge", show_speed),

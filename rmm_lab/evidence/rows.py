@@ -35,7 +35,7 @@ NUMBERS: dict[str, type] = {
     **dict.fromkeys(("dar", "data_fraction", "label_fraction", "raw_reward", "dar_reward"), float),
     **dict.fromkeys(("hypervolume", "hypervolume_reward", "hypervolume_promised"), float),
     **dict.fromkeys(("rmm_mean", "distance", "learning_rate", "cpu", "inside", "peak_mb"), float),
-    "n_experts": int,
+    **dict.fromkeys(("n_experts", "inputs"), int),
 }
 
 BEST_EXPERT = "best expert, for all tasks"
@@ -88,6 +88,7 @@ KEYS: dict[str, tuple[str, ...]] = {
     "stranger": ("group", "stranger", "seed", "method"),
     **dict.fromkeys(("subsets", "texts"), ("group", "seed", "method")),
     "unseen": ("group", "unseen", "method"),
+    "inputs": ("group", "inputs", "seed", "method"),
     "curve": ("group", "learning_rate", "method"),
     "labels": ("group", "reward", "label_fraction", "data_fraction", "seed"),
 }
