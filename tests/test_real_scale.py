@@ -377,6 +377,17 @@ def test_a_table_that_was_not_measured_is_not_shown():
     assert {f(read) for f in real_excerpts.REAL} == {""}
 
 
+def test_groups_of_other_sizes_are_not_shown_as_the_pair_or_the_four():
+    def rows(group: str) -> pd.DataFrame:
+        table = {"group": group, "method": ["fine-tuned", "weight average"], "mean": [90.0, 70.0]}
+        return pd.DataFrame(table | {"seconds": 1.0, "sees": "nothing"})
+
+    pair, four = (lambda _: rows("a+b")), (lambda _: rows("a+b+c+d"))
+    assert "| weight average" in real_excerpts.real_pair(pair)
+    assert "| weight average" in real_excerpts.real_four(four)
+    assert real_excerpts.real_pair(four) == real_excerpts.real_four(pair) == ""
+
+
 @pytest.mark.parametrize("function", [sum_of, stop_at])
 def test_a_process_of_its_own_hands_back_rows_and_errors(function):
     job = Job("speed", function, {"group": "g"}, configure())

@@ -20,15 +20,24 @@ from rmm_lab.evidence.real_pages import (
     unseen_table,
 )
 
+BESIDE = ["fine-tuned", "weight average", "WUDI", "least squares", "RMM (agent)"]
 Read = Callable[[str], DataFrame]  # a table by its file's name
 
 
-def _shown(read: Read, name: str, heading: str, table: Callable[[DataFrame], DataFrame]) -> str:
-    """A heading and a table; empty where nothing was measured."""
+def _shown(
+    read: Read,
+    name: str,
+    heading: str,
+    table: Callable[[DataFrame], DataFrame],
+    experts: int | None = None,
+) -> str:
+    """A heading and a table, of groups of so many experts; empty where nothing was measured."""
     try:
         rows = read(f"real/{name}")
     except InputError:
         return ""
+    if experts is not None:
+        rows = rows[rows["group"].str.count(r"\+") == experts - 1]
     if rows.empty:
         return ""
     return f"**{heading}**\n\n{markdown(table(rows))}"
@@ -36,7 +45,19 @@ def _shown(read: Read, name: str, heading: str, table: Callable[[DataFrame], Dat
 
 def real_pair(read: Read) -> str:
     """Table II with what each method wins back of what averaging loses."""
-    return _shown(read, "vision", "CIFAR-10 and GTSRB", lambda rows: recovered_table(pair_of(rows)))
+    return _shown(read, "vision", "CIFAR-10 and GTSRB", recovered_table, 2)
+
+
+def real_beside(read: Read) -> str:
+    """The demo's pair of small models and the real one, side by side."""
+    out = {}
+    try:
+        for name, file in (("small", "vision"), ("real", "real/vision")):
+            table = recovered_table(pair_of(read(file))).reindex(BESIDE)
+            out |= {name: table["test split, %"], f"{name}, recovered": table["recovered, %"]}
+    except InputError:
+        return ""
+    return markdown(DataFrame(out).assign(sees=table["sees"]))
 
 
 def real_halves(read: Read) -> str:
@@ -51,11 +72,7 @@ def real_halves(read: Read) -> str:
 
 def real_four(read: Read) -> str:
     """The group of four."""
-
-    def table(rows: DataFrame) -> DataFrame:
-        return recovered_table(rows[rows["group"].str.count(r"\+") == 3])
-
-    return _shown(read, "vision", "Four experts", table)
+    return _shown(read, "vision", "Four experts", recovered_table, 4)
 
 
 def real_dar(read: Read) -> str:
@@ -93,5 +110,5 @@ def real_speed(read: Read) -> str:
 
 REAL = (
     *(real_pair, real_inputs, real_halves, real_four, real_dar, real_curve),
-    *(real_stranger, real_subsets, real_unseen, real_texts, real_speed),
+    *(real_beside, real_stranger, real_subsets, real_unseen, real_texts, real_speed),
 )
