@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 from pandas import DataFrame
 
@@ -50,7 +51,7 @@ def real_pair(read: Read) -> str:
 
 def real_beside(read: Read) -> str:
     """The demo's pair of small models and the real one, side by side."""
-    out = {}
+    out: dict[str, Any] = {}
     try:
         for name, file in (("small", "vision"), ("real", "real/vision")):
             table = recovered_table(pair_of(read(file))).reindex(BESIDE)

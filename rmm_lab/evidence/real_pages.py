@@ -49,7 +49,10 @@ def recovered_table(rows: DataFrame) -> DataFrame:
     """The same as text; bounds and experts recover nothing."""
     table, kinds = recovered(rows), kind_of(rows["method"].drop_duplicates())
     bounds = set(rows["method"].drop_duplicates()[kinds.isin(("bound", "expert"))])
-    share = ["" if m in bounds or pd.isna(s) else f"{s:.0f}".replace("-", "−") for m, s in table["recovered"].items()]
+    share = [
+        "" if m in bounds or pd.isna(s) else f"{s:.0f}".replace("-", "−")
+        for m, s in table["recovered"].items()
+    ]
     text = DataFrame({"test split, %": table["mean"].map("{:.1f}".format), "recovered, %": share})
     text["seconds"] = [seconds_text(pd.Series([s])) for s in table["seconds"]]
     return text.assign(sees=table["sees"]).set_axis(table.index).rename_axis("method")
