@@ -41,6 +41,8 @@ def test_quality_by_hand():
     assert found.loc[("MAP", 1), "epsilon"] == 0
     assert found["ratio"].tolist() == pytest.approx([1, 1, 2, 4])
     assert found["size"].tolist() == [1, 2, 1, 1]
+    without = made_up().assign(hypervolume=[0.0, 0.25, 0.5, 1.0])  # averages of the first seed
+    assert fronts.quality(without)["ratio"].fillna(-1).tolist() == [-1, 1, -1, 4]
     # Of weights w and 1 - w over a lattice the mean of w + (1 - w) / 2 is 3/4.
     assert found.loc[("MAP", 0), "utility"] == pytest.approx(0.75)
 

@@ -110,6 +110,7 @@ def quality(rows: DataFrame) -> DataFrame:
         target = every[non_dominated(every)]
         weights = lattice_of(target.shape[1], FINALISTS)
         base = own.loc[own["method"] == AVERAGES].set_index("seed")["hypervolume"]
+        base = base[base > 0]  # nothing is a multiple of no volume
         for i, row in own.iterrows():
             points = found[i]
             out.append(
