@@ -120,13 +120,7 @@ class TiesExplorer(View):
             self._frame = count, _ties_frame(deltas)
         figure = self._frame[1]
         _, kept, sign, merged, scaled = figure.axes
-        for artist in (
-            *kept.patches,
-            *kept.lines[1:],
-            *sign.texts,
-            *merged.patches,
-            *scaled.patches,
-        ):
+        for artist in (*kept.patches, *kept.lines[1:], *sign.texts):
             artist.remove()
         entries, trimmed, agreeing = deltas.numpy(), s.trimmed.numpy(), s.agreeing.numpy()
         x = np.arange(1, n + 1)
@@ -139,17 +133,20 @@ class TiesExplorer(View):
             kept.plot(at[out], trimmed[i][out] / 2, **OUT)
         for place, value in enumerate(s.sign.int().tolist(), 1):
             sign.text(place, 0, "0+−"[value], fontsize=11, weight="bold", **MIDDLE)
-        merged.bar(x, s.merged.numpy(), 0.6, color="0.75", **RIM)
-        scaled.bar(x, s.scaled.numpy(), 0.6, **TIES_BAR)
+        for axes, heights in ((merged, s.merged), (scaled, s.scaled)):
+            for bar, height in zip(axes.containers[0], heights.tolist(), strict=True):
+                bar.set_height(height)
         title = f"2  trimmed: each expert's largest, density {self.density.value:.2f}"
-        kept.set_title(title, fontsize=9, loc="left", pad=3)
+        kept.set_title(title, **TITLE)
         title = (
             f"5  scaled by λ = {self.scale.value:.2f}, to be added to the base; beside the average"
         )
-        scaled.set_title(title, fontsize=9, loc="left", pad=3)
+        scaled.set_title(title, **TITLE)
         return figure
 
 
+# With a y of its own a title is not placed anew, around all that could be in its way, at each drawing.
+TITLE: dict[str, Any] = {"fontsize": 9, "loc": "left", "pad": 3, "y": 1.0}
 RIM: dict[str, Any] = {"edgecolor": "black", "lw": 0.7}
 REMOVED: dict[str, Any] = {"fill": False, "ls": ":", **RIM}
 OUT: dict[str, Any] = {"ls": "none", "marker": "X", "color": "black", "mec": "white", "ms": 8}
@@ -178,7 +175,8 @@ def _ties_frame(deltas: Tensor) -> Figure:
         (merged, high, "4  disjoint mean: of the entries that have this sign"),
         (scaled, 2 * high, ""),
     ):
-        axes.set_title(title, fontsize=9, loc="left", pad=3)
+        axes.set_title(title, **TITLE)
+        axes.yaxis.set_label_coords(-0.1, 0.5)  # there is none to find a place for
         axes.tick_params(labelsize=8)
         axes.xaxis.set_visible(axes is scaled)
         axes.set_ylim(-reach, reach)
@@ -188,6 +186,8 @@ def _ties_frame(deltas: Tensor) -> Figure:
     for i in range(count):
         at, width, look = _bars(i, count, x)
         raw.bar(at, deltas[i].numpy(), width, label=f"expert {i + 1}", **look)
+    merged.bar(x, 0, 0.6, color="0.75", **RIM)
+    scaled.bar(x, 0, 0.6, **TIES_BAR)
     scaled.plot(x, deltas.mean(0).numpy(), mec="black", **AVERAGE)
     right_of = {"fontsize": 8, "loc": "upper left", "bbox_to_anchor": (1, 1)}
     raw.legend(**right_of)
