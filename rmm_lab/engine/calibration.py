@@ -52,10 +52,6 @@ class _Fit(NamedTuple):
 class Calibration(Inputs):
     """Inputs of each task, and the layers that are matched to them; the arguments are those of ``Inputs``."""
 
-    import os
-
-    JOINED = int(os.environ.get("J", "1"))
-
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
         self._forget()
