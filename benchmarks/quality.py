@@ -1,6 +1,6 @@
 """Time to a good model: the test score of the best path so far, against seconds.
 
-    python -m benchmarks.quality                          the demo's pair, three seeds; half an hour
+    python -m benchmarks.quality                          the demo's pair, three seeds; a quarter of an hour
     python -m benchmarks.quality --groups qa --seeds 1    another group of the tables
 
 Each method has its problem to itself, in a process of its own with one thread, and begins once models and

@@ -27,15 +27,20 @@ for heavy in ("timm", "transformers", "tokenizers", "datasets", "torchvision", "
 """
 
 
-def test_imports_are_quiet_light_and_change_nothing(tmp_path):
-    done = subprocess.run(
-        [sys.executable, "-c", CODE],
+def run(code, folder):
+    """A program in an interpreter of its own."""
+    return subprocess.run(
+        [sys.executable, "-c", code],
         capture_output=True,
         text=True,
-        cwd=tmp_path,
+        cwd=folder,
         timeout=120,
         check=False,
     )
+
+
+def test_imports_are_quiet_light_and_change_nothing(tmp_path):
+    done = run(CODE, tmp_path)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", ""), done.stderr
 
 
@@ -48,14 +53,7 @@ assert not {"torch", "numpy", "tyro"} & set(sys.modules)
 
 
 def test_the_overview_of_the_commands_waits_for_no_library(tmp_path):
-    done = subprocess.run(
-        [sys.executable, "-c", HELP],
-        capture_output=True,
-        text=True,
-        cwd=tmp_path,
-        timeout=60,
-        check=False,
-    )
+    done = run(HELP, tmp_path)
     assert done.returncode == 0, done.stderr
     for words in ("finetune --base", "tables show", "merge --help"):
         assert done.stdout.count(f"python -m rmm_lab {words}") == 2, words
