@@ -168,6 +168,18 @@ def test_lattices():
     assert measures.lattice_of(3, 1).tolist() == [[0, 0, 1], [0, 1, 0], [1, 0, 0]]
 
 
+def test_a_coarse_lattice_has_the_centre():
+    """Ten weights of four tasks in steps of a half: each leaves out at least two of them."""
+    found = measures.lattice_of(4, 11).tolist()
+    assert len(found) == 11
+    assert [w for w in found if min(w) > 0] == [[0.25] * 4]
+    assert found == sorted(found)
+    assert len(measures.lattice_of(4, 10)) == 10  # no room
+    assert measures.lattice_of(5, 6).tolist()[-2] == [0.2] * 5
+    assert len(measures.lattice_of(3, 16)) == 15  # in steps of a quarter some weigh all three
+    assert measures.lattice_of(1, 9).tolist() == [[1]]
+
+
 def test_a_preference_finds_a_point_in_a_hollow():
     """No weighted mean ever chooses the middle point, since it lies below the line between the others."""
     points = np.array([[1.0, 0.0], [0.45, 0.45], [0.0, 1.0]])

@@ -129,7 +129,7 @@ def test_a_fifth_is_the_search_with_a_fifth_of_its_evaluations():
     assert found.answers == whole.answers
 
 
-@pytest.mark.parametrize(("n_tasks", "trainings"), [(2, 11), (3, 10), (4, 10)])
+@pytest.mark.parametrize(("n_tasks", "trainings"), [(2, 11), (3, 10), (4, 11)])
 def test_how_many_trainings_there_are_and_how_long(monkeypatch, n_tasks, trainings):
     """As many as preferences that are answered, with equal shares of what the uniform paths leave."""
     learned = []

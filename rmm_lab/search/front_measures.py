@@ -123,17 +123,24 @@ def lattice(n_tasks: int, divisions: int) -> np.ndarray:
     W is C(divisions + K - 1, K - 1). Source: Das and Dennis 1998, "Normal-Boundary Intersection".
     """
     last = divisions + n_tasks - 1
-    bars = np.array(list(combinations(range(last), n_tasks - 1)), int).reshape(-1, n_tasks - 1)
+    bars = np.array(list(combinations(range(last), n_tasks - 1)), int)  # (W, K - 1)
     edges = np.c_[np.full(len(bars), -1), bars, np.full(len(bars), last)]  # (W, K + 1)
     return (np.diff(edges) - 1) / divisions
 
 
 def lattice_of(n_tasks: int, most: int) -> np.ndarray:
-    """The finest lattice of at most so many weights, (W, K); the K corners at least."""
+    """The finest lattice of at most so many weights, (W, K); the K corners at least.
+
+    One with fewer divisions than tasks leaves out a task at each of its weights. There the centre, all
+    tasks alike, is one more, if there is room.
+    """
     divisions = 1
     while n_tasks > 1 and len(lattice(n_tasks, divisions + 1)) <= most:
         divisions += 1
-    return lattice(n_tasks, divisions)
+    weights = lattice(n_tasks, divisions)
+    if divisions < n_tasks and len(weights) < most:
+        weights = np.array(sorted([*weights.tolist(), [1 / n_tasks] * n_tasks]))
+    return weights
 
 
 def achievement(points: np.ndarray, weights: np.ndarray) -> np.ndarray:
