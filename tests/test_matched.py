@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import math
+from contextlib import closing
 
 import numpy as np
 import pytest
 
+from rmm_lab.engine.calibration import Calibration
+from rmm_lab.engine.scorer import Scorer
 from rmm_lab.errors import InputError
 from rmm_lab.operators import parse_operator
 from rmm_lab.reward import Step, evaluate
-from rmm_lab.search import matched, uniform
+from rmm_lab.search import matched, rivals, uniform
+from rmm_lab.search.config import configure
 from rmm_lab.search.matched import rows, source_of, tune_weights, weigh
-from rmm_lab.search.problem import load_problem
+from rmm_lab.search.phases import make_scorer
+from rmm_lab.search.pipeline import train
+from rmm_lab.search.problem import load_problem, problem_of
 
 pytestmark = pytest.mark.slow  # models are fitted: half a minute in all
 
@@ -143,3 +149,32 @@ def test_rows_need_inputs(tiny):
     problem = load_problem(**tiny, operators=("ties",), calibration=0)
     with pytest.raises(InputError, match="expected calibration inputs, found none"):
         list(rows(problem))
+
+
+@pytest.mark.parametrize("search", ["default", "CMA-ES over scales"])
+def test_a_search_scores_what_it_has_before_it_fits_more(tiny, monkeypatch, search):
+    """A user who waits has the experts' scores first, then the first fit's, before the next is begun."""
+    menu = ("least_squares:fit=whole", "least_squares:fit=whole,ridge=0.1")
+    config = configure(**tiny, operators=menu, calibration=9, episodes=8, quiet=True)
+    problem, seen = problem_of(config.problem), []
+    merge, score = Calibration.merge, Scorer.score
+
+    def merged(self, pool, operator, step, prefix):
+        seen.append(operator.name)
+        return merge(self, pool, operator, step, prefix)
+
+    def scored(self, path, subset=None):
+        found = score(self, path, subset)
+        seen.append("score")
+        return found
+
+    monkeypatch.setattr(Calibration, "merge", merged)
+    monkeypatch.setattr(Scorer, "score", scored)
+    if search == "default":
+        train(config, problem, table=False)
+    else:
+        with closing(make_scorer(problem, config)) as scorer:
+            rivals.SEARCHES[search](scorer, 8, 1)
+    first, second = map(seen.index, menu)
+    assert seen[:first] == ["score"] * 2
+    assert first < seen.index("score", first) < second

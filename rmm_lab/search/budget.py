@@ -68,16 +68,18 @@ class Scored(list[tuple[str, float]]):
         self.by_task: list[np.ndarray] = []
         paths = uniform_paths(scorer)
         values = [
-            self.score(paths, repeat(subset))
+            self.score(paths, repeat(subset), in_turn=True)
             for subset in range(rounds(evaluations, len(paths), scorer.n_subsets))
         ]
         scored = [[own[i] for own in values if i < len(own)] for i in range(len(paths))]
         self.known = [float(np.mean(own)) for own in scored if own]
 
-    def score(self, paths: Sequence[Path], subsets: Iterable[int]) -> list[float]:
-        """The rewards of paths, each on its subset, as far as the budget goes."""
+    def score(
+        self, paths: Sequence[Path], subsets: Iterable[int], *, in_turn: bool = False
+    ) -> list[float]:
+        """The rewards of paths, each on its subset, as far as the budget goes; in_turn: see ``scores``."""
         wanted = list(zip(paths[: self.left], subsets, strict=False))
-        found = scores(self.scorer, wanted)
+        found = scores(self.scorer, wanted, in_turn=in_turn)
         values = [reward(own) for own in found]
         self.by_task.extend(found)
         self.extend(zip((path_text(path) for path, _ in wanted), values, strict=True))

@@ -11,10 +11,13 @@ from rmm_lab.errors import InputError
 from rmm_lab.reward import Path, parse_path, path_text, reward
 
 
-def scores(scorer: Any, wanted: Sequence[tuple[Path, int | None]]) -> list[np.ndarray]:
+def scores(
+    scorer: Any, wanted: Sequence[tuple[Path, int | None]], *, in_turn: bool = False
+) -> list[np.ndarray]:
     """Each task's score (N,) in [0, 1] of each path on its subset, None for the whole split, by all workers
-    at once."""
-    if hasattr(scorer, "prefetch"):  # a scorer by formula has no workers
+    at once. in_turn: where there is one alone, a path has its scores before the next one's layers are merged.
+    """
+    if hasattr(scorer, "prefetch") and not (in_turn and scorer.alone):  # not by a formula
         scorer.prefetch(wanted)
     return [scorer.score(path, subset) for path, subset in wanted]
 

@@ -193,7 +193,7 @@ class Search:
     def score(self, phase: str, paths: Sequence[Path], subset: int) -> list[float]:
         """Score paths that no agent walked on one subset, log and save them; their rewards."""
         rewards = []
-        found = scores(self.scorer, [(path, subset) for path in paths])
+        found = scores(self.scorer, [(path, subset) for path in paths], in_turn=True)
         for path, own in zip(paths, found, strict=True):
             by_task = dict(zip(self.scorer.task_names, own.tolist(), strict=True))
             rewards.append(reward(own))
