@@ -55,8 +55,8 @@ from rmm_lab.tasks.files import write_file
 
 PLAIN, PAPER, OURS = "RMM (paper), plain way", "RMM (paper)", "RMM (agent)"
 RIVALS = ("CMA-ES over scales", "coordinate ascent")
-FITS = ("least squares", matched.WEIGHTED)
-METHODS = (PLAIN, PAPER, OURS, *RIVALS, *FITS)
+UNIFORM = ("weight average", "least squares", matched.WEIGHTED)
+METHODS = (PLAIN, PAPER, OURS, *RIVALS, *UNIFORM)
 SAMPLE = 24  # paths of the paper's preset that are also scored in the plain way
 
 
@@ -86,7 +86,7 @@ class Quality:
         self.out.mkdir(parents=True, exist_ok=True)
         for name in self.groups:
             for seed in self.seeds:
-                for method in (PAPER, OURS, *RIVALS, *FITS):
+                for method in (PAPER, OURS, *RIVALS, *UNIFORM):
                     old = pd.read_csv(file) if file.is_file() else pd.DataFrame()
                     if (
                         len(old)
@@ -146,8 +146,8 @@ def measured(method: str, episodes: int, options: dict[str, Any]) -> list[Row]:
     problem = problem_of(config.problem)
     for task in problem.tasks:
         task.split("reward")
-    if method in FITS:
-        best = fitted(problem, method)
+    if method in UNIFORM:
+        best = merged(problem, method)
         return [{"method": method} | row for row in scored(problem, best)]
     with closing(make_scorer(problem, config)) as scorer:
         with watched() as best:
@@ -191,9 +191,10 @@ def watched() -> Iterator[Best]:
         yield best
 
 
-def fitted(problem: Problem, method: str) -> Best:
-    """Whole models by least squares: one fit, or the weights of the tasks tuned."""
-    best, source = Best(), matched.MATCHED["least squares"]
+def merged(problem: Problem, method: str) -> Best:
+    """Whole models: the average, one fit by least squares, or the weights of the tasks tuned."""
+    best = Best()
+    source = matched.MATCHED.get(method, "weight_average")
     if method == matched.WEIGHTED:
         weights, _, n = matched.weigh(problem)
         source = matched.source_of(weights)
@@ -247,6 +248,8 @@ def table(rows: pd.DataFrame, group: str) -> pd.DataFrame:
     out, aims = {}, targets(rows, group)
     for method in METHODS:
         own = rows[(rows["group"] == group) & (rows["method"] == method)]
+        if own.empty:
+            continue
         end = own[own["chosen"]]
         line = {
             "test split, %": f"{end['test'].mean():.1f}",

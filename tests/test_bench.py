@@ -172,9 +172,9 @@ def test_the_time_to_a_good_model_is_measured_once(tmp_path, monkeypatch, capsys
     run()
     rows = pd.read_csv(tmp_path / "quality.csv")
     ends = rows[rows["chosen"]]
-    assert sorted(ends["method"]) == sorted((*quality.METHODS, "random search", *quality.FITS))
+    assert sorted(ends["method"]) == sorted((*quality.METHODS, "random search", *quality.UNIFORM))
     assert (rows["seconds"] > 0).all()
-    assert ends.set_index("method")["evaluations"][quality.FITS[1]] == 3
+    assert ends.set_index("method")["evaluations"][quality.UNIFORM[2]] == 3
     paper, plain = (rows[rows["method"] == name] for name in (quality.PAPER, quality.PLAIN))
     assert paper["test"].tolist() == plain["test"].tolist()
     assert "| RMM (agent)" in capsys.readouterr().out
