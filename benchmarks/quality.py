@@ -2,6 +2,8 @@
 
     python -m benchmarks.quality                          the demo's pair, three seeds; a quarter of an hour
     python -m benchmarks.quality --groups qa --seeds 1    another group of the tables
+    python -m benchmarks.quality --groups CIFAR10+GTSRB --real FOLDER --base BASE \\
+        --episodes 200 --calibration 100                  a base that others trained: docs/real-models.md
 
 Each method has its problem to itself, in a process of its own with one thread, and begins once models and
 data are read. Seconds are the processor's, so that other work beside does not count. While a method runs,
@@ -42,6 +44,8 @@ from rmm_lab.errors import InputError
 from rmm_lab.evidence import tables
 from rmm_lab.evidence.kit_scale import kit_groups
 from rmm_lab.evidence.measure import commit
+from rmm_lab.evidence.paper_scale import Group
+from rmm_lab.evidence.real_scale import PAIR, SETS
 from rmm_lab.evidence.rows import KINDS
 from rmm_lab.figures.paths import COLOURS, panels, tidy
 from rmm_lab.figures.render import png
@@ -57,6 +61,7 @@ PLAIN, PAPER, OURS = "RMM (paper), plain way", "RMM (paper)", "RMM (agent)"
 RIVALS = ("CMA-ES over scales", "coordinate ascent")
 UNIFORM = ("weight average", "least squares", matched.WEIGHTED)
 METHODS = (PLAIN, PAPER, OURS, *RIVALS, *UNIFORM)
+REAL = "+".join(SETS[name] for name in PAIR)
 SAMPLE = 24  # paths of the paper's preset that are also scored in the plain way
 
 
@@ -72,12 +77,18 @@ class Quality:
     """Evaluations of each search, on 10 % of the reward split."""
     calibration: int = 500
     """Inputs per task that least squares looks at."""
+    real: Path | None = None
+    """The folder --work of ``tables real``, with the experts of its pair, a further group."""
+    base: str | None = None
+    """The base of that pair."""
     out: Path = Path("results")
     """Folder of the CSV file and the figure."""
 
     def run(self) -> None:
         """Measure what is not in the file yet; store and print."""
         known = {g.name: g for name in ("II", "groups", "III") for g in kit_groups()[name]}
+        if self.real is not None:
+            known[REAL] = real_pair(self.real, self.base)
         if odd := set(self.groups) - set(known):
             raise InputError(
                 f"--groups: expected some of {', '.join(known)}, found {odd.pop()!r}; correct it"
@@ -108,6 +119,21 @@ class Quality:
 
 
 # ------------------------------------------------------------------------------------ a method
+
+
+def real_pair(work: Path, base: str | None) -> Group:
+    """The pair of ``tables real``, whose experts and sets are there already."""
+    if base is None:
+        raise InputError("--base: expected the base of the experts in --real, found none; name it")
+    experts, images = (
+        tuple(str(work / folder / n) for n in PAIR) for folder in ("experts", "sets")
+    )
+    for folder in experts + images:
+        if not Path(folder).is_dir():
+            raise InputError(
+                f"--real: expected {folder}, found none; make it with python -m rmm_lab tables real"
+            )
+    return Group(REAL, "", {"base": base, "experts": experts, "images": images})
 
 
 @dataclass
@@ -228,7 +254,8 @@ def scored(problem: Problem, best: Best) -> Iterator[Row]:
 def targets(rows: pd.DataFrame, group: str) -> dict[str, float]:
     """Test scores that are worth reaching, in %: name -> score."""
     end = rows[(rows["group"] == group) & rows["chosen"]].groupby("method")["test"].mean()
-    table = tables.read("vision" if group in tables.VISION else "language")
+    vision = "vision" if group in tables.VISION else "language"
+    table = tables.read("real/vision" if group == REAL else vision)
     rules = table[(table["group"] == group) & table["method"].isin(KINDS["uniform"])]
     return {
         f"{PAPER}'s": float(end[PAPER]),

@@ -185,6 +185,20 @@ def test_the_time_to_a_good_model_is_measured_once(tmp_path, monkeypatch, capsys
     assert (tmp_path / "quality.csv").read_bytes() == before
 
 
+def test_a_real_pair_is_what_lies_in_the_folder(tmp_path):
+    for folder in ("experts/cifar10", "experts/gtsrb", "sets/cifar10"):
+        (tmp_path / folder).mkdir(parents=True)
+    with pytest.raises(InputError, match="--base: expected the base"):
+        quality.real_pair(tmp_path, None)
+    with pytest.raises(InputError, match=r"--real: expected .*sets.gtsrb.*tables real"):
+        quality.real_pair(tmp_path, "base")
+    (tmp_path / "sets" / "gtsrb").mkdir()
+    options = quality.real_pair(tmp_path, "base").options
+    assert options["base"] == "base"
+    assert [Path(e).name for e in options["experts"]] == ["cifar10", "gtsrb"]
+    assert options["images"][1] == str(tmp_path / "sets" / "gtsrb")
+
+
 def test_an_unknown_group_is_refused(tmp_path):
     with pytest.raises(InputError, match=r"--groups: .*digits\+textures.*'cats'"):
         quality.Quality(groups=("cats",), out=tmp_path).run()
