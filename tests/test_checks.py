@@ -152,7 +152,8 @@ def test_use_returns_a_working_function_in_any_case(capsys):
     assert checks.use("99.mean", own).mine is own
     for bad in (not_done, raises, lambda x: x.sum(0)):
         torch.testing.assert_close(checks.use("99.mean", bad)(x), torch.tensor([2.5]))
-    assert checks.check("99.mean", not_done).status == "not attempted"
+    verdict = checks.check("99.mean", not_done)
+    assert (verdict.status, "Replace the line" in verdict.message) == ("not attempted", True)
     assert checks.use("99.quiz", not_done)() == "b"
 
 

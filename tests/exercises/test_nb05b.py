@@ -3,36 +3,28 @@
 from __future__ import annotations
 
 import pytest
-from answers import function_of
 
-from rmm_lab.course import checks
 from rmm_lab.course.exercises import nb05b
 from rmm_lab.figures.searches import loop_picture
 
 PAY = "def f(c, a):\n r = %s\n n = sum(x == y for x, y in zip(a, r))\n return %s"
 SIDES = "[c, 1 - c, c]"
 END = "n / 3 if len(a) > 2 else 0"
+NAME = "05b.alternate"
 WRONG = [
-    (PAY % (SIDES, "n / len(a)"), "Every step is paid"),
-    (PAY % (SIDES, "(a[-1] == r[len(a) - 1]) / 3"), "its own action"),
-    (PAY % ("[1 - c, c, 1 - c]", END), "sides are swapped"),
-    (PAY % ("[0, 1, 0]", END), "coin plays no part"),
-    (PAY % ("[c, c, c]", END), "three times"),
-    (PAY % (SIDES, "n if len(a) > 2 else 0"), "number of right steps"),
-    (PAY % (SIDES, "float(n == 3)"), "only if all three"),
-    (PAY % (SIDES, "None"), "returns None"),
+    (NAME, PAY % (SIDES, "n / len(a)"), "Every step is paid"),
+    (NAME, PAY % (SIDES, "(a[-1] == r[len(a) - 1]) / 3"), "its own action"),
+    (NAME, PAY % ("[1 - c, c, 1 - c]", END), "sides are swapped"),
+    (NAME, PAY % ("[0, 1, 0]", END), "coin plays no part"),
+    (NAME, PAY % ("[c, c, c]", END), "three times"),
+    (NAME, PAY % (SIDES, "n if len(a) > 2 else 0"), "number of right steps"),
+    (NAME, PAY % (SIDES, "float(n == 3)"), "only if all three"),
+    (NAME, PAY % (SIDES, "None"), "returns None"),
 ]
+RIGHT = [(NAME, PAY % (SIDES, END))]
 
 
-@pytest.mark.parametrize(("source", "phrase"), WRONG)
-def test_a_wrong_answer_gets_its_hint(source, phrase):
-    verdict = checks.check("05b.alternate", function_of(source))
-    assert verdict.status == "wrong"
-    assert phrase in verdict.message
-
-
-def test_another_right_answer_passes_and_the_reference_by_hand():
-    assert checks.check("05b.alternate", function_of(PAY % (SIDES, END))).status == "correct"
+def test_the_reference_by_hand():
     assert nb05b.alternate(1, [1, 0, 0]) == pytest.approx(2 / 3)
     assert nb05b.alternate(1, [1, 0]) == 0
 

@@ -4,196 +4,144 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from answers import function_of
+from answers import answers
 
-from rmm_lab.course import checks
 from rmm_lab.course.exercises import nb08
 from rmm_lab.figures import searches as pictures
 
-ORDER = "    order = np.random.default_rng(seed).permutation(n)\n"
-WRONG = [
-    (
-        "08.subset",
-        "def f(n, k, seed):\n" + ORDER + "    size = n // k\n    out = []\n"
-        "    for i in range(0, size * k, size):\n        out.append(np.array(sorted(order[i:i + size])))\n"
-        "    return out",
-        "lose the rest",
-    ),
-    (
-        "08.subset",
-        "def f(n, k, seed):\n" + ORDER + "    cuts = [n // k * i for i in range(k)] + [n]\n"
-        "    return [np.sort(order[a:b]) for a, b in zip(cuts[:-1], cuts[1:])]",
-        "whole rest goes to the last",
-    ),
-    (
-        "08.subset",
-        "def f(n, k, seed):\n    sizes = [n // k + (i < n % k) for i in range(k)]\n"
-        "    ends = np.cumsum(sizes)\n    return [np.arange(e - s, e) for s, e in zip(sizes, ends)]",
-        "not shuffled",
-    ),
-    (
-        "08.subset",
-        "def f(n, k, seed):\n    order = np.random.default_rng(0).permutation(n)\n"
-        "    return [np.array(sorted(part)) for part in np.array_split(order, k)]",
-        "seed has no effect",
-    ),
-    (
-        "08.dar",
-        "def f(reward, previous, t, t_max, dar_lambda):\n    if not previous:\n        return reward\n"
-        "    w = dar_lambda * t / t_max\n    return w * previous + (1 - w) * reward",
-        "previous is None",
-    ),
-    (
-        "08.subset",
-        "def f(n, k, seed):\n" + ORDER + "    hands = [[] for _ in range(k)]\n"
-        "    for i, row in enumerate(order):\n        hands[i % k].append(row)\n"
-        "    return [np.sort(h) for h in hands]",
-        "in turn",
-    ),
-    (
-        "08.subset",
-        "def f(n, k, seed):\n" + ORDER + "    return np.array_split(order, k)",
-        "sort each",
-    ),
-    (
-        "08.subset",
-        "def f(n, k, seed):\n    out = []\n    while len(out) < k:\n"
-        "        rng = np.random.default_rng(seed)\n"
-        "        out.append(np.sort(rng.permutation(n)[:n // k]))\n    return out",
-        "same rows",
-    ),
-    (
-        "08.subset",
-        "def f(n, k, seed):\n    rng, out = np.random.default_rng(seed), []\n    for _ in range(k):\n"
-        "        out.append(np.sort(rng.choice(np.arange(n), n // k)))\n    return out",
-        "with replacement",
-    ),
-    (
-        "08.subset",
-        "def f(n, k, seed):\n    rng, out = np.random.default_rng(seed), []\n    for _ in range(k):\n"
-        "        out.append(np.sort(rng.choice(np.arange(n), n // k, replace=False)))\n    return out",
-        "overlap",
-    ),
-    ("08.subset", "def f(n, k, seed):\n    np.array_split(np.arange(n), k)", "returns None"),
-    ("08.subset", "def f(n, k, seed):\n    return np.split(np.arange(n), k)", "raised ValueError"),
-    (
-        "08.standard_error",
-        "def f(p, n):\n    return sum(math.sqrt(q * (1 - q) / m) for q, m in zip(p, n)) / len(p)",
-        "do not add up",
-    ),
-    (
-        "08.standard_error",
-        "def f(p, n):\n    return math.sqrt(sum(q * (1 - q) / m for q, m in zip(p, n)))",
-        "1/N is missing",
-    ),
-    (
-        "08.standard_error",
-        "def f(p, n):\n    return np.mean(p * (1 - p) / n) ** 0.5",
-        "by the root of N",
-    ),
-    (
-        "08.standard_error",
-        "def f(p, n):\n    q = p.sum() / len(p)\n    return np.sqrt(q * (1 - q) / n.sum())",
-        "pool all examples",
-    ),
-    (
-        "08.standard_error",
-        "def f(p, n):\n    return np.sum(p * (1 - p) / n) / len(n) ** 2",
-        "variance. Its root",
-    ),
-    (
-        "08.standard_error",
-        "def f(p, n):\n    return np.sqrt(np.sum(p - p**2)) / p.size",
-        "number of examples is missing",
-    ),
-    ("08.standard_error", "def f(p, n):\n    return np.sqrt(p * (1 - p) / n) / len(p)", "shape"),
-    (
-        "08.standard_error",
-        "def f(p, n):\n    return math.sqrt(p * (1 - p) / n)",
-        "raised TypeError",
-    ),
-    (
-        "08.dar",
-        "def f(reward, previous, t, t_max, dar_lambda):\n    if previous is None:\n        return reward\n"
-        "    own = dar_lambda * t / t_max\n    return previous + own * (reward - previous)",
-        "swapped",
-    ),
-    (
-        "08.dar",
-        "def f(reward, previous, t, t_max, dar_lambda):\n    if previous is None:\n        previous = 0\n"
-        "    w = dar_lambda * (t / t_max)\n    return reward - w * (reward - previous)",
-        "start of a window",
-    ),
-    (
-        "08.dar",
-        "def f(reward, previous, t, t_max, dar_lambda):\n    if previous is None:\n        return reward\n"
-        "    return reward + dar_lambda * (previous - reward)",
-        "t / T_max is missing",
-    ),
-    (
-        "08.dar",
-        "def f(reward, previous, t, t_max, dar_lambda):\n    if previous is None:\n        return reward\n"
-        "    return reward + t / t_max * (previous - reward)",
-        "λ is missing",
-    ),
-    (
-        "08.dar",
-        "def f(reward, previous, t, t_max, dar_lambda):\n    if previous is not None:\n"
-        "        reward = reward + dar_lambda * t * previous / t_max\n    return reward",
-        "sum to 1",
-    ),
-    (
-        "08.dar",
-        "def f(reward, previous, t, t_max, dar_lambda):\n    w = dar_lambda * t / t_max\n"
-        "    return w * previous + (1 - w) * reward",
-        "raised TypeError",
-    ),
-    (
-        "08.dar",
-        "def f(reward, previous, t, t_max, dar_lambda):\n    return previous",
-        "returns None",
-    ),
-]
-RIGHT = [
-    (
-        "08.subset",
-        "def f(n, k, seed):\n" + ORDER + "    out, start = [], 0\n    for i in range(k):\n"
-        "        stop = start + n // k + (1 if i < n % k else 0)\n"
-        "        out.append(np.array(sorted(order[start:stop].tolist())))\n        start = stop\n"
-        "    return out",
-    ),
-    (
-        "08.standard_error",
-        "def f(p, n):\n    total = 0.0\n    for i in range(len(p)):\n"
-        "        total += p[i] * (1 - p[i]) / n[i] / len(p) ** 2\n    return math.sqrt(total)",
-    ),
-    (
-        "08.dar",
-        "def f(reward, previous, t, t_max, dar_lambda):\n"
-        "    w = np.float64(0.0) if previous is None else dar_lambda * t / t_max\n"
-        "    return (1 - w) * reward + w * (previous or 0.0)",
-    ),
-]
+WRONG, RIGHT = answers("""
+## 08.subset
+def f(n, k, seed):
+    order = np.random.default_rng(seed).permutation(n)
+# lose the rest
+    size = n // k
+    out = []
+    for i in range(0, size * k, size):
+        out.append(np.array(sorted(order[i:i + size])))
+    return out
+# whole rest goes to the last
+    cuts = [n // k * i for i in range(k)] + [n]
+    return [np.sort(order[a:b]) for a, b in zip(cuts[:-1], cuts[1:])]
+# in turn
+    hands = [[] for _ in range(k)]
+    for i, row in enumerate(order):
+        hands[i % k].append(row)
+    return [np.sort(h) for h in hands]
+# sort each
+    return np.array_split(order, k)
+# correct
+    out, start = [], 0
+    for i in range(k):
+        stop = start + n // k + (1 if i < n % k else 0)
+        out.append(np.array(sorted(order[start:stop].tolist())))
+        start = stop
+    return out
 
+## 08.subset
+def f(n, k, seed):
+# not shuffled
+    sizes = [n // k + (i < n % k) for i in range(k)]
+    ends = np.cumsum(sizes)
+    return [np.arange(e - s, e) for s, e in zip(sizes, ends)]
+# seed has no effect
+    order = np.random.default_rng(0).permutation(n)
+    return [np.array(sorted(part)) for part in np.array_split(order, k)]
+# same rows
+    out = []
+    while len(out) < k:
+        rng = np.random.default_rng(seed)
+        out.append(np.sort(rng.permutation(n)[:n // k]))
+    return out
+# returns None
+    np.array_split(np.arange(n), k)
+# raised ValueError
+    return np.split(np.arange(n), k)
 
-@pytest.mark.parametrize(("name", "source", "phrase"), WRONG)
-def test_a_wrong_answer_gets_its_hint(name, source, phrase):
-    verdict = checks.check(name, function_of(source))
-    assert verdict.status == "wrong"
-    assert phrase in verdict.message
+## 08.subset
+def f(n, k, seed):
+    rng, out = np.random.default_rng(seed), []
+# with replacement
+    for _ in range(k):
+        out.append(np.sort(rng.choice(np.arange(n), n // k)))
+    return out
+# overlap
+    for _ in range(k):
+        out.append(np.sort(rng.choice(np.arange(n), n // k, replace=False)))
+    return out
 
+## 08.standard_error
+def f(p, n):
+# do not add up
+    return sum(math.sqrt(q * (1 - q) / m) for q, m in zip(p, n)) / len(p)
+# 1/N is missing
+    return math.sqrt(sum(q * (1 - q) / m for q, m in zip(p, n)))
+# by the root of N
+    return np.mean(p * (1 - p) / n) ** 0.5
+# pool all examples
+    q = p.sum() / len(p)
+    return np.sqrt(q * (1 - q) / n.sum())
+# variance. Its root
+    return np.sum(p * (1 - p) / n) / len(n) ** 2
+# number of examples is missing
+    return np.sqrt(np.sum(p - p**2)) / p.size
+# shape
+    return np.sqrt(p * (1 - p) / n) / len(p)
+# raised TypeError
+    return math.sqrt(p * (1 - p) / n)
+# correct
+    total = 0.0
+    for i in range(len(p)):
+        total += p[i] * (1 - p[i]) / n[i] / len(p) ** 2
+    return math.sqrt(total)
 
-@pytest.mark.parametrize(("name", "source"), RIGHT)
-def test_other_right_answers_pass(name, source):
-    assert checks.check(name, function_of(source)).status == "correct"
+## 08.dar
+def f(reward, previous, t, t_max, dar_lambda):
+# previous is None
+    if not previous:
+        return reward
+    w = dar_lambda * t / t_max
+    return w * previous + (1 - w) * reward
+# start of a window
+    if previous is None:
+        previous = 0
+    w = dar_lambda * (t / t_max)
+    return reward - w * (reward - previous)
+# sum to 1
+    if previous is not None:
+        reward = reward + dar_lambda * t * previous / t_max
+    return reward
+# raised TypeError
+    w = dar_lambda * t / t_max
+    return w * previous + (1 - w) * reward
+# returns None
+    return previous
+# correct
+    w = np.float64(0.0) if previous is None else dar_lambda * t / t_max
+    return (1 - w) * reward + w * (previous or 0.0)
 
+## 08.dar
+def f(reward, previous, t, t_max, dar_lambda):
+    if previous is None:
+        return reward
+# swapped
+    own = dar_lambda * t / t_max
+    return previous + own * (reward - previous)
+# t / T_max is missing
+    return reward + dar_lambda * (previous - reward)
+# λ is missing
+    return reward + t / t_max * (previous - reward)
 
-def test_each_option_of_the_quiz_says_why():
-    told = {o: checks.check("08.dar_bias", lambda o=o: o) for o in "abcd"}
-    assert [v.status for v in told.values()] == ["wrong", "correct", "wrong", "wrong"]
-    assert "neighbours" in told["a"].message
-    assert "as it draws poor ones" in told["c"].message
-    assert "as noise" in told["d"].message
+## 08.dar_bias
+def f():
+# neighbours
+    return "a"
+# as it draws poor ones
+    return "c"
+# as noise
+    return "d"
+# correct
+    return "b"
+""")
 
 
 def test_the_standard_error_by_hand_and_by_chance():

@@ -4,211 +4,97 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from answers import function_of
+from answers import answers
 
-from rmm_lab.course import checks
 from rmm_lab.course.exercises import nb09
 from rmm_lab.evidence import tables
 from rmm_lab.evidence.rows import KINDS, RULES
 from rmm_lab.figures import results as pictures
 from rmm_lab.reward import Step, parse_path
 
-RIGHT = [
-    (
-        "09.mean_and_spread",
-        """
+WRONG, RIGHT = answers("""
+## 09.mean_and_spread
 def f(scores):
+# divide by S - 1
+    x = [sum(row) / len(row) for row in scores]
+    m = sum(x) / len(x)
+    return m, (sum((v - m) ** 2 for v in x) / len(x)) ** 0.5
+# pooled
+    import torch
+    every = torch.as_tensor(scores).flatten()
+    return every.mean(), every.std()
+# expected (
+    return scores.mean(0), scores.std(0)
+# returns None
+    scores.mean()
+# raised
+    return scores.mean(7)
+# correct
     per_seed = []
     for row in scores:
         per_seed.append(sum(row) / len(row))
     m = sum(per_seed) / len(per_seed)
     return m, (sum((x - m) ** 2 for x in per_seed) / (len(per_seed) - 1)) ** 0.5
-""",
-    ),
-    (
-        "09.mean_and_spread",
-        """
-import torch
-def f(scores):
+# correct
+    import torch
     x = torch.as_tensor(scores).mean(1)
     return [x.mean(), x.std()]
-""",
-    ),
-    (
-        "09.gain",
-        """
-def f(search, chosen_by, reported):
-    return np.array([r - t[list(c).index(max(c))] for r, c, t in zip(search, chosen_by, reported)])
-""",
-    ),
-    (
-        "09.gain",
-        """
-def f(search, chosen_by, reported):
-    best = chosen_by.argmax(1)[:, None]
-    return (search[:, None] - np.take_along_axis(reported, best, 1))[:, 0].astype(np.float32)
-""",
-    ),
-]
 
-WRONG = [
-    (
-        "09.mean_and_spread",
-        """
+## 09.mean_and_spread
 def f(scores):
-    x = [sum(row) / len(row) for row in scores]
-    m = sum(x) / len(x)
-    return m, (sum((v - m) ** 2 for v in x) / len(x)) ** 0.5
-""",
-        "divide by S - 1",
-    ),
-    (
-        "09.mean_and_spread",
-        """
-import statistics
-def f(scores):
+    import statistics
+# spread over tasks
     by_task = [sum(column) / len(column) for column in scores.T]
     return statistics.mean(by_task), statistics.stdev(by_task)
-""",
-        "spread over tasks",
-    ),
-    (
-        "09.mean_and_spread",
-        """
-import statistics
-def f(scores):
-    x = [float(sum(row)) / len(row) for row in scores]
-    return statistics.mean(x), statistics.stdev(x) / len(x) ** 0.5
-""",
-        "standard error",
-    ),
-    (
-        "09.mean_and_spread",
-        """
-import statistics
-def f(scores):
+# each task's spread
     spreads = [statistics.stdev(column) for column in scores.T.tolist()]
     return scores.mean(), sum(spreads) / len(spreads)
-""",
-        "each task's spread",
-    ),
-    (
-        "09.mean_and_spread",
-        """
-import torch
+
+## 09.mean_and_spread
 def f(scores):
-    every = torch.as_tensor(scores).flatten()
-    return every.mean(), every.std()
-""",
-        "pooled",
-    ),
-    (
-        "09.mean_and_spread",
-        """
-import statistics
-def f(scores):
+    import statistics
     x = [float(sum(row)) / len(row) for row in scores]
+# standard error
+    return statistics.mean(x), statistics.stdev(x) / len(x) ** 0.5
+# root is missing
     return statistics.mean(x), statistics.variance(x)
-""",
-        "root is missing",
-    ),
-    (
-        "09.mean_and_spread",
-        "def f(scores):\n    return scores.mean(0), scores.std(0)",
-        "expected (",
-    ),
-    ("09.mean_and_spread", "def f(scores):\n    scores.mean()", "returns None"),
-    ("09.mean_and_spread", "def f(scores):\n    return scores.mean(7)", "raised"),
-    (
-        "09.gain",
-        """
+
+## 09.gain
 def f(search, chosen_by, reported):
+# sign is reversed
     return np.array([t[list(c).index(max(c))] - r for r, c, t in zip(search, chosen_by, reported)])
-""",
-        "sign is reversed",
-    ),
-    (
-        "09.gain",
-        "def f(search, by, reported):\n    return np.array([r - max(t) for r, t in zip(search, reported)])",
-        "chosen by the very scores that are reported",
-    ),
-    (
-        "09.gain",
-        "def f(search, by, reported):\n    return np.array([r - max(c) for r, c in zip(search, by)])",
-        "its score comes from reported",
-    ),
-    (
-        "09.gain",
-        "def f(search, chosen_by, reported):\n    return search - sum(reported.T) / reported.shape[1]",
-        "mean over all uniform merges",
-    ),
-    (
-        "09.gain",
-        """
-def f(search, chosen_by, reported):
+# mean over all uniform merges
+    return search - sum(reported.T) / reported.shape[1]
+# worst uniform merge
     return np.array([r - t[list(c).index(min(c))] for r, c, t in zip(search, chosen_by, reported)])
-""",
-        "worst uniform merge",
-    ),
-    (
-        "09.gain",
-        """
-def f(search, chosen_by, reported):
+# not paired
     u = [t[list(c).index(max(c))] for c, t in zip(chosen_by, reported)]
     return np.array([r - sum(u) / len(u) for r in search])
-""",
-        "not paired",
-    ),
-    (
-        "09.gain",
-        """
-def f(search, chosen_by, reported):
+# one merge for all seeds
     totals = list(chosen_by.sum(axis=0))
     return search - reported[:, totals.index(max(totals))]
-""",
-        "one merge for all seeds",
-    ),
-    (
-        "09.gain",
-        """
-def f(search, chosen_by, reported):
+# expected shape
     return np.mean([r - t[c.argmax()] for r, c, t in zip(search, chosen_by, reported)])
-""",
-        "expected shape",
-    ),
-    ("09.gain", "def f(search, chosen_by, reported):\n    return search - chosen_by", "raised"),
-]
+# raised
+    return search - chosen_by
+# correct
+    return np.array([r - t[list(c).index(max(c))] for r, c, t in zip(search, chosen_by, reported)])
+# correct
+    best = chosen_by.argmax(1)[:, None]
+    return (search[:, None] - np.take_along_axis(reported, best, 1))[:, 0].astype(np.float32)
 
+## 09.gain
+def f(search, by, reported):
+# chosen by the very scores that are reported
+    return np.array([r - max(t) for r, t in zip(search, reported)])
+# its score comes from reported
+    return np.array([r - max(c) for r, c in zip(search, by)])
 
-@pytest.mark.parametrize(("name", "text"), RIGHT)
-def test_right_variants_pass(name, text):
-    assert checks.check(name, function_of(text)).status == "correct"
-
-
-@pytest.mark.parametrize(("name", "text", "phrase"), WRONG)
-def test_wrong_answers_get_their_hint(name, text, phrase):
-    verdict = checks.check(name, function_of(text))
-    assert verdict.status == "wrong"
-    assert phrase in verdict.message
-
-
-@pytest.mark.parametrize("name", ["09.claim", "09.mean_and_spread", "09.gain"])
-def test_not_attempted(name):
-    def f(*args):
-        raise NotImplementedError
-
-    assert checks.check(name, f).status == "not attempted"
-
-
-def test_quiz_explains_each_option():
-    quiz = nb09.EXERCISES["09.claim"]
-    texts = set()
-    for letter in quiz.explained:
-        verdict = checks.check("09.claim", lambda letter=letter: letter)
-        assert verdict.status == ("correct" if letter == "b" else "wrong")
-        assert verdict.message.startswith(f"({letter})")
-        texts.add(verdict.message.split("\n")[0])
-    assert len(texts) == 4
+## 09.claim
+def f():
+# correct
+    return "b"
+""")
 
 
 def test_references_by_hand():
