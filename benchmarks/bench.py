@@ -27,16 +27,10 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-from rmm_lab.tasks.console import loaded, run_command
+from rmm_lab.tasks.console import run_module
 
 if __name__ == "__main__":  # here, so that Ctrl-C is a sentence while torch is imported
-    sys.exit(
-        run_command(
-            loaded("benchmarks.bench:Bench"),
-            "python -m benchmarks.bench",
-            stopped="finished cases are stored",
-        )
-    )
+    sys.exit(run_module("benchmarks.bench:Bench", "finished cases are stored"))
 
 import numpy as np
 import pandas as pd

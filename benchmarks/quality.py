@@ -23,16 +23,10 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-from rmm_lab.tasks.console import loaded, run_command
+from rmm_lab.tasks.console import run_module
 
 if __name__ == "__main__":  # here, so that Ctrl-C is a sentence while torch is imported
-    sys.exit(
-        run_command(
-            loaded("benchmarks.quality:Quality"),
-            "python -m benchmarks.quality",
-            stopped="finished groups are stored",
-        )
-    )
+    sys.exit(run_module("benchmarks.quality:Quality", "finished groups are stored"))
 
 import numpy as np
 import pandas as pd

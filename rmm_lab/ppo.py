@@ -17,10 +17,10 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from rmm_lab.tasks.console import loaded, run_command
+from rmm_lab.tasks.console import run_module
 
 if __name__ == "__main__":  # here, so that Ctrl-C is a sentence while torch is imported
-    sys.exit(run_command(loaded("rmm_lab.ppo:Main"), "python -m rmm_lab.ppo"))
+    sys.exit(run_module("rmm_lab.ppo:Main"))
 
 import numpy as np
 import torch

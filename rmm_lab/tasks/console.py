@@ -174,6 +174,12 @@ def run_command(
         return 0
 
 
+def run_module(name: str, stopped: str = "nothing is written") -> int:
+    """Run the command MODULE:NAME as ``python -m MODULE``, before that module imports its libraries."""
+    prog = f"python -m {name.partition(':')[0]}"
+    return run_command(loaded(name), prog, stopped=stopped)
+
+
 def check_words(words: Sequence[str]) -> None:
     """Raise InputError for an option whose value is empty, or in the home of a user who is not there."""
     option = ""
