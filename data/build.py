@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rmm_lab.tasks.console import loaded, run_command
+from rmm_lab.tasks.console import run_module
 
 if __name__ == "__main__":  # here, so that Ctrl-C is a sentence while torch is imported
-    sys.exit(loaded("data.build:main")())
+    sys.exit(run_module("data.build:Build", "what was rebuilt so far is stored"))
 
 import torch
 from PIL import Image
@@ -178,8 +178,3 @@ class Build:
         steps = self.text_rehearsal_steps
         weights = pretraining.rehearse_t5(start, steps=steps, seed=self.seed)
         write_checkpoint(folder, config, weights, dtype=torch.float16)
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Command line; returns the exit code."""
-    return run_command(Build, "python -m data.build", argv, "what was rebuilt so far is stored")
