@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+from collections.abc import Iterable
 from pathlib import Path
 
 import hypothesis
@@ -87,10 +89,36 @@ def write_images(
     return folder
 
 
-@pytest.fixture(scope="session")
-def tiny(tmp_path_factory) -> dict:
+def shake(parameters: Iterable[torch.Tensor], seed: int, scale: float = 0.3) -> None:
+    """Move every parameter by noise, so that each makes a difference."""
+    g = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in parameters:
+            parameter += scale * torch.randn(parameter.shape, generator=g)
+
+
+def finish(process: subprocess.Popen[str]) -> subprocess.CompletedProcess[str]:
+    """Wait for a process, which has a time limit."""
+    try:
+        out, err = process.communicate(timeout=120)
+    finally:
+        process.kill()
+        process.wait(timeout=30)
+    return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+
+
+@pytest.fixture(scope="module")
+def no_progress_bars():
+    """transformers draws them on stderr, where our errors are looked for."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    yield
+    logging.enable_progress_bar()
+
+
+def write_tiny(root: Path) -> dict:
     """Folders of a base, two experts and their images: arguments for ``load_problem``."""
-    root = tmp_path_factory.mktemp("tiny")
     base = write_model(root / "base", 0)
     weights = models.read_checkpoint(base).weights
     experts = [write_model(root / f"e{i}", i, near=weights) for i in (1, 2)]
@@ -100,6 +128,12 @@ def tiny(tmp_path_factory) -> dict:
         "experts": tuple(map(str, experts)),
         "images": tuple(map(str, images)),
     }
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory) -> dict:
+    """Those that no test changes."""
+    return write_tiny(tmp_path_factory.mktemp("tiny"))
 
 
 @pytest.fixture

@@ -16,7 +16,6 @@ from transformers import T5Config, T5ForConditionalGeneration
 
 from rmm_lab.families import t5
 from rmm_lab.families.checkpoint import architecture, read_checkpoint
-from rmm_lab.families.t5 import T5
 from rmm_lab.layers import LayerPool
 from rmm_lab.search.problem import load_problem
 from rmm_lab.tasks.text_task import TextBatch
@@ -133,7 +132,7 @@ def taken_apart(model):
     return family, t5.split(t5.canonical("m", config, dict(model.state_dict())))
 
 
-def run(family: T5, stem, layers, batch) -> torch.Tensor:
+def run(family, stem, layers, batch) -> torch.Tensor:
     """Log-probabilities (n, C) piece by piece; layers: (number, weights)."""
     stem = family.stem(stem)
     with torch.no_grad():

@@ -11,7 +11,7 @@ from pathlib import Path
 import lm_models
 import pytest
 import torch
-from conftest import TINY, random_weights, write_images, write_model
+from conftest import TINY, random_weights, shake, write_images, write_model
 from safetensors.torch import load_file, save_file
 from t5_models import hf_model, write_t5, write_texts
 
@@ -90,11 +90,7 @@ def peft_model(model, seed: int, **options):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         adapted = peft.get_peft_model(copy.deepcopy(model), peft.LoraConfig(r=3, **options))
-    g = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in adapted.parameters():
-            if parameter.requires_grad:
-                parameter += 0.3 * torch.randn(parameter.shape, generator=g)
+    shake((p for p in adapted.parameters() if p.requires_grad), seed)
     return adapted
 
 

@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import TINY, write_images, write_model
+from conftest import TINY, finish, write_images, write_model
 from PIL import Image
 from safetensors.torch import load, load_file, save, save_file
 from torch import Tensor
@@ -146,16 +146,6 @@ def start(*argv: object, **env: str) -> subprocess.Popen[str]:
     return subprocess.Popen(
         command, stdout=pipe, stderr=pipe, text=True, env=environment(**env), preexec_fn=on
     )
-
-
-def finish(process: subprocess.Popen[str]) -> subprocess.CompletedProcess[str]:
-    """Wait for a process, which has a time limit."""
-    try:
-        out, err = process.communicate(timeout=120)
-    finally:
-        process.kill()
-        process.wait(timeout=30)
-    return subprocess.CompletedProcess(process.args, process.returncode, out, err)
 
 
 def environment(**more: str) -> dict[str, str]:

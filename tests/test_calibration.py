@@ -11,7 +11,7 @@ import weakref
 import numpy as np
 import pytest
 import torch
-from conftest import TINY, TensorTask, quadrant, random_weights, stripes, write_images, write_model
+from conftest import TINY, TensorTask, quadrant, stripes, write_tiny
 from safetensors.torch import load_file
 from t5_models import BIAS, by_hand, pool_of, rows_of
 from torch import nn
@@ -903,14 +903,7 @@ def test_inputs_that_are_needed_and_not_there(tiny, tmp_path):
 @pytest.fixture
 def own(tmp_path):
     """A copy of tiny models and images that a test may change."""
-    base = write_model(tmp_path / "start", 0)
-    experts = [write_model(tmp_path / f"e{i}", i, near=random_weights(0)) for i in (1, 2)]
-    images = [write_images(tmp_path / f"i{i}", i) for i in (1, 2)]
-    return {
-        "base": str(base),
-        "experts": tuple(map(str, experts)),
-        "images": tuple(map(str, images)),
-    }
+    return write_tiny(tmp_path)
 
 
 MIXED = (Step("regmean", -1), Step(FIRM, 0), Step("e1", 1), Step("least_squares", 2))
@@ -950,7 +943,7 @@ def test_a_t5s_path_is_built_again_bit_for_bit(t5s):
 
 def test_a_record_holds_in_any_folder(own, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    relative = {"base": "start", "experts": ("e1", "e2"), "images": ("i1", "./i2")}
+    relative = {"base": "base", "experts": ("e1", "e2"), "images": ("i1", "./i2")}
     pool = tiny_pool(relative)
     text = LayerPath.of(pool, MIXED).to_json()
     (tmp_path / "elsewhere").mkdir()

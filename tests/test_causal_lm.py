@@ -8,7 +8,6 @@ import shutil
 
 import pytest
 import torch
-import transformers
 from lm_models import (
     ROWS,
     VARIANTS,
@@ -21,6 +20,7 @@ from lm_models import (
     write_lm,
 )
 from safetensors.torch import load_file, save_file
+from t5_models import run
 from transformers import AutoModelForCausalLM
 
 from rmm_lab.errors import InputError
@@ -45,12 +45,7 @@ SUBLAYERS = {
 SPLIT = ("gemma2", "gemma3", "neox")  # whose blocks are not two sublayers
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _no_progress_bars():
-    """transformers draws them on stderr, where our errors are looked for."""
-    transformers.utils.logging.disable_progress_bar()
-    yield
-    transformers.utils.logging.enable_progress_bar()
+pytestmark = pytest.mark.usefixtures("no_progress_bars")
 
 
 @pytest.fixture(scope="module", params=VARIANTS)
@@ -80,15 +75,6 @@ def batch_of(kind=CHOOSE, rows=ROWS, by_length=False):
     wanted = {CHOOSE: lambda cs: cs, NEXT: lambda cs: [[0]]}.get(kind, lambda cs: cs[:1])
     own = [Answers(prompt, [(c, 0) for c in wanted(choices)]) for prompt, choices in rows]
     return make_batch(own, kind, by_length)
-
-
-def run(arch, stem, layers, batch) -> torch.Tensor:
-    stem = arch.stem(stem)
-    with torch.no_grad():
-        state = arch.embed(stem, batch)
-        for k, weights in layers:
-            state = arch.apply(arch.layer(k, weights), state)
-        return arch.logits(stem, state, {})
 
 
 def check_choices(found, model, rows=ROWS) -> None:

@@ -9,7 +9,7 @@ import pytest
 import timm
 import torch
 import transformers as hf
-from conftest import write_images
+from conftest import shake, write_images
 from safetensors.torch import load_file, save_file
 
 from rmm_lab.__main__ import main
@@ -73,10 +73,7 @@ MODELS = {
 
 def shaken(model, seed: int):
     """A model, every parameter of which is random and makes a difference."""
-    g = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter += 0.3 * torch.randn(parameter.shape, generator=g)
+    shake(model.parameters(), seed)
     return model.eval().requires_grad_(False)
 
 
@@ -302,10 +299,7 @@ def test_an_adapter_of_a_transformers_vit_is_applied(tmp_path):
     targets = [n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)][:4]
     options = peft.LoraConfig(target_modules=targets, modules_to_save=["classifier"])
     adapted = peft.get_peft_model(model, options)
-    with torch.no_grad():
-        for parameter in adapted.parameters():
-            if parameter.requires_grad:
-                parameter += 0.3 * torch.randn(parameter.shape)
+    shake((p for p in adapted.parameters() if p.requires_grad), 0)
     adapted.eval().save_pretrained(tmp_path / "lora")
     found = read_checkpoint(tmp_path / "lora", base=base)
     expected = adapted.merge_and_unload()(images()).logits

@@ -11,7 +11,7 @@ import lm_models
 import numpy as np
 import pytest
 import torch
-from conftest import write_images, write_model
+from conftest import shake, write_images, write_model
 from safetensors.torch import load_file, save_file
 from t5_models import hf_model, write_t5
 from torch.testing import assert_close
@@ -263,11 +263,7 @@ def adapters(tmp_path, model, base, *options):
             adapted = peft.get_peft_model(
                 copy.deepcopy(model), peft.LoraConfig(**{"r": 2, "lora_alpha": 3} | own)
             )
-            g = torch.Generator().manual_seed(10 + i)
-            with torch.no_grad():
-                for parameter in adapted.parameters():
-                    if parameter.requires_grad:
-                        parameter += 0.3 * torch.randn(parameter.shape, generator=g)
+            shake((p for p in adapted.parameters() if p.requires_grad), 10 + i)
             adapted.save_pretrained(tmp_path / f"lora{i}", save_embedding_layers=False)
         found.append(read_checkpoint(tmp_path / f"lora{i}", base=base))
     return found

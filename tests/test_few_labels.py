@@ -34,6 +34,14 @@ def scramble(task, keep=()) -> None:
     labels.copy_(other)
 
 
+def right_and_wrong(problem):
+    """The problem, and a copy with wrong labels in all reward splits."""
+    other = copy.deepcopy(problem)
+    for task in other.tasks:
+        scramble(task)
+    return problem, other
+
+
 # ------------------------------------------------------------------------------------- agreement
 
 
@@ -73,10 +81,7 @@ def test_an_expert_agrees_with_itself_alone(trained):
 
 def test_agreement_reads_no_label(trained):
     scores = []
-    for wrong in (False, True):
-        problem = copy.deepcopy(trained)
-        for task in problem.tasks if wrong else ():
-            scramble(task)
+    for problem in right_and_wrong(trained):
         scorer = problem.scorer(fraction=0.25, reward="agreement", stem="agent")
         paths = [parse_path(t) for t in ("quadrant@0 stripes@1", "ties@-1 ties@0 ties@1 ties@2")]
         scores.append([scorer.score(path, subset) for path in paths for subset in (1, None)])
@@ -100,10 +105,7 @@ def test_a_balanced_task_counts_each_of_its_experts_answers_alike(trained, monke
 def test_a_search_by_agreement_chooses_by_it_and_reads_no_label(trained):
     config = configure("weights", **SEARCH, unit="block", reward="agreement")
     found = []
-    for wrong in (False, True):
-        problem = copy.deepcopy(trained)
-        for task in problem.tasks if wrong else ():
-            scramble(task)
+    for problem in right_and_wrong(trained):
         found.append(train(config, problem, table=False))
     right, other = found
     assert right.episodes == other.episodes

@@ -51,12 +51,15 @@ def uprights(axes) -> dict[str, float]:
     return {x.get_label(): x.get_xdata()[0] for x in axes.lines if x.get_label() in LINES.values()}
 
 
+def rows_and_figure(name: str, file: str):
+    """The rows that a page shows, and its figure."""
+    table = read(RESULTS, file)
+    return pages.pair_of(table) if name == "table-II" else table, page_figures.DRAW[name](table)
+
+
 @pytest.mark.parametrize(("name", "file"), ALL)
 def test_points_are_means_and_bars_intervals(name, file):
-    table = read(RESULTS, file)
-    figure = page_figures.DRAW[name](table)
-    if name == "table-II":
-        table = pages.pair_of(table)
+    table, figure = rows_and_figure(name, file)
     panels = {axes.get_title(): axes for axes in figure.axes}
     groups = table.groupby(["size", "group"])
     assert len(panels) == len(groups)
@@ -87,10 +90,7 @@ def test_points_are_means_and_bars_intervals(name, file):
 
 @pytest.mark.parametrize(("name", "file"), ALL)
 def test_every_method_is_a_row_a_line_or_counted(name, file):
-    table = read(RESULTS, file)
-    figure = page_figures.DRAW[name](table)
-    if name == "table-II":
-        table = pages.pair_of(table)
+    table, figure = rows_and_figure(name, file)
     kinds = rows.kind_of(table["method"])
     methods = {*table["method"][kinds != "expert"], BEST_EXPERT} - set(LINES)
     first = names_of(figure)

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import huggingface_hub
 import pytest
+from conftest import finish
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from t5_models import write_texts
@@ -792,14 +793,10 @@ def start_asking(tmp_path: Path, library: str, **env: str) -> subprocess.Popen[s
 
 def told(process: subprocess.Popen[str]) -> str:
     """The one line that it prints, within its own time limit."""
-    try:
-        out, err = process.communicate(timeout=120)
-    finally:
-        process.kill()
-        process.wait(timeout=30)
-    assert process.returncode == 0, err
-    assert len(out.splitlines()) == 1, out
-    return out.strip()
+    done = finish(process)
+    assert done.returncode == 0, done.stderr
+    assert len(done.stdout.splitlines()) == 1, done.stdout
+    return done.stdout.strip()
 
 
 NEITHER = (

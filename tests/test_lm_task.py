@@ -13,7 +13,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import transformers
 from lm_models import (
     hf_model,
     log_probability,
@@ -46,16 +45,8 @@ from rmm_lab.tasks.lm_task import CHOOSE, READ, WRITE, LMFormat, LMTask
 
 KINDS = ("choices", "target", "text")
 OPERATORS = ("weight_average", "ties", "tsv", "regmean", "least_squares:ridge=0.01")
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _no_progress_bars():
-    transformers.utils.logging.disable_progress_bar()
-    yield
-    transformers.utils.logging.enable_progress_bar()
-
-
-pytestmark = pytest.mark.slow  # models are searched: a minute in all
+# Models are searched: a minute in all.
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("no_progress_bars")]
 
 
 @pytest.fixture(scope="module", params=["llama", "gpt2", "gemma3"])

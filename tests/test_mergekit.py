@@ -8,7 +8,6 @@ import sys
 
 import pytest
 import torch
-import transformers
 import yaml
 from lm_models import hf_model, tuned, write_lm, write_texts
 from transformers import AutoModelForCausalLM
@@ -22,13 +21,7 @@ from rmm_lab.reward import Step, parse_path
 from rmm_lab.search.mergekit import recipe, weights_of
 
 MERGEKIT = importlib.util.find_spec("mergekit") is not None
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _no_progress_bars():
-    transformers.utils.logging.disable_progress_bar()
-    yield
-    transformers.utils.logging.enable_progress_bar()
+pytestmark = pytest.mark.usefixtures("no_progress_bars")
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ import pytest
 import safetensors.torch
 import timm
 import torch
-from conftest import TINY, random_weights, write_model
+from conftest import TINY, random_weights, shake, write_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from timm.models import save_for_hf
@@ -55,10 +55,7 @@ def timm_model(variant: str, seed: int = 0, *, depth: int = 3, num_classes: int 
     args = config_of(variant)["model_args"] | {"depth": depth}
     model = timm.create_model("vit_tiny_patch16_224", num_classes=num_classes, **args).eval()
     assert type(model) is VisionTransformer
-    g = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter += 0.3 * torch.randn(parameter.shape, generator=g)
+    shake(model.parameters(), seed)
     return model
 
 
@@ -170,10 +167,8 @@ def shaken(architecture: str, args: dict, seed: int = 0):
     config = TINY | {"architecture": architecture, "model_args": TINY["model_args"] | args}
     model = timm.create_model(architecture, num_classes=5, **config["model_args"]).eval()
     assert type(model) is VisionTransformer
-    g = torch.Generator().manual_seed(seed)
-    for parameter in model.requires_grad_(False).parameters():
-        parameter += 0.3 * torch.randn(parameter.shape, generator=g)
-    return model, config
+    shake(model.parameters(), seed)
+    return model.requires_grad_(False), config
 
 
 def run_short(family, model, x, path):

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
-from conftest import TINY, write_images, write_model
+from conftest import TINY, shake, write_images, write_model
 from timm.layers import resample_abs_pos_embed
 from timm.models import save_for_hf
 
@@ -30,10 +30,7 @@ def run(base, experts, images) -> int:
 def timm_expert(folder: Path, base: Path, **args) -> Path:
     """As a user of timm fine-tunes and saves: args are those of create_model."""
     model = timm.create_model(f"local-dir:{base}", pretrained=True, num_classes=3, **args)
-    g = torch.Generator().manual_seed(len(folder.name))
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter += 0.1 * torch.randn(parameter.shape, generator=g)
+    shake(model.parameters(), len(folder.name), 0.1)
     cfg = json.loads((base / "config.json").read_text())["model_args"]
     args = (
         cfg | {"num_classes": 3, "in_chans": 1, "global_pool": "token", "img_size": [8, 8]} | args
@@ -94,10 +91,7 @@ def test_what_changes_nothing_at_evaluation_is_the_same_model(tmp_path, args):
 def sized(folder: Path, size: int, seed: int) -> Path:
     config = TINY | {"model_args": TINY["model_args"] | {"img_size": size, "num_classes": 3}}
     model = timm.create_model(config["architecture"], **config["model_args"])
-    g = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter += 0.3 * torch.randn(parameter.shape, generator=g)
+    shake(model.parameters(), seed)
     config["pretrained_cfg"] = config["pretrained_cfg"] | {"input_size": [1, size, size]}
     save_for_hf(model, folder, model_config=config, model_args=config["model_args"],
                 safe_serialization=True)  # fmt: skip

@@ -451,15 +451,6 @@ def test_half_precision_sums_do_not_overflow():
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_runs_in_inference_mode(name):
-    base, experts = gaussian_layer()
-    with torch.inference_mode():
-        merged = apply(name, base, experts)
-    assert torch.equal(merged, apply(name, base, experts))
-    assert merged.is_inference()
-
-
-@pytest.mark.parametrize("name", NAMES)
 def test_nan_of_a_diverged_expert_stays_visible(name):
     base, experts = gaussian_layer(shape=(20,))
     experts[1, 7] = math.nan
@@ -521,6 +512,9 @@ def test_ties_equals_peft(density, n, quiet_peft):
     assert_close(ops.ties(base, experts, density=density, scale=0.7), expected)
 
 
+DARES = [("dare", peft_merge.dare_linear), ("dare_ties", peft_merge.dare_ties)]
+
+
 @pytest.fixture
 def our_masks_in_peft(monkeypatch):
     """peft draws from the global state; here its draws are replaced by our documented ones."""
@@ -530,9 +524,7 @@ def our_masks_in_peft(monkeypatch):
 
 
 @pytest.mark.parametrize("drop_rate", [0.34, 0.9])
-@pytest.mark.parametrize(
-    ("name", "oracle"), [("dare", peft_merge.dare_linear), ("dare_ties", peft_merge.dare_ties)]
-)
+@pytest.mark.parametrize(("name", "oracle"), DARES)
 def test_dare_equals_peft_on_the_same_mask(name, oracle, drop_rate, our_masks_in_peft):
     base, experts = gaussian_layer(seed=4)
     our_masks_in_peft.extend(mask_of((3, 40, 50), drop_rate, seed=5))
@@ -542,9 +534,7 @@ def test_dare_equals_peft_on_the_same_mask(name, oracle, drop_rate, our_masks_in
     assert_close(apply(name, base, experts, seed=5, drop_rate=drop_rate, scale=0.7), expected)
 
 
-@pytest.mark.parametrize(
-    ("name", "oracle"), [("dare", peft_merge.dare_linear), ("dare_ties", peft_merge.dare_ties)]
-)
+@pytest.mark.parametrize(("name", "oracle"), DARES)
 def test_dare_without_drop_equals_peft(name, oracle, quiet_peft):
     base, experts = gaussian_layer(seed=6)
     expected = base + oracle(list(experts - base), torch.ones(3, dtype=torch.float64), 1.0)
@@ -563,9 +553,7 @@ def test_a_large_ties_equals_peft(n):
     assert_close(ops.ties(base, experts, density=0.3), expected)
 
 
-@pytest.mark.parametrize(
-    ("name", "oracle"), [("dare", peft_merge.dare_linear), ("dare_ties", peft_merge.dare_ties)]
-)
+@pytest.mark.parametrize(("name", "oracle"), DARES)
 def test_a_large_dare_draws_one_stream_over_all_experts(name, oracle, our_masks_in_peft):
     """The masks of all blocks are those of one draw of shape (N, numel), expert after expert."""
     base, experts = gaussian_layer(seed=8, shape=(LARGE,))

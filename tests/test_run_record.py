@@ -101,10 +101,13 @@ def test_an_alignment_covers_both_paths_at_the_least_cost(a, b):
 @pytest.fixture(scope="module")
 def searched(tiny, tmp_path_factory):
     """A finished search on the tiny problem: its folder, its result, its problem."""
-    folder = tmp_path_factory.mktemp("searched") / "run"
+    return search("agent", tiny, tmp_path_factory.mktemp("searched") / "run", episodes=12)
+
+
+def search(preset, tiny, folder, **options):
     config = configure(
-        "agent", **tiny, operators=("task_arithmetic:scale=0.5", "ties"), episodes=12,
-        episodes_per_update=4, seed=3, data_fraction=0.5, finalists=3, quiet=True, run_dir=folder,
+        preset, **tiny, operators=("task_arithmetic:scale=0.5", "ties"), episodes_per_update=4, seed=3,
+        data_fraction=0.5, finalists=3, quiet=True, run_dir=folder, **options,
     )  # fmt: skip
     problem = problem_of(config.problem)
     return folder, train(config, problem, table=False), problem
@@ -218,13 +221,7 @@ def test_a_path_without_a_stem_takes_the_problems(stem, source, first):
 def in_phases(tiny, tmp_path_factory):
     """The same by the preset weights: 4 uniform paths, 8 of the agent in blocks, 8 of scales."""
     folder = tmp_path_factory.mktemp("phases") / "run"
-    config = configure(
-        "weights", **tiny, operators=("task_arithmetic:scale=0.5", "ties"), episodes=20,
-        episodes_per_update=4, seed=3, data_fraction=0.5, finalists=3, cma_share=0.5, quiet=True,
-        run_dir=folder,
-    )  # fmt: skip
-    problem = problem_of(config.problem)
-    return folder, train(config, problem, table=False), problem
+    return search("weights", tiny, folder, episodes=20, cma_share=0.5)
 
 
 def test_a_run_of_the_preset_weights_is_one_of_sublayers(in_phases):

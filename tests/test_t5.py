@@ -12,7 +12,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import transformers
 from safetensors.torch import load_file, save_file
 from t5_models import (
     BIAS,
@@ -69,12 +68,7 @@ def check_rows(found, expected, rows=ROWS, tolerance: float = 1e-4) -> None:
         assert found[i].argmax() == np.argmax(values)
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _no_progress_bars():
-    """transformers draws them on stderr, where our errors are looked for."""
-    transformers.utils.logging.disable_progress_bar()
-    yield
-    transformers.utils.logging.enable_progress_bar()
+pytestmark = pytest.mark.usefixtures("no_progress_bars")
 
 
 @pytest.fixture(params=VARIANTS)

@@ -9,7 +9,7 @@ from pathlib import Path
 import huggingface_hub
 import pytest
 import torch
-from conftest import write_images, write_model
+from conftest import shake, write_images, write_model
 from safetensors.torch import load_file, save_file
 from t5_models import (
     BIAS,
@@ -403,8 +403,7 @@ def test_an_mt5_is_the_t5_that_transformers_runs(tmp_path, tied):
     model = MT5ForConditionalGeneration(MT5Config(**args)).eval().requires_grad_(False)
     if not tied:
         model.lm_head.weight = torch.nn.Parameter(torch.randn(104, 16), requires_grad=False)
-    for parameter in model.parameters():
-        parameter += 0.3 * torch.randn(parameter.shape)
+    shake(model.parameters(), 0)
     expected = logits_of(model)
     model.save_pretrained(tmp_path / "mt5")
     found = read_checkpoint(tmp_path / "mt5")
