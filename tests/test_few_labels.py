@@ -35,11 +35,11 @@ def scramble(task, keep=()) -> None:
 
 
 def right_and_wrong(problem):
-    """The problem, and a copy with wrong labels in all reward splits."""
-    other = copy.deepcopy(problem)
-    for task in other.tasks:
+    """Two copies of a problem; all labels of the second one's reward splits are wrong."""
+    right, wrong = copy.deepcopy(problem), copy.deepcopy(problem)
+    for task in wrong.tasks:
         scramble(task)
-    return problem, other
+    return right, wrong
 
 
 # ------------------------------------------------------------------------------------- agreement
