@@ -5,17 +5,17 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections import Counter
-from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from rmm_lab.engine.ridge import WIDE
-from rmm_lab.families.parts import Weights
 
 BAND = 64  # rows of a symmetric product that are computed at a time; in float32 four times as many
 CACHED = 2**19  # bytes of rows that are summed up at a time
+HELD = "."  # no module's name
 
 
 class Means:
@@ -41,27 +41,26 @@ class Means:
         w: Tensor | None = None,
         folds: Sequence[slice] = (slice(None),),
     ) -> None:
-        """Rows of a task, one range of them for each fold. Wide ones add up in float32, for speed.
+        """Rows of a task, one range of them for each fold.
 
         x: (..., D); ys: (..., O) of any O that add up; w: (...), None for 1. Rows of w = 0 do not count.
         """
-        x, ys = x.flatten(0, -2), [y.flatten(0, -2) for y in ys]
-        w = None if w is None else w.flatten()
+        rows = [None if w is None else w.flatten(), *(t.flatten(0, -2) for t in (x, *ys))]
         padded = w is not None and not bool((w > 0).all())
-        for fold, rows in enumerate(folds):
-            some: Any = rows
-            if padded and w is not None:  # what padding holds need be no number
-                some = (w[rows] > 0).nonzero().squeeze(1) + (rows.start or 0)
-            self._add(fold, task, x[some], [y[some] for y in ys], None if w is None else w[some])
+        for fold, some in enumerate(folds):
+            own = [None if t is None else t[some] for t in rows]
+            if padded and own[0] is not None:  # what padding holds need be no number
+                there = (own[0] > 0).nonzero().squeeze(1)
+                own = [None if t is None else t[there] for t in own]
+            self._add(fold, task, *own)
 
-    def _add(self, fold: int, task: int, x: Tensor, ys: list[Tensor], w: Tensor | None) -> None:
+    def _add(self, fold: int, task: int, w: Any, x: Any, *ys: Any) -> None:
         """Some rows at a time, so that what float64 holds of them stays in the processor's cache."""
         total, (n, d) = self.total[fold, task], x.shape  # (D, D + O)
-        few = max(256, CACHED // (d * 8)) if self.dtype == torch.float64 else n
-        for start in range(0, n, few or 1):
+        few = max(256, CACHED // (d * 8)) if self.dtype == torch.float64 else max(1, n)
+        for start in range(0, n, few):
             some = slice(start, start + few)
-            rows = x[some].to(self.dtype)
-            share = None if w is None else w[some].to(self.dtype)
+            rows, share = x[some].to(self.dtype), None if w is None else w[some].to(self.dtype)
             weighed = rows if share is None else rows * share[:, None]
             for band in self._bands:
                 total[band, band.start : d].addmm_(weighed[:, band].T, rows[:, band.start :])
@@ -93,122 +92,92 @@ class Means:
 
 
 class Layer:
-    """A layer's module, and the modules in it by name, looked up once."""
+    """A layer's module, the modules in it by name, and which of them are linear maps."""
 
     def __init__(self, module: nn.Module) -> None:
         self.module, self.modules = module, dict(module.named_modules())
         self.maps = {name: m for name, m in self.modules.items() if isinstance(m, nn.Linear)}
-        self._places = {
-            name: (self.modules[name.rpartition(".")[0]], name.rpartition(".")[2])
-            for name in module.state_dict()
-        }
 
-    def weights(self) -> Weights:
-        """By name, without gradients."""
-        return {name: getattr(*place).detach() for name, place in self._places.items()}
+    def matrix(self, name: str) -> Tensor:
+        """A linear map's weights, and its bias behind them as one more column: (O, D) or (O, D + 1)."""
+        own = self.maps[name]
+        return own.weight if own.bias is None else torch.cat([own.weight, own.bias[:, None]], 1)
 
-    def set_map(self, name: str, solved: Tensor) -> None:
-        """Other weights for a linear map: (O, D), or (O, D + 1) with the bias behind them."""
+    def set_matrix(self, name: str, matrix: Tensor) -> None:
+        """Others in their place."""
         own = self.maps[name]
         if own.bias is not None:
-            solved, own.bias = solved[:, :-1], parameter(solved[:, -1])
-        own.weight = parameter(solved)
+            matrix, own.bias = matrix[:, :-1], _parameter(matrix[:, -1])
+        own.weight = _parameter(matrix)
 
-    def fill(self, weights: Weights | None) -> None:
-        """Put others in the place of its own, of the same names and shapes; None: none at all."""
-        for name, (module, own) in self._places.items():
-            setattr(module, own, weights and parameter(weights[name]))
+    @contextlib.contextmanager
+    def answering(self, forwards: Mapping[str, Callable[..., Any]]) -> Iterator[None]:
+        """Within the block modules of these names answer by other functions; whatever happens, not after."""
+        try:
+            for name, forward in forwards.items():
+                self.modules[name].__dict__["forward"] = forward  # faster than setattr
+            yield
+        finally:
+            for name in forwards:
+                self.modules[name].__dict__.pop("forward", None)
+
+
+class Stages(NamedTuple):
+    """In what order a layer's linear maps run, and so in what order they can be fitted.
+
+    ``maps``: the maps of each stage, which all take the same input, in running order. ``final``: for each
+    number of stages that have their weights, the modules that no later stage can change. ``ends``: by map,
+    the largest module that puts out what the map does, and in a tuple of how many, 0 for none.
+    """
+
+    maps: list[list[str]]
+    final: list[list[str]]
+    ends: dict[str, tuple[str, int]]
+
+    @classmethod
+    def of(cls, apply: Callable[[], Any], layer: Layer) -> Stages:
+        """What happens when ``apply`` runs the layer once."""
+        stages, calls = list[list[str]](), Counter[str]()
+        begun: dict[str, int] = {}  # by module, the stages that had begun when it ended
+        ends: dict[str, tuple[str, int]] = {}
+        latest: list[Any] = [None] * 4  # the latest map: its input, name, output, a copy of that
+
+        def run(name: str, *args: Any, **options: Any) -> Any:
+            calls[name] += 1
+            if name in layer.maps:
+                if args[0] is not latest[0]:
+                    stages.append([])
+                stages[-1].append(name)
+                latest[0] = args[0]
+            module = layer.modules[name]
+            y = type(module).forward(module, *args, **options)
+            first = y[0] if isinstance(y, tuple) else y
+            if name in layer.maps:
+                latest[1:] = name, y, y.clone()
+            elif (
+                first is latest[2]
+                and latest[1].startswith(f"{name}.")
+                and torch.equal(first, latest[3])  # nothing was added in place
+            ):
+                ends[latest[1]] = name, len(y) if isinstance(y, tuple) else 0
+            if isinstance(first, Tensor) and not any(first is x for x in args):
+                begun[name] = len(stages)
+            return y
+
+        with layer.answering({n: functools.partial(run, n) for n in layer.modules if n}):
+            apply()
+        once = {name: n for name, n in begun.items() if calls[name] == 1}
+        final = [[name for name, n in once.items() if n <= m] for m in range(len(stages) + 1)]
+        ends = {m: end for m, end in ends.items() if m in once and end[0] in once}
+        return cls(stages, final, ends)
 
 
 class _Done(Exception):
     """All that was wanted of a layer has run."""
 
 
-@contextlib.contextmanager
-def instead(forwards: Iterable[tuple[nn.Module, Callable[..., Any]]]) -> Iterator[None]:
-    """Within the block, modules answer by other functions; whatever happens, not after it."""
-    before = []
-    try:
-        for module, forward in forwards:
-            before.append((module, vars(module).get("forward")))
-            vars(module)["forward"] = (
-                forward  # faster than setattr, and as good for what is no weight
-            )
-        yield
-    finally:
-        for module, forward in reversed(before):
-            if forward is None:
-                del vars(module)["forward"]
-            else:
-                vars(module)["forward"] = forward
-
-
-class Stages(NamedTuple):
-    """How a layer runs.
-
-    ``stages``: its linear maps in running order, those together that take the same input. ``done``: for each
-    number of stages that are final, which modules then put out what they will put out in the end: linear
-    maps, the largest modules that hold no others, and those without any that have run. ``ends``: by linear
-    map, the largest module that puts out what it does, and in a tuple of how many, 0 for none.
-    """
-
-    stages: list[list[str]]
-    done: list[list[str]]
-    ends: dict[str, tuple[str, int]]
-
-    @classmethod
-    def of(cls, apply: Callable[[], Any], layer: Layer) -> Stages:
-        """What happens when ``apply`` runs the layer once."""
-        called, seen = Counter[str](), list[list[str]]()
-        plain: dict[str, int] = {}  # modules without maps -> stages that had begun
-        ends: dict[str, tuple[str, int]] = {}
-        inside = {
-            name: own
-            for name in layer.modules
-            if name and (own := {m for m in layer.maps if f"{m}.".startswith(f"{name}.")})
-        }
-        last: list[Any] = [None] * 4  # the latest map: its input, name, output, a copy of that
-
-        def run(name: str, module: nn.Module, *args: Any, **options: Any) -> Any:
-            called[name] += 1
-            if name in layer.maps:
-                if args[0] is last[0]:
-                    seen[-1].append(name)
-                else:
-                    seen.append([name])
-                last[0] = args[0]
-            y = type(module).forward(module, *args, **options)
-            first = y[0] if isinstance(y, tuple) else y
-            if name in layer.maps:
-                last[1:] = name, y, y.clone()
-            elif last[1] in inside.get(name, ()) and same(first, last[2], last[3]):
-                ends[last[1]] = name, len(y) if isinstance(y, tuple) else 0
-            elif name not in inside and isinstance(y, Tensor) and not list(module.children()):
-                plain[name] = -1 if any(same(x, y, y) for x in args) else len(seen)
-            return y
-
-        def same(a: Any, b: Tensor, value: Tensor) -> bool:
-            """Whether a is b and still has the value."""
-            there = isinstance(a, Tensor) and a.data_ptr() == b.data_ptr() and a.shape == b.shape
-            return there and torch.equal(a, value)
-
-        parts = [(name, m) for name, m in layer.modules.items() if name]
-        with instead((m, functools.partial(run, name, m)) for name, m in parts):
-            apply()
-        ends = {m: e for m, e in ends.items() if called[m] == called[e[0]] == 1}
-        done = []
-        for n in range(len(seen) + 1):
-            maps = {m for stage in seen[:n] for m in stage}
-            fixed = {name for name, own in inside.items() if called[name] and own <= maps}
-            large = {x for x in fixed if not any(x.startswith(f"{o}.") for o in fixed)}
-            rest = {x for x, begun in plain.items() if 0 <= begun <= n and called[x] == 1}
-            rest = {x for x in rest if not any(x.startswith(f"{o}.") for o in large)}
-            done.append(sorted(maps | large | rest))
-        return cls(seen, done, ends)
-
-
 class Remembered:
-    """What the finished parts of layers put out, computed once.
+    """Runs layers again and again while they are fitted, and what is final inside of them only once.
 
     Args:
         budget: bytes that may be held; what goes beyond is computed again.
@@ -224,81 +193,89 @@ class Remembered:
         self._outputs: dict[tuple[Layer, Hashable], dict[str, Any]] = {}
         self._bytes = 0
 
-    def keep(self, layer: Layer, at: Hashable, name: str, output: Any) -> None:
-        """What a layer's module put out for some inputs, ``at``, while there is room: half of it for what is
-        no linear map and holds none. It stands for the modules in it."""
-        own = self._outputs.setdefault((layer, at), {})
-        plain = not any(f"{m}.".startswith(f"{name}.") for m in layer.maps)
-        room = self.budget // 2 if plain else self.budget
-        if name not in own and self._bytes + _bytes(output) <= room:
-            own[name] = output
-            self._bytes += _bytes(output)
-            for old in [o for o in own if o.startswith(f"{name}.")]:
-                self._bytes -= _bytes(own.pop(old))
+    def inputs(
+        self,
+        arch: Any,
+        layer: Layer,
+        at: Hashable,
+        state: Any,
+        stages: Stages,
+        number: int,
+        norm: str = "",
+    ) -> tuple[Tensor, Tensor]:
+        """What goes into a stage of a layer, and into a norm before it if that is given; no map of the stage
+        runs.
 
-    def hold(self, layer: Layer, at: Hashable, x: Tensor) -> None:
-        """What a stage takes in for some inputs, until ``finish``, while there is room."""
-        self.keep(layer, at, HELD, x)
+        at: names the inputs that led to ``state``; number: of the stage: those before have their weights.
+        """
+        found: dict[str, Tensor] = {}
 
-    def finish(self, layer: Layer, stages: Stages, names: Sequence[str]) -> None:
-        """A stage has its weights: keep what it puts out for each input that is held."""
-        for (other, at), own in self._outputs.items():
-            if other is layer and (x := own.pop(HELD, None)) is not None:
-                self._bytes -= _bytes(x)
-                for name in names:
-                    self.put_out(layer, at, stages, name, layer.maps[name](x))
+        def stop(x: Tensor) -> Any:
+            found["x"] = x
+            raise _Done
 
-    def put_out(self, layer: Layer, at: Hashable, stages: Stages, name: str, y: Tensor) -> None:
-        """Keep what a linear map, and the largest module that ends with it, puts out."""
-        end, n = stages.ends.get(name, (name, 0))
-        self.keep(layer, at, end, (y, *[None] * (n - 1)) if n else y)
+        def note(x: Tensor) -> Any:
+            found["stream"] = x
+            return before(x)
 
-    @contextlib.contextmanager
-    def within(self, layer: Layer, at: Hashable, names: Iterable[str]) -> Iterator[None]:
-        """Within the block, modules of these names answer from what is remembered of them at some inputs."""
-        chosen = [(name, layer.modules[name]) for name in names]
-        with instead((m, functools.partial(self._answer, layer, at, n, m)) for n, m in chosen):
-            yield
+        forwards = self._forwards(layer, at, stages, number)
+        forwards[stages.maps[number][0]] = stop
+        if norm:
+            before = forwards.get(norm, layer.modules[norm].forward)
+            forwards[norm] = note
+        with layer.answering(forwards), contextlib.suppress(_Done):
+            arch.apply(layer.module, state)
+        return found["x"], found.get("stream", found["x"])
 
-    def _answer(
-        self, layer: Layer, at: Hashable, name: str, module: Any, *args: Any, **options: Any
-    ) -> Any:
+    def apply(self, arch: Any, layer: Layer, at: Hashable, state: Any, stages: Stages) -> Any:
+        """The state behind a layer that has all its weights."""
+        with layer.answering(self._forwards(layer, at, stages, len(stages.maps))):
+            return arch.apply(layer.module, state)
+
+    def _forwards(
+        self, layer: Layer, at: Hashable, stages: Stages, number: int
+    ) -> dict[str, Callable[..., Any]]:
+        names = stages.final[number]
+        return {name: functools.partial(self._answer, layer, at, name) for name in names}
+
+    def _answer(self, layer: Layer, at: Hashable, name: str, *args: Any, **options: Any) -> Any:
         if (y := self._outputs.get((layer, at), {}).get(name)) is None:
+            module = layer.modules[name]
             y = type(module).forward(module, *args, **options)
             if isinstance(y, tuple):  # a language model's attention, whose scores nobody needs
                 y = (y[0], *(None for _ in y[1:]))
-            self.keep(layer, at, name, y)
+            self._keep(layer, at, name, y)
         return y
 
+    def hold(self, layer: Layer, at: Hashable, x: Tensor) -> None:
+        """What a stage takes in, until ``finish``, while there is room."""
+        self._keep(layer, at, HELD, x)
 
-HELD = "."  # no module's name
+    def finish(self, layer: Layer, stages: Stages, number: int) -> None:
+        """A stage has its weights: what it puts out for each input that is held."""
+        for (other, at), own in self._outputs.items():
+            if other is layer and (x := own.pop(HELD, None)) is not None:
+                self._bytes -= _bytes(x)
+                for name in stages.maps[number]:
+                    self.put_out(layer, at, stages, name, layer.maps[name](x))
+
+    def put_out(self, layer: Layer, at: Hashable, stages: Stages, name: str, y: Tensor) -> None:
+        """What a final linear map, and the largest module that ends with it, puts out."""
+        end, n = stages.ends.get(name, (name, 0))
+        self._keep(layer, at, end, (y, *[None] * (n - 1)) if n else y)
+
+    def _keep(self, layer: Layer, at: Hashable, name: str, output: Any) -> None:
+        """Keep an output while there is room. It stands for those of the modules in its own."""
+        own = self._outputs.setdefault((layer, at), {})
+        if name not in own and self._bytes + _bytes(output) <= self.budget:
+            own[name] = output
+            self._bytes += _bytes(output)
+            for inner in [other for other in own if other.startswith(f"{name}.")]:
+                self._bytes -= _bytes(own.pop(inner))
 
 
 def _bytes(output: Any) -> int:
     return int((output[0] if isinstance(output, tuple) else output).nbytes)
-
-
-def run(arch: Any, layer: Layer, state: Any, name: str, norm: str = "") -> tuple[Tensor, Tensor]:
-    """Run a layer as far as a linear map: what goes into it, and into a norm before it if that is given."""
-    found: dict[str, Tensor] = {}
-
-    def stop(x: Tensor) -> Any:
-        found["x"] = x
-        raise _Done
-
-    forwards: list[tuple[nn.Module, Callable[..., Any]]] = [(layer.modules[name], stop)]
-    if norm:
-        module = layer.modules[norm]
-        forward = module.forward
-
-        def note(x: Tensor) -> Any:
-            found["stream"] = x
-            return forward(x)
-
-        forwards.append((module, note))
-    with instead(forwards), contextlib.suppress(_Done):
-        arch.apply(layer.module, state)
-    return found["x"], found.get("stream", found["x"])
 
 
 def make_up(
@@ -333,6 +310,5 @@ def put_out(xx: Tensor, xz: Tensor, experts: Sequence[Layer], names: Sequence[st
     return torch.stack(out, 1)
 
 
-def parameter(tensor: Tensor) -> nn.Parameter:
-    """A parameter without gradient."""
+def _parameter(tensor: Tensor) -> nn.Parameter:
     return nn.Parameter(tensor.contiguous(), requires_grad=False)

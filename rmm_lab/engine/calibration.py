@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -21,7 +21,7 @@ from torch import Tensor
 
 from rmm_lab import matching
 from rmm_lab.engine import ridge
-from rmm_lab.engine.activations import Layer, Means, Remembered, Stages, make_up, put_out, run
+from rmm_lab.engine.activations import Layer, Means, Remembered, Stages, make_up, put_out
 from rmm_lab.engine.cache import Cache
 from rmm_lab.engine.inputs import FOLDS, Inputs, take
 from rmm_lab.errors import InputError
@@ -32,7 +32,6 @@ from rmm_lab.reward import Path, Step
 BUDGET = 2**27  # bytes of states between layers
 INSIDE = 2**27  # bytes of what is known inside a layer that is being fitted
 THEIRS = 2**28  # bytes of what experts' linear maps see, from the second fit of a layer on
-ANCHORS = 2**24  # bytes of layers that fits start from
 FITTED = 2**28  # bytes of fitted layers, for other paths that begin alike
 FEW = 50  # inputs of a task; with fewer, ``ridge=auto`` first asks whether a fit helps at all
 READOUT = 0.5  # see ``Calibration.merge``
@@ -41,8 +40,12 @@ COUNTED = 1e-4  # how much the anchor counts beside an embedding's share of all 
 
 
 class _Fit(NamedTuple):
-    """How a layer is fitted; see ``Calibration.merge``."""
+    """A layer that is being fitted; for the options, from ``weights`` on, see ``Calibration.merge``."""
 
+    pool: Any
+    k: int
+    layer: Layer  # the anchor's weights, and stage by stage the fitted ones
+    prefix: Path  # what feeds it
     weights: Tensor
     ridge: Any
     readout: float
@@ -66,61 +69,72 @@ class Calibration(Inputs):
     def _forget(self) -> None:
         self._cache, self._fitted = Cache(BUDGET), Cache(FITTED)
         self._theirs, self._inside = Cache(THEIRS), Remembered(INSIDE)
-        self._modules: dict[int, list[Layer]] = {}
-        self._spare: dict[int, Layer] = {}  # of fits, to be filled again
+        self._places: dict[int, tuple[list[Layer], Stages]] = {}
+        self._stems: dict[str, str] = {}
         self._again = set[int]()  # layers that have been fitted before
-        self._stages: dict[int, Stages] = {}
-        self._anchors = Cache(ANCHORS)
         self._helps: dict[str, bool] = {}  # operator -> whether it does better than its anchor
         self.notes: list[str] = []  # what a reader of the scores must know about the fits
 
     def __getstate__(self) -> dict[str, Any]:
-        computed = {"_inside": Remembered(INSIDE), "_stages": {}, "_modules": {}, "_spare": {}}
+        computed = {"_inside": Remembered(INSIDE), "_places": {}}
         return super().__getstate__() | computed  # a pickled cache is an empty one
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self._forget()
         vars(self).update(state)
 
-    def _state(
-        self, key: tuple, stem: Any, layers: Sequence[Any], arch: Any, i: int, j: int
-    ) -> Any:
-        """The state of a part after ``layers``, from the longest beginning that is kept.
-
-        key: names the stem, and each layer as one more entry.
-        """
-        known = depth = len(layers)
-        first = len(key) - known
-        while known >= 0 and (state := self._cache.get((key[: first + known], i, j))) is None:
+    def _state(self, pool: Any, path: Path, i: int, j: int) -> Any:
+        """The state of part j of task i behind a path, its stem's step first, from the longest beginning that
+        is kept."""
+        arch, key, known = pool.architecture, self._key(pool, path), len(path)
+        while known and (state := self._cache.get((key[:known], i, j))) is None:
             known -= 1
-        if known == depth:
+        if known == len(path):
             return state
-        if known < 0:
-            known, state = 0, arch.embed(stem, self._in_turn(i, j))
-        for layer in layers[known:]:
-            state = arch.apply(layer, state)
-        self._store((key, i, j), state, arch)
+        if not known:
+            stem = pool.stem(path[0].source, path[0].scales)
+            known, state = 1, arch.embed(stem, self._in_turn(i, j))
+        for at in range(known, len(path)):
+            state = arch.apply(pool.layer(*path[at], prefix=path[:at]), state)
+        self._store(pool, path, i, j, state)
         return state
 
-    def _store(self, key: tuple, state: Any, arch: Any) -> None:
+    def _store(self, pool: Any, path: Path, i: int, j: int, state: Any) -> None:
         """Keep a state, but for no other of its depth: where not all fit, each pass over all parts would
         push out what the next one asks for first."""
-        depth = _depth(key)
-        self._cache.put(key, state, arch.tensors(state), lambda other: _depth(other) == depth)
 
-    def _expert_state(self, pool: Any, i: int, j: int, k: int) -> Any:
-        """The state that expert i's own layer k takes in."""
-        name = pool.names[i]
-        layers = [pool.layer(name, m) for m in range(k)]
-        key = ("expert", name, *range(k))
-        return self._state(key, pool.stem(name), layers, pool.architecture, i, j)
+        def spare(other: Any) -> bool:
+            return len(other[0]) == len(path)
 
-    def _experts(self, pool: Any, k: int) -> list[Layer]:
-        """Each expert's layer k in a module of its own, since other threads may be running the pool's."""
-        if k not in self._modules:
-            make = pool.architecture.layer
-            self._modules[k] = [Layer(make(k, pool.weights(e, k))) for e in pool.names]
-        return self._modules[k]
+        key, tensors = (self._key(pool, path), i, j), pool.architecture.tensors(state)
+        self._cache.put(key, state, tensors, spare)
+
+    def _key(self, pool: Any, path: Path) -> Path:
+        """The path, its stem named by the anchor where that is all it is: fits share what it puts out."""
+        stem, *steps = path
+        if stem.source not in self._stems:
+            function, _, options = stem.source.partition(":")
+            source = stem.source
+            if function in MATCHED and "lean" not in options:
+                anchor = dict(parse_operator(source, pool.n_models).options).get("anchor")
+                if not pool.architecture.embeddings(self._batch(0, 0)):
+                    source = self._anchor_source(anchor)
+            self._stems[stem.source] = source
+        return (stem._replace(source=self._stems[stem.source]), *steps)
+
+    def _place(self, pool: Any, k: int) -> tuple[list[Layer], Stages]:
+        """Each expert's layer k, in a module of its own since other threads may be running the pool's, and
+        how such layers run."""
+        if k not in self._places:
+            arch, state = pool.architecture, self._state(pool, _own_path(pool, 0, k), 0, 0)
+            experts = [Layer(arch.layer(k, pool.weights(e, k))) for e in pool.names]
+            stages = Stages.of(lambda: arch.apply(experts[0].module, state), experts[0])
+            self._places[k] = experts, stages
+        return self._places[k]
+
+    def _all_parts(self) -> list[tuple[int, int]]:
+        """The numbers of each task and part."""
+        return [(i, j) for i in range(len(self.rows)) for j in self._parts(i)]
 
     @torch.no_grad()
     def drift(self, pool: Any, path: Path) -> np.ndarray:
@@ -128,18 +142,16 @@ class Calibration(Inputs):
         ``|h - h_i|^2 / |h_i|^2`` over all tokens, behind the place of the last step; (N,), 0 for the expert,
         infinity where the states are no numbers.
         """
-        (first, *steps), arch = path, pool.architecture
-        layers = [pool.layer(*s, prefix=path[: m + 1]) for m, s in enumerate(steps)]
-        stem, out = pool.stem(first.source, first.scales), []
-        for i in range(pool.n_models):
-            far, size = 0.0, 0.0
-            for j in self._parts(i):
-                ours = arch.stream(self._state(path, stem, layers, arch, i, j))
-                theirs = arch.stream(self._expert_state(pool, i, j, path[-1].layer + 1))
-                far += float((ours - theirs).square().sum())
-                size += float(theirs.square().sum())
-            out.append(0.0 if far == 0 else far / size if size and np.isfinite(far) else np.inf)
-        return np.array(out)
+        far, size = np.zeros((2, pool.n_models))
+        for i, j in self._all_parts():
+            paths = path, _own_path(pool, i, path[-1].layer + 1)
+            ours, theirs = (pool.architecture.stream(self._state(pool, p, i, j)) for p in paths)
+            far[i] += float((ours - theirs).square().sum())
+            size[i] += float(theirs.square().sum())
+        pairs = zip(far, size, strict=True)
+        return np.array(
+            [0 if f == 0 else f / s if s and np.isfinite(f) else np.inf for f, s in pairs]
+        )
 
     # --------------------------------------------------------------------------- the merges
 
@@ -185,9 +197,7 @@ class Calibration(Inputs):
             return anchor
         if k < 0:
             return self._embeddings(pool, anchor, weights)
-        readout, residual = options.get("readout", READOUT), options.get("residual", RESIDUAL)
-        fit = _Fit(weights, ridge, readout, residual)
-        return self._least_squares(pool, anchor, step, prefix, fit)
+        return self._least_squares(pool, anchor, step, prefix, weights, options | {"ridge": ridge})
 
     def _is_better(self, pool: Any, operator: Any) -> bool:
         """Whether fits to either half of the inputs bring every task nearer to its expert's answers on the
@@ -197,9 +207,9 @@ class Calibration(Inputs):
             helps = min(map(len, self.rows)) > 1
             for fitted, held in ((0, 1), (1, 0)) if helps else ():
                 other = copy.copy(pool)  # with nothing computed yet
-                other.calibration = self._half(fitted)
+                other.calibration, judge = self._half(fitted), self._half(held)
                 other.calibration._helps[operator.name] = True
-                fit, anchor = (self._half(held)._distances(other, s) for s in sources)
+                fit, anchor = (judge._distances(other, source) for source in sources)
                 helps = helps and bool((fit < anchor).all())
             self._helps[operator.name] = helps
         return self._helps[operator.name]
@@ -218,32 +228,22 @@ class Calibration(Inputs):
 
     def _distances(self, pool: Any, source: str) -> np.ndarray:
         """KL divergence of a source's whole model from each expert on its task: (N,)."""
-        arch, found = pool.architecture, []
-        whole = tuple(Step(source, k) for k in range(-1, pool.n_layers))
-        merged = [pool.layer(*s, prefix=whole[: m + 1]) for m, s in enumerate(whole[1:])]
-        for i, name in enumerate(pool.names):
-            own = [pool.layer(name, k) for k in range(pool.n_layers)]
-            total, n = 0.0, 0
-            for j in self._parts(i):
-                batch, logs = self._batch(i, j), []
-                for stem, layers in ((pool.stem(name), own), (pool.stem(source), merged)):
-                    state = arch.embed(stem, batch)
-                    for layer in layers:
-                        state = arch.apply(layer, state)
-                    logs.append(arch.logits(stem, state, pool.heads[name]).double().log_softmax(-1))
-                p = logs[0].exp()  # 0 for choices that a row lacks, whose logarithm is no number
-                total += float(torch.where(p > 0, p * (logs[0] - logs[1]), 0.0).sum())
-                n += len(p)
-            found.append(total / n)
-        return np.array(found)
+        total, n = np.zeros((2, pool.n_models))
+        path = tuple(Step(source, k) for k in range(-1, pool.n_layers))
+        for i, j in self._all_parts():
+            logs = []
+            for own in (_own_path(pool, i, pool.n_layers), path):
+                stem, state = pool.stem(own[0].source), self._state(pool, own, i, j)
+                logits = pool.architecture.logits(stem, state, pool.heads[pool.names[i]])
+                logs.append(logits.double().log_softmax(-1))
+            p = logs[0].exp()  # 0 for choices that a row lacks, whose logarithm is no number
+            total[i] += float(torch.where(p > 0, p * (logs[0] - logs[1]), 0.0).sum())
+            n[i] += len(p)
+        return total / n
 
     def _anchor(self, pool: Any, anchor: Any, k: int) -> Weights:
-        """Merged anew where that is cheap and there is no room, so that no whole large model is kept."""
-        source = self._anchor_source(anchor)
-        if (found := self._anchors.get((source, k))) is None:
-            found = pool.weights(source, k, keep=anchor == "regmean")
-            self._anchors.put((source, k), found, found.values(), lambda other: True)
-        return found
+        """Averages are merged anew each time: that is cheap, and no whole large model is kept."""
+        return pool.weights(self._anchor_source(anchor), k, keep=anchor == "regmean")
 
     @staticmethod
     def _anchor_source(anchor: Any) -> str:
@@ -254,7 +254,6 @@ class Calibration(Inputs):
     def _embeddings(self, pool: Any, anchor: Weights, weights: Tensor) -> Weights:
         """A stem whose embeddings are the experts', weighed by how often their tasks use each row."""
         out = dict(anchor)
-        total: dict[str, Tensor] = {}
         counts: dict[str, list[Tensor]] = {}
         for i in range(pool.n_models):
             own: dict[str, Tensor] = {}
@@ -264,28 +263,22 @@ class Calibration(Inputs):
             for name, n in own.items():
                 counts.setdefault(name, []).append(float(weights[i]) * n / n.sum())
         for name, each in counts.items():
-            scale = sum(float(w) for w in weights)
-            share = torch.stack(each) / scale  # (N, V)
+            share = torch.stack(each) / sum(float(w) for w in weights)  # (N, V)
             rows = torch.stack([pool.weights(e, -1)[name] for e in pool.names])  # (N, V, D)
-            total[name] = (share[..., None] * rows).sum(0) + COUNTED * anchor[name]
-            out[name] = total[name] / (share.sum(0) + COUNTED)[:, None]
+            total = (share[..., None] * rows).sum(0) + COUNTED * anchor[name]
+            out[name] = total / (share.sum(0) + COUNTED)[:, None]
         return out
 
     def _regmean(self, pool: Any, anchor: Weights, k: int, alpha: float) -> Weights:
-        arch, experts = pool.architecture, self._experts(pool, k)
-        out = dict(anchor)
-        stages = self._stages_of(pool, k)
-        for number, names in enumerate(stages.stages):
-            grams = Means(1, len(experts), experts[0].maps[names[0]].in_features)
-            for i, expert in enumerate(experts):
-                for j in self._parts(i):
-                    state = self._expert_state(pool, i, j, k)
-                    with self._inside.within(expert, (i, j), stages.done[number]):
-                        x, _ = run(arch, expert, state, names[0])
-                    self._inside.hold(expert, (i, j), x)
-                    grams.add(i, x, w=arch.row_weights(expert.module, names[0], state, 0.0))
-                self._inside.finish(expert, stages, names)
-            gram = grams.take()[0][0]  # (N, D, D)
+        out, (experts, stages) = dict(anchor), self._place(pool, k)
+        for number, names in enumerate(stages.maps):
+            means = Means(1, len(experts), experts[0].maps[names[0]].in_features)
+            for i, j in self._all_parts():
+                x, *_ = self._run_expert(pool, k, i, j, number)
+                state = self._state(pool, _own_path(pool, i, k), i, j)
+                w = pool.architecture.row_weights(experts[i].module, names[0], state, 0.0)
+                means.add(i, x, w=w)
+            gram = means.take()[0][0]  # (N, D, D)
             for name in names:
                 key = f"{name}.weight"
                 own = torch.stack([pool.weights(e, k)[key] for e in pool.names])  # (N, O, D)
@@ -299,133 +292,130 @@ class Calibration(Inputs):
             self.notes.append(text)
 
     def _least_squares(
-        self, pool: Any, anchor: Weights, step: Step, prefix: Path, fit: _Fit
+        self,
+        pool: Any,
+        anchor: Weights,
+        step: Step,
+        prefix: Path,
+        weights: Tensor,
+        options: dict[str, Any],
     ) -> Weights:
-        k, arch = step.layer, pool.architecture
-        layer, experts = self._spare_layer(arch, k, anchor), self._experts(pool, k)
-        _, *steps = prefix
-        before = [pool.layer(*s, prefix=prefix[: m + 1]) for m, s in enumerate(steps)]
-        prefix = self._by_anchor(pool, prefix)
-        first = pool.stem(prefix[0].source, prefix[0].scales)
-        writes, stages = arch.writes(layer.module), self._stages_of(pool, k)
-        folds, more = FOLDS if fit.ridge == "auto" else 1, k + 1 < pool.n_layers
-        for number, names in enumerate(stages.stages):
-            maps, done = [layer.maps[name] for name in names], stages.done[number]
-            with_bias, d = maps[0].bias is not None, maps[0].in_features
-            widths = [m.out_features for m in maps]
-            norm, scale = writes.get(names[0], ("", ""))
-            # Products with what the experts' maps take in say the same as with what they put out.
-            through = not norm and d + with_bias < sum(widths)
-            means = Means(folds, len(experts), d, d if through else sum(widths), ones=with_bias)
-            for i, expert in enumerate(experts):
-                for j in self._parts(i):
-                    state = self._state(prefix, first, before, arch, i, j)
-                    theirs, their_stream = self._of_expert(pool, (k, i, j), number, norm, through)
-                    with self._inside.within(layer, (i, j), done):
-                        x, stream = run(arch, layer, state, names[0], norm if fit.residual else "")
-                    self._inside.hold(layer, (i, j), x)
-                    if norm and fit.residual:
-                        lack, [y] = (their_stream - stream) * fit.residual, theirs
-                        theirs = [make_up(y, lack, layer, expert, scale, fit.residual)]
-                    w = arch.row_weights(layer.module, names[0], state, fit.readout)
-                    ranges = self._ranges(i, j, x) if folds > 1 else [slice(None)]
-                    means.add(i, x, theirs, w, ranges)
-            if (n := int(means.rows.sum())) < d:
-                self._note(
-                    f"fewer inputs than layers are wide (such as {n} tokens for the {d} inputs of "
-                    f"{names[0]}): the ridge holds what they leave open to the anchor"
-                )
-            xx, xy = means.take()  # (K, N, D, D), (K, N, D, sum of O)
-            if through:
-                xy = put_out(xx, xy, experts, names)
-            with _at(f"least squares at layer {k}, {names[0]}"):
-                gram = ridge.Folds(xx, fit.weights)
-            for name, products in zip(names, xy.split(widths, -1), strict=True):
-                start = anchor[f"{name}.weight"]
-                if with_bias:
-                    start = torch.cat([start, anchor[f"{name}.bias"][:, None]], 1)  # (O, D + 1)
-                with _at(f"least squares at layer {k}, {name}"):
-                    solved = gram.solution(products, start, fit.ridge)  # (O, D)
-                layer.set_map(name, solved)
-            if more or names is not stages.stages[-1]:
-                self._inside.finish(layer, stages, names)
-        done = stages.done[-1]
-        for i in range(len(experts)) if more else ():  # the next layer asks for these states
-            for j in self._parts(i):
-                state = self._state(prefix, first, before, arch, i, j)
-                with self._inside.within(layer, (i, j), done):
-                    self._store(((*prefix, step), i, j), arch.apply(layer.module, state), arch)
-                own = (("expert", pool.names[i], *range(k + 1)), i, j)
-                if own not in self._cache and not self._knows(pool, k + 1, i, j):
-                    with self._inside.within(experts[i], (i, j), done):
-                        theirs = self._expert_state(pool, i, j, k)
-                        self._store(own, arch.apply(experts[i].module, theirs), arch)
+        """One stage of the layer after the other: what goes into it depends on the fit of those before."""
+        k, (_, stages) = step.layer, self._place(pool, step.layer)
+        layer = Layer(pool.architecture.layer(k, anchor))
+        readout, residual = options.get("readout", READOUT), options.get("residual", RESIDUAL)
+        fit = _Fit(pool, k, layer, prefix, weights, options["ridge"], readout, residual)
+        is_last = k + 1 == pool.n_layers
+        for number, names in enumerate(stages.maps):
+            self._solve(fit, names, *self._products(fit, number))
+            if not is_last or names is not stages.maps[-1]:
+                self._inside.finish(layer, stages, number)
+        if not is_last:
+            self._hand_on(fit, (*prefix, step))
         self._inside.clear()
         self._again.add(k)
-        found = layer.weights()
-        layer.fill(None)
-        self._spare[k] = layer
-        return found
+        return dict(layer.module.state_dict())
 
-    def _by_anchor(self, pool: Any, prefix: Path) -> Path:
-        """The path, its stem named by the anchor where that is all it is: fits share what it puts out."""
-        stem, *steps = prefix
-        function, _, options = stem.source.partition(":")
-        has_rows = function not in MATCHED or pool.architecture.embeddings(self._batch(0, 0))
-        if has_rows or "lean" in options:
-            return prefix
-        anchor = dict(parse_operator(stem.source, pool.n_models).options).get("anchor")
-        return (Step(self._anchor_source(anchor), -1), *steps)
+    def _products(self, fit: _Fit, number: int) -> tuple[Tensor, Tensor]:
+        """Means of a stage's inputs times themselves, and times what its maps should put out, over the rows
+        of each fold and task: (K, N, D, D), (K, N, D, sum of O)."""
+        pool, k, layer, arch = fit.pool, fit.k, fit.layer, fit.pool.architecture
+        experts, stages = self._place(pool, k)
+        names = stages.maps[number]
+        maps = [layer.maps[name] for name in names]
+        with_bias, d, o = (
+            maps[0].bias is not None,
+            maps[0].in_features,
+            sum(m.out_features for m in maps),
+        )
+        norm, scale = arch.writes(layer.module).get(names[0], ("", ""))
+        # Products with what the experts' maps take in say the same as with what they put out.
+        through = not norm and d + with_bias < o
+        folds = FOLDS if fit.ridge == "auto" else 1
+        means = Means(folds, len(experts), d, d if through else o, ones=with_bias)
+        for i, j in self._all_parts():
+            state, seen = self._state(pool, fit.prefix, i, j), norm if fit.residual else ""
+            ys, their_stream = self._of_expert(pool, k, i, j, number, norm, through)
+            x, stream = self._inside.inputs(arch, layer, (i, j), state, stages, number, seen)
+            self._inside.hold(layer, (i, j), x)
+            if seen:
+                lack = (their_stream - stream) * fit.residual
+                ys = [make_up(ys[0], lack, layer, experts[i], scale, fit.residual)]
+            w = arch.row_weights(layer.module, names[0], state, fit.readout)
+            means.add(i, x, ys, w, self._ranges(i, j, x) if folds > 1 else [slice(None)])
+        if (n := int(means.rows.sum())) < d:
+            self._note(
+                f"fewer inputs than layers are wide (such as {n} tokens for the {d} inputs of "
+                f"{names[0]}): the ridge holds what they leave open to the anchor"
+            )
+        xx, xy = means.take()
+        return xx, put_out(xx, xy, experts, names) if through else xy
 
-    def _spare_layer(self, arch: Any, k: int, weights: Weights) -> Layer:
-        """A layer that nobody else runs, of copies of weights; filled again where there is one, for speed."""
-        own = {name: tensor.clone() for name, tensor in weights.items()}
-        if (spare := self._spare.pop(k, None)) is None:
-            return Layer(arch.layer(k, own))
-        spare.fill(own)
-        return spare
+    def _solve(self, fit: _Fit, names: list[str], xx: Tensor, xy: Tensor) -> None:
+        """Fit a stage's maps to its products, see ``_products``."""
+        with _at(f"least squares at layer {fit.k}, {names[0]}"):
+            folds = ridge.Folds(xx, fit.weights)
+        widths = [fit.layer.maps[name].out_features for name in names]
+        for name, own in zip(names, xy.split(widths, -1), strict=True):
+            with _at(f"least squares at layer {fit.k}, {name}"):
+                solved = folds.solution(own, fit.layer.matrix(name), fit.ridge)
+            fit.layer.set_matrix(name, solved)
+
+    def _hand_on(self, fit: _Fit, path: Path) -> None:
+        """Keep the states behind the layer, of the path and of the experts: the next layer asks for them, and
+        little is left to compute."""
+        pool, k = fit.pool, fit.k
+        experts, stages = self._place(pool, k)
+
+        def keep(layer: Layer, path: Path, i: int, j: int) -> None:
+            state = self._state(pool, path[:-1], i, j)
+            found = self._inside.apply(pool.architecture, layer, (i, j), state, stages)
+            self._store(pool, path, i, j, found)
+
+        for i, j in self._all_parts():
+            keep(fit.layer, path, i, j)
+            own = _own_path(pool, i, k + 1)
+            if (own, i, j) not in self._cache and not self._knows(k + 1, i, j):
+                keep(experts[i], own, i, j)
+
+    def _run_expert(
+        self, pool: Any, k: int, i: int, j: int, number: int, norm: str = ""
+    ) -> tuple[Tensor, list[Tensor], Tensor]:
+        """What a stage of expert i's layer k takes in and puts out for part j of its task, and what goes into
+        ``norm``."""
+        arch, (experts, stages) = pool.architecture, self._place(pool, k)
+        expert, state = experts[i], self._state(pool, _own_path(pool, i, k), i, j)
+        x, stream = self._inside.inputs(arch, expert, (i, j), state, stages, number, norm)
+        ys = [expert.maps[name](x) for name in stages.maps[number]]
+        for name, y in zip(stages.maps[number], ys, strict=True):
+            self._inside.put_out(expert, (i, j), stages, name, y)
+        return x, ys, stream
 
     def _of_expert(
-        self, pool: Any, at: tuple[int, int, int], number: int, norm: str, through: bool
+        self, pool: Any, k: int, i: int, j: int, number: int, norm: str, through: bool
     ) -> tuple[list[Tensor], Tensor]:
-        """What linear maps of an expert's layer put out for a part of its task, or ``through`` what: their
-        common input; and what went into ``norm``.
+        """``_run_expert`` with the outputs alone, or ``through`` what they come about: the input.
 
-        at: the numbers of the layer, the task and the part; number: of the stage. No path changes these, so
-        that every fit of the layer but the first, which may be the only one, finds them.
+        No path changes these, so that every fit of the layer but the first, which may be the only one, keeps
+        and finds them.
         """
-        k, i, j = at
-        if (found := self._theirs.get((at, number))) is None:
-            state, stages = self._expert_state(pool, i, j, k), self._stages_of(pool, k)
-            expert, names = self._experts(pool, k)[i], stages.stages[number]
-            with self._inside.within(expert, (i, j), stages.done[number]):
-                x, stream = run(pool.architecture, expert, state, names[0], norm)
-            outputs = [expert.maps[name](x) for name in names]
-            for name, y in zip(names, outputs, strict=True):
-                self._inside.put_out(expert, (i, j), stages, name, y)
-            found = [x] if through else outputs, stream
+        key = (k, i, j, number)
+        if (found := self._theirs.get(key)) is None:
+            x, ys, stream = self._run_expert(pool, k, i, j, number, norm)
+            found = [x] if through else ys, stream
             if k in self._again:  # what has found no room is computed each time
-                tensors = [*found[0], stream]
-                self._theirs.put((at, number), found, tensors, lambda other: True)
+                self._theirs.put(key, found, [*found[0], stream], lambda other: True)
         return found
 
-    def _knows(self, pool: Any, k: int, i: int, j: int) -> bool:
+    def _knows(self, k: int, i: int, j: int) -> bool:
         """Whether all that ``_of_expert`` says of a layer is known for a part."""
-        n = len(self._stages_of(pool, k).stages) if k in self._again else 1
-        return all(((k, i, j), number) in self._theirs for number in range(n))
-
-    def _stages_of(self, pool: Any, k: int) -> Stages:
-        if k not in self._stages:
-            layer, state = self._experts(pool, k)[0], self._expert_state(pool, 0, 0, k)
-            apply = pool.architecture.apply
-            self._stages[k] = Stages.of(lambda: apply(layer.module, state), layer)
-        return self._stages[k]
+        stages = range(len(self._places[k][1].maps)) if k in self._again else [0]
+        return all((k, i, j, number) in self._theirs for number in stages)
 
 
-def _depth(key: Any) -> int:
-    """Layers before a kept state: a path's key begins with its stem's step, an expert's with two words."""
-    (first, *_), *_ = key
-    return len(key[0]) - (2 if first == "expert" else 1)
+def _own_path(pool: Any, i: int, k: int) -> Path:
+    """What leads to expert i's layer k in its own model."""
+    return tuple(Step(pool.names[i], m) for m in range(-1, k))
 
 
 @contextlib.contextmanager
