@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sklearn.linear_model import LinearRegression, Ridge
 
-from rmm_lab.engine.ridge import RIDGES, choose_ridge
+from rmm_lab.engine.ridge import RIDGES, Folds
 from rmm_lab.errors import InputError
 from rmm_lab.matching import least_squares, regmean, step
 
@@ -376,6 +376,10 @@ def test_least_squares_refuses(changes, message):
 
 
 # ------------------------------------------------------------------------------- choosing a ridge
+
+
+def choose_ridge(xx, xy, *, weights, anchor, ridges=RIDGES):
+    return Folds(xx, weights).choose(xy, anchor, ridges)
 
 
 def in_folds(tasks, o=2, d=3):
