@@ -28,7 +28,7 @@ class Means:
     def __init__(self, folds: int, tasks: int, d: int, o: int = 0, *, ones: bool = False) -> None:
         self.ones, self.dtype = ones, torch.float64 if d + ones <= WIDE else torch.float32
         self.total = torch.zeros(folds, tasks, d + ones, d + ones + o, dtype=self.dtype)
-        self.rows = torch.zeros(folds, tasks, dtype=torch.int64)
+        self.rows = 0  # that count
         self.weight = torch.zeros(folds, tasks, dtype=torch.float64)
         band = BAND if self.dtype == torch.float64 else 4 * BAND
         self._bands = [slice(a, min(a + band, d)) for a in range(0, d, band)]
@@ -45,13 +45,13 @@ class Means:
 
         x: (..., D); ys: (..., O) of any O that add up; w: (...), None for 1. Rows of w = 0 do not count.
         """
-        rows = [None if w is None else w.flatten(), *(t.flatten(0, -2) for t in (x, *ys))]
         padded = w is not None and not bool((w > 0).all())
+        given: list[Any] = [w if w is None else w.flatten(), *(t.flatten(0, -2) for t in (x, *ys))]
         for fold, some in enumerate(folds):
-            own = [None if t is None else t[some] for t in rows]
-            if padded and own[0] is not None:  # what padding holds need be no number
+            own: list[Any] = [t if t is None else t[some] for t in given]
+            if padded:  # what padding holds need be no number
                 there = (own[0] > 0).nonzero().squeeze(1)
-                own = [None if t is None else t[there] for t in own]
+                own = [t[there] for t in own]
             self._add(fold, task, *own)
 
     def _add(self, fold: int, task: int, w: Any, x: Any, *ys: Any) -> None:
@@ -75,7 +75,7 @@ class Means:
                 if self.ones:
                     total[d, columns] += own.sum(0) if share is None else share @ own
             self.weight[fold, task] += size
-        self.rows[fold, task] += n
+        self.rows += n
 
     def take(self) -> tuple[Tensor, Tensor]:
         """(K, N, D, D) and (K, N, D, O), 0 where there are no rows; the sums are used up."""
@@ -91,35 +91,18 @@ class Means:
         return self.total[..., :d], self.total[..., d:]
 
 
-class Layer:
-    """A layer's module, the modules in it by name, and which of them are linear maps."""
-
-    def __init__(self, module: nn.Module) -> None:
-        self.module, self.modules = module, dict(module.named_modules())
-        self.maps = {name: m for name, m in self.modules.items() if isinstance(m, nn.Linear)}
-
-    def matrix(self, name: str) -> Tensor:
-        """A linear map's weights, and its bias behind them as one more column: (O, D) or (O, D + 1)."""
-        own = self.maps[name]
-        return own.weight if own.bias is None else torch.cat([own.weight, own.bias[:, None]], 1)
-
-    def set_matrix(self, name: str, matrix: Tensor) -> None:
-        """Others in their place."""
-        own = self.maps[name]
-        if own.bias is not None:
-            matrix, own.bias = matrix[:, :-1], _parameter(matrix[:, -1])
-        own.weight = _parameter(matrix)
-
-    @contextlib.contextmanager
-    def answering(self, forwards: Mapping[str, Callable[..., Any]]) -> Iterator[None]:
-        """Within the block modules of these names answer by other functions; whatever happens, not after."""
-        try:
-            for name, forward in forwards.items():
-                self.modules[name].__dict__["forward"] = forward  # faster than setattr
-            yield
-        finally:
-            for name in forwards:
-                self.modules[name].__dict__.pop("forward", None)
+@contextlib.contextmanager
+def answering(
+    modules: Mapping[str, nn.Module], forwards: Mapping[str, Callable[..., Any]]
+) -> Iterator[None]:
+    """Within the block modules of these names answer by other functions; whatever happens, not after it."""
+    try:
+        for name, forward in forwards.items():
+            modules[name].__dict__["forward"] = forward  # faster than setattr
+        yield
+    finally:
+        for name in forwards:
+            modules[name].__dict__.pop("forward", None)
 
 
 class Stages(NamedTuple):
@@ -135,8 +118,9 @@ class Stages(NamedTuple):
     ends: dict[str, tuple[str, int]]
 
     @classmethod
-    def of(cls, apply: Callable[[], Any], layer: Layer) -> Stages:
+    def of(cls, layer: nn.Module, apply: Callable[[], Any]) -> Stages:
         """What happens when ``apply`` runs the layer once."""
+        modules = {name: module for name, module in layer.named_modules() if name}
         stages, calls = list[list[str]](), Counter[str]()
         begun: dict[str, int] = {}  # by module, the stages that had begun when it ended
         ends: dict[str, tuple[str, int]] = {}
@@ -144,15 +128,15 @@ class Stages(NamedTuple):
 
         def run(name: str, *args: Any, **options: Any) -> Any:
             calls[name] += 1
-            if name in layer.maps:
+            module = modules[name]
+            if is_map := isinstance(module, nn.Linear):
                 if args[0] is not latest[0]:
                     stages.append([])
                 stages[-1].append(name)
                 latest[0] = args[0]
-            module = layer.modules[name]
             y = type(module).forward(module, *args, **options)
             first = y[0] if isinstance(y, tuple) else y
-            if name in layer.maps:
+            if is_map:
                 latest[1:] = name, y, y.clone()
             elif (
                 first is latest[2]
@@ -164,12 +148,32 @@ class Stages(NamedTuple):
                 begun[name] = len(stages)
             return y
 
-        with layer.answering({n: functools.partial(run, n) for n in layer.modules if n}):
+        with answering(modules, {name: functools.partial(run, name) for name in modules}):
             apply()
         once = {name: n for name, n in begun.items() if calls[name] == 1}
         final = [[name for name, n in once.items() if n <= m] for m in range(len(stages) + 1)]
         ends = {m: end for m, end in ends.items() if m in once and end[0] in once}
         return cls(stages, final, ends)
+
+
+class Layer:
+    """A layer's module, the modules in it by name, which of them are linear maps, and in what stages."""
+
+    def __init__(self, module: nn.Module, stages: Stages) -> None:
+        self.module, self.modules, self.stages = module, dict(module.named_modules()), stages
+        self.maps = {name: m for name, m in self.modules.items() if isinstance(m, nn.Linear)}
+
+    def matrix(self, name: str) -> Tensor:
+        """A linear map's weights, and its bias behind them as one more column: (O, D) or (O, D + 1)."""
+        own = self.maps[name]
+        return own.weight if own.bias is None else torch.cat([own.weight, own.bias[:, None]], 1)
+
+    def set_matrix(self, name: str, matrix: Tensor) -> None:
+        """Others in their place."""
+        own = self.maps[name]
+        if own.bias is not None:
+            matrix, own.bias = matrix[:, :-1], _parameter(matrix[:, -1])
+        own.weight = _parameter(matrix)
 
 
 class _Done(Exception):
@@ -199,7 +203,6 @@ class Remembered:
         layer: Layer,
         at: Hashable,
         state: Any,
-        stages: Stages,
         number: int,
         norm: str = "",
     ) -> tuple[Tensor, Tensor]:
@@ -218,24 +221,23 @@ class Remembered:
             found["stream"] = x
             return before(x)
 
-        forwards = self._forwards(layer, at, stages, number)
-        forwards[stages.maps[number][0]] = stop
+        forwards = self._forwards(layer, at, number)
+        forwards[layer.stages.maps[number][0]] = stop
         if norm:
             before = forwards.get(norm, layer.modules[norm].forward)
             forwards[norm] = note
-        with layer.answering(forwards), contextlib.suppress(_Done):
+        with answering(layer.modules, forwards), contextlib.suppress(_Done):
             arch.apply(layer.module, state)
         return found["x"], found.get("stream", found["x"])
 
-    def apply(self, arch: Any, layer: Layer, at: Hashable, state: Any, stages: Stages) -> Any:
+    def apply(self, arch: Any, layer: Layer, at: Hashable, state: Any) -> Any:
         """The state behind a layer that has all its weights."""
-        with layer.answering(self._forwards(layer, at, stages, len(stages.maps))):
+        forwards = self._forwards(layer, at, len(layer.stages.maps))
+        with answering(layer.modules, forwards):
             return arch.apply(layer.module, state)
 
-    def _forwards(
-        self, layer: Layer, at: Hashable, stages: Stages, number: int
-    ) -> dict[str, Callable[..., Any]]:
-        names = stages.final[number]
+    def _forwards(self, layer: Layer, at: Hashable, number: int) -> dict[str, Callable[..., Any]]:
+        names = layer.stages.final[number]
         return {name: functools.partial(self._answer, layer, at, name) for name in names}
 
     def _answer(self, layer: Layer, at: Hashable, name: str, *args: Any, **options: Any) -> Any:
@@ -251,17 +253,17 @@ class Remembered:
         """What a stage takes in, until ``finish``, while there is room."""
         self._keep(layer, at, HELD, x)
 
-    def finish(self, layer: Layer, stages: Stages, number: int) -> None:
+    def finish(self, layer: Layer, number: int) -> None:
         """A stage has its weights: what it puts out for each input that is held."""
         for (other, at), own in self._outputs.items():
             if other is layer and (x := own.pop(HELD, None)) is not None:
                 self._bytes -= _bytes(x)
-                for name in stages.maps[number]:
-                    self.put_out(layer, at, stages, name, layer.maps[name](x))
+                for name in layer.stages.maps[number]:
+                    self.put_out(layer, at, name, layer.maps[name](x))
 
-    def put_out(self, layer: Layer, at: Hashable, stages: Stages, name: str, y: Tensor) -> None:
+    def put_out(self, layer: Layer, at: Hashable, name: str, y: Tensor) -> None:
         """What a final linear map, and the largest module that ends with it, puts out."""
-        end, n = stages.ends.get(name, (name, 0))
+        end, n = layer.stages.ends.get(name, (name, 0))
         self._keep(layer, at, end, (y, *[None] * (n - 1)) if n else y)
 
     def _keep(self, layer: Layer, at: Hashable, name: str, output: Any) -> None:

@@ -4,8 +4,10 @@
 on them and on the experts alone. One of ``least_squares`` also depends on the path before it: its linear maps
 are fitted in the order in which they run, each to what the merged model so far feeds it.
 
-Nothing is stacked: inputs go through a layer batch by batch, and only their Gram matrices add up. States
-between layers are kept within a budget and computed again beyond it.
+A fit of a layer goes stage by stage, a stage being the linear maps that take the same input. ``_products``
+runs each task's inputs through the merged layers (``_state``) and the expert's up to the stage, batch by
+batch; nothing is stacked, only Gram matrices add up (``activations.Means``). From these ``_solve`` chooses a
+ridge and solves the maps (``ridge.Folds``). What is kept on the way has a budget; the rest is computed again.
 """
 
 from __future__ import annotations
@@ -43,9 +45,9 @@ class _Fit(NamedTuple):
     """A layer that is being fitted; for the options, from ``weights`` on, see ``Calibration.merge``."""
 
     pool: Any
-    k: int
-    layer: Layer  # the anchor's weights, and stage by stage the fitted ones
+    step: Step
     prefix: Path  # what feeds it
+    layer: Layer  # of the anchor's weights, and stage by stage the fitted ones
     weights: Tensor
     ridge: Any
     readout: float
@@ -69,14 +71,14 @@ class Calibration(Inputs):
     def _forget(self) -> None:
         self._cache, self._fitted = Cache(BUDGET), Cache(FITTED)
         self._theirs, self._inside = Cache(THEIRS), Remembered(INSIDE)
-        self._places: dict[int, tuple[list[Layer], Stages]] = {}
+        self._layers: dict[int, list[Layer]] = {}  # of the experts
         self._stems: dict[str, str] = {}
         self._again = set[int]()  # layers that have been fitted before
         self._helps: dict[str, bool] = {}  # operator -> whether it does better than its anchor
         self.notes: list[str] = []  # what a reader of the scores must know about the fits
 
     def __getstate__(self) -> dict[str, Any]:
-        computed = {"_inside": Remembered(INSIDE), "_places": {}}
+        computed = {"_inside": Remembered(INSIDE), "_layers": {}}
         return super().__getstate__() | computed  # a pickled cache is an empty one
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -112,25 +114,22 @@ class Calibration(Inputs):
     def _key(self, pool: Any, path: Path) -> Path:
         """The path, its stem named by the anchor where that is all it is: fits share what it puts out."""
         stem, *steps = path
-        if stem.source not in self._stems:
-            function, _, options = stem.source.partition(":")
-            source = stem.source
-            if function in MATCHED and "lean" not in options:
-                anchor = dict(parse_operator(source, pool.n_models).options).get("anchor")
-                if not pool.architecture.embeddings(self._batch(0, 0)):
-                    source = self._anchor_source(anchor)
+        if (source := stem.source) not in self._stems:
+            known = source.partition(":")[0] in MATCHED
+            if known and not pool.architecture.embeddings(self._batch(0, 0)):
+                options = dict(parse_operator(source, pool.n_models).options)
+                source = self._anchor_source(options.get("anchor"))
             self._stems[stem.source] = source
         return (stem._replace(source=self._stems[stem.source]), *steps)
 
-    def _place(self, pool: Any, k: int) -> tuple[list[Layer], Stages]:
-        """Each expert's layer k, in a module of its own since other threads may be running the pool's, and
-        how such layers run."""
-        if k not in self._places:
+    def _experts(self, pool: Any, k: int) -> list[Layer]:
+        """Each expert's layer k in a module of its own, since other threads may be running the pool's."""
+        if k not in self._layers:
             arch, state = pool.architecture, self._state(pool, _own_path(pool, 0, k), 0, 0)
-            experts = [Layer(arch.layer(k, pool.weights(e, k))) for e in pool.names]
-            stages = Stages.of(lambda: arch.apply(experts[0].module, state), experts[0])
-            self._places[k] = experts, stages
-        return self._places[k]
+            modules = [arch.layer(k, pool.weights(e, k)) for e in pool.names]
+            stages = Stages.of(modules[0], lambda: arch.apply(modules[0], state))
+            self._layers[k] = [Layer(module, stages) for module in modules]
+        return self._layers[k]
 
     def _all_parts(self) -> list[tuple[int, int]]:
         """The numbers of each task and part."""
@@ -197,7 +196,10 @@ class Calibration(Inputs):
             return anchor
         if k < 0:
             return self._embeddings(pool, anchor, weights)
-        return self._least_squares(pool, anchor, step, prefix, weights, options | {"ridge": ridge})
+        layer = Layer(pool.architecture.layer(k, anchor), self._experts(pool, k)[0].stages)
+        readout, residual = options.get("readout", READOUT), options.get("residual", RESIDUAL)
+        fit = _Fit(pool, step, prefix, layer, weights, ridge, readout, residual)
+        return self._least_squares(fit)
 
     def _is_better(self, pool: Any, operator: Any) -> bool:
         """Whether fits to either half of the inputs bring every task nearer to its expert's answers on the
@@ -270,8 +272,8 @@ class Calibration(Inputs):
         return out
 
     def _regmean(self, pool: Any, anchor: Weights, k: int, alpha: float) -> Weights:
-        out, (experts, stages) = dict(anchor), self._place(pool, k)
-        for number, names in enumerate(stages.maps):
+        out, experts = dict(anchor), self._experts(pool, k)
+        for number, names in enumerate(experts[0].stages.maps):
             means = Means(1, len(experts), experts[0].maps[names[0]].in_features)
             for i, j in self._all_parts():
                 x, *_ = self._run_expert(pool, k, i, j, number)
@@ -291,27 +293,16 @@ class Calibration(Inputs):
         if not any(note[:10] == text[:10] for note in self.notes):  # once of each kind
             self.notes.append(text)
 
-    def _least_squares(
-        self,
-        pool: Any,
-        anchor: Weights,
-        step: Step,
-        prefix: Path,
-        weights: Tensor,
-        options: dict[str, Any],
-    ) -> Weights:
-        """One stage of the layer after the other: what goes into it depends on the fit of those before."""
-        k, (_, stages) = step.layer, self._place(pool, step.layer)
-        layer = Layer(pool.architecture.layer(k, anchor))
-        readout, residual = options.get("readout", READOUT), options.get("residual", RESIDUAL)
-        fit = _Fit(pool, k, layer, prefix, weights, options["ridge"], readout, residual)
-        is_last = k + 1 == pool.n_layers
-        for number, names in enumerate(stages.maps):
+    def _least_squares(self, fit: _Fit) -> Weights:
+        """The layer's weights, fitted one stage after the other, since each feeds those behind it."""
+        layer, k = fit.layer, fit.step.layer
+        is_last = k + 1 == fit.pool.n_layers
+        for number, names in enumerate(layer.stages.maps):
             self._solve(fit, names, *self._products(fit, number))
-            if not is_last or names is not stages.maps[-1]:
-                self._inside.finish(layer, stages, number)
+            if not is_last or names is not layer.stages.maps[-1]:
+                self._inside.finish(layer, number)
         if not is_last:
-            self._hand_on(fit, (*prefix, step))
+            self._hand_on(fit)
         self._inside.clear()
         self._again.add(k)
         return dict(layer.module.state_dict())
@@ -319,31 +310,27 @@ class Calibration(Inputs):
     def _products(self, fit: _Fit, number: int) -> tuple[Tensor, Tensor]:
         """Means of a stage's inputs times themselves, and times what its maps should put out, over the rows
         of each fold and task: (K, N, D, D), (K, N, D, sum of O)."""
-        pool, k, layer, arch = fit.pool, fit.k, fit.layer, fit.pool.architecture
-        experts, stages = self._place(pool, k)
-        names = stages.maps[number]
+        pool, k, layer, arch = fit.pool, fit.step.layer, fit.layer, fit.pool.architecture
+        experts, names = self._experts(pool, k), layer.stages.maps[number]
         maps = [layer.maps[name] for name in names]
-        with_bias, d, o = (
-            maps[0].bias is not None,
-            maps[0].in_features,
-            sum(m.out_features for m in maps),
-        )
+        d, o = maps[0].in_features, sum(m.out_features for m in maps)
+        with_bias = maps[0].bias is not None
         norm, scale = arch.writes(layer.module).get(names[0], ("", ""))
-        # Products with what the experts' maps take in say the same as with what they put out.
+        # Products with what the experts' maps take in, if that is less, say the same as with their outputs.
         through = not norm and d + with_bias < o
         folds = FOLDS if fit.ridge == "auto" else 1
         means = Means(folds, len(experts), d, d if through else o, ones=with_bias)
         for i, j in self._all_parts():
             state, seen = self._state(pool, fit.prefix, i, j), norm if fit.residual else ""
             ys, their_stream = self._of_expert(pool, k, i, j, number, norm, through)
-            x, stream = self._inside.inputs(arch, layer, (i, j), state, stages, number, seen)
+            x, stream = self._inside.inputs(arch, layer, (i, j), state, number, seen)
             self._inside.hold(layer, (i, j), x)
             if seen:
                 lack = (their_stream - stream) * fit.residual
                 ys = [make_up(ys[0], lack, layer, experts[i], scale, fit.residual)]
             w = arch.row_weights(layer.module, names[0], state, fit.readout)
             means.add(i, x, ys, w, self._ranges(i, j, x) if folds > 1 else [slice(None)])
-        if (n := int(means.rows.sum())) < d:
+        if (n := means.rows) < d:
             self._note(
                 f"fewer inputs than layers are wide (such as {n} tokens for the {d} inputs of "
                 f"{names[0]}): the ridge holds what they leave open to the anchor"
@@ -353,48 +340,47 @@ class Calibration(Inputs):
 
     def _solve(self, fit: _Fit, names: list[str], xx: Tensor, xy: Tensor) -> None:
         """Fit a stage's maps to its products, see ``_products``."""
-        with _at(f"least squares at layer {fit.k}, {names[0]}"):
+        with _at(f"least squares at layer {fit.step.layer}, {names[0]}"):
             folds = ridge.Folds(xx, fit.weights)
         widths = [fit.layer.maps[name].out_features for name in names]
         for name, own in zip(names, xy.split(widths, -1), strict=True):
-            with _at(f"least squares at layer {fit.k}, {name}"):
+            with _at(f"least squares at layer {fit.step.layer}, {name}"):
                 solved = folds.solution(own, fit.layer.matrix(name), fit.ridge)
             fit.layer.set_matrix(name, solved)
 
-    def _hand_on(self, fit: _Fit, path: Path) -> None:
+    def _hand_on(self, fit: _Fit) -> None:
         """Keep the states behind the layer, of the path and of the experts: the next layer asks for them, and
         little is left to compute."""
-        pool, k = fit.pool, fit.k
-        experts, stages = self._place(pool, k)
+        pool, k = fit.pool, fit.step.layer
 
         def keep(layer: Layer, path: Path, i: int, j: int) -> None:
             state = self._state(pool, path[:-1], i, j)
-            found = self._inside.apply(pool.architecture, layer, (i, j), state, stages)
-            self._store(pool, path, i, j, found)
+            behind = self._inside.apply(pool.architecture, layer, (i, j), state)
+            self._store(pool, path, i, j, behind)
 
         for i, j in self._all_parts():
-            keep(fit.layer, path, i, j)
+            keep(fit.layer, (*fit.prefix, fit.step), i, j)
             own = _own_path(pool, i, k + 1)
             if (own, i, j) not in self._cache and not self._knows(k + 1, i, j):
-                keep(experts[i], own, i, j)
+                keep(self._experts(pool, k)[i], own, i, j)
 
     def _run_expert(
         self, pool: Any, k: int, i: int, j: int, number: int, norm: str = ""
     ) -> tuple[Tensor, list[Tensor], Tensor]:
         """What a stage of expert i's layer k takes in and puts out for part j of its task, and what goes into
         ``norm``."""
-        arch, (experts, stages) = pool.architecture, self._place(pool, k)
-        expert, state = experts[i], self._state(pool, _own_path(pool, i, k), i, j)
-        x, stream = self._inside.inputs(arch, expert, (i, j), state, stages, number, norm)
-        ys = [expert.maps[name](x) for name in stages.maps[number]]
-        for name, y in zip(stages.maps[number], ys, strict=True):
-            self._inside.put_out(expert, (i, j), stages, name, y)
+        expert, state = self._experts(pool, k)[i], self._state(pool, _own_path(pool, i, k), i, j)
+        x, stream = self._inside.inputs(pool.architecture, expert, (i, j), state, number, norm)
+        names = expert.stages.maps[number]
+        ys = [expert.maps[name](x) for name in names]
+        for name, y in zip(names, ys, strict=True):
+            self._inside.put_out(expert, (i, j), name, y)
         return x, ys, stream
 
     def _of_expert(
         self, pool: Any, k: int, i: int, j: int, number: int, norm: str, through: bool
     ) -> tuple[list[Tensor], Tensor]:
-        """``_run_expert`` with the outputs alone, or ``through`` what they come about: the input.
+        """``_run_expert`` with the outputs alone, or, ``through`` the maps, with the input alone.
 
         No path changes these, so that every fit of the layer but the first, which may be the only one, keeps
         and finds them.
@@ -409,7 +395,7 @@ class Calibration(Inputs):
 
     def _knows(self, k: int, i: int, j: int) -> bool:
         """Whether all that ``_of_expert`` says of a layer is known for a part."""
-        stages = range(len(self._places[k][1].maps)) if k in self._again else [0]
+        stages = range(len(self._layers[k][i].stages.maps)) if k in self._again else [0]
         return all((k, i, j, number) in self._theirs for number in stages)
 
 
