@@ -92,7 +92,7 @@ class Cache:
         key: Hashable,
         value: Any,
         tensors: Iterable[Tensor],
-        spare: Callable[[Hashable], bool] = lambda other: False,
+        spare: Callable[[Any], bool] = lambda other: False,
     ) -> None:
         """Keep a value that holds ``tensors``, and forget the oldest until the budget is met.
 

@@ -104,12 +104,8 @@ class Calibration(Inputs):
     def _store(self, pool: Any, path: Path, i: int, j: int, state: Any) -> None:
         """Keep a state, but for no other of its depth: where not all fit, each pass over all parts would
         push out what the next one asks for first."""
-
-        def spare(other: Any) -> bool:
-            return len(other[0]) == len(path)
-
         key, tensors = (self._key(pool, path), i, j), pool.architecture.tensors(state)
-        self._cache.put(key, state, tensors, spare)
+        self._cache.put(key, state, tensors, lambda other: len(other[0]) == len(path))
 
     def _key(self, pool: Any, path: Path) -> Path:
         """The path, its stem named by the anchor where that is all it is: fits share what it puts out."""

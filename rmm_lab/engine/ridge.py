@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,6 +16,7 @@ MANY, WIDE, OUTPUTS = 128, 300, 64  # see ``Folds.choose``
 NEAR, SMALL = 1e-3, 1e-4
 INFINITE = float("inf")  # the ridge that leaves the anchor as it is
 RIDGES = (1e-6, 1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0, INFINITE)  # what one is chosen from
+_Mean = Callable[[Tensor], Tensor]
 
 
 class Folds:
@@ -29,7 +31,7 @@ class Folds:
         diagonal = xx.diagonal(dim1=-2, dim2=-1)  # (K, N, D), finite only where all else is
         matching.check("xx", xx[:, :, :1], (k, n, 1, d))
         matching.check("xx", diagonal, (k, n, d))
-        self._xx, self._there = xx, diagonal.any(-1)  # (K, N) bool
+        self._xx, self._mean, self._there = xx, _means(xx), diagonal.any(-1)  # (K, N) bool
         self._weights = torch.tensor(matching.shares(weights, n), dtype=torch.float64)
 
     def solution(self, xy: Tensor, anchor: Tensor, ridge: float | str) -> Tensor:
@@ -39,17 +41,25 @@ class Folds:
         number, or ``auto`` for the best.
         """
         matching.check("xy", xy, (*self._xx.shape[:3], len(anchor)))
-        best = self.choose(xy, anchor) if isinstance(ridge, str) else ridge
+        mean = _means(xy)
+        best = self.choose(xy, anchor, mean=mean) if isinstance(ridge, str) else ridge
         if best == INFINITE:
             return anchor.clone()
         whole = _shares(self._there, self._weights)
-        a, b, start = _mixed(self._xx, whole), _mixed(xy, whole), anchor.double().T
+        a, b, start = self._mean(whole), mean(whole), anchor.double().T
         return matching.towards(a, b, start, best, self._xx.dtype).T.to(anchor.dtype)
 
-    def choose(self, xy: Tensor, anchor: Tensor, ridges: Sequence[float] = RIDGES) -> float:
+    def choose(
+        self,
+        xy: Tensor,
+        anchor: Tensor,
+        ridges: Sequence[float] = RIDGES,
+        mean: _Mean | None = None,
+    ) -> float:
         """The ridge whose solution on some inputs does best on others: cross-validation over folds.
 
-        xy: (K, N, D, O); a task is not scored on a fold that lacks it; anchor: (O, D); ridges: ascending.
+        xy: (K, N, D, O); a task is not scored on a fold that lacks it; anchor: (O, D); ridges: ascending;
+        mean: ``_means(xy)``, where it is used again.
         Returns the largest of the best ridges; infinity, the anchor, where no fold can be held out. Source:
         Hastie et al. 2009, Sec. 7.10.
 
@@ -59,14 +69,11 @@ class Folds:
         """
         matching.check("xy", xy, (*self._xx.shape[:3], len(anchor)))
         (outputs, d), start = anchor.shape, anchor.double().T
+        mean = mean or _means(xy)
         if d > WIDE and outputs > OUTPUTS:
             columns = torch.linspace(0, outputs - 1, OUTPUTS).long()
-            xy, start = xy[..., columns], start[:, columns]
-        parts = []
-        for held in range(1 if d > WIDE else len(xy)):
-            if split := self._split(held):
-                (a, held_a), (b, held_b) = ([_mixed(m, s) for s in split] for m in (self._xx, xy))
-                parts.append((a, b, held_a, held_b, start))
+            mean, start = _means(xy[..., columns]), start[:, columns]
+        parts = [(s, mean(s.rest), mean(s.alone), start) for s in self._splits]
         if not parts:
             return INFINITE
         if d <= MANY:
@@ -91,17 +98,36 @@ class Folds:
             at = next((n for n in near if better(ridges[n], ridges[best])), None)
         return ridges[best]
 
-    def _split(self, held: int) -> tuple[Tensor, Tensor] | None:
-        """How much each fold and task counts in a fit without fold ``held``, and on that alone: (K, N) each.
+    @functools.cached_property
+    def _splits(self) -> list[_Split]:
+        """For each fold to be held out; none where no task that counts has rows both there and elsewhere."""
+        (k, _, d, _), out = self._xx.shape, []
+        for held in range(1 if d > WIDE else k):
+            alone = self._there & (torch.arange(k) == held)[:, None]
+            rest = self._there & ~alone
+            own = self._weights * (alone.any(0) & rest.any(0))  # (N,)
+            if own.any():
+                shares = _shares(rest, self._weights), _shares(alone, own / sum(own.tolist()))
+                split = _Split(*shares, *map(self._mean, shares))
+                out.append(split.turned() if d <= MANY else split)
+        return out
 
-        None where no task that counts has rows both there and elsewhere.
-        """
-        alone = self._there & (torch.arange(len(self._there)) == held)[:, None]
-        rest = self._there & ~alone
-        own = self._weights * (alone.any(0) & rest.any(0))  # (N,)
-        if not own.any():
-            return None
-        return _shares(rest, self._weights), _shares(alone, own / sum(own.tolist()))
+
+class _Split(NamedTuple):
+    """One fold held out; all maps of the same inputs share what is computed from these alone.
+
+    Turned, what is held out is in the directions of a's eigenvectors: one decomposition serves all ridges.
+    """
+
+    rest: Tensor  # (K, N), how much each fold and task counts in a fit
+    alone: Tensor  # (K, N), and in what is held out
+    a: Tensor  # (D, D), the Gram matrix of the former
+    held: Tensor  # (D, D), of the latter
+    eigen: Any = None  # of a: (D,), (D, D)
+
+    def turned(self) -> _Split:
+        values, turn = torch.linalg.eigh(self.a)
+        return self._replace(held=turn.T @ self.held @ turn, eigen=(values, turn))
 
 
 def _shares(there: Tensor, weights: Tensor) -> Tensor:
@@ -109,41 +135,51 @@ def _shares(there: Tensor, weights: Tensor) -> Tensor:
     return weights * there / there.sum(0).clamp(min=1)
 
 
-def _mixed(matrices: Tensor, shares: Tensor) -> Tensor:
-    """The mean of (K, N, ...) over folds and tasks in float64: (...). shares: they add up to 1."""
-    total: Tensor | None = None
-    sizes = [sum(of_fold) for of_fold in shares.tolist()]
-    for own, of_fold, size in zip(matrices, shares.tolist(), sizes, strict=True):
-        if not size:
-            continue
-        part = torch.zeros(own.shape[1:], dtype=torch.float64)
-        for matrix, share in zip(own, of_fold, strict=True):
+def _means(matrices: Tensor) -> _Mean:
+    """What takes shares that add up to 1, (K, N), to the mean of (K, N, ...) over folds and tasks: (...) in
+    float64, not to be changed. Unless they are wide, means of single folds are kept for the next shares."""
+
+    def of_fold(fold: int, *shares: float) -> Tensor:
+        total = torch.zeros(matrices.shape[2:], dtype=torch.float64)
+        for matrix, share in zip(matrices[fold], shares, strict=True):
             if share:
-                part.add_(matrix, alpha=share / size)
-        if size == sum(sizes):  # all that there is, and the shares add up to 1
-            return part
-        total = part * size if total is None else total.add_(part, alpha=size)
-    return torch.zeros(matrices.shape[2:], dtype=torch.float64) if total is None else total
+                total.add_(matrix, alpha=share)
+        return total
+
+    known = functools.cache(of_fold) if matrices.shape[2] <= WIDE else of_fold
+
+    def mean(shares: Tensor) -> Tensor:
+        parts = [
+            (known(fold, *(share / size for share in own)), size)
+            for fold, own in enumerate(shares.tolist())
+            if (size := sum(own))
+        ]
+        if len(parts) == 1:
+            return parts[0][0]
+        total = torch.zeros(matrices.shape[2:], dtype=torch.float64)
+        for part, size in parts:
+            total.add_(part, alpha=size)
+        return total
+
+    return mean
 
 
 def _errors(
-    a: Tensor, b: Tensor, held: Tensor, held_b: Tensor, start: Tensor, ridges: Sequence[float]
+    split: _Split, b: Tensor, held_b: Tensor, start: Tensor, ridges: Sequence[float]
 ) -> list[float]:
-    """Errors of ridges on what is held out, less the anchor's: in the directions of a's eigenvectors one
-    decomposition serves every ridge.
+    """Errors of ridges on what is held out, less the anchor's, from a split that is turned.
 
-    There the solution is ``first + c * moved``, row by row, with a c for each direction and ridge, and its
+    The solution is ``first + c * moved``, row by row, with a c for each direction and ridge, and its
     error is a quadratic in c: outputs are summed over once, for all ridges.
 
-    a, held: (D, D), Gram matrices of what a solution is fitted to and of what is held out; b, held_b: (D, O),
-    the products with what the map should put out; start: (D, O), the anchor.
+    b, held_b: (D, O), the products with what the map should put out of what a solution is fitted to and of
+    what is held out; start: (D, O), the anchor.
     """
-    values, turn = torch.linalg.eigh(a)
-    turned = turn.T @ held @ turn
-    first, moved = turn.T @ start, turn.T @ (b - a @ start)  # (D, O)
-    square = turned * (moved @ moved.T)  # (D, D)
-    slope = (moved * (turned @ first - turn.T @ held_b)).sum(1)  # (D,)
-    mean, least = float(a.diagonal().mean()), torch.finfo(b.dtype).tiny
+    values, turn = split.eigen
+    first, moved = turn.T @ start, turn.T @ (b - split.a @ start)  # (D, O)
+    square = split.held * (moved @ moved.T)  # (D, D)
+    slope = (moved * (split.held @ first - turn.T @ held_b)).sum(1)  # (D,)
+    mean, least = float(split.a.diagonal().mean()), torch.finfo(b.dtype).tiny
 
     rho = [0.0 if r == INFINITE else r * mean for r in ridges]
     c = 1 / (values.clamp(min=0) + values.new_tensor(rho)[:, None]).clamp(min=least)  # (R, D)
@@ -152,13 +188,14 @@ def _errors(
 
 
 def _solved(
-    a: Tensor, b: Tensor, held: Tensor, held_b: Tensor, start: Tensor, dtype: torch.dtype
+    split: _Split, b: Tensor, held_b: Tensor, start: Tensor, dtype: torch.dtype
 ) -> Callable[[float, bool], float]:
     """One of ``_errors`` at a time, by a factorisation: for many inputs faster than one decomposition.
 
     Unless it must be exact, a ridge that makes up for float32's rounding errors has its error in float32.
-    dtype: in which a was summed up.
+    dtype: in which ``split.a`` was summed up.
     """
+    a, held = split.a, split.held
     lack, slope = b - a @ start, 2 * (held @ start - held_b)  # (D, O), of all ridges
     mean, size = float(a.diagonal().mean()), float(a.norm())
     fast = [t.float() for t in (a, held, lack, slope)]
