@@ -16,7 +16,6 @@ MANY, WIDE, OUTPUTS = 128, 300, 64  # see ``Folds.choose``
 NEAR, SMALL = 1e-3, 1e-4
 INFINITE = float("inf")  # the ridge that leaves the anchor as it is
 RIDGES = (1e-6, 1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0, INFINITE)  # what one is chosen from
-_Mean = Callable[[Tensor], Tensor]
 
 
 class Folds:
@@ -41,25 +40,17 @@ class Folds:
         number, or ``auto`` for the best.
         """
         matching.check("xy", xy, (*self._xx.shape[:3], len(anchor)))
-        mean = _means(xy)
-        best = self.choose(xy, anchor, mean=mean) if isinstance(ridge, str) else ridge
+        best = self.choose(xy, anchor) if isinstance(ridge, str) else ridge
         if best == INFINITE:
             return anchor.clone()
         whole = _shares(self._there, self._weights)
-        a, b, start = self._mean(whole), mean(whole), anchor.double().T
+        a, b, start = self._mean(whole), _means(xy)(whole), anchor.double().T
         return matching.towards(a, b, start, best, self._xx.dtype).T.to(anchor.dtype)
 
-    def choose(
-        self,
-        xy: Tensor,
-        anchor: Tensor,
-        ridges: Sequence[float] = RIDGES,
-        mean: _Mean | None = None,
-    ) -> float:
+    def choose(self, xy: Tensor, anchor: Tensor, ridges: Sequence[float] = RIDGES) -> float:
         """The ridge whose solution on some inputs does best on others: cross-validation over folds.
 
-        xy: (K, N, D, O); a task is not scored on a fold that lacks it; anchor: (O, D); ridges: ascending;
-        mean: ``_means(xy)``, where it is used again.
+        xy: (K, N, D, O); a task is not scored on a fold that lacks it; anchor: (O, D); ridges: ascending.
         Returns the largest of the best ridges; infinity, the anchor, where no fold can be held out. Source:
         Hastie et al. 2009, Sec. 7.10.
 
@@ -69,10 +60,10 @@ class Folds:
         """
         matching.check("xy", xy, (*self._xx.shape[:3], len(anchor)))
         (outputs, d), start = anchor.shape, anchor.double().T
-        mean = mean or _means(xy)
         if d > WIDE and outputs > OUTPUTS:
             columns = torch.linspace(0, outputs - 1, OUTPUTS).long()
-            mean, start = _means(xy[..., columns]), start[:, columns]
+            xy, start = xy[..., columns], start[:, columns]
+        mean = _means(xy)
         parts = [(s, mean(s.rest), mean(s.alone), start) for s in self._splits]
         if not parts:
             return INFINITE
@@ -135,7 +126,7 @@ def _shares(there: Tensor, weights: Tensor) -> Tensor:
     return weights * there / there.sum(0).clamp(min=1)
 
 
-def _means(matrices: Tensor) -> _Mean:
+def _means(matrices: Tensor) -> Callable[[Tensor], Tensor]:
     """What takes shares that add up to 1, (K, N), to the mean of (K, N, ...) over folds and tasks: (...) in
     float64, not to be changed. Unless they are wide, means of single folds are kept for the next shares."""
 
