@@ -157,10 +157,11 @@ class Stages(NamedTuple):
 
 
 class Layer:
-    """A layer's module, the modules in it by name, which of them are linear maps, and in what stages."""
+    """A layer's module, what takes it and a state to the next state, its stages, and the modules in it."""
 
-    def __init__(self, module: nn.Module, stages: Stages) -> None:
-        self.module, self.modules, self.stages = module, dict(module.named_modules()), stages
+    def __init__(self, module: nn.Module, apply: Callable[..., Any], stages: Stages) -> None:
+        self.module, self.apply, self.stages = module, apply, stages
+        self.modules = dict(module.named_modules())
         self.maps = {name: m for name, m in self.modules.items() if isinstance(m, nn.Linear)}
 
     def matrix(self, name: str) -> Tensor:
@@ -198,13 +199,7 @@ class Remembered:
         self._bytes = 0
 
     def inputs(
-        self,
-        arch: Any,
-        layer: Layer,
-        at: Hashable,
-        state: Any,
-        number: int,
-        norm: str = "",
+        self, layer: Layer, at: Hashable, state: Any, number: int, norm: str = ""
     ) -> tuple[Tensor, Tensor]:
         """What goes into a stage of a layer, and into a norm before it if that is given; no map of the stage
         runs.
@@ -227,14 +222,13 @@ class Remembered:
             before = forwards.get(norm, layer.modules[norm].forward)
             forwards[norm] = note
         with answering(layer.modules, forwards), contextlib.suppress(_Done):
-            arch.apply(layer.module, state)
+            layer.apply(layer.module, state)
         return found["x"], found.get("stream", found["x"])
 
-    def apply(self, arch: Any, layer: Layer, at: Hashable, state: Any) -> Any:
+    def behind(self, layer: Layer, at: Hashable, state: Any) -> Any:
         """The state behind a layer that has all its weights."""
-        forwards = self._forwards(layer, at, len(layer.stages.maps))
-        with answering(layer.modules, forwards):
-            return arch.apply(layer.module, state)
+        with answering(layer.modules, self._forwards(layer, at, len(layer.stages.maps))):
+            return layer.apply(layer.module, state)
 
     def _forwards(self, layer: Layer, at: Hashable, number: int) -> dict[str, Callable[..., Any]]:
         names = layer.stages.final[number]

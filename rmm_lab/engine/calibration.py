@@ -121,10 +121,10 @@ class Calibration(Inputs):
     def _experts(self, pool: Any, k: int) -> list[Layer]:
         """Each expert's layer k in a module of its own, since other threads may be running the pool's."""
         if k not in self._layers:
-            arch, state = pool.architecture, self._state(pool, _own_path(pool, 0, k), 0, 0)
+            arch, state = pool.architecture, self._state(pool, _whole(pool.names[0], k), 0, 0)
             modules = [arch.layer(k, pool.weights(e, k)) for e in pool.names]
             stages = Stages.of(modules[0], lambda: arch.apply(modules[0], state))
-            self._layers[k] = [Layer(module, stages) for module in modules]
+            self._layers[k] = [Layer(module, arch.apply, stages) for module in modules]
         return self._layers[k]
 
     def _all_parts(self) -> list[tuple[int, int]]:
@@ -139,7 +139,7 @@ class Calibration(Inputs):
         """
         far, size = np.zeros((2, pool.n_models))
         for i, j in self._all_parts():
-            paths = path, _own_path(pool, i, path[-1].layer + 1)
+            paths = path, _whole(pool.names[i], path[-1].layer + 1)
             ours, theirs = (pool.architecture.stream(self._state(pool, p, i, j)) for p in paths)
             far[i] += float((ours - theirs).square().sum())
             size[i] += float(theirs.square().sum())
@@ -192,7 +192,8 @@ class Calibration(Inputs):
             return anchor
         if k < 0:
             return self._embeddings(pool, anchor, weights)
-        layer = Layer(pool.architecture.layer(k, anchor), self._experts(pool, k)[0].stages)
+        arch, stages = pool.architecture, self._experts(pool, k)[0].stages
+        layer = Layer(arch.layer(k, anchor), arch.apply, stages)
         readout, residual = options.get("readout", READOUT), options.get("residual", RESIDUAL)
         fit = _Fit(pool, step, prefix, layer, weights, ridge, readout, residual)
         return self._least_squares(fit)
@@ -227,12 +228,13 @@ class Calibration(Inputs):
     def _distances(self, pool: Any, source: str) -> np.ndarray:
         """KL divergence of a source's whole model from each expert on its task: (N,)."""
         total, n = np.zeros((2, pool.n_models))
-        path = tuple(Step(source, k) for k in range(-1, pool.n_layers))
         for i, j in self._all_parts():
             logs = []
-            for own in (_own_path(pool, i, pool.n_layers), path):
-                stem, state = pool.stem(own[0].source), self._state(pool, own, i, j)
-                logits = pool.architecture.logits(stem, state, pool.heads[pool.names[i]])
+            for model in (pool.names[i], source):
+                state = self._state(pool, _whole(model, pool.n_layers), i, j)
+                logits = pool.architecture.logits(
+                    pool.stem(model), state, pool.heads[pool.names[i]]
+                )
                 logs.append(logits.double().log_softmax(-1))
             p = logs[0].exp()  # 0 for choices that a row lacks, whose logarithm is no number
             total[i] += float(torch.where(p > 0, p * (logs[0] - logs[1]), 0.0).sum())
@@ -273,7 +275,7 @@ class Calibration(Inputs):
             means = Means(1, len(experts), experts[0].maps[names[0]].in_features)
             for i, j in self._all_parts():
                 x, *_ = self._run_expert(pool, k, i, j, number)
-                state = self._state(pool, _own_path(pool, i, k), i, j)
+                state = self._state(pool, _whole(pool.names[i], k), i, j)
                 w = pool.architecture.row_weights(experts[i].module, names[0], state, 0.0)
                 means.add(i, x, w=w)
             gram = means.take()[0][0]  # (N, D, D)
@@ -292,12 +294,10 @@ class Calibration(Inputs):
     def _least_squares(self, fit: _Fit) -> Weights:
         """The layer's weights, fitted one stage after the other, since each feeds those behind it."""
         layer, k = fit.layer, fit.step.layer
-        is_last = k + 1 == fit.pool.n_layers
         for number, names in enumerate(layer.stages.maps):
             self._solve(fit, names, *self._products(fit, number))
-            if not is_last or names is not layer.stages.maps[-1]:
-                self._inside.finish(layer, number)
-        if not is_last:
+            self._inside.finish(layer, number)
+        if k + 1 < fit.pool.n_layers:
             self._hand_on(fit)
         self._inside.clear()
         self._again.add(k)
@@ -319,7 +319,7 @@ class Calibration(Inputs):
         for i, j in self._all_parts():
             state, seen = self._state(pool, fit.prefix, i, j), norm if fit.residual else ""
             ys, their_stream = self._of_expert(pool, k, i, j, number, norm, through)
-            x, stream = self._inside.inputs(arch, layer, (i, j), state, number, seen)
+            x, stream = self._inside.inputs(layer, (i, j), state, number, seen)
             self._inside.hold(layer, (i, j), x)
             if seen:
                 lack = (their_stream - stream) * fit.residual
@@ -350,13 +350,12 @@ class Calibration(Inputs):
         pool, k = fit.pool, fit.step.layer
 
         def keep(layer: Layer, path: Path, i: int, j: int) -> None:
-            state = self._state(pool, path[:-1], i, j)
-            behind = self._inside.apply(pool.architecture, layer, (i, j), state)
-            self._store(pool, path, i, j, behind)
+            before = self._state(pool, path[:-1], i, j)
+            self._store(pool, path, i, j, self._inside.behind(layer, (i, j), before))
 
         for i, j in self._all_parts():
             keep(fit.layer, (*fit.prefix, fit.step), i, j)
-            own = _own_path(pool, i, k + 1)
+            own = _whole(pool.names[i], k + 1)
             if (own, i, j) not in self._cache and not self._knows(k + 1, i, j):
                 keep(self._experts(pool, k)[i], own, i, j)
 
@@ -365,8 +364,8 @@ class Calibration(Inputs):
     ) -> tuple[Tensor, list[Tensor], Tensor]:
         """What a stage of expert i's layer k takes in and puts out for part j of its task, and what goes into
         ``norm``."""
-        expert, state = self._experts(pool, k)[i], self._state(pool, _own_path(pool, i, k), i, j)
-        x, stream = self._inside.inputs(pool.architecture, expert, (i, j), state, number, norm)
+        expert, state = self._experts(pool, k)[i], self._state(pool, _whole(pool.names[i], k), i, j)
+        x, stream = self._inside.inputs(expert, (i, j), state, number, norm)
         names = expert.stages.maps[number]
         ys = [expert.maps[name](x) for name in names]
         for name, y in zip(names, ys, strict=True):
@@ -395,9 +394,9 @@ class Calibration(Inputs):
         return all((k, i, j, number) in self._theirs for number in stages)
 
 
-def _own_path(pool: Any, i: int, k: int) -> Path:
-    """What leads to expert i's layer k in its own model."""
-    return tuple(Step(pool.names[i], m) for m in range(-1, k))
+def _whole(source: str, k: int) -> Path:
+    """What leads to layer k of one source's whole model."""
+    return tuple(Step(source, m) for m in range(-1, k))
 
 
 @contextlib.contextmanager
