@@ -43,6 +43,7 @@ from rmm_lab.evidence.real_scale import PAIR, SETS
 from rmm_lab.evidence.rows import KINDS
 from rmm_lab.figures.paths import COLOURS, panels, tidy
 from rmm_lab.figures.render import png
+from rmm_lab.figures.searches import ABOVE
 from rmm_lab.search import matched, rivals, uniform
 from rmm_lab.search.config import configure
 from rmm_lab.search.finalists import candidates, rank
@@ -301,7 +302,7 @@ def markdown(rows: pd.DataFrame) -> str:
 def picture(rows: pd.DataFrame) -> Any:
     """Test score against seconds: a step line for each method and seed."""
     groups = list(rows["group"].unique())
-    figure, axes = panels(len(groups), min(2, len(groups)), 7, 4)
+    figure, axes = panels(len(groups), min(2, len(groups)), 7, 4, 0.5)
     for ax, group in zip(axes, groups, strict=True):
         for method, colour in zip(METHODS, COLOURS, strict=False):
             own = rows[(rows["group"] == group) & (rows["method"] == method)]
@@ -314,5 +315,5 @@ def picture(rows: pd.DataFrame) -> Any:
         ax.set_xscale("log")
         ax.xaxis.set_major_formatter("{x:g}")  # figures know no mathematics
         tidy(ax, group, "seconds of the processor, one thread", "best path so far, test split, %")
-        ax.legend(fontsize=8, loc="center left")
+    figure.legend(*axes[0].get_legend_handles_labels(), ncols=4, **ABOVE)
     return figure
