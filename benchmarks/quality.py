@@ -313,7 +313,6 @@ def picture(rows: pd.DataFrame) -> Any:
                 )
                 ax.plot(line["seconds"].iloc[-1], line["test"].iloc[-1], "o", color=colour, ms=4)
         ax.set_xscale("log")
-        ax.xaxis.set_major_formatter("{x:g}")  # figures know no mathematics
         tidy(ax, group, "seconds of the processor, one thread", "best path so far, test split, %")
     figure.legend(*axes[0].get_legend_handles_labels(), ncols=4, **ABOVE)
     return figure

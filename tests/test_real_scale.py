@@ -123,6 +123,15 @@ def rows(out: Path, name: str) -> list[dict]:
     return read_csv(out / f"{name}.csv").to_dict("records")
 
 
+def test_distances_are_drawn_with_plain_numbers():
+    """A power of ten would be a formula, which figures do not draw."""
+    found = [(d, m, 50.0) for d in (0.12, 0.95, 6.2) for m in ("fine-tuned", "weight average")]
+    figure = real_pages.draw_curve(pd.DataFrame(found, columns=["distance", "method", "mean"]))
+    figure.draw_without_rendering()
+    ticks = {t.get_text() for t in figure.axes[0].get_xticklabels(which="both")}
+    assert {"0.1", "1"} <= ticks <= {"", "0.01", "0.1", "1", "10", "100"}
+
+
 @pytest.mark.slow
 def test_all_parts_come_out(measured, stand_ins):
     sha = read_checkpoint(stand_ins["base"]).sha256

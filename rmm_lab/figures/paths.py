@@ -92,6 +92,10 @@ def tidy(
     axes.set_xlabel(xlabel, fontsize=9)
     axes.set_ylabel(ylabel, fontsize=9)
     axes.tick_params(labelsize=9)
+    for axis in (axes.xaxis, axes.yaxis):
+        if axis.get_scale() == "log":  # powers would be formulas, which are not drawn
+            axis.set_major_formatter("{x:g}")
+            axis.set_minor_formatter("")
     axes.grid(axis=grid, alpha=0.3)
 
 

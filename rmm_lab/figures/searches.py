@@ -73,7 +73,6 @@ def diagnostics_picture(
             axes.plot(np.arange(1, len(y) + 1), y, lw=1.4, label=label, **line_look(i))
         if far:
             axes.set_yscale("log")
-            axes.yaxis.set_major_formatter("{x:g}")  # powers would be formulas, which are not drawn
         elif min(every) >= 0:
             axes.set_ylim(-0.03 * max(every), 1.1 * max(every))
         tidy(axes, title, "update")
