@@ -226,9 +226,11 @@ def test_pairs_are_fitted_once_and_what_they_give_for_each_preference():
     scorer = Peaks(3)
     out = map_nested(scorer, 210, 1, unit(3, [0.9, 0.2, 0.85]))
     scales = np.array([parse_path(text)[0].scales for text, _ in out[out.begun :]])  # (E, 3)
-    # Half of the rest is for eight fits of 12, and one is the pair's: a lattice of six for the others.
-    size = (210 - out.begun) // 2 // 7
-    pair, rest = scales[:size], scales[size : 7 * size].reshape(6, size, 3)
+    # Half of the rest is for eight fits of 12, and one is the pair's: a lattice of six and its centre for the
+    # others.
+    assert (210 - out.begun) // 2 // 12 == 8
+    size = (210 - out.begun) // 2 // 8
+    pair, rest = scales[:size], scales[size : 8 * size].reshape(7, size, 3)
     assert (pair[:, 1] == 0).all()  # the first and the third have the closest scores
     assert pair[:2].tolist() == [[1, 0, 0], [0, 0, 1]]
     directions = set()
@@ -240,10 +242,10 @@ def test_pairs_are_fitted_once_and_what_they_give_for_each_preference():
         on_a_line = own[inside][:, 0] * own[1, 2] - own[inside][:, 2] * own[1, 0]
         assert on_a_line == pytest.approx(np.zeros(inside.sum()), abs=2e-3)
     assert len(directions) > 3
-    # Then six answers on each subset.
-    subsets = [subset for _, subset in scorer.calls[out.begun + 7 * size :]]
-    assert len(set(subsets[:6])) == 1
-    assert subsets[6] != subsets[0]
+    # Then seven answers on each subset.
+    subsets = [subset for _, subset in scorer.calls[out.begun + 8 * size :]]
+    assert len(set(subsets[:7])) == 1
+    assert subsets[7] != subsets[0]
 
 
 def test_nested_finds_each_expert_and_the_middle_of_each_pair():
