@@ -270,8 +270,6 @@ def table(rows: pd.DataFrame, group: str) -> pd.DataFrame:
     out, aims = {}, targets(rows, group)
     for method in METHODS:
         own = rows[(rows["group"] == group) & (rows["method"] == method)]
-        if own.empty:
-            continue
         end = own[own["chosen"]]
         line = {
             "test split, %": f"{end['test'].mean():.1f}",

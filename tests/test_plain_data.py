@@ -698,3 +698,10 @@ def test_a_merge_opens_no_pickle_no_socket_and_nothing_outside_its_folders(tmp_p
     ours = [p for p in found["opened"] if p.startswith((str(tmp_path), str(REPOSITORY / "data")))]
     assert ours, "nothing was seen"
     assert [p for p in ours if p.endswith(pickles)] == []
+
+
+def test_names_that_look_the_same_are_found_in_plain_text_too():
+    assert plain.alike(["a b", "ab", "a  b "]) == ("a b", "a  b ")
+    assert plain.alike(["yes", "yes\x07"]) == ("yes", "yes\x07")  # a bell shows nothing
+    assert plain.alike(["a b", "ab", "a\tb", "c"]) == ("a b", "a\tb")
+    assert plain.alike(["a b", "ab", "A b"]) is None
