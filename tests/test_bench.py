@@ -163,20 +163,22 @@ def test_only_what_is_better_on_a_subset_is_a_new_best_path():
 def test_the_time_to_a_good_model_is_measured_once(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(quality, "in_process", lambda job: job())
     monkeypatch.setattr(quality, "RIVALS", ("random search",))
-    monkeypatch.setattr(
-        quality, "METHODS", ("RMM (paper), plain way", "RMM (paper)", "RMM (agent)")
-    )
+    methods = list(quality.METHODS)
+    methods[3:5] = quality.RIVALS
+    monkeypatch.setattr(quality, "METHODS", methods)
     monkeypatch.setattr(quality, "SAMPLE", 2)
     monkeypatch.setattr(quality.matched, "weigh", lambda problem: ((0.5, 1.5), 0.9, 3))
     run = quality.Quality(seeds=(1,), episodes=3, calibration=8, out=tmp_path).run
     run()
     rows = pd.read_csv(tmp_path / "quality.csv")
     ends = rows[rows["chosen"]]
-    assert sorted(ends["method"]) == sorted((*quality.METHODS, "random search", *quality.UNIFORM))
+    assert sorted(ends["method"]) == sorted(methods)
     assert (rows["seconds"] > 0).all()
     assert ends.set_index("method")["evaluations"][quality.UNIFORM[2]] == 3
     paper, plain = (rows[rows["method"] == name] for name in (quality.PAPER, quality.PLAIN))
     assert paper["test"].tolist() == plain["test"].tolist()
+    scores = ends.set_index("method")["test"]
+    assert scores[quality.OURS] == scores[list(quality.WORKERS)[1]], "workers change nothing"
     assert "| RMM (agent)" in capsys.readouterr().out
     assert (tmp_path / "quality.png").read_bytes()[:4] == b"\x89PNG"
     before = (tmp_path / "quality.csv").read_bytes()
