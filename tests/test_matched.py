@@ -151,11 +151,13 @@ def test_rows_need_inputs(tiny):
         list(rows(problem))
 
 
+@pytest.mark.parametrize("workers", [1, 2])
 @pytest.mark.parametrize("search", ["default", "CMA-ES over scales"])
-def test_a_search_scores_what_it_has_before_it_fits_more(tiny, monkeypatch, search):
+def test_a_search_scores_what_it_has_before_it_fits_more(tiny, monkeypatch, search, workers):
     """A user who waits has the experts' scores first, then the first fit's, before the next is begun."""
     menu = ("least_squares:fit=whole", "least_squares:fit=whole,ridge=0.1")
-    config = configure(**tiny, operators=menu, calibration=9, episodes=8, quiet=True)
+    options = {"operators": menu, "calibration": 9, "episodes": 8, "workers": workers}
+    config = configure(**tiny, **options, quiet=True)
     problem, seen = problem_of(config.problem), []
     merge, score = Calibration.merge, Scorer.score
 

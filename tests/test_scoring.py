@@ -463,6 +463,8 @@ def test_an_engine_runs_jobs_in_any_order_and_place(problem):
     assert scorer.work_run <= scorer.work_asked
     assert not scorer.alone
     assert plain.alone
+    assert not scorer.shares_layers
+    assert plain.shares_layers
 
 
 def test_an_error_in_a_worker_is_the_callers(problem, monkeypatch):

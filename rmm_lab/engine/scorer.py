@@ -170,6 +170,7 @@ class Scorer:
         self._own: dict[tuple[int | None, int], Tensor] = {}  # logits of experts, by part
         self._workers = workers
         self.alone = engine is None and workers == 1  # then nothing is won by looking ahead
+        self.shares_layers = engine is None  # else each worker merges its own
         self._engine = engine
         self._threads: ThreadPoolExecutor | None = None
         self.evaluations = 0  # paths scored, repeats included

@@ -15,9 +15,9 @@ def scores(
     scorer: Any, wanted: Sequence[tuple[Path, int | None]], *, in_turn: bool = False
 ) -> list[np.ndarray]:
     """Each task's score (N,) in [0, 1] of each path on its subset, None for the whole split, by all workers
-    at once. in_turn: where there is one alone, a path has its scores before the next one's layers are merged.
+    at once. in_turn: where they share merged layers, a path has its scores before the next one's are merged.
     """
-    if hasattr(scorer, "prefetch") and not (in_turn and scorer.alone):  # not by a formula
+    if hasattr(scorer, "prefetch") and not (in_turn and scorer.shares_layers):  # not by a formula
         scorer.prefetch(wanted)
     return [scorer.score(path, subset) for path, subset in wanted]
 
