@@ -172,6 +172,24 @@ def test_a_second_command_trains_and_measures_nothing(measured, stand_ins, monke
 
 
 @pytest.mark.slow
+def test_experts_are_made_at_once_by_others_and_are_the_same(
+    measured, stand_ins, tmp_path, monkeypatch
+):
+    """Two jobs: this process trains nothing, and the weights are those of one job."""
+    few(monkeypatch)
+    monkeypatch.setattr(training, "optimise", None)
+    options = stand_ins | {"work": tmp_path / "work", "parts": ("inputs",), "inputs": (2,)}
+    Real(**options, out=tmp_path, jobs=2).run()
+    for name in ("cifar10", "gtsrb"):
+        ours, theirs = (
+            Path(work) / "experts" / name / "model.safetensors"
+            for work in (options["work"], stand_ins["work"])
+        )
+        assert ours.read_bytes() == theirs.read_bytes()
+    assert {f.name for f in (tmp_path / "work" / "experts").iterdir()} == {"cifar10", "gtsrb"}
+
+
+@pytest.mark.slow
 def test_the_protocols_say_what_the_models_say(measured):
     """A stranger counts for nothing; farther experts lie farther; the average of one distance is by hand."""
     alone, joined = (

@@ -391,7 +391,7 @@ def measure_all(
         # Or each would take a quarter of the memory, and twice where a search and its curve are scored.
         options["cache_mb"] = free_bytes(jobs[0].config.run.device) / 2**20 / 4 / processes
     jobs = [replace(job, config=configure(job.config, **options)) for job in jobs]
-    with closing(_measured(jobs, processes, threads)) as results:
+    with closing(in_processes(measure, jobs, processes, threads)) as results:
         for job, tables in tqdm(results, total=len(jobs), unit="job"):
             for name, rows in tables.items():  # the curve first: the row says that all is there
                 more = {k: v for k, v in (also or {}).items() if k not in rows}
@@ -404,27 +404,27 @@ def measure_all(
             tqdm.write(f"{time.strftime('%H:%M:%S')} {job.table} {key}: {score}")
 
 
-def _measured(
-    jobs: Sequence[Job], processes: int, threads: int
-) -> Generator[tuple[Job, dict[str, pd.DataFrame]]]:
-    """Each job with its rows, in the order in which they end."""
+def in_processes(
+    function: Callable[[Any], Any], items: Sequence[Any], processes: int, threads: int = 1
+) -> Generator[tuple[Any, Any]]:
+    """Each item with what the function returns of it, in the order in which they end; one is this process."""
     if processes < 2:
         torch.set_num_threads(threads)
-        yield from ((job, measure(job)) for job in jobs)
+        yield from ((item, function(item)) for item in items)
         return
     spawn = multiprocessing.get_context("spawn")
     before = set(psutil.Process().children())
     with ProcessPoolExecutor(processes, spawn, _start, (threads,)) as pool:
         futures = {}
         try:
-            for job in jobs:  # each may start a process: stopped here too, none is waited for
-                futures[pool.submit(measure, job)] = job
+            for item in items:  # each may start a process: stopped here too, none is waited for
+                futures[pool.submit(function, item)] = item
             for future in as_completed(futures):
                 yield futures[future], future.result()
         except BrokenProcessPool as error:
             raise InputError(
                 f"--jobs: expected {processes} processes that live, found one that was ended ({error}); "
-                "where memory is short give fewer: what is measured is stored"
+                "where memory is short give fewer: what is done is stored"
             ) from error
         except BaseException:  # also Ctrl-C, and a reader that went away: wait for nothing
             for future in futures:

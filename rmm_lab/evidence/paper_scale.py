@@ -48,6 +48,7 @@ TEXTS = {
     "Mixed": ("paws", "storycloze", "winogrande", "wsc"),
 }
 PAIR = ("cub200", "dogs")  # whole, on ViT-B/16: Tables II and IV
+RECORD = "training.json"  # how a model was made, in its folder
 SHARES = {"images": 0.1, "texts": 0.01}  # of the data, in Tables I to III
 
 
@@ -222,8 +223,8 @@ def make_once(
     """
     made = {"base": base.sha256, "sets": [_named(p) for p in places]} | settings
     made |= {"probe": True} if probe else {}
-    record = folder / "training.json"
-    if record.is_file():  # written last: the checkpoint is whole
+    record = folder / RECORD
+    if is_made(folder):
         stored = json.loads(record.read_text("utf-8"))
         if odd := [k for k in made if stored.get(k) != made[k]]:
             raise InputError(
@@ -241,6 +242,11 @@ def make_once(
     write_checkpoint(folder, config, weights, beside=base.folder)
     took = {"seconds": round(time.perf_counter() - start, 1)}
     write_file(record, json.dumps(made | took, indent=2) + "\n")
+
+
+def is_made(folder: Path) -> bool:
+    """Whether ``make_once`` made this folder: its record is written last."""
+    return (folder / RECORD).is_file()
 
 
 def _whole(place: str) -> str:

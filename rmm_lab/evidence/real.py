@@ -19,6 +19,7 @@ Each row has the base's SHA-256, the experts' training, the search's options, th
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,6 +43,7 @@ from rmm_lab.evidence.real_scale import (
     read_base,
     subsets,
     vision_groups,
+    wanted,
 )
 from rmm_lab.evidence.rows import KEYS
 from rmm_lab.search.config import Config, configure
@@ -129,7 +131,8 @@ class Real:
     inputs: tuple[int, ...] = (25, 50, 100, 200, 400)
     """Inputs per task that they look at in the part inputs."""
     jobs: int = 1
-    """Rows to measure at once, each in a process of its own; speed and texts come one by one."""
+    """Experts to make and rows to measure at once, each in a process of its own; rows of speed and texts come
+    one by one."""
     threads: int = 1
     """CPU threads of each process."""
     device: str = "cpu"
@@ -147,7 +150,7 @@ class Real:
         images = parts != ["texts"]
         names = (tuple(SETS) if images else ()) + (TEXTS if "texts" in parts else ())
         data = check_sets(self.data and self.data.expanduser(), names)
-        torch.set_num_threads(self.threads * self.jobs)  # experts are made one by one
+        torch.set_num_threads(self.threads)
         with held_made(self.out, "--out"):
             if images:
                 base = read_base(str(self.base), "images", "--base", self.size)
@@ -195,6 +198,7 @@ class Real:
         also = {"base_sha256": works.base.sha256, "training": str(works.training)}
         texts = works.base.family.DATA == "texts"
         for part in (p for p in parts if (p == "texts") == texts):
+            self._train(works, part)
             jobs = list(self._tables_jobs(works, part, store) if part in TABLES else ())
             own = [] if part in TABLES else list(PROTOCOLS[part](self, works))
             jobs += [job for job in own if not store.has(job.table, _key(job), job.config)]
@@ -202,7 +206,20 @@ class Real:
             alone = part in ("speed", "texts")
             at_once, threads = (1, self.threads * self.jobs) if alone else (self.jobs, self.threads)
             measure.measure_all(jobs, store, at_once, threads, also)
-            torch.set_num_threads(self.threads * self.jobs)
+
+    def _train(self, works: Works, part: str) -> None:
+        """Make the experts of a part that are not there yet, ``jobs`` at once."""
+        places = list(map(works.text_set if part == "texts" else works.place, wanted(part)))
+        hows = list(map(self._shorter, self.curve)) if part == "curve" else [None]
+        experts = itertools.product(places, hows)
+        missing = [expert for expert in experts if not works.has_expert(*expert)]
+        at_once = min(self.jobs, len(missing))
+        for _ in measure.in_processes(works.make_expert, missing, at_once, self.threads):
+            pass
+
+    def _shorter(self, rate: float) -> Training:
+        """The training of the part curve."""
+        return Training(max(1, self.steps // 2), rate, self.batch_size)
 
     def _tables_jobs(self, works: Works, part: str, store: Store) -> Iterator[Job]:
         """Those of the kit's tables; rows by gradient for Table II and the first seed alone."""
@@ -249,7 +266,7 @@ class Real:
     def curves(self, works: Works) -> Iterator[Job]:
         places = list(map(works.place, PAIR))
         for rate in self.curve:
-            how = Training(max(1, self.steps // 2), rate, self.batch_size)
+            how = self._shorter(rate)
             key = {"group": "+".join(SETS[n] for n in PAIR), "learning_rate": rate}
             key |= {"training": str(how)}
             config = self.config(works.options(places, how))

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from rmm_lab.errors import InputError
-from rmm_lab.evidence.paper_scale import Group, make_once
+from rmm_lab.evidence.paper_scale import Group, is_made, make_once
 from rmm_lab.families.checkpoint import Checkpoint, read_checkpoint
 from rmm_lab.families.resolution import resampled
 from rmm_lab.tasks import text_formats
@@ -76,13 +76,23 @@ class Works:
 
     def expert(self, place: str, training: Training | None = None) -> str:
         """A set's or half's expert, fine-tuned once; head first. Others' training has a folder of its own."""
-        name = Path(place).name.replace(":", "-")
-        kind = str(training).replace(" ", "-") if training else "experts"
-        folder, how = self.folder / kind / name, vars(training or self.training)
+        folder, how = self._folder(place, training), vars(training or self.training)
         more = {"device": self.device, "label": self.base.source, "option": "--work"}
         probe = self.base.family.DATA == "images"
         make_once(folder, self.base, [place], dict(how), **more, probe=probe)
         return str(folder)
+
+    def make_expert(self, wanted: tuple[str, Training | None]) -> str:
+        """The same of a pair (place, training), for a process of its own."""
+        return self.expert(*wanted)
+
+    def has_expert(self, place: str, training: Training | None = None) -> bool:
+        """Whether that expert is there as a whole."""
+        return is_made(self._folder(place, training))
+
+    def _folder(self, place: str, training: Training | None) -> Path:
+        kind = str(training).replace(" ", "-") if training else "experts"
+        return self.folder / kind / Path(place).name.replace(":", "-")
 
     def place(self, name: str) -> str:
         """Where a set is, or a half of one: ``cifar10:first``."""
@@ -112,6 +122,14 @@ def read_base(source: str, kind: str, option: str, size: int = 0) -> Checkpoint:
             f"{option}: expected a model of {kind}, found {base.family.NAME} in {source!r}; name another one"
         )
     return resampled(base, (size, size)) if size else base
+
+
+def wanted(part: str) -> tuple[str, ...]:
+    """The sets and halves whose experts a part needs."""
+    if part == "I":
+        return tuple(f"{name}:{half}" for name in HALVED for half in HALVES)
+    own = {"groups": SETS, "subsets": SETS, "stranger": (*PAIR, STRANGER), "texts": TEXTS}
+    return tuple(own.get(part, PAIR))
 
 
 def vision_groups(works: Works, part: str) -> list[Group]:
