@@ -26,8 +26,10 @@ from rmm_lab.fronts.conditioned import (
 from rmm_lab.fronts.space import Trials
 from rmm_lab.reward import Step
 from rmm_lab.search.front_measures import lattice_of
+from rmm_lab.search.layer_scales import path_of_scales
 from rmm_lab.search.numbers import ScalesEnv
 from rmm_lab.search.preferences import Ends
+from rmm_lab.search.rivals import natural_niches
 
 UNIT = Ends(np.zeros(2), np.ones(2))
 DISCRETE = ppo.Args(ent_coef=0.1, ent_coef_end=0.0)
@@ -173,6 +175,17 @@ def test_scales_begin_with_the_best_known_path_of_each_preference(form):
             np.testing.assert_allclose(step.scales, wanted, atol=0.05)
 
 
+def test_scales_may_begin_with_a_path_that_differs_from_place_to_place():
+    """Each task's target, 1 there, is better than any member; so it is where the agent begins."""
+    out = Trials(Bowl(), 40, UNIT)
+    known = [path_of_scales(target, range(2)) for target in Bowl.targets]
+    out.ask(known)
+    agent = Conditioned(out, 1, known=known)
+    for w, target in zip(np.eye(2), Bowl.targets, strict=True):
+        found = [step.scales for step in agent.path(w)]
+        np.testing.assert_allclose(found, target, atol=0.05)
+
+
 def test_scales_get_better_for_each_preference_than_where_they_began():
     out = Trials(Bowl(), 700, UNIT)
     agent = Conditioned(out, 1)
@@ -209,6 +222,14 @@ def test_a_search_spends_its_budget_and_answers_each_preference():
         again = search(Bowl(), 60, 1, UNIT)
         assert out == again
         assert out.answers == again.answers
+
+
+def test_an_agent_after_niches_answers_what_they_do_and_more():
+    after = conditioned(niches=0.75)(Bowl(), 60, 1, UNIT)
+    alone = natural_niches(Bowl(), 2 + round(0.75 * 58), 1)  # two uniform paths come first
+    assert len(after) == 60
+    assert after[: len(alone)] == alone
+    assert set(alone.answers) < set(after.answers)
 
 
 def test_the_environment_by_hand():

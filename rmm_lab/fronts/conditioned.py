@@ -25,10 +25,12 @@ from rmm_lab import ppo
 from rmm_lab.env import MergingEnv
 from rmm_lab.errors import InputError
 from rmm_lab.fronts.space import Trials
-from rmm_lab.reward import Path
+from rmm_lab.reward import Path, path_text, places_of
+from rmm_lab.search.front import means
 from rmm_lab.search.front_measures import achievement, lattice_of
 from rmm_lab.search.numbers import GaussianAgent, ScalesEnv
 from rmm_lab.search.preferences import Ends
+from rmm_lab.search.rivals import evolve_niches
 
 FORMS = ("linear", "late", "tchebycheff")
 POINTS = 11  # preferences that are answered in the end, and that half of the episodes play for
@@ -134,9 +136,9 @@ class PreferenceEnv(gym.Wrapper[np.ndarray, Any, np.ndarray, Any]):
 
 
 class Start(NamedTuple):
-    """Where an agent of scales begins for each preference: the uniform path that is worth most by it.
+    """Where an agent of scales begins for each preference: the known path that is worth most by it.
 
-    ``scales``: (S, M), of each uniform path. ``gains``: (S, K), what it had on subsets.
+    ``scales``: (S, P, M), of each path, the uniform ones first. ``gains``: (S, K), what it had on subsets.
     """
 
     scales: np.ndarray
@@ -182,9 +184,10 @@ class ScalesAgent(VectorCritic, GaussianAgent):
             return super().normal(obs)
         flat = obs.reshape(-1, obs.shape[-1])
         paths = self.begin.best(flat[:, -self.n_tasks :].double().numpy())
-        start = (
-            torch.from_numpy(self.begin.scales[paths]).to(obs.dtype).reshape(*obs.shape[:-1], -1)
-        )
+        n_places, n_members = self.begin.scales.shape[1:]
+        cursor = flat[:, n_members * n_places :][:, :n_places]  # after the map, see MergingEnv
+        scales = self.begin.scales[paths, cursor.argmax(1).numpy()]  # (B, M)
+        start = torch.from_numpy(scales).to(obs.dtype).reshape(*obs.shape[:-1], -1)
         deviation = self.actor.get_parameter("log_std").exp()
         return torch.distributions.Normal(start + self.actor(obs), deviation)
 
@@ -273,6 +276,7 @@ class Conditioned:
         fixed: the only preference, (K,): then nothing is conditioned, and this is ``ppo.learn``.
         args: of PPO; gamma and gae_lambda must be 1, or there is an InputError.
         turn: number of the subset of its first update.
+        known: paths of scales in ``out``, where it may begin beside the members; not with ``fixed``.
     """
 
     def __init__(
@@ -285,6 +289,7 @@ class Conditioned:
         fixed: np.ndarray | None = None,
         args: ppo.Args = ARGS,
         turn: int = 0,
+        known: Sequence[Path] = (),
     ) -> None:
         if args.gamma < 1 or args.gae_lambda < 1:
             raise InputError(
@@ -309,18 +314,25 @@ class Conditioned:
         )
         self.generator = torch.Generator().manual_seed(seed)
         self.start: Start | None = None
-        if actions == "scales" and (known := out.uniform()):
-            self._begin(known)
+        if actions == "scales" and (uniform := out.uniform()):
+            self._begin(uniform, known)
 
-    def _begin(self, known: dict[str, np.ndarray]) -> None:
-        scorer = self.out.scorer
-        paths = {name: own for name, own in known.items() if name in scorer.members}
-        rows = [np.eye(len(scorer.members))[scorer.members.index(name)] for name in paths]
-        self.start = Start(np.array(rows), np.array(list(paths.values())))
+    def _begin(self, uniform: dict[str, np.ndarray], known: Sequence[Path]) -> None:
+        scorer, ends = self.out.scorer, self.out.ends
+        n_places, eye = len(places_of(scorer)), np.eye(len(scorer.members))
+        members = [i for i, name in enumerate(scorer.members) if name in uniform]
+        scales = [np.tile(eye[i], (n_places, 1)) for i in members]  # (P, M)
+        gains = [uniform[scorer.members[i]] for i in members]
+        texts = (text for text, _ in self.out)
+        found = means(zip(texts, self.out.by_task, strict=True))
+        for path in known:
+            scales.append(np.array([step.scales for step in path]))
+            gains.append(ends.normalised(found[path_text(path)][None])[0])
+        self.start = Start(np.array(scales), np.array(gains))
         agent: Any = self.agent
         if self.env.fixed is not None:
             [best] = self.start.best(self.env.fixed)
-            agent.start.copy_(torch.from_numpy(self.start.scales[best]))
+            agent.start.copy_(torch.from_numpy(self.start.scales[best, 0]))
         else:
             agent.begin, agent.n_tasks = self.start, self.env.n_tasks
 
@@ -395,19 +407,24 @@ def _each(values: Any, lengths: Sequence[int]) -> Tensor:
     return found.repeat_interleave(torch.tensor(lengths), dim=0)
 
 
-def conditioned(form: str = "linear", part: int = 1) -> Callable[[Any, int, int, Ends], Trials]:
+def conditioned(
+    form: str = "linear", part: int = 1, niches: float = 0.0
+) -> Callable[[Any, int, int, Ends], Trials]:
     """The search: one training for all preferences, then the greedy path of each of a lattice.
 
-    form: one of ``FORMS``. part: the search spends its evaluations divided by this, so 5 is a fifth.
+    form: one of ``FORMS``. part: the search spends its evaluations divided by this, so 5 is a fifth. niches:
+    the share of them that ``evolve_niches`` spends first; the agent then begins for each preference with the
+    best path of its archive; what niches answer is among the answers.
     """
 
     def search(scorer: Any, evaluations: int, seed: int, ends: Ends) -> Trials:
         out = Trials(scorer, evaluations // part, ends)
-        agent = Conditioned(out, seed, form=form)
+        archive = evolve_niches(out, round(niches * out.left), seed) if niches else []
+        agent = Conditioned(out, seed, form=form, known=archive)
         for _ in agent.learn(out.left):
             pass
-        weights = lattice_of(out.n_tasks, POINTS)
-        out.answers = list(dict.fromkeys(map(agent.path, weights)))
+        found = map(agent.path, lattice_of(out.n_tasks, POINTS))
+        out.answers = list(dict.fromkeys([*found, *out.answers]))
         return out
 
     return search

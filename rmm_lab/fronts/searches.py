@@ -12,6 +12,7 @@
     natural niches                     see ``rivals``                     Abrantes et al. 2025
     RMM (conditioned)                  one agent that sees the preference see ``conditioned``
     RMM (conditioned), a fifth         the same with a fifth of its evaluations
+    RMM (conditioned), after niches    the same, begun with what niches found with three quarters
     RMM (agent) per preference         a training each, equal shares      after HM3
     HM3 (as published)                 a merge and a training each        Zhou et al. 2025
     HM3 without its merge              layers of the experts alone        its ablation
@@ -200,6 +201,7 @@ FRONT_SEARCHES: dict[str, FrontSearch] = {
     "RMM (conditioned), late": conditioned("late"),
     "RMM (conditioned), Tchebycheff": conditioned("tchebycheff"),
     A_FIFTH: conditioned(part=5),
+    "RMM (conditioned), after niches": conditioned(niches=0.75),  # or 0.5: by the reward split
     SEPARATE: separate,
     "HM3 (as published)": hm3(),
     "HM3 without its merge": hm3(merge=False),

@@ -280,7 +280,18 @@ def natural_niches(scorer: Any, evaluations: int | Deadline, seed: int) -> Score
     Source: Abrantes, Lange and Tang 2025, "Competition and Attraction Improve Model Fusion" (M2N2). Theirs
     compete for examples and cross weights: here for tasks, whose scores a search sees, and scales.
     """
-    out, rng, places = Scored(scorer, evaluations), np.random.default_rng(seed), places_of(scorer)
+    out = Scored(scorer, evaluations)
+    evolve_niches(out, out.left, seed)
+    return out
+
+
+def evolve_niches(out: Scored, evaluations: int, seed: int) -> list[Path]:
+    """What ``natural_niches`` does after the uniform paths, for so many evaluations; its archive, best first.
+
+    The answers of ``out`` are the archive's mean and then the archive.
+    """
+    scorer, rng, last = out.scorer, np.random.default_rng(seed), max(0, out.left - evaluations)
+    places = places_of(scorer)
     archive, turn = [scales for _, scales in starts_of(out)], 0
 
     def score(scales: Sequence[np.ndarray]) -> list[np.ndarray]:
@@ -288,20 +299,21 @@ def natural_niches(scorer: Any, evaluations: int | Deadline, seed: int) -> Score
         out.score([path_of_scales(s, places) for s in scales], repeat(turn % scorer.n_subsets))
         return out.by_task[n:]
 
-    while out.left:
-        turn, last = turn + 1, max(0, out.left - GROUP)
+    while out.left > last:
+        turn, end = turn + 1, max(last, out.left - GROUP)
         niches = score(archive)
-        while out.left > last:
+        while out.left > end:
             a, b = draw_parents(np.array(niches), rng)
             child = crossover(archive[a], archive[b], rng)
             archive, niches = [*archive, child], [*niches, *score([child])]
             kept = fittest(np.array(niches), ARCHIVE)
             archive, niches = [archive[i] for i in kept], [niches[i] for i in kept]
-    if turn:
-        own = {path_text(path_of_scales(scales, places)): scales for scales in archive}
-        ranked = shortlist((pair for pair in out if pair[0] in own), ANSWERS)
-        _answer(out, [np.mean(archive, axis=0), *(own[text] for text in ranked)])
-    return out
+    if not turn:
+        return []
+    own = {path_text(path_of_scales(scales, places)): scales for scales in archive}
+    ranked = shortlist((pair for pair in out if pair[0] in own), ANSWERS)
+    _answer(out, [np.mean(archive, axis=0), *(own[text] for text in ranked)])
+    return [path_of_scales(own[text], places) for text in ranked]
 
 
 def neighbourhood_search(scorer: Any, evaluations: int | Deadline, seed: int) -> Scored:
