@@ -132,6 +132,14 @@ def test_distances_are_drawn_with_plain_numbers():
     assert {"0.1", "1"} <= ticks <= {"", "0.01", "0.1", "1", "10", "100"}
 
 
+def test_closed_forms_by_inputs_have_a_spread_over_seeds():
+    names = ("method", "inputs", "reward_split", "mean", "seconds")
+    found = [("RegMean", 25, 80, 70, 1), ("RegMean", 25, 82, 74, 3), ("RegMean", 50, 90, 80, 5)]
+    table = real_pages.inputs_table(pd.DataFrame(found, columns=names))
+    assert table.loc[25].tolist() == ["81.0 ± 1.4", "72.0 ± 2.8", "2"]
+    assert table.loc[50].tolist() == ["90.0", "80.0", "5"]
+
+
 @pytest.mark.slow
 def test_all_parts_come_out(measured, stand_ins):
     sha = read_checkpoint(stand_ins["base"]).sha256

@@ -274,9 +274,10 @@ class Real:
 
     def by_inputs(self, works: Works) -> Iterator[Job]:
         group = works.group(PAIR)
-        for n in self.inputs:
-            key = {"group": group.name, "inputs": n, "seed": self.seeds[0]}
-            yield Job("inputs", real_measure.inputs, key, self.config(group.options, calibration=n))
+        for seed, n in itertools.product(self.seeds, self.inputs):
+            key = {"group": group.name, "inputs": n, "seed": seed}
+            config = self.config(group.options, calibration=n, seed=seed)
+            yield Job("inputs", real_measure.inputs, key, config)
 
     def texts(self, works: Works) -> Iterator[Job]:
         options = works.options([works.text_set(name) for name in TEXTS])

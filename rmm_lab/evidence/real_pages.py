@@ -132,8 +132,8 @@ def inputs_table(rows: DataFrame) -> DataFrame:
     out = {}
     for method in (m for m in METHODS.index if m in set(rows["method"])):
         own = rows[rows["method"] == method].groupby("inputs")
-        out[f"{method}, reward split"] = own["reward_split"].mean().map("{:.1f}".format)
-        out[f"{method}, test split"] = own["mean"].mean().map("{:.1f}".format)
+        out[f"{method}, reward split"] = own["reward_split"].agg(spread)
+        out[f"{method}, test split"] = own["mean"].agg(spread)
         out[f"{method}, seconds"] = own["seconds"].mean().map("{:.0f}".format)
     return DataFrame(out).rename_axis("inputs per task")
 
