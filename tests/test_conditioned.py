@@ -229,6 +229,7 @@ def test_an_agent_after_niches_answers_what_they_do_and_more():
     alone = natural_niches(Bowl(), 2 + round(0.75 * 58), 1)  # two uniform paths come first
     assert len(after) == 60
     assert after[: len(alone)] == alone
+    assert set(after[len(alone) :]).isdisjoint(natural_niches(Bowl(), 60, 1))  # the agent's own
     assert set(alone.answers) < set(after.answers)
 
 
