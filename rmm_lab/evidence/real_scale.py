@@ -136,7 +136,7 @@ def vision_groups(works: Works, part: str) -> list[Group]:
     """A table's groups of image experts, which are made where they are not there yet."""
     if part == "I":
         return [works.group([f"{name}:{half}" for half in HALVES]) for name in HALVED]
-    return [works.group(tuple(SETS) if part == "groups" else PAIR)]
+    return [works.group(wanted(part))]
 
 
 def subsets(names: Sequence[str]) -> Iterator[tuple[str, ...]]:

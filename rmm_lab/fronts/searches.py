@@ -201,7 +201,7 @@ FRONT_SEARCHES: dict[str, FrontSearch] = {
     "RMM (conditioned), late": conditioned("late"),
     "RMM (conditioned), Tchebycheff": conditioned("tchebycheff"),
     A_FIFTH: conditioned(part=5),
-    "RMM (conditioned), after niches": conditioned(niches=0.75),  # or 0.5: by the reward split
+    "RMM (conditioned), after niches": conditioned(niches=0.75),  # 0.5 is worse on the reward split
     SEPARATE: separate,
     "HM3 (as published)": hm3(),
     "HM3 without its merge": hm3(merge=False),
